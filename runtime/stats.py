@@ -1,0 +1,85 @@
+"""What the runtime did: patterns, reasons, counts. Pure and bounded: one record per branch, never per step."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from runtime.gate import Decision
+
+
+@dataclass
+class BranchStats:
+    """The latest generation of one branch of one expert.
+
+    Attributes:
+        pattern: One letter per denoising step, ``C`` computed and ``S`` skipped.
+        reasons: How often each kind of decision was taken.
+        last_x: Relative L1 change of the signal at the last step where it was measured.
+    """
+
+    pattern: str = ""
+    reasons: Counter = field(default_factory=Counter)
+    last_x: float | None = None
+
+    @property
+    def computed(self) -> int:
+        return self.pattern.count("C")
+
+    @property
+    def skipped(self) -> int:
+        return self.pattern.count("S")
+
+    def add(self, decision: Decision) -> None:
+        self.pattern += "S" if decision.skip else "C"
+        self.reasons[decision.kind] += 1
+        if decision.x is not None:
+            self.last_x = decision.x
+
+
+@dataclass
+class Stats:
+    """Statistics of an applied cache.
+
+    Attributes:
+        branches: ``(expert, branch) -> BranchStats`` of the latest generation.
+        totals: Decisions by kind since the cache was applied, over all generations.
+        generations: Generations begun since the cache was applied.
+    """
+
+    branches: dict[tuple[str, str], BranchStats] = field(default_factory=dict)
+    totals: Counter = field(default_factory=Counter)
+    generations: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Stack computations in the latest generation, over all branches and experts."""
+        return sum(branch.computed for branch in self.branches.values())
+
+    @property
+    def skipped(self) -> int:
+        """Stack computations saved in the latest generation."""
+        return sum(branch.skipped for branch in self.branches.values())
+
+    @property
+    def pattern(self) -> str:
+        """Pattern of the first branch of the latest generation; the experts of a two-expert model follow each other."""
+        if not self.branches:
+            return ""
+        first = next(iter(self.branches))[1]
+        return "".join(stats.pattern for (_, branch), stats in self.branches.items() if branch == first)
+
+    def begin(self, expert: str) -> None:
+        """A new generation of ``expert``: its branches start over."""
+        if not self.branches or any(key[0] == expert for key in self.branches):
+            self.generations += 1
+            self.branches = {key: stats for key, stats in self.branches.items() if key[0] != expert}
+
+    def add(self, expert: str, branch: str, decision: Decision) -> None:
+        self.branches.setdefault((expert, branch), BranchStats()).add(decision)
+        self.totals[decision.kind] += 1
+
+    def __str__(self) -> str:
+        lines = [f"{self.computed} computed, {self.skipped} skipped"]
+        for (expert, branch), stats in self.branches.items():
+            reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(stats.reasons.items()))
+            lines.append(f"{expert}/{branch}: {stats.pattern} ({reasons})")
+        return "\n".join(lines)
