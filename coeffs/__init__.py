@@ -1,0 +1,35 @@
+"""Calibrated step-cache coefficients with their provenance: load, list, check, write and publish entries.
+
+>>> import coeffs
+>>> entry = coeffs.load("vllm-omni/longcat-image")
+>>> entry.fit().polynomial(entry.sign_rule).predict(0.1)
+0.1967943
+
+Imports the standard library and PyYAML only.
+"""
+
+from coeffs.errors import CoeffsError
+from coeffs.polynomial import Polynomial
+from coeffs.schema import Candidate, Checkpoint, Counts, Entry, Expert, Fit, Plan, Protocol, Source, Threshold
+from coeffs.store import dump, entries, load, loads, publish, save
+
+__all__ = [
+    "Candidate",
+    "Checkpoint",
+    "CoeffsError",
+    "Counts",
+    "Entry",
+    "Expert",
+    "Fit",
+    "Plan",
+    "Polynomial",
+    "Protocol",
+    "Source",
+    "Threshold",
+    "dump",
+    "entries",
+    "load",
+    "loads",
+    "publish",
+    "save",
+]
