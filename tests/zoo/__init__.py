@@ -100,26 +100,34 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def inputs(
-    name: str, step: int, total: int = 8, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32
+    name: str,
+    step: int,
+    total: int = 8,
+    seed: int = 0,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    branch: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments of the forward at one step: fixed conditioning, drifting latents, moving time.
+
+    Another `branch` (0 to 4) has other conditioning and the same latents, as the two calls of guidance have.
 
     Where a class fills a key/value cache at the first step, the steps asked for after a step 0 of the same settings
     share that cache; use `trajectory` to run two of them side by side.
     """
+    settings = (total, seed, batch, dtype, branch)
     if step == 0:
-        _shared[name, total, seed, batch, dtype] = {}
-    shared = _shared.setdefault((name, total, seed, batch, dtype), {})
-    return TINY[name].inputs(Step(step, total, seed, batch, dtype, shared))
+        _shared[name, *settings] = {}
+    return TINY[name].inputs(Step(step, *settings, _shared.setdefault((name, *settings), {})))
 
 
 def trajectory(
-    name: str, total: int = 8, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32
+    name: str, total: int = 8, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32, branch: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The inputs of all steps of one trajectory, which shares its key/value cache with no other."""
     shared: dict[str, Any] = {}
     for index in range(total):
-        yield TINY[name].inputs(Step(index, total, seed, batch, dtype, shared))
+        yield TINY[name].inputs(Step(index, total, seed, batch, dtype, branch, shared))
 
 
 @torch.no_grad()

@@ -19,6 +19,10 @@ def _sd3_controlnet(step: Step) -> dict:
     return dict(_sd3(step), block_controlnet_hidden_states=residuals)
 
 
+def _sd3_skip_layers(step: Step) -> dict:
+    return dict(_sd3(step), skip_layers=[1])
+
+
 def _auraflow(step: Step) -> dict:
     return dict(
         hidden_states=step.latents(step.batch, 4, 8, 8),
@@ -144,6 +148,15 @@ MODELS = table(
         _sd3_controlnet,
         pipelines=_SD3_PIPELINES,
         remarks="residuals are added after every block but the last, which drops the text (returns None for it)",
+    ),
+    TinyModel(
+        "sd3_skip_layers",
+        _SD3_CLASS,
+        _SD3,
+        _sd3_skip_layers,
+        idle=(1,),
+        pipelines=_SD3_PIPELINES,
+        remarks="the third call of skip-layer guidance: some blocks are not called at all",
     ),
     TinyModel(
         "auraflow",

@@ -27,6 +27,18 @@ def _z_image_controlnet(step: Step) -> dict:
     return dict(_z_image(step), controlnet_block_samples={0: 0.3 * step.latents(step.batch, 64, 16, salt=20)})
 
 
+def _z_image_omni(step: Step) -> dict:
+    """Lists of images per sample: a reference (seen by an image encoder too), then the noisy target."""
+    samples = range(step.batch)
+    return dict(
+        x=[[step.fixed(16, 1, 8, 8, salt=40 + i), step.latents(16, 1, 8, 8, salt=i)] for i in samples],
+        cap_feats=[[step.fixed(16, 16, salt=50 + i), step.fixed(16, 16, salt=60 + i)] for i in samples],
+        siglip_feats=[[step.fixed(4, 4, 12, salt=70 + i), None] for i in samples],
+        image_noise_mask=[[0, 1]] * step.batch,
+        t=step.rising(),
+    )
+
+
 def _omnigen(step: Step) -> dict:
     text, image = 8, 16
     length = text + 1 + image
@@ -209,6 +221,17 @@ MODELS = table(
         time="t",
         rises=True,
         pipelines=_Z_PIPELINES,
+    ),
+    TinyModel(
+        "z_image_omni",
+        "ZImageTransformer2DModel",
+        dict(_Z_IMAGE, siglip_feat_dim=12),
+        _z_image_omni,
+        _LAYERS,
+        time="t",
+        rises=True,
+        pipelines=_Z_PIPELINES,
+        remarks="text first here, then images; clean images, and the text in front of them, are modulated from time 1",
     ),
     TinyModel(
         "omnigen",

@@ -14,9 +14,9 @@ from torch import nn
 class Step:
     """One denoiser call of a made-up trajectory: where it stands, and the random tensors that belong to it.
 
-    Conditioning depends on the seed only; latents and times move smoothly with `index`, because a cache gate that
-    compares consecutive steps needs steps that resemble each other. Tensors are drawn in float32 and then cast, so a
-    bfloat16 run sees the same numbers, rounded.
+    Conditioning depends on the seed and the guidance branch only; latents (the same in all branches) and times move
+    smoothly with `index`, because a cache gate that compares consecutive steps needs steps that resemble each other.
+    Tensors are drawn in float32 and then cast, so a bfloat16 run sees the same numbers, rounded.
     """
 
     index: int
@@ -24,6 +24,7 @@ class Step:
     seed: int = 0
     batch: int = 1
     dtype: torch.dtype = torch.float32
+    branch: int = 0
     shared: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -33,7 +34,7 @@ class Step:
 
     def fixed(self, *shape: int, salt: int) -> torch.Tensor:
         """Random conditioning; `salt` keeps the inputs of one call apart."""
-        generator = torch.Generator().manual_seed(1000 * self.seed + salt)
+        generator = torch.Generator().manual_seed(1000 * self.seed + 100 * self.branch + salt)
         return torch.randn(*shape, generator=generator).to(self.dtype)
 
     def latents(self, *shape: int, salt: int = 0) -> torch.Tensor:
@@ -63,10 +64,11 @@ class TinyModel:
     """A denoiser class at a size that runs in milliseconds, and the ground truth tests may rely on.
 
     `blocks` names the block lists the generated stream runs through, in the order of the first call (dotted where a
-    list sits in a container). `streams` is 2 where a second generated stream, such as audio, leaves the stack as its
-    own tensor. `time` names the argument that carries the time and `rises` tells its direction. `pipelines` says
-    which of the class's pipelines keep their guidance branches apart with `cache_context`. `stub` replaces an optional
-    dependency before the model is built; `finish` does to the built model what its pipeline would.
+    list sits in a container); `idle` are positions of blocks that these inputs leave out. `streams` is 2 where a
+    second generated stream, such as audio, leaves the stack as its own tensor. `time` names the argument that carries
+    the time and `rises` tells its direction. `pipelines` says which of the class's pipelines keep their guidance
+    branches apart with `cache_context`. `stub` replaces an optional dependency before the model is built; `finish`
+    does to the built model what its pipeline would.
     """
 
     name: str
@@ -77,6 +79,7 @@ class TinyModel:
     streams: int = 1
     time: str = "timestep"
     rises: bool = False
+    idle: tuple[int, ...] = ()
     pipelines: str = "no cache_context"
     remarks: str = ""
     stub: Callable[[], None] | None = None

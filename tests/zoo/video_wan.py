@@ -3,6 +3,7 @@
 import torch
 
 from .spec import Step, TinyModel, table
+from .stubs import stub_mask_compiler
 
 _BLOCKS = ("blocks",)
 _INIT = dict(
@@ -213,6 +214,7 @@ MODELS = table(
         _BLOCKS,
         pipelines="modular pipeline only",
         remarks="step 0 stands for the reference pass; lists of tensors in and out, always float32 out",
+        stub=stub_mask_compiler,
     ),
     TinyModel(
         "skyreels_v2",
