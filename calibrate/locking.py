@@ -1,0 +1,109 @@
+"""Locks on a run folder: one job records into it, and each group of it is recorded by one process.
+
+All are byte ranges of one file: byte 0 belongs to the job, byte 1 + i to group i. The kernel frees the ranges of a
+process that ends in any way, SIGKILL and power loss included, so no lock is ever stale and no clock is compared. A file
+system without locks costs at most work done twice: shards are written atomically and are the same whoever writes them.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from calibrate.errors import RunInUse
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time is then up to the user
+    fcntl = None
+
+_JOB_BYTE = 0
+_held: set[Path] = set()  # by this process, whose own locks never conflict with each other
+_RANK_PATIENCE = 20.0  # seconds that a rank waits for another one to write down whose job this is
+
+
+def job_name() -> str:
+    """Equal for the ranks of one torchrun or accelerate launch, restarts included; unique otherwise."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", 1)) > 1:
+        run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+        address = f"{environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
+        return address if run_id == "none" else run_id
+    return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+
+
+class RunLock:
+    """Holds a run folder for one job; a context manager."""
+
+    def __init__(self, path: Path, job: str):
+        self.job = job
+        self.path = path
+        self.alone = False  # whether no other process held the folder when this one came
+        self.supported = fcntl is not None
+        self._file = -1
+
+    def __enter__(self) -> "RunLock":
+        if self.path.resolve() in _held:
+            raise RunInUse(f"{self.path.parent}: this process is recording into this run already")
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            self._join()
+        except BaseException:
+            os.close(self._file)
+            raise
+        _held.add(self.path.resolve())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _held.discard(self.path.resolve())
+        os.close(self._file)
+
+    def claim(self, index: int) -> bool:
+        """Take group ``index`` unless another process has it."""
+        return self._lock(fcntl.LOCK_EX, index + 1) if self.supported else True
+
+    def release(self, index: int) -> None:
+        """Give group ``index`` back."""
+        if self.supported:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index + 1)
+
+    def _join(self) -> None:
+        deadline = time.monotonic() + _RANK_PATIENCE
+        while self.supported:
+            if self._lock(fcntl.LOCK_EX, _JOB_BYTE):
+                self._write_holder()
+                self.alone = True
+                self._lock(fcntl.LOCK_SH, _JOB_BYTE)
+                return
+            holder = self._holder() if self._lock(fcntl.LOCK_SH, _JOB_BYTE) else None
+            if holder is not None and holder.get("job") == self.job:
+                return
+            if holder is not None or time.monotonic() > deadline:
+                holder = holder or {}
+                raise RunInUse(
+                    f"{self.path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is recording into "
+                    "this run; wait for it, stop it, or choose another folder with --out (the lock goes with its process)"
+                )
+            time.sleep(0.05)
+
+    def _lock(self, kind: int, start: int) -> bool:
+        try:
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, start)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # no locks on this file system
+            self.supported = False
+        return True
+
+    def _write_holder(self) -> None:
+        holder = {"job": self.job, "pid": os.getpid(), "host": socket.gethostname()}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(holder).encode(), 0)
+
+    def _holder(self) -> dict:
+        # Through our own descriptor: closing a second one would drop every lock of this process on the file.
+        try:
+            return json.loads(os.pread(self._file, 4096, 0))
+        except ValueError:
+            return {}

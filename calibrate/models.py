@@ -1,0 +1,66 @@
+"""Models by name: one table of repositories, default protocols and call arguments (``data/models.yaml``)."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One row of the table. None leaves the choice to the pipeline's own default."""
+
+    alias: str
+    pipeline_class: str
+    repository: str | None = None  # of the checkpoint in diffusers' format
+    embedded: str | None = None  # folder inside the package instead of a repository
+    kind: str = "image"  # image, video or audio
+    needs_image: bool = False
+    prompts: str = "default"
+    num_prompts: int | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_argument: str | None = None  # None: guidance_scale
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    call_arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The name in run folders and in the registry."""
+        return self.alias.lower()
+
+
+@cache
+def model_table() -> tuple[ModelSpec, ...]:
+    """Every row, in the order of the file."""
+    import yaml
+
+    rows = yaml.safe_load((files("calibrate") / "data" / "models.yaml").read_text(encoding="utf-8"))
+    return tuple(ModelSpec(alias=alias, **row) for alias, row in rows.items())
+
+
+def find_model(name: str) -> ModelSpec | None:
+    """The row with this alias or repository, whatever the case; None when there is none."""
+    wanted = name.lower()
+    for spec in model_table():
+        if wanted in (spec.slug, (spec.repository or "").lower()):
+            return spec
+    return None
+
+
+def class_defaults(pipeline_class: str) -> ModelSpec | None:
+    """What any checkpoint of this pipeline class needs: its guidance argument and call arguments, without sizes."""
+    for spec in model_table():
+        if spec.pipeline_class == pipeline_class:
+            return ModelSpec(
+                alias=pipeline_class,
+                pipeline_class=pipeline_class,
+                kind=spec.kind,
+                needs_image=spec.needs_image,
+                prompts="default" if spec.embedded else spec.prompts,
+                guidance_argument=spec.guidance_argument,
+                call_arguments=spec.call_arguments,
+            )
+    return None

@@ -1,0 +1,268 @@
+"""Recording: run the whole uncached denoising for every prompt, and keep each one's pairs as soon as it is finished."""
+
+import gc
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from calibrate.calling import prepare_call
+from calibrate.errors import CalibrateError, Incomplete, InvalidOption, RunFolderError
+from calibrate.loading import DTYPES, find_checkpoint, load_pipeline, pipeline_class_of
+from calibrate.locking import RunLock, job_name
+from calibrate.models import class_defaults
+from calibrate.prompts import PromptSet, load_prompts
+from calibrate.protocol import canonical_sha256
+from calibrate.run import Group, RunFolder
+from calibrate.subject import Subject, callable_subject, command_line, pipeline_subject
+from coeffs.errors import CoeffsError
+from runtime.errors import RuntimeCacheError
+
+EMBEDDED_MODEL = "tiny-longcat-image"
+_SAME_FAILURES = 3  # this many first prompts failing alike mean that the call is wrong, not the prompts
+_WAIT_SECONDS = 0.2  # between looks at the groups that other ranks are recording
+_EXPECTED = (CalibrateError, CoeffsError, RuntimeCacheError)
+
+logger = logging.getLogger(__name__)
+
+
+def record(
+    model: Any = EMBEDDED_MODEL,
+    *,
+    prompts: str | os.PathLike | Sequence[str] | None = None,
+    num_prompts: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    images: Iterable[str | os.PathLike] = (),
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    out: str | os.PathLike | None = None,
+    pipe_args: Mapping[str, Any] | None = None,
+    generate: Callable[[str, int], Any] | None = None,
+    modules: Any = None,
+    cpu_offload: bool = False,
+    allow_pickle: bool = False,
+    progress: bool = True,
+) -> RunFolder:
+    """Record full uncached denoising of every prompt into a run folder, or continue the run that is there.
+
+    ``model`` is an alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is (``dtype``
+    and ``device`` are then its own). With ``generate`` and ``modules`` it is only a name: ``generate(prompt, seed)`` runs one
+    whole generation through ``modules`` (one module, or expert name -> module).
+
+    Prompts that fail are noted in ``failures/`` and tried again by the next call; ``is_complete`` of the returned run tells.
+    Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
+    Raises an error derived from `CalibrateError` for anything that cannot be recorded.
+    """
+    options = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width, "num_frames": num_frames}
+    for name, value in {**options, "num_prompts": num_prompts}.items():
+        if value is not None and name != "guidance_scale" and value < (minimum := 2 if name == "steps" else 1):
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
+    if dtype not in DTYPES:
+        raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if out is not None:
+        _make_folder(Path(out))
+    images = list(images)
+    command = command_line(
+        {"model": model if isinstance(model, str) else None, "prompts": prompts if isinstance(prompts, str) else None}
+        | {"num_prompts": num_prompts, "seed": seed or None, **options, "image": images}
+        | {"dtype": dtype if dtype != "bfloat16" else None}
+        | {"pipe_arg": [f"{key}={value}" for key, value in (pipe_args or {}).items()]}
+    )
+
+    if generate is None and callable(model) and not hasattr(model, "components"):
+        model, generate = getattr(model, "__name__", type(model).__name__), model
+    if generate is not None:
+        prompt_set = load_prompts(prompts or "default", seed=seed, images=images).first(num_prompts)
+        settings = {"num_steps": options.pop("steps"), **options, "call_arguments": dict(pipe_args or {})}
+        subject = callable_subject(str(model), generate, modules, settings)
+    else:
+        loaded = hasattr(model, "components")
+        checkpoint = None if loaded else find_checkpoint(model, allow_pickle=allow_pickle)
+        pipeline_class = type(model) if loaded else pipeline_class_of(checkpoint)
+        spec = class_defaults(pipeline_class.__name__) if loaded else checkpoint.spec
+        call = prepare_call(pipeline_class.__call__, spec, pipe_args=pipe_args, **options)
+        if prompts is None and spec is not None:
+            prompts, num_prompts = spec.prompts, num_prompts or spec.num_prompts
+        prompt_set = load_prompts(prompts or "default", seed=seed, images=images).first(num_prompts)
+        call.refuse_unfit(prompt_set.prompts)
+        if loaded:
+            subject = pipeline_subject(model, call)
+        else:
+            pipeline = load_pipeline(
+                checkpoint, dtype=dtype, device=device, allow_pickle=allow_pickle, cpu_offload=cpu_offload
+            )
+            # One bar for the run is enough unless somebody is watching.
+            pipeline.set_progress_bar_config(disable=not (progress and sys.stderr.isatty()), leave=False, position=1)
+            subject = pipeline_subject(pipeline, call, slug=checkpoint.slug, checkpoint=checkpoint.as_dict())
+    return _record_all(subject, prompt_set, out, notes={"command": command}, progress=progress)
+
+
+def _record_all(subject: Subject, prompts: PromptSet, out: Any, *, notes: dict[str, Any], progress: bool) -> RunFolder:
+    identity = dict(subject.identity)
+    run_id = canonical_sha256([identity["protocol_sha256"], prompts.sha256])[:8]
+    path = Path(out) if out is not None else Path("runs") / f"{identity['model']}-{run_id}"
+    _make_folder(path)
+    with RunLock(path / "lock", job_name()) as lock:
+        notes = {"created": _now(), "versions": _versions(), "device": _device_name(subject), "call": subject.call} | notes
+        run = RunFolder.create(path, {"run_id": run_id, **identity}, prompts, **notes)
+        _say_changes(run, notes)
+        if lock.alone:
+            run.remove_leftovers()
+            for name in run.set_corrupt_aside():
+                logger.warning("%s: its pairs could not be read; set aside in corrupt/ and recorded anew", name)
+        _record_missing(run, subject, lock, progress)
+    return run
+
+
+def _record_missing(run: RunFolder, subject: Subject, lock: RunLock, progress: bool) -> None:
+    """Record what is not there yet; with other ranks, whatever they are not at."""
+    import torch
+
+    from calibrate.recorder import Recorder
+
+    rank, world = int(os.environ.get("RANK", 0)), max(1, int(os.environ.get("WORLD_SIZE", 1)))
+    job = f"{lock.job}#{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    groups = run.groups
+    start = rank * len(groups) // world  # each rank begins elsewhere, so that they rarely reach for the same group
+    mine = groups[start:] + groups[:start]
+    outcomes: list[str | None] = []  # a failure's text, or None for a success
+    recorder = Recorder(subject.modules, subject.pipeline)
+    with _bar(run, shown=progress and rank == 0) as bar, torch.inference_mode(), recorder:
+        while missing := [group for group in mine if not run.is_finished(group) and run.failed_in(group) != job]:
+            took = False
+            for group in missing:
+                if not lock.claim(group.index):
+                    continue
+                try:
+                    if not run.is_finished(group) and run.failed_in(group) != job:
+                        took = True
+                        outcomes.append(_record_group(run, subject, recorder, group, job))
+                finally:
+                    lock.release(group.index)
+                _stop_if_hopeless(run, outcomes)
+                bar.n = len(run.finished())
+                bar.refresh()
+            if not took:
+                if rank != 0:
+                    return  # the rest is in other hands, and rank 0 stays until it is done
+                time.sleep(_WAIT_SECONDS)
+        bar.n = len(run.finished())
+
+
+def _record_group(run: RunFolder, subject: Subject, recorder: Any, group: Group, job: str) -> str | None:
+    """Record one group; returns what went wrong, or None."""
+    try:
+        images = [_open_image(run.input_path(name)) for name in group.prompt.image]
+        recorder.start()
+        subject.generate(group.prompt, images)
+        recording = recorder.finish()
+    except _EXPECTED:
+        raise  # says what to do about the model or the run, and would be the same for every prompt
+    except Exception as error:  # any pipeline may raise anything: it costs this prompt and no other
+        kind, message = _kind_of(error), " ".join(str(error).split())[:500]
+    else:
+        if recording.rows:
+            run.write_group(group, recording.rows, recording.timing)
+            if recording.non_finite:
+                logger.warning(
+                    "%s: %d of %d pairs are not finite; kept in the file, left out of every fit",
+                    *(group.name, recording.non_finite, len(recording.rows)),
+                )
+            return None
+        kind, message = "no pairs", "the denoiser was called fewer than two times"
+    _free_memory()
+    run.write_failure(group, kind, message, job)
+    logger.warning("%s failed (%s: %s); the next start tries it again", group.name, kind, message)
+    return f"{kind}: {message}"
+
+
+def _stop_if_hopeless(run: RunFolder, outcomes: list[str | None]) -> None:
+    if len(outcomes) == _SAME_FAILURES and outcomes[0] is not None and len(set(outcomes)) == 1:
+        raise Incomplete(f"{run.path}: the first {_SAME_FAILURES} prompts all failed alike ({outcomes[0]}); stopped")
+
+
+def _kind_of(error: Exception) -> str:
+    import torch
+
+    memory = "out of memory", "can't allocate memory"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error).lower() for text in memory):
+        return "out of memory"
+    return type(error).__name__
+
+
+def _free_memory() -> None:
+    """Give back what a failed generation held, so that the next prompt has the room of the first."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _bar(run: RunFolder, shown: bool):
+    from tqdm import tqdm
+
+    done = len(run.finished())
+    with tqdm(total=len(run.groups), initial=done, desc="recording", unit="prompt", disable=not shown, smoothing=0.1) as bar:
+        yield bar
+
+
+def _open_image(path: Path):
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be created ({error.strerror}); choose another folder with --out") from None
+
+
+def _say_changes(run: RunFolder, notes: Mapping[str, Any]) -> None:
+    for name in ("versions", "device"):
+        if run.manifest.get(name) != notes[name]:
+            logger.warning("%s: begun with %s %s, continued with %s", run.path, name, run.manifest.get(name), notes[name])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import diffusers
+    import numpy
+    import torch
+
+    from calibrate import __version__
+
+    return {
+        "teacal": __version__,
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _device_name(subject: Subject) -> str:
+    import torch
+
+    device = getattr(subject.pipeline, "_execution_device", None) or torch.device("cpu")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,144 @@
+"""What is recorded: the denoisers to watch, one generation per prompt, and what identifies both."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibrate.calling import Call
+from calibrate.errors import InvalidOption
+from calibrate.loading import slug_of
+from calibrate.models import find_model
+from calibrate.prompts import Prompt
+from calibrate.protocol import Protocol, canonical_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """``generate(prompt, images)`` runs one whole generation through ``modules`` (expert name -> module)."""
+
+    modules: Mapping[str, Any]
+    generate: Callable[[Prompt, list[Any]], Any]
+    identity: dict[str, Any]  # the manifest's fields that a coefficient depends on, hashed in protocol_sha256
+    pipeline: Any = None
+    call: dict[str, Any] = field(default_factory=dict)  # arguments of every generation, for whoever repeats one
+
+
+def pipeline_subject(pipeline: Any, call: Call, *, slug: str | None = None, checkpoint: dict | None = None) -> Subject:
+    """A loaded diffusers pipeline, called as `calibrate.calling.prepare_call` worked out."""
+    import torch
+
+    from runtime.cache import denoisers
+
+    modules = denoisers(pipeline)
+    repository = _repository_of(pipeline)
+    spec = find_model(repository)
+
+    def generate(prompt: Prompt, images: list[Any]) -> None:
+        arguments = {**call.arguments, "prompt": prompt.prompt}
+        if prompt.negative_prompt is not None:
+            arguments["negative_prompt"] = prompt.negative_prompt
+        if images:
+            arguments["image"] = images[0] if len(images) == 1 else images
+        pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(prompt.seed))
+
+    return Subject(
+        modules=modules,
+        generate=generate,
+        pipeline=pipeline,
+        call=_plain(call.arguments),
+        identity=_identity(
+            model=slug or (spec.slug if spec else slug_of(repository.rpartition("/")[2])),
+            modules=modules,
+            pipeline_class=type(pipeline).__name__,
+            checkpoint=checkpoint or {"repository": repository, "revision": None, "sha256": None},
+            scheduler=getattr(pipeline, "scheduler", None),
+            settings=call.protocol,
+        ),
+    )
+
+
+def callable_subject(name: str, generate: Callable[[str, int], Any], modules: Any, settings: dict[str, Any]) -> Subject:
+    """Any callable ``generate(prompt, seed)`` with the module, or expert name -> module, that it runs."""
+    if modules is None:
+        raise InvalidOption("generate without modules: name the denoiser to watch, such as modules=model.transformer")
+    modules = dict(modules) if isinstance(modules, Mapping) else {"transformer": modules}
+
+    def generate_one(prompt: Prompt, images: list[Any]) -> None:
+        if images or prompt.negative_prompt is not None:
+            raise InvalidOption("generate(prompt, seed) takes no image and no negative prompt; leave them out of the prompts")
+        generate(prompt.prompt, prompt.seed)
+
+    identity = _identity(
+        model=slug_of(name),
+        modules=modules,
+        pipeline_class=None,
+        checkpoint={"repository": name, "revision": None, "sha256": None},
+        scheduler=None,
+        settings=settings,
+    )
+    return Subject(modules=modules, generate=generate_one, identity=identity)
+
+
+def _identity(*, model: str, modules: Mapping[str, Any], checkpoint: dict, scheduler: Any, settings: dict, **fields) -> dict:
+    config = _plain(dict(getattr(scheduler, "config", None) or {}))
+    first = next(iter(modules.values()))
+    shift = config.get("shift")
+    protocol = Protocol(
+        scheduler=type(scheduler).__name__ if scheduler is not None else None,
+        shift=float(shift) if isinstance(shift, (int, float)) else None,
+        dtype=str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
+        quantization=_quantization(first),
+        lora=", ".join(sorted(getattr(first, "peft_config", None) or ())) or None,
+        **settings,
+    )
+    identity = {
+        "model": model,
+        "transformer_classes": {name: type(module).__name__ for name, module in modules.items()},
+        **fields,
+        "checkpoint": checkpoint,
+        "protocol": _plain(protocol.as_dict()),
+        "scheduler_config": {key: value for key, value in config.items() if not key.startswith("_")},
+    }
+    return {**identity, "protocol_sha256": canonical_sha256(identity)}
+
+
+def _quantization(module: Any) -> str | None:
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method)) if method is not None else None
+
+
+def _repository_of(pipeline: Any) -> str:
+    """The hub id that a pipeline came from, or the name of its folder: never a machine's path."""
+    name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", "") or type(pipeline).__name__)
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def _plain(value: Any) -> Any:
+    """The value with only what YAML and JSON both write: tuples as lists, anything foreign as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float):  # subclasses too: NumPy's numbers are no YAML
+        if isinstance(value, kind):
+            return kind(value)
+    return str(value)
+
+
+def command_line(options: Mapping[str, Any]) -> str:
+    """The command that records the same again, with the options that differ from their default and no machine's path."""
+    words = ["calibrate", "record"]
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for item in values:
+            if item is True:
+                words.append(f"--{name.replace('_', '-')}")
+            elif item is not None and item is not False:
+                text = Path(item).name if Path(str(item)).exists() else str(item)
+                words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
