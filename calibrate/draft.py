@@ -1,0 +1,247 @@
+"""The draft entry: everything that a log says about a model, with the doubts in words.
+
+Deterministic: the same pairs and manifest give the same bytes, but for ``source.created`` and ``source.command``.
+"""
+
+import dataclasses
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+import coeffs
+from calibrate.fit import FitResult, has_shape
+from calibrate.intervals import student_interval
+from calibrate.log import Run
+from calibrate.quality import learning_curve
+from calibrate.replay import Search, polynomials, replay, summarise, threshold_grid
+from calibrate.selection import BETTER, BranchFit, fit_branches, recommended_branch
+
+EMBEDDED_MODEL = "tiny-longcat-image"
+POOR_R2 = 0.5
+FEW_PROMPTS = 8
+
+
+def draft_entry(
+    run: Run,
+    *,
+    degree: int = 4,
+    target: str = "output",
+    signal: str = "modulated_input",
+    method: str = "auto",
+    command: str | None = None,
+) -> coeffs.Entry:
+    """Fit a run and say how good it is, as a registry entry (version 0, a draft).
+
+    Args:
+        degree: 1 to 6.
+        target: ``output`` (the paper's), ``hidden`` or ``residual``.
+        signal: ``modulated_input`` or ``time_embedding``.
+        method: Which fit is recommended: ``auto`` decides on held-out pairs, ``polyfit`` or ``constrained`` force one.
+            The other one is kept as an alternative.
+        command: The command line to store as the entry's origin.
+
+    Raises:
+        CalibrateError: For a run or options that cannot be fitted.
+    """
+    return entry_of(run, fit_branches(run, degree, target, signal, method), target, signal, command)
+
+
+def entry_of(run: Run, fits: list[BranchFit], target: str, signal: str, command: str | None = None) -> coeffs.Entry:
+    """The entry of fits made by :func:`fit_branches`."""
+    manifest = run.manifest
+    warnings = [*_run_warnings(run), *(warning for one in fits for warning in _fit_warnings(one))]
+    experts = {}
+    for expert in run.experts:
+        own = {one.branch: one for one in fits if one.expert == expert}
+        recommended, loss = recommended_branch(own)
+        warnings += [f"{expert}: {loss}"] if loss else []
+        experts[expert] = coeffs.Expert(
+            recommended=recommended,
+            branches={branch: _entry_fit(one) for branch, one in own.items()},
+            mag_ratios=_mag_ratios(run, expert),
+        )
+    classes = manifest.get("transformer_classes") or {}
+    entry = coeffs.Entry(
+        model=slug(str(manifest.get("model") or "unnamed")),
+        status="measured",
+        title=None,
+        transformer_class=classes.get("transformer") or next(iter(classes.values()), None),
+        pipeline_class=manifest.get("pipeline_class"),
+        checkpoint=_record(coeffs.Checkpoint, manifest.get("checkpoint")),
+        signal=signal,
+        target=target,
+        sign_rule="clamp",
+        protocol=_protocol(manifest.get("protocol")),
+        experts=experts,
+        warnings=tuple(dict.fromkeys(warnings)),
+        source=_source(run, command),
+    )
+    return dataclasses.replace(entry, thresholds=tuple(_thresholds(run, entry, fits, signal)))
+
+
+def slug(model: str) -> str:
+    """A model's name as the registry spells it: lower case, at most one slash."""
+    parts = [re.sub(r"[^a-z0-9._-]+", "-", part.lower()).strip("._-")[:64] for part in re.split(r"[/\\]", model)]
+    return "/".join([part.strip("._-") for part in parts if part][-2:]) or "unnamed"
+
+
+def _entry_fit(one: BranchFit) -> coeffs.Fit:
+    counts = coeffs.Counts(
+        prompts=one.pairs["prompt_id"].nunique(),
+        trajectories=len(one.pairs[["prompt_id", "seed", "branch"]].drop_duplicates()),
+        pairs=len(one.pairs),
+        excluded_non_finite=one.excluded,
+    )
+    alternatives = (coeffs.Candidate(**_candidate(one, one.other)),) if one.other else ()
+    return coeffs.Fit(**_candidate(one, one.chosen), counts=counts, why=one.why, alternatives=alternatives)
+
+
+def _candidate(one: BranchFit, result: FitResult) -> dict[str, Any]:
+    resampled = one.bootstraps[result.method]
+    return {
+        "coefficients_high_to_low": result.coefficients_high_to_low,
+        "degree": result.degree,
+        "method": result.method,
+        "domain": result.domain,
+        "figures": one.figures[result.method],
+        "intervals": {"coefficients": resampled.coefficient_intervals()} if resampled else None,
+    }
+
+
+def _mag_ratios(run: Run, expert: str) -> dict[str, tuple[float, ...]] | None:
+    """MagCache's curve per branch: mean magnitude ratio, index = step, 1 at step 0. None for mixed schedules."""
+    rows = run.frame[run.frame["expert"] == expert]
+    if rows["num_steps"].nunique() != 1:
+        return None
+    means = rows.groupby(["branch", "step"])["mag_ratio"].mean()
+    found = {}
+    for branch in run.branches(expert):
+        curve = means[branch]
+        if np.isfinite(curve).all() and list(curve.index) == list(range(1, len(curve) + 1)):
+            found[branch] = (1.0, *map(float, curve))
+    return found or None
+
+
+def _thresholds(run: Run, entry: coeffs.Entry, fits: list[BranchFit], signal: str) -> list[coeffs.Threshold]:
+    """Replayed thresholds with their interval: no timing in it, so that the same pairs give the same entry."""
+    of_branch = polynomials(entry, run)
+    search = Search(run, of_branch, signal=signal)
+    grid = [threshold for threshold in threshold_grid(search) if threshold > 0]
+    if not grid:
+        return []
+    table = summarise(replay(run, of_branch, grid, signal=signal)).set_index("threshold")
+    intervals = computed_intervals(search, fits, grid)
+    rows = []
+    for threshold, row in table.iterrows():
+        note = f"prompts {row['computed_low']:.4g} to {row['computed_high']:.4g}"
+        if intervals is not None:
+            low, high = intervals[threshold]
+            note += f", 95 % interval of the mean {low:.1f} to {high:.1f}"
+        rows.append(coeffs.Threshold(
+            threshold=float(threshold), computed_steps=float(row["computed_steps"]), kind="replay",
+            num_steps=round(row["num_steps"]), note=note,
+        ))  # fmt: skip
+    return rows
+
+
+def computed_intervals(
+    search: Search, fits: list[BranchFit], thresholds: list[float], resamples: int = 200
+) -> dict[float, tuple[float, float]] | None:
+    """95 % interval of the mean number of computed steps per threshold: prompts resampled, polynomials refitted.
+
+    None with fewer than three prompts, or where not every branch holds every prompt.
+    """
+    refits = {(one.expert, one.branch): one.bootstraps[one.chosen.method] for one in fits}
+    used = [refits.get(one.key) for one in search.recorded]
+    if any(one is None or list(one.prompts) != search.prompts for one in used):
+        return None
+    weights = used[0].weights[:resamples]
+    predicted = np.empty((len(weights), *search.x.shape))
+    for row, (refit, one) in enumerate(zip(used, search.recorded, strict=True)):
+        low = search.of_branch[one.key].domain[0]
+        powers = np.vander(np.maximum(np.nan_to_num(search.x[row]), low), refit.result.degree + 1)
+        predicted[:, row] = np.maximum(refit.coefficients_high_to_low[:resamples] @ powers.T, 0.0)
+    found = {}
+    for threshold in thresholds:
+        estimate = search.generation_means(search.computed(threshold))
+        resampled = search.resampled_means(search.computed(threshold, predicted), weights)
+        low, high = student_interval(estimate, resampled, len(search.prompts))
+        found[threshold] = (max(float(low), 1.0), min(float(high), float(search.num_steps)))
+    return found
+
+
+def _run_warnings(run: Run) -> list[str]:
+    found, prompts = [], len(run.prompts)
+    if run.manifest.get("model") == EMBEDDED_MODEL:
+        found.append("measured on the embedded tiny model: the figures say nothing about any other model")
+    if run.excluded:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in run.excluded.items())
+        found.append(f"{sum(run.excluded.values())} of {len(run.rows)} pairs excluded: {reasons}")
+    wanted = {row.get("prompt_id") for row in run.manifest.get("prompts") or []}
+    if len(wanted) > prompts:
+        found.append(f"{prompts} of {len(wanted)} prompts recorded: the run is incomplete")
+    if prompts == 1:
+        found.append("one prompt only: nothing can be held out, all figures are in-sample")
+    elif prompts < FEW_PROMPTS:
+        found.append(f"{prompts} prompts only: held-out figures and intervals are rough")
+    steps = sorted(run.frame["num_steps"].unique())
+    if run.frame.groupby("expert")["step"].nunique().min() == 1:
+        found.append("one pair per trajectory only: a polynomial of x cannot be told from the schedule")
+    elif len(steps) == 1:
+        found.append(f"recorded at {steps[0]} steps only: thresholds do not carry over to other numbers of steps")
+    return found
+
+
+def _fit_warnings(one: BranchFit) -> list[str]:
+    name, found, known = f"{one.expert}/{one.branch}", list(one.chosen.warnings), one.chosen_figures
+    non_negative, _ = has_shape(one.chosen)
+    if not non_negative:
+        found.append("negative on part of its domain: engines with other sign rules will decide differently")
+    if known["r2"] is None:
+        found.append("the target is constant: there is nothing to predict")
+    if (unseen := known["r2_held_out"]) is not None:
+        if unseen <= (known["r2_constant"] or 0.0):
+            found.append(f"no better than a constant on held-out prompts (R² {unseen:.2f}): skip uniformly instead")
+        elif unseen < POOR_R2:
+            found.append(f"poor fit (held-out R² {unseen:.2f})")
+        gain = known["r2_step_mean_and_x"] - known["r2_step_mean"] if known["r2_step_mean"] is not None else 0.0
+        if gain < BETTER:
+            found.append(
+                f"x adds nothing beyond the schedule (held-out R² of the step's mean {known['r2_step_mean']:.2f}, "
+                f"with x {known['r2_step_mean_and_x']:.2f}): a fixed plan may do as well"
+            )
+    table, enough = learning_curve(one.pairs, one.chosen.degree, one.chosen.method)
+    if len(table) and enough is None:
+        found.append(f"the held-out error still falls at {table['prompts'].iloc[-1]} prompts: record more")
+    return [f"{name}: {text}" for text in found]
+
+
+def _record(record: type, values: dict | None) -> Any:
+    known = {spec.name for spec in dataclasses.fields(record)}
+    return record(**{key: value for key, value in (values or {}).items() if key in known and value is not None})
+
+
+def _protocol(values: dict | None) -> coeffs.Protocol:
+    values = dict(values or {})
+    arguments = values.pop("call_arguments", None) or {}
+    scalars = {
+        key: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for key, value in arguments.items()
+    }
+    return _record(coeffs.Protocol, values | {"call_arguments": scalars})
+
+
+def _source(run: Run, command: str | None) -> coeffs.Source:
+    versions = run.manifest.get("versions") or {}
+    return coeffs.Source(
+        run_id=run.manifest.get("run_id"),
+        log_sha256=run.log_sha256,
+        toolkit=versions.get("teacal"),
+        torch=versions.get("torch"),
+        diffusers=versions.get("diffusers"),
+        device=run.manifest.get("device"),
+        command=command,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
