@@ -9,6 +9,7 @@ Imports the standard library and PyYAML only.
 """
 
 from coeffs.errors import CoeffsError
+from coeffs.match import Facts, Match, find
 from coeffs.polynomial import Polynomial
 from coeffs.schema import Candidate, Checkpoint, Counts, Entry, Expert, Fit, Plan, Protocol, Source, Threshold
 from coeffs.store import dump, entries, load, loads, publish, save
@@ -20,7 +21,9 @@ __all__ = [
     "Counts",
     "Entry",
     "Expert",
+    "Facts",
     "Fit",
+    "Match",
     "Plan",
     "Polynomial",
     "Protocol",
@@ -28,6 +31,7 @@ __all__ = [
     "Threshold",
     "dump",
     "entries",
+    "find",
     "load",
     "loads",
     "publish",

@@ -158,7 +158,10 @@ class Fit(Candidate):
 
 @dataclass(frozen=True, kw_only=True)
 class Expert(Record):
-    """One denoiser of the pipeline: a fit and MagCache ratios per branch (``pooled``, ``cond``, ``uncond``)."""
+    """One denoiser of the pipeline: a fit and MagCache ratios per branch (``pooled``, ``cond``, ``uncond``).
+
+    Ratios are one per step of the schedule: index = step, 1 at step 0.
+    """
 
     recommended: Name | None = None
     branches: dict[Name, Fit] = field(default_factory=dict)

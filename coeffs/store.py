@@ -232,6 +232,9 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
     stem = model.rpartition("/")[2]
     names = sorted({item.model for item in files if "/" in item.model})
     candidates = [name for name in names if name.rpartition("/")[2].startswith(stem)] if "/" not in model else []
+    own = [entry for entry in _newest(files, candidates, model, version) if entry.status == "measured"]
+    if len(own) == 1:
+        return own[0]
     if len(candidates) == 1 and candidates[0].endswith(f"/{model}"):
         found = _of_model(files, candidates[0], version)
         if found is None:
@@ -253,6 +256,11 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
     close = difflib.get_close_matches(model, every, 3, 0.5) or [name for name in every if stem in name][:3]
     hint = f"did you mean {', '.join(close)}?" if close else "see `calibrate list`"
     raise EntryNotFound(f"no entry {model!r} in {', '.join(dict.fromkeys(item.layer.name for item in files))}: {hint}")
+
+
+def _newest(files: list[Released], candidates: list[str], model: str, version: str | None) -> list[Entry]:
+    found = [_of_model(files, name, version) for name in candidates if name.endswith(f"/{model}")]
+    return [item.entry() for item in found if item is not None]
 
 
 def entries(registry: str | Path | None = None) -> list[Entry]:
