@@ -1,4 +1,4 @@
-"""What a pipeline is called with: options, the table's defaults and the pipeline's own, checked against its signature."""
+"""What a pipeline is called with: options, the table's defaults and its own, checked against its signature."""
 
 import difflib
 import inspect
@@ -38,9 +38,11 @@ class Call:
         for prompt in prompts:
             for name in ("negative_prompt", "image"):
                 if getattr(prompt, name) and not self.accepts(name):
-                    raise InvalidOption(f"prompt {prompt.prompt!r} has a {name}, but the pipeline takes no argument {name!r}")
+                    raise InvalidOption(f"prompt {prompt.prompt!r} has a {name}, which the pipeline does not take")
             if self.needs_image and not prompt.image:
-                raise InvalidOption(f"prompt {prompt.prompt!r} has no image, and this pipeline edits one; give --image FILE")
+                raise InvalidOption(
+                    f"prompt {prompt.prompt!r} has no image, which the pipeline needs; give --image FILE"
+                )
 
 
 def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
@@ -68,9 +70,9 @@ def prepare_call(
     num_frames: int | None = None,
     pipe_args: Mapping[str, Any] | None = None,
 ) -> Call:
-    """Merge, from weak to strong: the pipeline's own defaults, the table's, the options; refuse options it does not take.
+    """Merge the pipeline's own defaults, the table's and the options, the latter winning.
 
-    A default of the table that the pipeline does not take is left out, an option never is.
+    A default of the table that the pipeline does not take is left out; an option that it does not take is an error.
     """
     parameters = {name: p for name, p in inspect.signature(pipeline_call).parameters.items() if name != "self"}
     accepted = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
@@ -89,7 +91,9 @@ def prepare_call(
             explicit[name], flags[name] = value, flag
     for name in explicit:
         if name in _RESERVED - {"negative_prompt"}:
-            raise InvalidOption(f"{flags[name]}: set for every prompt by the recording; use --prompts, --image or --seed")
+            raise InvalidOption(
+                f"{flags[name]}: the recording sets it for every prompt; use --prompts, --image or --seed"
+            )
         if accepted is not None and name not in accepted:
             raise InvalidOption(f"{flags[name]}: the pipeline takes no argument {name!r}{_nearest(name, accepted)}")
     defaults = _table_defaults(spec, guidance)
@@ -116,7 +120,7 @@ def _table_defaults(spec: ModelSpec | None, guidance: str) -> dict[str, Any]:
 
 
 def _guidance_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """``true_cfg_scale`` where ``guidance_scale`` is only there for distilled models (Qwen-Image), else the usual name."""
+    """``true_cfg_scale`` where ``guidance_scale`` is there for distilled models only (Qwen-Image), else the latter."""
     usual = parameters.get("guidance_scale")
     if "true_cfg_scale" in parameters and (usual is None or usual.default is None):
         return "true_cfg_scale"
@@ -142,4 +146,6 @@ def _is_number(value: Any) -> bool:
 
 def _nearest(name: str, accepted: frozenset[str]) -> str:
     close = difflib.get_close_matches(name, sorted(accepted), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; it takes {', '.join(sorted(accepted - _RESERVED))}"
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; it takes {', '.join(sorted(accepted - _RESERVED))}"

@@ -25,7 +25,8 @@ class _Group(DefaultGroup):
         except OSError as error:
             if error.filename is None:
                 raise
-            raise _ExpectedError(f"{error.filename}: {error.strerror}; check the path, its rights and the disk", 2) from error
+            message = f"{error.filename}: {error.strerror}; check the path, its rights and the disk"
+            raise _ExpectedError(message, 2) from error
         except Exception as error:
             from calibrate.errors import CalibrateError
             from coeffs.errors import CoeffsError

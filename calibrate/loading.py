@@ -43,7 +43,7 @@ def find_checkpoint(name: str | os.PathLike, *, allow_pickle: bool = False) -> C
     if spec is not None and spec.embedded:
         folder = Path(str(files("calibrate") / "embedded" / spec.embedded))
         if not folder.is_dir():
-            raise ModelNotFound(f"{spec.alias}: the embedded weights are missing from this installation; reinstall teacal")
+            raise ModelNotFound(f"{spec.alias}: its weights are missing from this installation; reinstall teacal")
         return _checkpoint(folder, repository=spec.alias, revision=None, slug=spec.slug, spec=spec)
     if folder.is_dir():
         repository = folder.resolve().name
@@ -105,7 +105,8 @@ def load_pipeline(
             return pipeline
         return pipeline.to(device)
     except torch.OutOfMemoryError as error:
-        raise InvalidOption(f"{checkpoint.repository}: does not fit on {device} ({_line(error)}); try --cpu-offload") from None
+        message = f"{checkpoint.repository}: does not fit on {device} ({_line(error)}); try --cpu-offload"
+        raise InvalidOption(message) from None
     except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError, RuntimeError) as error:
         raise InvalidCheckpoint(
             f"{checkpoint.repository}: diffusers cannot load it as {checkpoint.pipeline_class} "
@@ -177,8 +178,8 @@ def _download(name: str, repository: str, allow_pickle: bool) -> Path:
     except Exception as error:  # the hub client raises from four libraries; none of them is a programming error here
         raise ModelNotFound(
             f"{name}: tried the embedded models, a folder of that name, the local cache and the hub ({repository}): "
-            f"{_line(error)}. Check the name and the connection, log in with `hf auth login` if the repository is gated, "
-            "or give a local folder"
+            f"{_line(error)}. Check the name and the connection, log in with `hf auth login` if it is gated, or give "
+            "a local folder"
         ) from None
 
 

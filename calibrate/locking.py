@@ -1,8 +1,9 @@
 """Locks on a run folder: one job records into it, and each group of it is recorded by one process.
 
 All are byte ranges of one file: byte 0 belongs to the job, byte 1 + i to group i. The kernel frees the ranges of a
-process that ends in any way, SIGKILL and power loss included, so no lock is ever stale and no clock is compared. A file
-system without locks costs at most work done twice: shards are written atomically and are the same whoever writes them.
+process that ends in any way, SIGKILL and power loss included, so no lock is ever stale and no clock is compared. A
+file system without locks costs at most work done twice: shards are written atomically and are the same whoever
+writes them.
 """
 
 import json
@@ -80,10 +81,10 @@ class RunLock:
             if holder is not None and holder.get("job") == self.job:
                 return
             if holder is not None or time.monotonic() > deadline:
-                holder = holder or {}
+                pid, host = (holder or {}).get("pid", "?"), (holder or {}).get("host", "?")
                 raise RunInUse(
-                    f"{self.path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is recording into "
-                    "this run; wait for it, stop it, or choose another folder with --out (the lock goes with its process)"
+                    f"{self.path.parent}: process {pid} on {host} is recording into this run; wait for it, stop it "
+                    "(the lock goes with its process), or choose another folder with --out"
                 )
             time.sleep(0.05)
 

@@ -22,8 +22,8 @@ class Prompt:
     """One generation to record.
 
     ``prompt_id`` hashes the content (text, negative text, images) and not the position, so that the same prompt keeps
-    its name in every run: a held-out split by ``prompt_id`` never has one prompt on both sides, and runs recorded apart
-    can be fitted together.
+    its name in every run: a held-out split by ``prompt_id`` never has one prompt on both sides, and runs recorded
+    apart can be fitted together.
     """
 
     prompt_id: str
@@ -58,7 +58,7 @@ class PromptSet:
         if count is None:
             return self
         if not 1 <= count <= len(self.prompts):
-            raise InvalidPrompts(f"--num-prompts {count}: {self.name} has {len(self.prompts)} prompts; ask for 1 to that")
+            raise InvalidPrompts(f"--num-prompts {count}: {self.name} has {len(self.prompts)}; ask for 1 to that many")
         return replace(self, prompts=self.prompts[:count])
 
 
@@ -76,8 +76,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read a shipped set (by name), a ``.txt`` or ``.jsonl`` file, or a list of texts.
 
-    The prompt at position i gets the seed ``seed + i`` unless its line names one. ``images`` (files or folders) go round
-    the prompts that name no image of their own.
+    The prompt at position i gets the seed ``seed + i`` unless its line names one. ``images`` (files or folders) go
+    round the prompts that name no image of their own.
     """
     if isinstance(source, (str, os.PathLike)):
         path = shipped_sets().get(str(source), Path(source))
@@ -91,7 +91,7 @@ def load_prompts(
     for index, (where, item, folder) in enumerate(lines):
         text = item.get("prompt")
         if not isinstance(text, str):
-            raise InvalidPrompts(f"{where}: no text under 'prompt'; expected {{\"prompt\": \"...\"}}")
+            raise InvalidPrompts(f'{where}: no text under \'prompt\'; expected {{"prompt": "..."}}')
         own = _own_images(where, item.get("image"), folder)
         known.update(own)
         names = tuple(name for name, _ in own)
@@ -135,7 +135,8 @@ def _read(path: Path) -> list[tuple[str, dict, Path]]:
         except UnicodeDecodeError as error:
             raise InvalidPrompts(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         if text:
-            items.append((where, _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}, path.parent))
+            item = _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
+            items.append((where, item, path.parent))
     return items
 
 
@@ -169,7 +170,7 @@ def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
         if source.is_dir():
             inside = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise InvalidPrompts(f"{source}: no image in this folder; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+                raise InvalidPrompts(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
             found += inside
         else:
             found.append(source)

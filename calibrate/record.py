@@ -1,4 +1,4 @@
-"""Recording: run the whole uncached denoising for every prompt, and keep each one's pairs as soon as it is finished."""
+"""Recording: run the whole uncached denoising for every prompt, and keep the pairs of each one that finishes."""
 
 import gc
 import logging
@@ -55,15 +55,16 @@ def record(
 ) -> RunFolder:
     """Record full uncached denoising of every prompt into a run folder, or continue the run that is there.
 
-    ``model`` is an alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is (``dtype``
-    and ``device`` are then its own). With ``generate`` and ``modules`` it is only a name: ``generate(prompt, seed)`` runs one
-    whole generation through ``modules`` (one module, or expert name -> module).
+    ``model`` is an alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is
+    (``dtype`` and ``device`` are then its own). With ``generate`` and ``modules`` it is only a name:
+    ``generate(prompt, seed)`` runs one whole generation through ``modules`` (one module, or expert name -> module).
 
-    Prompts that fail are noted in ``failures/`` and tried again by the next call; ``is_complete`` of the returned run tells.
-    Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
+    Prompts that fail are noted in ``failures/`` and tried again by the next call; ``is_complete`` of the returned run
+    tells. Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
     Raises an error derived from `CalibrateError` for anything that cannot be recorded.
     """
-    options = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width, "num_frames": num_frames}
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    options = {"steps": steps, "guidance_scale": guidance_scale, **sizes}
     for name, value in {**options, "num_prompts": num_prompts}.items():
         if value is not None and name != "guidance_scale" and value < (minimum := 2 if name == "steps" else 1):
             flag = f"--{name.replace('_', '-')}"
@@ -114,7 +115,7 @@ def _record_all(subject: Subject, prompts: PromptSet, out: Any, *, notes: dict[s
     path = Path(out) if out is not None else Path("runs") / f"{identity['model']}-{run_id}"
     _make_folder(path)
     with RunLock(path / "lock", job_name()) as lock:
-        notes = {"created": _now(), "versions": _versions(), "device": _device_name(subject), "call": subject.call} | notes
+        notes |= {"created": _now(), "versions": _versions(), "device": _device_name(subject), "call": subject.call}
         run = RunFolder.create(path, {"run_id": run_id, **identity}, prompts, **notes)
         _say_changes(run, notes)
         if lock.alone:
@@ -214,8 +215,8 @@ def _free_memory() -> None:
 def _bar(run: RunFolder, shown: bool):
     from tqdm import tqdm
 
-    done = len(run.finished())
-    with tqdm(total=len(run.groups), initial=done, desc="recording", unit="prompt", disable=not shown, smoothing=0.1) as bar:
+    total, done = len(run.groups), len(run.finished())
+    with tqdm(total=total, initial=done, desc="recording", unit="prompt", disable=not shown, smoothing=0.1) as bar:
         yield bar
 
 
@@ -230,13 +231,15 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be created ({error.strerror}); choose another folder with --out") from None
+        message = f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
+        raise RunFolderError(message) from None
 
 
 def _say_changes(run: RunFolder, notes: Mapping[str, Any]) -> None:
     for name in ("versions", "device"):
-        if run.manifest.get(name) != notes[name]:
-            logger.warning("%s: begun with %s %s, continued with %s", run.path, name, run.manifest.get(name), notes[name])
+        begun = run.manifest.get(name)
+        if begun != notes[name]:
+            logger.warning("%s: begun with %s %s, continued with %s", run.path, name, begun, notes[name])
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
 """The run folder: a manifest and one file of pairs per finished trajectory group, nothing of which is ever rewritten.
 
-A group is one prompt with one seed, all its branches and experts. It is finished when its file of pairs exists and can be
-read; everything else (what to record next, whether the run is complete) follows from that.
+A group is one prompt with one seed, all its branches and experts. It is finished when its file of pairs exists and
+can be read; everything else (what to record next, whether the run is complete) follows from that.
 """
 
 import json
@@ -59,17 +59,21 @@ class RunFolder:
         return cls(path, _read_manifest(path / "run.yaml"))
 
     @classmethod
-    def create(cls, path: str | os.PathLike, identity: Mapping[str, Any], prompts: PromptSet, **notes: Any) -> "RunFolder":
+    def create(
+        cls, path: str | os.PathLike, identity: Mapping[str, Any], prompts: PromptSet, **notes: Any
+    ) -> "RunFolder":
         """Start a run, or continue the one in ``path`` when identity and prompt set are the same.
 
-        ``identity`` is what `calibrate.record.identity_of` returns; ``notes`` (created, versions, device, command, ...) are
+        ``identity`` is what `calibrate.subject.Subject` has; ``notes`` (created, versions, device, command, ...) are
         written at the start and kept afterwards. The caller holds the folder's lock.
         """
         path = Path(path)
         rows = [prompt.as_dict() for prompt in prompts.prompts]
         if not (path / "run.yaml").exists():
             if any((path / "pairs").glob("*.parquet")):
-                raise RunFolderError(f"{path}: pairs without a run.yaml; put it back, or choose another folder with --out")
+                raise RunFolderError(
+                    f"{path}: pairs but no run.yaml; put it back, or choose another folder with --out"
+                )
             run = cls(path, {**identity, "prompts_sha256": prompts.sha256, "prompts": rows, **notes})
             run._write_inputs(prompts)
             run._write_manifest()
@@ -130,7 +134,8 @@ class RunFolder:
 
     def write_failure(self, group: Group, kind: str, message: str, job: str) -> None:
         """Note that a group could not be recorded, by which job; the next start tries it again."""
-        failure = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed, "kind": kind, "message": message, "job": job}
+        failure = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed, "kind": kind, "message": message}
+        failure["job"] = job
         write_atomically(self.path / "failures" / f"{group.name}.json", _json_bytes(failure))
 
     def failures(self) -> dict[str, dict[str, Any]]:
@@ -160,7 +165,9 @@ class RunFolder:
     def input_path(self, name: str) -> Path:
         """The image of this name, which lies inside the run folder."""
         if Path(name).name != name or name.startswith("."):
-            raise RunFolderError(f"{self.path}: run.yaml names the image {name!r}; expected a plain file name in inputs/")
+            raise RunFolderError(
+                f"{self.path}: run.yaml names the image {name!r}; expected the name of a file in inputs/"
+            )
         return self.path / "inputs" / name
 
     def _write_manifest(self) -> None:
@@ -178,13 +185,13 @@ class RunFolder:
     def _refuse_other(self, identity: Mapping[str, Any], prompts: PromptSet) -> None:
         if self.manifest.get("protocol_sha256") != identity["protocol_sha256"]:
             raise ProtocolMismatch(
-                f"{self.path}: holds another recording ({_difference(self.manifest, identity)}); recordings are never mixed: "
-                "repeat the old settings to continue it, or choose another folder with --out"
+                f"{self.path}: holds another recording ({_difference(self.manifest, identity)}); recordings are never "
+                "mixed: repeat the old settings to continue it, or choose another folder with --out"
             )
         if self.manifest.get("prompts_sha256") != prompts.sha256:
             raise ProtocolMismatch(
-                f"{self.path}: holds a recording of other prompts or seeds; recordings are never mixed: repeat the old "
-                "--prompts and --seed to continue it, or choose another folder with --out"
+                f"{self.path}: holds a recording of other prompts or seeds; recordings are never mixed: repeat the "
+                "old --prompts and --seed to continue it, or choose another folder with --out"
             )
 
 
@@ -209,8 +216,8 @@ def read_pairs(path: Path):
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptShard(
-            f"{path}: not a readable file of pairs ({' '.join(str(error).split())[:160]}); run the same `calibrate record` "
-            "again, which sets it aside and records it anew"
+            f"{path}: not a readable file of pairs ({' '.join(str(error).split())[:160]}); run the same "
+            "`calibrate record` again, which sets it aside and records it anew"
         ) from None
     missing = [name for name in PAIR_COLUMNS if name not in table.column_names]
     if missing:
@@ -238,8 +245,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror}); nothing finished is lost: make room or choose another folder "
-            "with --out, then run the same command again"
+            f"{path}: cannot be written ({error.strerror}); nothing finished is lost: make room or choose another "
+            "folder with --out, then run the same command again"
         ) from None
 
 
@@ -259,7 +266,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunFolderError(f"{path.parent}: no run.yaml in it; expected a folder written by `calibrate record`") from None
+        message = f"{path.parent}: no run.yaml in it; expected a folder written by `calibrate record`"
+        raise RunFolderError(message) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
     rows = manifest.get("prompts") if isinstance(manifest, dict) else None

@@ -29,7 +29,7 @@ def pipeline_subject(pipeline: Any, call: Call, *, slug: str | None = None, chec
     """A loaded diffusers pipeline, called as `calibrate.calling.prepare_call` worked out."""
     import torch
 
-    from runtime.cache import denoisers
+    from runtime import denoisers
 
     modules = denoisers(pipeline)
     repository = _repository_of(pipeline)
@@ -59,7 +59,9 @@ def pipeline_subject(pipeline: Any, call: Call, *, slug: str | None = None, chec
     )
 
 
-def callable_subject(name: str, generate: Callable[[str, int], Any], modules: Any, settings: dict[str, Any]) -> Subject:
+def callable_subject(
+    name: str, generate: Callable[[str, int], Any], modules: Any, settings: dict[str, Any]
+) -> Subject:
     """Any callable ``generate(prompt, seed)`` with the module, or expert name -> module, that it runs."""
     if modules is None:
         raise InvalidOption("generate without modules: name the denoiser to watch, such as modules=model.transformer")
@@ -67,7 +69,7 @@ def callable_subject(name: str, generate: Callable[[str, int], Any], modules: An
 
     def generate_one(prompt: Prompt, images: list[Any]) -> None:
         if images or prompt.negative_prompt is not None:
-            raise InvalidOption("generate(prompt, seed) takes no image and no negative prompt; leave them out of the prompts")
+            raise InvalidOption("generate(prompt, seed) takes no image and no negative prompt; prompts must have none")
         generate(prompt.prompt, prompt.seed)
 
     identity = _identity(
@@ -81,13 +83,15 @@ def callable_subject(name: str, generate: Callable[[str, int], Any], modules: An
     return Subject(modules=modules, generate=generate_one, identity=identity)
 
 
-def _identity(*, model: str, modules: Mapping[str, Any], checkpoint: dict, scheduler: Any, settings: dict, **fields) -> dict:
+def _identity(
+    *, model: str, modules: Mapping[str, Any], checkpoint: dict, scheduler: Any, settings: dict, **fields: Any
+) -> dict[str, Any]:
     config = _plain(dict(getattr(scheduler, "config", None) or {}))
     first = next(iter(modules.values()))
     shift = config.get("shift")
     protocol = Protocol(
         scheduler=type(scheduler).__name__ if scheduler is not None else None,
-        shift=float(shift) if isinstance(shift, (int, float)) else None,
+        shift=float(shift) if isinstance(shift, (int, float)) and not config.get("use_dynamic_shifting") else None,
         dtype=str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
         quantization=_quantization(first),
         lora=", ".join(sorted(getattr(first, "peft_config", None) or ())) or None,
@@ -131,7 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 def command_line(options: Mapping[str, Any]) -> str:
-    """The command that records the same again, with the options that differ from their default and no machine's path."""
+    """The command that records the same again: the options that differ from their default, and no machine's path."""
     words = ["calibrate", "record"]
     for name, value in options.items():
         values = value if isinstance(value, (list, tuple)) else [value]

@@ -14,11 +14,11 @@ _RECORDING_OPTIONS = (
         help="Alias (such as LongCat-Image), diffusers folder or hub id.",
         show_default=True,
     ),
-    click.option("--prompts", metavar="FILE|SET", help="Text (one a line) or JSON lines, or the name of a shipped set."),
+    click.option("--prompts", metavar="FILE|SET", help="Text (one a line), JSON lines, or a shipped set."),
     click.option("--num-prompts", type=click.IntRange(min=1), help="Only the first N prompts."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first prompt."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt."),
     click.option("--steps", type=int, help="Denoising steps, at least 2."),
-    click.option("--guidance-scale", type=float, help="Classifier-free or distilled guidance, as the pipeline has it."),
+    click.option("--guidance-scale", type=float, help="Classifier-free or distilled."),
     click.option("--height", type=click.IntRange(min=1), help="Pixels."),
     click.option("--width", type=click.IntRange(min=1), help="Pixels."),
     click.option("--num-frames", type=click.IntRange(min=1), help="Frames of a video."),
@@ -37,10 +37,10 @@ _RECORDING_OPTIONS = (
         help="Of weights and activations.",
     ),
     click.option("--device", default="auto", metavar="auto|cpu|cuda", show_default=True, help="Where the model runs."),
-    click.option("--out", type=click.Path(file_okay=False), metavar="RUN", help="Run folder [default: runs/<model>-<hash>]."),
-    click.option("--pipe-arg", "pipe_args", multiple=True, metavar="KEY=VALUE", help="Further argument of the pipeline."),
+    click.option("--out", type=click.Path(file_okay=False), metavar="RUN", help="Run folder [runs/<model>-<hash>]."),
+    click.option("--pipe-arg", "pipe_args", multiple=True, metavar="KEY=VALUE", help="Further pipeline argument."),
     click.option("--cpu-offload", is_flag=True, help="Keep on the GPU only the component that is running."),
-    click.option("--allow-pickle", is_flag=True, help="Also load pickled weights, which can run code: trusted ones only."),
+    click.option("--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."),
 )
 
 

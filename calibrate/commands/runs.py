@@ -70,8 +70,8 @@ def raise_if_incomplete(recorded: Any) -> None:
         named = "; ".join(f"{name} ({failure['kind']})" for name, failure in list(failures.items())[:5])
         more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
         raise Incomplete(
-            f"{recorded.path}: {len(failures)} of {len(recorded.groups)} prompts failed: {named}{more}; see failures/, "
-            "and run the same command again to retry them"
+            f"{recorded.path}: {len(failures)} of {len(recorded.groups)} prompts failed: {named}{more}; "
+            "see failures/, and run the same command again to retry them"
         )
 
 
