@@ -22,7 +22,8 @@ from coeffs.polynomial import MAX_DEGREE, Polynomial
 
 EPS = float(np.finfo(float).eps)
 DENSE_GRID = 4096  # points between which a constrained fit rises visibly in double precision
-EXPORT_LOSS = 1e-9  # largest rounding of the exported form, relative to the largest prediction
+UNDETERMINED = 1e5  # condition in the scaled basis (below 100 for spread-out x) from which a power is left out
+EXPORT_LOSS = 1e-8  # largest relative rounding of the exported form
 CONDITION_LIMIT = 1e5
 CANCELLATION_LIMIT = 1e4
 HUGE_COEFFICIENT = 1e6
@@ -91,12 +92,12 @@ def fit_polynomial(x: np.ndarray, y: np.ndarray, degree: int = 4) -> FitResult:
     x, y, t = _prepared(x, y, degree)
     low, high = _domain(x)
     distinct = len(np.unique(x))
-    for lowered in range(max(0, degree + 1 - distinct), degree + 1):
-        scaled = np.polyfit(t, y, degree - lowered)[::-1]
-        exported = _to_powers_of_x(scaled, low, high)
-        if EPS * _size_of_terms(exported, high) <= EXPORT_LOSS * max(abs(y).max(), EPS):
-            break
-    return _result(exported, lowered, "polyfit", x, (low, high))
+    growth = 1 + 2 * abs(low + high) / (high - low)  # of rounding errors, per power
+    kept = min(degree, distinct - 1, int(math.log(EXPORT_LOSS / EPS) / math.log(growth)))
+    while np.linalg.cond(powers.polyvander(t, kept)) > UNDETERMINED:
+        kept -= 1
+    exported = _to_powers_of_x(np.polyfit(t, y, kept)[::-1], low, high)
+    return _result(exported, degree - kept, "polyfit", x, (low, high))
 
 
 def fit_constrained(
@@ -108,7 +109,7 @@ def fit_constrained(
     23), points of violation added until none is left; the remaining rounding is lifted away, so that the exported
     numbers, evaluated in double precision, are non-negative and strictly increasing on any grid of up to 4096 points.
     It is the best fit of that shape, so its in-sample RMSE is never above that of a constant, which is one of them
-    (up to 1e-6 relative, from the lift); where the plain fit has the shape already, it is that fit.
+    (up to 1e-6 relative plus 1e-9 of the largest y); where the plain fit has the shape already, it is that fit.
 
     Args:
         domain: Interval the shape is enforced on; that of x where ``None``, and never smaller.
@@ -122,11 +123,11 @@ def fit_constrained(
     effective = degree - free.lowered
     scaled = np.polyfit(t, y, effective)[::-1]
     exported = free.coefficients_high_to_low[free.lowered :]
-    margin = _margin(exported, high)
-    if min(_slack(scaled, margin)) < 0:
+    if min(_slack(scaled, _margin(exported, high))) < 0:
         q, r = np.linalg.qr(powers.polyvander(t, effective))
-        scaled = _lifted(shaped_solution(r, q.T @ y), margin)
-        exported = _to_powers_of_x(scaled, low, high)
+        scaled = shaped_solution(r, q.T @ y)
+        margin = _margin(_to_powers_of_x(scaled, low, high), high)
+        exported = _to_powers_of_x(_lifted(scaled, margin), low, high)
     return _result(exported, free.lowered, "constrained", x, (low, high))
 
 
@@ -276,7 +277,7 @@ def _doubts(result: FitResult, x: np.ndarray) -> Iterator[str]:
     """What is doubtful about the coefficients, one sentence each."""
     distinct, degree = len(np.unique(x)), result.degree
     if result.lowered:
-        spread = f"known at {distinct} values only" if 1 < distinct <= degree else "nearly constant"
+        spread = f"known at too few places ({distinct})" if distinct <= 2 * degree else "nearly constant"
         yield (
             f"x is {'constant' if distinct == 1 else spread} ({x.min():.6g} to {x.max():.6g}): "
             f"degree {degree - result.lowered} instead of {degree}"
