@@ -73,9 +73,7 @@ def _finite_numbers(values: Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError):
         raise InvalidPolynomial(f"coefficients {values!r}: expected a list of numbers, highest power first") from None
     if not 1 <= len(numbers) <= MAX_DEGREE + 1:
-        raise InvalidPolynomial(
-            f"{len(numbers)} coefficients: expected 1 to {MAX_DEGREE + 1} (degree 0 to {MAX_DEGREE}), highest power first"
-        )
+        raise InvalidPolynomial(f"{len(numbers)} coefficients: expected 1 to {MAX_DEGREE + 1}, highest power first")
     if not all(map(math.isfinite, numbers)):
         raise InvalidPolynomial(f"coefficients {list(numbers)}: expected finite numbers; fit or copy them again")
     return numbers

@@ -105,9 +105,11 @@ class Gate:
     needs_signal = True
 
     def __init__(self, polynomial: Polynomial, config: GateConfig) -> None:
-        self.polynomial = Polynomial(polynomial.coefficients_high_to_low, None, polynomial.sign_rule) if (
-            config.compat
-        ) else polynomial
+        self.polynomial = (
+            Polynomial(polynomial.coefficients_high_to_low, None, polynomial.sign_rule)
+            if (config.compat)
+            else polynomial
+        )
         self.config = config
         self.reset()
 
@@ -118,7 +120,7 @@ class Gate:
         self._started = False
 
     def known(self, *, step: int, num_steps: int | None) -> Decision | None:
-        """The decision where it does not depend on x, else ``None``. Changes nothing; :meth:`step` must still follow."""
+        """The decision where it does not depend on x, else ``None``; changes nothing, :meth:`step` must follow."""
         if not self._started:
             return Decision("first")
         if self.config.threshold == 0 or self.config.forced(step, num_steps):
@@ -198,7 +200,9 @@ def _count(value: int | float, num_steps: int) -> int:
 
 def _check_window(name: str, value: int | float) -> None:
     if not _is_count(value) and not (isinstance(value, float) and 0 <= value <= 1):
-        raise InvalidSetting(f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)")
+        raise InvalidSetting(
+            f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)"
+        )
     if value < 0:
         raise InvalidSetting(f"{name} {value!r}: expected 0 or more steps")
 

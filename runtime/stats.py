@@ -61,7 +61,7 @@ class Stats:
 
     @property
     def pattern(self) -> str:
-        """Pattern of the first branch of the latest generation; the experts of a two-expert model follow each other."""
+        """Pattern of the first branch of the latest generation, one expert after the other."""
         if not self.branches:
             return ""
         first = next(iter(self.branches))[1]

@@ -1,0 +1,324 @@
+"""``apply_tea_cache``: settings resolved and checked first, hooks installed last, all or none."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+import coeffs
+from coeffs.polynomial import Polynomial
+from runtime.cache import CacheHandler
+from runtime.clock import Locator, SchedulerClock
+from runtime.compat import enabled_cache, unwrapped
+from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
+from runtime.gate import FixedSchedule, Gate, GateConfig, Policy
+from runtime.hooks import StackHooks
+from runtime.stats import Stats
+
+SIGNALS = ("modulated_input", "time_embedding")
+_DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
+_FROM_ENTRY: Any = "entry"
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by component name (two for two-expert models); a module is ``transformer``.
+
+    Raises:
+        UnsupportedModel: The pipeline has no transformer.
+    """
+    if isinstance(target, nn.Module):
+        return {"transformer": unwrapped(target)}
+    components = getattr(target, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedModel(
+            f"{type(target).__name__}: expected a diffusers pipeline, or the denoiser itself as a torch module"
+        )
+    found = {
+        name: unwrapped(module)
+        for name, module in components.items()
+        if _DENOISER.match(name) and isinstance(module, nn.Module)
+    }
+    if not found:
+        raise UnsupportedModel(
+            f"{type(target).__name__}: none of its components ({', '.join(components)}) is a diffusion transformer; "
+            "pass the denoiser itself"
+        )
+    return found
+
+
+class TeaCache:
+    """An applied cache: statistics, reset, removal. Made by :func:`apply_tea_cache`; a context manager.
+
+    Attributes:
+        stats: What was computed and skipped (:class:`runtime.stats.Stats`).
+        settings: What is in force: the entry's label, signal, threshold or schedule.
+    """
+
+    def __init__(self, target: Any, settings: dict[str, Any]) -> None:
+        self.stats = Stats()
+        self.settings = settings
+        self._target = target
+        self._parts: list[tuple[StackHooks, CacheHandler]] = []
+
+    def reset(self) -> None:
+        """Forget the generation under way; the next denoiser call begins a new one. Statistics stay."""
+        for _, handler in self._parts:
+            handler.reset()
+
+    def remove(self) -> None:
+        """Take the cache off; the model gives the same results as before. Harmless when it is off already."""
+        for hooks, handler in self._parts:
+            hooks.remove()
+            handler.reset()
+        self._parts.clear()
+        _stop_freeing(self._target)
+
+    def __enter__(self) -> "TeaCache":
+        self.reset()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def apply_tea_cache(
+    target: Any,
+    entry: "coeffs.Entry | str | None" = None,
+    *,
+    threshold: float | None = None,
+    speedup: float | None = None,
+    schedule: str | None = None,
+    coefficients: Sequence[float] | None = None,
+    domain: tuple[float, float] | None = None,
+    sign_rule: str | None = None,
+    signal: str | None = None,
+    start: int | float | None = None,
+    end: int | float | None = None,
+    max_skips: int | None = _FROM_ENTRY,
+    num_steps: int | None = None,
+    compat: bool = False,
+    strict: bool = False,
+    blocks: Sequence[str | nn.Module] | None = None,
+) -> TeaCache:
+    """Apply TeaCache to a diffusers pipeline or to a bare denoiser.
+
+    Exactly one of ``threshold``, ``speedup`` and ``schedule`` says how much to skip.
+
+    Args:
+        target: A pipeline (all its denoisers are hooked), or the denoiser module.
+        entry: A registry entry or its name; ``None`` finds the one that fits the model, unless ``coefficients`` or
+            a ``schedule`` are given.
+        threshold: Skip while the accumulated predicted change is below it; 0 computes every step.
+        speedup: The entry's verified threshold that reaches this speed-up.
+        schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips.
+        coefficients: A polynomial of your own instead of an entry's, highest power first, with its ``domain`` and
+            ``sign_rule`` (``clamp``, ``signed``, ``abs``) and the ``signal`` that it was fitted on
+            (``modulated_input``, ``time_embedding``).
+        start: First steps that always compute, as a count or a fraction of the schedule (default: entry's, else 1).
+        end: Last steps, likewise (default: entry's, else 1; 0 for a bare denoiser of unknown ``num_steps``).
+        max_skips: Most consecutive skips; ``None`` lifts the entry's cap.
+        num_steps: Length of the schedule for a bare denoiser, which has no scheduler to ask.
+        compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
+        strict: Refuse an entry found by model that differs in any setting (steps, size, guidance, dtype, ...).
+        blocks: Names the block stack of a model of your own: paths of its lists, or modules.
+
+    Returns:
+        The handle; use it as a context manager, or call its ``remove()``.
+
+    Raises:
+        InvalidSetting: Settings that exclude each other or cannot be used.
+        ApplyError: The cache cannot be installed here; the model is as it was.
+        coeffs.errors.CoeffsError: No entry fits.
+    """
+    modules = denoisers(target)
+    for module in modules.values():
+        other = enabled_cache(module)
+        if other is not None:
+            raise ApplyError(f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first")
+    _check_choice(threshold=threshold, speedup=speedup, schedule=schedule)
+    if schedule is None:
+        source = _Source.of(entry, coefficients, domain, sign_rule, signal, target, modules, strict)
+        if speedup is not None:
+            threshold = threshold_for(source.entry, speedup)
+        config = GateConfig(
+            threshold=threshold,
+            start=_first(start, source.field("start"), 1),
+            end=_first(end, source.field("end"), 0 if isinstance(target, nn.Module) and num_steps is None else 1),
+            max_skips=source.field("max_skips") if max_skips is _FROM_ENTRY else max_skips,
+            compat=compat,
+        )
+        if config.needs_num_steps and isinstance(target, nn.Module) and num_steps is None:
+            raise InvalidSetting(
+                "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
+                "count and end=0"
+            )
+        label, signal = source.label, source.signal
+
+        def policy(expert: str, branch: str) -> Policy:
+            return Gate(source.polynomial(expert, branch), config)
+
+        for expert in modules:
+            policy(expert, "")  # a missing expert or an unusable polynomial shows before anything is hooked
+    else:
+        _refuse_with_schedule(coefficients=coefficients, start=start, end=end, signal=signal)
+        FixedSchedule(schedule)
+        label, signal = None if entry is None else _loaded(entry).label, "modulated_input"
+
+        def policy(expert: str, branch: str) -> Policy:
+            return FixedSchedule(schedule)
+
+    handle = TeaCache(
+        target, {"entry": label, "signal": signal, "threshold": threshold, "schedule": schedule, "compat": compat}
+    )
+    _install(handle, target, modules, policy, signal, blocks, num_steps)
+    return handle
+
+
+def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
+    """The lowest verified threshold of ``entry`` that reaches ``speedup``, between table rows by interpolation.
+
+    Raises:
+        InvalidSetting: The entry has no measured speed-ups, or none as high.
+    """
+    if entry is None:
+        raise InvalidSetting("speedup= needs a registry entry with verified thresholds; give threshold= instead")
+    rows = sorted(
+        (row.speedup, row.threshold)
+        for row in entry.thresholds or ()
+        if row.kind == "verified" and row.speedup is not None
+    )
+    if not rows:
+        raise InvalidSetting(
+            f"{entry.label} has no verified speed-ups: run `calibrate verify` on it, or give threshold= instead"
+        )
+    if not 1 <= speedup <= rows[-1][0]:
+        raise InvalidSetting(
+            f"speedup {speedup}: {entry.label} was verified from 1 to {rows[-1][0]:.2f}; choose one of those"
+        )
+    rows.insert(0, (1.0, 0.0))
+    for (slower, low), (faster, high) in pairwise(rows):
+        if speedup <= faster:
+            share = (speedup - slower) / (faster - slower) if faster > slower else 1.0
+            return low + share * (high - low)
+    raise AssertionError("the last row is at least as fast")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the polynomials come from: an entry, or coefficients of the caller's own."""
+
+    entry: "coeffs.Entry | None"
+    own: Polynomial | None
+    signal: str
+
+    @classmethod
+    def of(cls, entry, coefficients, domain, sign_rule, signal, target, modules, strict) -> "_Source":
+        if coefficients is not None:
+            if entry is not None:
+                raise InvalidSetting("entry and coefficients given: expected one of them")
+            own = Polynomial(tuple(coefficients), domain, sign_rule or "clamp")
+            return cls(None, own, _checked_signal(signal or "modulated_input"))
+        _refuse_with_entry(domain=domain, sign_rule=sign_rule, signal=signal)
+        found = _loaded(entry) if entry is not None else _entry_for(target, modules, strict)
+        classes = {type(module).__name__ for module in modules.values()}
+        if entry is not None and found.transformer_class and found.transformer_class.split()[0] not in classes:
+            raise InvalidSetting(
+                f"{found.label} is for {found.transformer_class}, this model is {', '.join(sorted(classes))}: "
+                "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
+            )
+        return cls(found, None, _checked_signal(found.signal))
+
+    @property
+    def label(self) -> str | None:
+        return None if self.entry is None else self.entry.label
+
+    def field(self, name: str) -> Any:
+        return getattr(self.entry, name, None)
+
+    def polynomial(self, expert: str, branch: str) -> Polynomial:
+        """The polynomial of a branch of an expert: its own where the entry has one, else the recommended one."""
+        return self.own or self.entry.fit(expert, branch).polynomial(self.entry.sign_rule)
+
+
+def _entry_for(target: Any, modules: dict[str, nn.Module], strict: bool) -> "coeffs.Entry":
+    from runtime.facts import facts_of
+
+    return coeffs.find(facts_of(target, modules), strict=strict).entry
+
+
+def _loaded(entry: "coeffs.Entry | str") -> "coeffs.Entry":
+    return entry if isinstance(entry, coeffs.Entry) else coeffs.load(entry)
+
+
+def _install(
+    handle: TeaCache,
+    target: Any,
+    modules: dict[str, nn.Module],
+    policy: Callable[[str, str], Policy],
+    signal: str,
+    blocks: Sequence[str | nn.Module] | None,
+    num_steps: int | None,
+) -> None:
+    clock = None if isinstance(target, nn.Module) else SchedulerClock(target)
+    try:
+        for expert, module in modules.items():
+            handler = CacheHandler(expert, lambda branch, expert=expert: policy(expert, branch), signal, handle.stats)
+            hooks = StackHooks(module, handler, blocks, on_reset=handler.reset)
+            handler.bind(hooks, Locator(module, hooks.receiver, clock, num_steps))
+            hooks.install()
+            handle._parts.append((hooks, handler))
+    except BaseException:
+        handle.remove()
+        raise
+    for _, handler in handle._parts:
+        handler.siblings = [other for _, other in handle._parts if other is not handler]
+    if clock is not None:
+        _free_after_generation(target, handle)
+
+
+def _free_after_generation(pipeline: Any, handle: TeaCache) -> None:
+    """Pipelines end every generation with ``maybe_free_model_hooks``: free what was kept then."""
+
+    def free() -> Any:
+        handle.reset()
+        return type(pipeline).maybe_free_model_hooks(pipeline)
+
+    if hasattr(pipeline, "maybe_free_model_hooks"):
+        pipeline.__dict__["maybe_free_model_hooks"] = free
+
+
+def _stop_freeing(target: Any) -> None:
+    if not isinstance(target, nn.Module):
+        target.__dict__.pop("maybe_free_model_hooks", None)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _check_choice(**choices: Any) -> None:
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise InvalidSetting(f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}")
+
+
+def _refuse_with_schedule(**settings: Any) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise InvalidSetting(f"{name}= has no meaning beside schedule=, which fixes every step; leave it out")
+
+
+def _refuse_with_entry(**settings: Any) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise InvalidSetting(f"{name}= belongs to coefficients=; an entry brings its own")
+
+
+def _checked_signal(signal: str) -> str:
+    if signal not in SIGNALS:
+        raise InvalidSetting(f"signal {signal!r}: the runtime can watch {' or '.join(SIGNALS)}; use another entry")
+    return signal

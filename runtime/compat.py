@@ -1,0 +1,55 @@
+"""The only file that touches non-public names of diffusers; a test pins each of them.
+
+``diffusers.hooks`` publishes ``HookRegistry`` and ``ModelHook``. The name of the CFG branch that a pipeline announces
+through ``cache_context`` reaches hooks only through a ``StateManager``, and the attention classes are listed in
+``diffusers.hooks._common``.
+"""
+
+import torch
+from diffusers.hooks._common import _ATTENTION_CLASSES
+from diffusers.hooks.hooks import CacheContext, StateManager
+from torch import nn
+
+
+class ContextReceiver(StateManager):
+    """Receives what a pipeline says with ``cache_context``; holds no state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    @property
+    def current(self) -> CacheContext | None:
+        return self._context
+
+    @property
+    def name(self) -> str | None:
+        return None if self._context is None else self._context.name
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether diffusers knows ``module`` as an attention layer."""
+    return isinstance(module, _ATTENTION_CLASSES)
+
+
+def enabled_cache(module: nn.Module) -> str | None:
+    """Name of the diffusers cache that is enabled on ``module``, if one is."""
+    config = getattr(module, "_cache_config", None)
+    return None if config is None else type(config).__name__
+
+
+def hook_registry(module: nn.Module) -> object | None:
+    """The hook registry of ``module`` if it has one already."""
+    return getattr(module, "_diffusers_hook", None)
+
+
+def sequence_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None":
+    """The process group that shares one sequence under diffusers' context parallelism, if any."""
+    config = getattr(module, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    mesh = getattr(context, "_flattened_mesh", None)
+    return None if mesh is None else mesh.get_group()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without the wrapper of ``torch.compile(module)``."""
+    return getattr(module, "_orig_mod", module)

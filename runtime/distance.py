@@ -1,0 +1,50 @@
+"""Relative L1 distance, the one definition of it: ``sum|cur - prev| / sum|prev|``, accumulated in float32."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Elements per pass: small enough that no temporary of a tensor's own size exists, large enough to fill the device.
+_PIECE = {"cpu": 2**18, "cuda": 2**23}
+
+
+def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Matching pieces of equally shaped tensors along their longest dimension, without copying."""
+    first = tensors[0]
+    limit = _PIECE.get(first.device.type, 2**22)
+    if first.numel() <= limit:
+        yield tensors
+        return
+    dim = max(range(first.ndim), key=lambda axis: first.shape[axis])
+    rows = max(1, limit * first.shape[dim] // first.numel())
+    yield from zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True)
+
+
+def l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
+    """``[sum|cur - prev|, sum|prev|]`` as a float32 tensor of shape (2,) on the tensors' device.
+
+    Both tensors are read once. Sums, not means, so that ranks of a sharded sequence can add theirs before dividing.
+    """
+    sums = torch.zeros(2, dtype=torch.float32, device=cur.device)
+    for now, before in pieces(cur, prev):
+        before = before.float()
+        sums[0] += (now.float() - before).abs_().sum()
+        sums[1] += before.abs().sum()
+    return sums
+
+
+def rel_l1(
+    cur: torch.Tensor, prev: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> float:
+    """Relative L1 distance of two equally shaped tensors as a Python number (waits for the device once).
+
+    Args:
+        cur, prev: Tensors of one shape, any floating dtype.
+        reduce: Adds the sums over the ranks that share the tensor, before dividing.
+
+    Returns:
+        The distance; ``nan`` where the denominator is 0 or anything is not finite.
+    """
+    sums = l1_sums(cur, prev)
+    numerator, denominator = (reduce(sums) if reduce is not None else sums).tolist()
+    return numerator / denominator if denominator > 0 else float("nan")
