@@ -53,6 +53,12 @@ class EngineError(CoeffsError, ValueError):
     """What an engine's form cannot express, or a form that is not the engine's."""
 
 
+class CheckFailed(CoeffsError):
+    """Files of a registry that are not as they were released, or an entry with problems."""
+
+    exit_code = 1
+
+
 class PublishError(CoeffsError):
     """A draft that may not be published, or a registry folder that cannot be written."""
 

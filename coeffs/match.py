@@ -110,8 +110,8 @@ def find(facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *
     if not same:
         known = ", ".join(sorted({entry.label for entry in of_class}))
         raise EntryNotFound(
-            f"no entry for {facts.checkpoint}: those for {facts.transformer_class} are of other checkpoints ({known}); name "
-            "one if you mean to use it"
+            f"no entry for {facts.checkpoint}: {facts.transformer_class} has entries of other checkpoints ({known}); "
+            "name one if you mean to use it"
         )
     usable = [entry for entry in same if entry.status != "copied" and entry.signal != "other" and _has_fit(entry)]
     if not usable:

@@ -544,7 +544,7 @@ def _found(value: Any) -> str:
 
 
 def json_schema() -> dict:
-    """JSON Schema (2020-12) of an entry for editors; ``schema.json`` holds exactly this."""
+    """JSON Schema (2020-12) of an entry, for editors; ``schema.json`` holds exactly this."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Step-cache calibration entry",

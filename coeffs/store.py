@@ -268,6 +268,17 @@ def entries(registry: str | Path | None = None) -> list[Entry]:
     return [item.entry() for item in released(registry)]
 
 
+def readable(registry: str | Path | None = None) -> tuple[list[Entry], list[CoeffsError]]:
+    """All entries that can be read, and the errors of those that cannot: one broken file hides no other."""
+    found, broken = [], []
+    for item in released(registry):
+        try:
+            found.append(item.entry())
+        except CoeffsError as error:
+            broken.append(error)
+    return found, broken
+
+
 # --- publishing -----------------------------------------------------------------------------------------------------
 
 
@@ -282,14 +293,17 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
     file appears whole or not at all, is never overwritten, and its checksum is recorded; safe with many processes.
 
     Raises:
-        PublishError: If the folder cannot be written.
+        PublishError: If the newest version already says the same, or the folder cannot be written.
     """
     root = Path(registry) if registry is not None else user_registry()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            known = [item.version for item in released(root) if item.model == entry.model]
-            version = max(known, default=0) + 1
+            known = [item for item in released(root) if item.model == entry.model]
+            newest = max(known, key=lambda item: item.version, default=None)
+            if newest is not None and newest.entry() == replace(entry, version=newest.version):
+                raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
+            version = newest.version + 1 if newest else 1
             path = root / entry.model / f"v{version}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
