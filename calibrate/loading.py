@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -92,14 +93,16 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     device = pick_device(device)
+    quiet = _quiet if checkpoint.spec and checkpoint.spec.embedded else nullcontext
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(checkpoint.folder),
-            dtype=getattr(torch, dtype),
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(checkpoint.folder),
+                dtype=getattr(torch, dtype),
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
         if cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
             return pipeline
@@ -112,6 +115,25 @@ def load_pipeline(
             f"{checkpoint.repository}: diffusers cannot load it as {checkpoint.pipeline_class} "
             f"({type(error).__name__}: {_line(error)}); check that the folder is complete and diffusers new enough"
         ) from error
+
+
+@contextmanager
+def _quiet():
+    """Load without bars and type hints: the embedded model takes a tokenizer where its class asks for a processor."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def pick_device(device: str = "auto") -> str:

@@ -3,11 +3,13 @@
 import gc
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def record(
     pipe_args: Mapping[str, Any] | None = None,
     generate: Callable[[str, int], Any] | None = None,
     modules: Any = None,
+    blocks: Sequence[str] | None = None,
     cpu_offload: bool = False,
     allow_pickle: bool = False,
     progress: bool = True,
@@ -58,6 +61,7 @@ def record(
     ``model`` is an alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is
     (``dtype`` and ``device`` are then its own). With ``generate`` and ``modules`` it is only a name:
     ``generate(prompt, seed)`` runs one whole generation through ``modules`` (one module, or expert name -> module).
+    ``blocks`` names the block stack of a denoiser in which it cannot be found.
 
     Prompts that fail are noted in ``failures/`` and tried again by the next call; ``is_complete`` of the returned run
     tells. Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
@@ -106,10 +110,15 @@ def record(
             # One bar for the run is enough unless somebody is watching.
             pipeline.set_progress_bar_config(disable=not (progress and sys.stderr.isatty()), leave=False, position=1)
             subject = pipeline_subject(pipeline, call, slug=checkpoint.slug, checkpoint=checkpoint.as_dict())
-    return _record_all(subject, prompt_set, out, notes={"command": command}, progress=progress)
+    from calibrate.recorder import Recorder
+
+    recorder = Recorder(subject.modules, subject.pipeline, blocks=blocks)
+    return _record_all(subject, recorder, prompt_set, out, notes={"command": command}, progress=progress)
 
 
-def _record_all(subject: Subject, prompts: PromptSet, out: Any, *, notes: dict[str, Any], progress: bool) -> RunFolder:
+def _record_all(
+    subject: Subject, recorder: Any, prompts: PromptSet, out: Any, *, notes: dict[str, Any], progress: bool
+) -> RunFolder:
     identity = dict(subject.identity)
     run_id = canonical_sha256([identity["protocol_sha256"], prompts.sha256])[:8]
     path = Path(out) if out is not None else Path("runs") / f"{identity['model']}-{run_id}"
@@ -122,15 +131,13 @@ def _record_all(subject: Subject, prompts: PromptSet, out: Any, *, notes: dict[s
             run.remove_leftovers()
             for name in run.set_corrupt_aside():
                 logger.warning("%s: its pairs could not be read; set aside in corrupt/ and recorded anew", name)
-        _record_missing(run, subject, lock, progress)
+        _record_missing(run, subject, recorder, lock, progress)
     return run
 
 
-def _record_missing(run: RunFolder, subject: Subject, lock: RunLock, progress: bool) -> None:
+def _record_missing(run: RunFolder, subject: Subject, recorder: Any, lock: RunLock, progress: bool) -> None:
     """Record what is not there yet; with other ranks, whatever they are not at."""
     import torch
-
-    from calibrate.recorder import Recorder
 
     rank, world = int(os.environ.get("RANK", 0)), max(1, int(os.environ.get("WORLD_SIZE", 1)))
     job = f"{lock.job}#{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -138,7 +145,6 @@ def _record_missing(run: RunFolder, subject: Subject, lock: RunLock, progress: b
     start = rank * len(groups) // world  # each rank begins elsewhere, so that they rarely reach for the same group
     mine = groups[start:] + groups[:start]
     outcomes: list[str | None] = []  # a failure's text, or None for a success
-    recorder = Recorder(subject.modules, subject.pipeline)
     with _bar(run, shown=progress and rank == 0) as bar, torch.inference_mode(), recorder:
         while missing := [group for group in mine if not run.is_finished(group) and run.failed_in(group) != job]:
             took = False
@@ -237,7 +243,7 @@ def _make_folder(path: Path) -> None:
 
 def _say_changes(run: RunFolder, notes: Mapping[str, Any]) -> None:
     for name in ("versions", "device"):
-        begun = run.manifest.get(name)
+        begun = run.manifest.get(name)  # the same for a run just begun
         if begun != notes[name]:
             logger.warning("%s: begun with %s %s, continued with %s", run.path, name, begun, notes[name])
 
@@ -247,21 +253,10 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    import platform
-
-    import diffusers
-    import numpy
-    import torch
-
     from calibrate import __version__
 
-    return {
-        "teacal": __version__,
-        "torch": str(torch.__version__),
-        "diffusers": diffusers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
+    packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+    return {"teacal": __version__, **packages, "python": platform.python_version()}
 
 
 def _device_name(subject: Subject) -> str:

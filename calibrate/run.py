@@ -37,8 +37,11 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The stem of the group's files."""
-        return f"{self.index:05d}-{self.prompt.prompt_id}-{self.prompt.seed}"
+        """The stem of the group's files; refuses what a manifest from elsewhere could smuggle into a path."""
+        name = f"{self.index:05d}-{self.prompt.prompt_id}-{self.prompt.seed}"
+        if not _GROUP_NAME.fullmatch(name):
+            raise RunFolderError(f"{name!r}: not the name of a group; expected such as 00000-0123456789ab-0")
+        return name
 
 
 class RunFolder:
@@ -100,8 +103,6 @@ class RunFolder:
 
     def shard(self, name: str) -> Path:
         """Where the pairs of the group of this name are."""
-        if not _GROUP_NAME.fullmatch(name):
-            raise RunFolderError(f"{name!r}: not the name of a group; expected such as 00000-0123456789ab-0")
         return self.path / "pairs" / f"{name}.parquet"
 
     def set_corrupt_aside(self) -> list[str]:
@@ -109,12 +110,12 @@ class RunFolder:
         moved = []
         for name in sorted(self.finished()):
             try:
-                read_pairs(self.path / "pairs" / f"{name}.parquet")
+                read_pairs(self.shard(name))
             except CorruptShard:
                 target = self.path / "corrupt"
                 target.mkdir(exist_ok=True)
                 number = sum(1 for _ in target.glob(f"{name}.*"))
-                os.replace(self.path / "pairs" / f"{name}.parquet", target / f"{name}.{number}.parquet")
+                os.replace(self.shard(name), target / f"{name}.{number}.parquet")
                 moved.append(name)
         return moved
 
@@ -142,7 +143,7 @@ class RunFolder:
         """Group name -> what went wrong, for groups that are not finished."""
         found = {}
         for path in sorted((self.path / "failures").glob("*.json")):
-            if not (self.path / "pairs" / f"{path.stem}.parquet").exists():
+            if not self.shard(path.stem).exists():
                 try:
                     found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
                 except (OSError, ValueError):

@@ -53,6 +53,7 @@ class Recorder:
 
     modules: dict
     pipeline: object = None
+    blocks: object = None
     outputs: list = field(default_factory=list)
 
     def __enter__(self):

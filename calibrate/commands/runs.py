@@ -11,7 +11,7 @@ from calibrate.commands.options import recording_options
 
 @click.command()
 @recording_options
-@click.option("--degree", type=click.IntRange(1, 12), default=4, show_default=True, help="Of the fitted polynomial.")
+@click.option("--degree", type=click.IntRange(1, 6), default=4, show_default=True, help="Of the fitted polynomial.")
 @click.option("--registry", type=click.Path(file_okay=False), metavar="FOLDER", help="Registry to compare with.")
 def run(degree: int, registry: str | None, **options: Any) -> None:
     """Record, fit, replay and write a draft entry: the whole job.
