@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Measure whether FOLDER (default: the embedded model) obeys its prompts."""
     torch.set_num_threads(threads)
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     captions = evenly_ordered_captions()[:samples]
     pictures = sample(pipeline, captions, steps, guidance, batch, first_seed)
