@@ -12,7 +12,7 @@ import numpy as np
 
 import coeffs
 from calibrate.fit import FitResult, has_shape
-from calibrate.intervals import student_interval
+from calibrate.intervals import computed_intervals
 from calibrate.log import Run
 from calibrate.quality import learning_curve
 from calibrate.replay import Search, polynomials, replay, summarise, threshold_grid
@@ -132,7 +132,7 @@ def _thresholds(run: Run, entry: coeffs.Entry, fits: list[BranchFit], signal: st
     if not grid:
         return []
     table = summarise(replay(run, of_branch, grid, signal=signal)).set_index("threshold")
-    intervals = computed_intervals(search, fits, grid)
+    intervals = computed_intervals(search, {(one.expert, one.branch): one.bootstrap for one in fits}, grid)
     rows = []
     for threshold, row in table.iterrows():
         note = f"prompts {row['computed_low']:.4g} to {row['computed_high']:.4g}"
@@ -144,32 +144,6 @@ def _thresholds(run: Run, entry: coeffs.Entry, fits: list[BranchFit], signal: st
             num_steps=round(row["num_steps"]), note=note,
         ))  # fmt: skip
     return rows
-
-
-def computed_intervals(
-    search: Search, fits: list[BranchFit], thresholds: list[float], resamples: int = 200
-) -> dict[float, tuple[float, float]] | None:
-    """95 % interval of the mean number of computed steps per threshold: prompts resampled, polynomials refitted.
-
-    None with fewer than three prompts, or where not every branch holds every prompt.
-    """
-    refits = {(one.expert, one.branch): one.bootstraps[one.chosen.method] for one in fits}
-    used = [refits.get(one.key) for one in search.recorded]
-    if any(one is None or list(one.prompts) != search.prompts for one in used):
-        return None
-    weights = used[0].weights[:resamples]
-    predicted = np.empty((len(weights), *search.x.shape))
-    for row, (refit, one) in enumerate(zip(used, search.recorded, strict=True)):
-        low = search.of_branch[one.key].domain[0]
-        powers = np.vander(np.maximum(np.nan_to_num(search.x[row]), low), refit.result.degree + 1)
-        predicted[:, row] = np.maximum(refit.coefficients_high_to_low[:resamples] @ powers.T, 0.0)
-    found = {}
-    for threshold in thresholds:
-        estimate = search.generation_means(search.computed(threshold))
-        resampled = search.resampled_means(search.computed(threshold, predicted), weights)
-        low, high = student_interval(estimate, resampled, len(search.prompts))
-        found[threshold] = (max(float(low), 1.0), min(float(high), float(search.num_steps)))
-    return found
 
 
 def _run_warnings(run: Run) -> list[str]:

@@ -2,9 +2,10 @@
 
 An interval is the estimate plus and minus Student's t (prompts - 1 degrees of freedom) times the bootstrap's standard
 deviation, the latter widened by sqrt(n / (n - 1)) for the small number of prompts. On synthetic data it covers the
-truth in 90 to 99 % of repetitions from 6 prompts on; the percentile interval falls to 75 to 85 % there.
+truth in 90 to 99 % of repetitions from 6 prompts on, where the percentile interval falls to 80 to 88 %.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,12 @@ from numpy.polynomial import polynomial as powers
 from scipy import stats
 
 from calibrate.fit import FitResult, power_matrix, scale_to_unit, shaped_solution
+from calibrate.replay import Key, Search
 
 RESAMPLES = 400
+# Prompts that all compute 12 steps leave a bootstrap no spread at all, though their mean is hardly 12 exactly. Half a
+# step per prompt brings the coverage from 50 to 95 % in such cases to 93 % and more.
+ROUNDING = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,15 @@ class Bootstrap:
         return pd.DataFrame({"x": x, "low": low, "high": high})
 
 
-def student_interval(estimate: np.ndarray, resampled: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval around ``estimate`` from bootstrap values along axis 0 of ``resampled``."""
-    widening = float(stats.t.ppf(0.975, clusters - 1)) * np.sqrt(clusters / (clusters - 1))
-    half = widening * np.std(resampled, axis=0)
+def student_interval(
+    estimate: np.ndarray, resampled: np.ndarray, prompts: int, rounding: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval around ``estimate`` from bootstrap values along axis 0 of ``resampled``.
+
+    ``rounding`` is a standard deviation per prompt that resampling cannot see, for values that are whole numbers.
+    """
+    widening = float(stats.t.ppf(0.975, prompts - 1)) * np.sqrt(prompts / (prompts - 1))
+    half = widening * np.sqrt(np.var(resampled, axis=0) + rounding**2 / prompts)
     return estimate - half, estimate + half
 
 
@@ -81,6 +91,31 @@ def bootstrap(pairs: pd.DataFrame, result: FitResult, resamples: int = RESAMPLES
     exported = scaled @ power_matrix(degree, *result.domain)
     padded = np.hstack([np.zeros((len(exported), result.lowered)), exported[:, ::-1]])
     return Bootstrap(result, padded, weights, tuple(map(str, prompts)))
+
+
+def computed_intervals(
+    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: Sequence[float], resamples: int = 200
+) -> dict[float, tuple[float, float]] | None:
+    """Interval of the mean number of computed steps per threshold: prompts resampled, their polynomials refitted.
+
+    None without refits, or where not every branch holds every prompt.
+    """
+    used = [refits.get(one.key) for one in search.recorded]
+    if any(refit is None or list(refit.prompts) != search.prompts for refit in used):
+        return None
+    weights = used[0].weights[:resamples]  # the same draw for every branch
+    predicted = np.empty((len(weights), *search.x.shape))
+    for row, (refit, one) in enumerate(zip(used, search.recorded, strict=True)):
+        x = np.maximum(np.nan_to_num(search.x[row]), search.of_branch[one.key].domain[0])
+        curves = refit.coefficients_high_to_low[:resamples] @ np.vander(x, refit.result.degree + 1).T
+        predicted[:, row] = np.maximum(curves, 0.0)
+    found = {}
+    for threshold in thresholds:
+        estimate = search.generation_means(search.computed(threshold))
+        resampled = search.resampled_means(search.computed(threshold, predicted), weights)
+        low, high = student_interval(estimate, resampled, len(search.prompts), ROUNDING)
+        found[threshold] = (max(float(low), 1.0), min(float(high), float(search.num_steps)))
+    return found
 
 
 def _shaped(left: np.ndarray, right: np.ndarray) -> np.ndarray:

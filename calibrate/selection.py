@@ -41,6 +41,10 @@ class BranchFit:
     excluded: int
 
     @property
+    def bootstrap(self) -> Bootstrap | None:
+        return self.bootstraps[self.chosen.method]
+
+    @property
     def chosen_figures(self) -> dict[str, float | None]:
         return self.figures[self.chosen.method]
 
