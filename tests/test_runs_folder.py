@@ -117,7 +117,7 @@ def test_folder_that_is_no_run_is_named(tmp_path, content):
 def test_pairs_without_a_manifest_are_not_adopted(run):
     run.write_group(run.groups[0], rows_of(), TIMING)
     (run.path / "run.yaml").unlink()
-    with pytest.raises(RunFolderError, match="pairs but no run.yaml"):
+    with pytest.raises(RunFolderError, match=r"pairs but no run.yaml"):
         RunFolder.create(run.path, IDENTITY, PROMPTS)
 
 
