@@ -10,6 +10,7 @@ print(cache.stats)
 from typing import Any
 
 from runtime.errors import ApplyError, InvalidSetting, RuntimeCacheError, UnsupportedModel, WiringError
+from runtime.forecast import Forecast
 from runtime.gate import Decision, FixedSchedule, Gate, GateConfig
 from runtime.stats import Stats
 
@@ -24,6 +25,7 @@ __all__ = [
     "ApplyError",
     "Decision",
     "FixedSchedule",
+    "Forecast",
     "Gate",
     "GateConfig",
     "InvalidSetting",

@@ -14,6 +14,7 @@ from runtime.cache import CacheHandler
 from runtime.clock import Locator, SchedulerClock
 from runtime.compat import enabled_cache, unwrapped
 from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
+from runtime.forecast import Forecast
 from runtime.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.hooks import StackHooks
 from runtime.stats import Stats
@@ -99,6 +100,8 @@ def apply_tea_cache(
     end: int | float | None = None,
     max_skips: int | None = _FROM_ENTRY,
     num_steps: int | None = None,
+    forecast: str | Forecast = "reuse",
+    forecast_of: str = "residual",
     compat: bool = False,
     strict: bool = False,
     blocks: Sequence[str | nn.Module] | None = None,
@@ -121,6 +124,10 @@ def apply_tea_cache(
         end: Last steps, likewise (default: entry's, else 1; 0 for a bare denoiser of unknown ``num_steps``).
         max_skips: Most consecutive skips; ``None`` lifts the entry's cap.
         num_steps: Length of the schedule for a bare denoiser, which has no scheduler to ask.
+        forecast: What a skipped step makes of computed ones: ``reuse`` the last, or extrapolate ``linear`` or
+            ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
+        forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
+            follows the latents of the skipped step.
         compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
         strict: Refuse an entry found by model that differs in any setting (steps, size, guidance, dtype, ...).
         blocks: Names the block stack of a model of your own: paths of its lists, or modules.
@@ -170,10 +177,23 @@ def apply_tea_cache(
         def policy(expert: str, branch: str) -> Policy:
             return FixedSchedule(schedule)
 
-    handle = TeaCache(
-        target, {"entry": label, "signal": signal, "threshold": threshold, "schedule": schedule, "compat": compat}
-    )
-    _install(handle, target, modules, policy, signal, blocks, num_steps)
+    forecast = Forecast(forecast) if isinstance(forecast, str) else forecast
+    if forecast_of not in ("residual", "output"):
+        raise InvalidSetting(f"forecast_of {forecast_of!r}: expected residual or output")
+    settings = {"entry": label, "signal": signal, "threshold": threshold, "schedule": schedule, "compat": compat}
+    handle = TeaCache(target, settings | {"forecast": forecast.kind, "forecast_of": forecast_of})
+
+    def new_handler(expert: str) -> CacheHandler:
+        return CacheHandler(
+            expert,
+            lambda branch: policy(expert, branch),
+            signal,
+            handle.stats,
+            forecast,
+            of_output=forecast_of == "output",
+        )
+
+    _install(handle, target, modules, new_handler, blocks, num_steps)
     return handle
 
 
@@ -257,15 +277,14 @@ def _install(
     handle: TeaCache,
     target: Any,
     modules: dict[str, nn.Module],
-    policy: Callable[[str, str], Policy],
-    signal: str,
+    new_handler: Callable[[str], CacheHandler],
     blocks: Sequence[str | nn.Module] | None,
     num_steps: int | None,
 ) -> None:
     clock = None if isinstance(target, nn.Module) else SchedulerClock(target)
     try:
         for expert, module in modules.items():
-            handler = CacheHandler(expert, lambda branch, expert=expert: policy(expert, branch), signal, handle.stats)
+            handler = new_handler(expert)
             hooks = StackHooks(module, handler, blocks, on_reset=handler.reset)
             handler.bind(hooks, Locator(module, hooks.receiver, clock, num_steps))
             hooks.install()

@@ -1,22 +1,33 @@
 """What the cache does with what the hooks see: it measures the signal, asks the policy, keeps and reuses residuals."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 
 from runtime.clock import Locator
-from runtime.compat import sequence_group
-from runtime.distance import rel_l1
+from runtime.distance import l1_sums, ratio
 from runtime.errors import UnsupportedModel
+from runtime.forecast import Forecast
 from runtime.gate import Decision, Policy
 from runtime.hooks import Call, StackHooks, Trajectory
-from runtime.leaves import at
+from runtime.leaves import at, mapped, tensors
+from runtime.ranks import agree, lockstep_group, refuse_inner_sharding
 from runtime.stats import Stats
 
 
+@dataclass
+class _Anchor:
+    """What a computed step leaves behind: its noise level, and one tensor per exit (or per output)."""
+
+    level: float
+    values: list[torch.Tensor]
+
+
 class _CachedTrajectory(Trajectory):
-    """One signal and one residual per exit, in the model's dtype, and the policy's own state."""
+    """One signal, the residuals that the forecast needs, in the model's dtype, and the policy's own state."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -24,9 +35,14 @@ class _CachedTrajectory(Trajectory):
 
     def restart(self) -> None:
         super().restart()
-        self.policy.reset()
         self.previous: torch.Tensor | None = None
-        self.residuals: list[torch.Tensor] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing to reuse and nothing decided: the step under way is a first one."""
+        self.policy.reset()
+        self.past = 0
+        self.anchors: list[_Anchor] = []  # the newest first
 
 
 class CacheHandler:
@@ -37,19 +53,30 @@ class CacheHandler:
         policy: Makes the policy of a branch, by the branch's name.
         signal: ``modulated_input`` or ``time_embedding``.
         stats: Where decisions are counted.
+        forecast: What a skipped step makes of the residuals of computed ones.
+        of_output: Forecast the denoiser's output instead of the stack's residual: less memory, and the layers after
+            the stack no longer see the present latents.
     """
 
-    def __init__(self, expert: str, policy: Callable[[str], Policy], signal: str, stats: Stats) -> None:
+    def __init__(
+        self,
+        expert: str,
+        policy: Callable[[str], Policy],
+        signal: str,
+        stats: Stats,
+        forecast: Forecast,
+        of_output: bool = False,
+    ) -> None:
         self.expert, self.stats = expert, stats
+        self._forecast, self._of_output = forecast, of_output
         self._new_policy, self._signal = policy, signal
         self._trajectories: dict[str, _CachedTrajectory] = {}
         self.siblings: list[CacheHandler] = []
         self.step = -1
 
     def bind(self, hooks: StackHooks, locator: Locator) -> None:
+        refuse_inner_sharding(hooks.root, hooks.blocks)
         self._hooks, self._locator = hooks, locator
-        group = sequence_group(hooks.root)
-        self._reduce = None if group is None else _summed_over(group)
 
     def reset(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""
@@ -80,10 +107,11 @@ class CacheHandler:
         decision = trajectory.policy.step(x, step=where.step, num_steps=where.num_steps)
         if changed:
             decision = Decision("shape_changed")
-        elif decision.skip and not trajectory.residuals:
+        elif decision.skip and not trajectory.anchors:
             decision = Decision("first")
         if not decision.skip:
-            trajectory.residuals = []  # frees them before the stack runs
+            del trajectory.anchors[self._forecast.kept - 1 :]  # frees what the stack's own memory can use
+        trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
 
@@ -92,12 +120,20 @@ class CacheHandler:
         signal = probe() if self._signal == "modulated_input" else self._time_embedding(call)
         trajectory = call.trajectory
         before = trajectory.previous
-        if before is None or before.shape != signal.shape or before.dtype != signal.dtype:
+        comparable = before is not None and before.shape == signal.shape and before.dtype == signal.dtype
+        sums = l1_sums(signal, before) if comparable and measured else None
+        if comparable:
+            before.copy_(signal)
+        else:
             trajectory.previous = signal.clone()
-            return None
-        x = rel_l1(signal, before, self._reduce) if measured else None
-        before.copy_(signal)
-        return x
+        group = lockstep_group(self._hooks.root)
+        if group is None:
+            return None if sums is None else ratio(*sums.tolist())
+        past = crc32(self._position.branch.encode(), trajectory.past)
+        found = agree(group, sums, past, signal.device)
+        if not found.same_past:
+            trajectory.forget()
+        return found.x
 
     def _time_embedding(self, call: Call) -> torch.Tensor:
         place = self._hooks.time_embedding
@@ -120,18 +156,49 @@ class CacheHandler:
     def leave(self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         if base is None:
             return value.clone()
-        # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype.
-        return value.to(base.dtype) - base
+        # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where nobody else
+        # needs the copy of the stack's input, the residual takes its place.
+        out = base if call.observation is None and call.trajectory.wiring.is_sole(index) else None
+        return torch.sub(value.to(base.dtype), base, out=out)
 
     def keep(self, call: Call, results: list[torch.Tensor]) -> None:
-        call.trajectory.residuals = results
+        if not self._of_output:
+            self._add_anchor(call, results)
 
     def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
-        residual = call.trajectory.residuals[index]
-        return residual if base is None else base + residual
+        if self._of_output:  # the output is replaced as a whole; what runs until then does not matter
+            return base if base is not None else call.trajectory.wiring.exits[index].spec.make()
+        forecast = self._forecast_of(call, index)
+        return forecast if base is None else (base + forecast).to(base.dtype)
 
-    def finish(self, call: Call, output: Any) -> None:
-        pass
+    def finish(self, call: Call, output: Any) -> Any:
+        if not self._of_output:
+            return None
+        if not call.skip:
+            self._add_anchor(call, [tensor.clone() for _, tensor in tensors(output)])
+            return None
+        places = iter(range(sum(1 for _ in tensors(output))))
+        return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype))
+
+    def _add_anchor(self, call: Call, values: list[torch.Tensor]) -> None:
+        call.trajectory.anchors.insert(0, _Anchor(self._level, values))
+
+    def _forecast_of(self, call: Call, index: int) -> torch.Tensor:
+        anchors = call.trajectory.anchors
+        weights = self._forecast.at(self._position.step, self._level, [anchor.level for anchor in anchors])
+        if len(weights) == 1 or not any(weights[1:]):
+            return anchors[0].values[index] if weights[0] == 1 else anchors[0].values[index] * weights[0]
+        # In float32: weights of opposite sign cancel most of what a bfloat16 sum would still hold.
+        total = anchors[0].values[index].float() * weights[0]
+        for weight, anchor in zip(weights[1:], anchors[1:], strict=False):
+            total.add_(anchor.values[index], alpha=weight)
+        return total
+
+    @property
+    def _level(self) -> float:
+        """Abscissa of forecasts: the noise level, or the step where the scheduler tells none."""
+        sigma = self._locator.sigma(self._position.step)
+        return float(-self._position.step) if sigma is None else sigma
 
 
 def _summed_over(group: Any) -> Callable[[torch.Tensor], torch.Tensor]:

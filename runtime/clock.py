@@ -98,6 +98,10 @@ class Locator:
             )
         )
 
+    def sigma(self, step: int) -> float | None:
+        """Noise level of ``step``; ``None`` without a scheduler that tells."""
+        return None if self._clock is None else self._clock.sigma(step)
+
     def timestep(self, args: tuple, kwargs: dict) -> torch.Tensor | float | None:
         """The timestep that this call was given, as it was given."""
         return timestep({**dict(zip(self._names, args, strict=False)), **kwargs})

@@ -42,12 +42,20 @@ def hook_registry(module: nn.Module) -> object | None:
     return getattr(module, "_diffusers_hook", None)
 
 
-def sequence_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None":
-    """The process group that shares one sequence under diffusers' context parallelism, if any."""
+def lockstep_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None":
+    """The ranks that run every forward of ``module`` together, by ``enable_parallelism`` of diffusers, if any.
+
+    Under context parallelism each of them holds a part of the sequence, under tensor parallelism all of it. Sums over
+    the group give the whole sequence's ratio in both cases: equal parts change numerator and denominator alike.
+    """
     config = getattr(module, "_parallel_config", None)
-    context = getattr(config, "context_parallel_config", None)
-    mesh = getattr(context, "_flattened_mesh", None)
-    return None if mesh is None else mesh.get_group()
+    if config is None:
+        return None
+    if config.context_parallel_config is not None:
+        return config.context_parallel_config._flattened_mesh.get_group()
+    if config.tensor_parallel_config is not None:
+        return config.tensor_parallel_config._mesh.get_group()
+    return None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Relative L1 distance, the one definition of it: ``sum|cur - prev| / sum|prev|``, accumulated in float32."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -25,26 +25,26 @@ def l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
 
     Both tensors are read once. Sums, not means, so that ranks of a sharded sequence can add theirs before dividing.
     """
-    sums = torch.zeros(2, dtype=torch.float32, device=cur.device)
-    for now, before in pieces(cur, prev):
-        before = before.float()
-        sums[0] += (now.float() - before).abs_().sum()
-        sums[1] += before.abs().sum()
-    return sums
+    parts = [_l1_sums(now.float(), before.float()) for now, before in pieces(cur, prev)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def rel_l1(
-    cur: torch.Tensor, prev: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> float:
+def _l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(cur - prev).abs_().sum(), prev.abs().sum()])
+
+
+def rel_l1(cur: torch.Tensor, prev: torch.Tensor) -> float:
     """Relative L1 distance of two equally shaped tensors as a Python number (waits for the device once).
 
     Args:
         cur, prev: Tensors of one shape, any floating dtype.
-        reduce: Adds the sums over the ranks that share the tensor, before dividing.
 
     Returns:
         The distance; ``nan`` where the denominator is 0 or anything is not finite.
     """
-    sums = l1_sums(cur, prev)
-    numerator, denominator = (reduce(sums) if reduce is not None else sums).tolist()
+    return ratio(*l1_sums(cur, prev).tolist())
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """The distance from its two sums; ``nan`` where there is nothing to divide by."""
     return numerator / denominator if denominator > 0 else float("nan")

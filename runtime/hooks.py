@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from runtime.compat import ContextReceiver, hook_registry
+from runtime.compat import ContextReceiver, hook_registry, lockstep_group
 from runtime.errors import ApplyError, UnsupportedModel, WiringError
 from runtime.leaves import Place, at, call_tensors, replaced, signature
 from runtime.stack import attention_modules, find_blocks
@@ -84,8 +84,8 @@ class Handler(Protocol):
     def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
         """A skipped step's value for exit ``index``."""
 
-    def finish(self, call: Call, output: Any) -> None:
-        """The forward has returned ``output``."""
+    def finish(self, call: Call, output: Any) -> Any:
+        """The forward has returned ``output``; what is returned instead, ``None`` for ``output`` itself."""
 
 
 class StopForward(BaseException):
@@ -210,7 +210,7 @@ class StackHooks:
             raise
 
     @torch.compiler.disable
-    def _end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call = self.call
         if call is None or call.thread != threading.get_ident():
             return  # a call that was refused
@@ -218,7 +218,8 @@ class StackHooks:
         try:
             if not failed and call.decided:
                 self._conclude(call, output)
-                self.handler.finish(call, output)
+                return self.handler.finish(call, output)
+            return None
         except BaseException:
             call.trajectory.restart()
             raise
@@ -302,7 +303,9 @@ class StackHooks:
 
     def _decide(self, call: Call, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> None:
         trajectory = call.trajectory
-        now = (block, signature(args, kwargs), _modes(call.kwargs))
+        # Ranks may hold parts of unequal length: only the whole call's shapes change on all of them at once.
+        whole = signature(call.args, call.kwargs) if lockstep_group(self.root) is not None else None
+        now = (block, signature(args, kwargs), _modes(call.kwargs), whole)
         changed = trajectory.signature is not None and trajectory.signature != now
         if changed:
             trajectory.restart()

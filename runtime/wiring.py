@@ -73,12 +73,28 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Spec:
+    """Shape, dtype and device of one tensor that a skipped block stands in for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Spec":
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
 class Exit:
     """A place where the stack's result leaves it.
 
     Attributes:
         module: The module that receives the result, and ``call``, which call of it within one forward.
-        place: Where in that module's arguments the result stands.
+        place: Where in that module's arguments the result stands, and ``spec``, what it looks like.
         base: Where in the first block's arguments the same stream enters the stack; ``None`` where nothing of a
             matching shape does, so that the whole value is reused and not a residual.
         selections: Selecting calls that bring the base to the shape at the exit.
@@ -87,7 +103,8 @@ class Exit:
     module: torch.nn.Module
     call: int
     place: Place
-    base: Place | None
+    spec: Spec
+    base: Place | None = None
     selections: tuple[Selection, ...] = ()
 
     def entry(self, args: tuple, kwargs: dict, at: Callable) -> torch.Tensor | None:
@@ -98,18 +115,6 @@ class Exit:
         for selection in self.selections:
             value = selection(value)
         return value
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Shape, dtype and device of one tensor that a skipped block stands in for."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -127,6 +132,10 @@ class Wiring:
     outputs: dict[tuple[torch.nn.Module, int], Any] = field(default_factory=dict)
     time_embedding: Place | None = None
     primary: Place = ("args", 0)
+
+    def is_sole(self, index: int) -> bool:
+        """Whether no other exit has the same entry."""
+        return [found.base for found in self.exits].count(self.exits[index].base) == 1
 
     def placeholder(self, block: torch.nn.Module, call: int, made: dict[Spec, torch.Tensor]) -> Any:
         """What a skipped block returns: its last result's structure, filled with zeros that nobody reads.
@@ -284,7 +293,7 @@ class Observation:
 
     def block(self, block: torch.nn.Module, call: int, result: Any) -> None:
         """A block has returned ``result``."""
-        self.wiring.outputs[block, call] = mapped(result, lambda t: Spec(t.shape, t.dtype, t.device))
+        self.wiring.outputs[block, call] = mapped(result, Spec.of)
         for place, tensor in tensors(result):
             self._follow.marks[tensor] = Mark(origin=tuple(tensor.shape), source=place)
 
@@ -373,7 +382,7 @@ class Observation:
         else:
             base, selections = None, ()
         self._bases[mark.source] = base
-        return Exit(module, call, place, base, selections)
+        return Exit(module, call, place, Spec.of(value), base, selections)
 
 
 def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, torch.Tensor]]:

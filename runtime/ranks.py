@@ -1,0 +1,77 @@
+"""Several ranks, one decision: what a cache has to know of the process groups that its model runs in."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from runtime.compat import lockstep_group
+from runtime.distance import ratio
+from runtime.errors import ApplyError
+
+__all__ = ["Agreement", "agree", "lockstep_group", "refuse_inner_sharding"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks of a group found together; equal on all of them.
+
+    Attributes:
+        x: Relative L1 change over all ranks; ``None`` unless every rank had something to compare.
+        same_past: Whether all ranks have decided alike so far.
+    """
+
+    x: float | None
+    same_past: bool
+
+
+def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device) -> Agreement:
+    """Add up the sums of all ranks, and see that all of them are at the same point.
+
+    A rank that decides alone leaves the others waiting in the next collective for ever. So every rank takes part in
+    every call, whether it has something to compare or not (``sums`` is ``None``), and shows a digest of its past: a
+    rank that was reset, or took the call for another branch, is noticed by all of them at once.
+
+    Args:
+        sums: ``[sum|cur - prev|, sum|prev|]`` of this rank's part, shape (2,).
+        past: Digest of what this rank has decided so far; its low 16 bits count.
+    """
+    past &= 0xFFFF
+    votes = torch.tensor([0.0, 0.0, sums is None, past, past * past], dtype=torch.float64, device=device)
+    if sums is not None:
+        votes[:2] = sums
+    distributed.all_reduce(votes, group=group)
+    numerator, denominator, unable, total, squares = votes.tolist()
+    # Equal numbers, and only they, have the largest sum for their sum of squares; both are exact in float64.
+    same_past = total * total == group.size() * squares
+    return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
+
+
+def refuse_inner_sharding(root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    """Skipping must not leave out a collective that other ranks, which decide for themselves, still wait for.
+
+    ``fully_shard`` gathers a block's parameters in the block's own pre-hook, which runs on a skipped step too. What is
+    sharded inside a block, and every wrapper of the older FullyShardedDataParallel, gathers within the forward that a
+    skipped step leaves out.
+
+    Raises:
+        ApplyError: Parameters are gathered within a block's forward.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for path, module in root.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ApplyError(
+                f"{path or type(root).__name__} is wrapped in FullyShardedDataParallel: a skipped block would leave "
+                "other ranks waiting; shard whole blocks with torch.distributed.fsdp.fully_shard instead"
+            )
+    for path, block in blocks:
+        inside = [name for name, module in block.named_modules() if name and isinstance(module, FSDPModule)]
+        if inside:
+            raise ApplyError(
+                f"{path}.{inside[0]} is sharded apart from its block: a skipped block would leave other ranks "
+                "waiting; shard whole blocks (fully_shard(block) for each of them), or do without the cache"
+            )
