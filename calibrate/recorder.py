@@ -17,6 +17,7 @@ from runtime.clock import Locator, SchedulerClock
 from runtime.distance import l1_sums, pieces
 from runtime.hooks import Call, StackHooks, Trajectory
 from runtime.leaves import at, tensors
+from runtime.ranks import gathered, lockstep_group
 
 # Figures of one step, in the order they are stacked on the device: sums for the four distances, then the ratios.
 _SUMS = ("x", "x_time_embedding", "y_output", "y_hidden", "y_residual")
@@ -109,12 +110,26 @@ class _RecordHandler:
         self._trajectories = {}
         self._locator.reset()
 
+    def discard(self) -> None:
+        """Forget what was seen since the last call."""
+        self.reset()
+        self._finished, self._moments = [], []
+
     def take(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """The rows of all trajectories since the last call, as numbers, and the mean times."""
+        """The rows of all trajectories since the last call, as numbers, and the mean times.
+
+        Ranks that run one forward together must call it together: each has measured its part of the sequence.
+        """
         self.reset()
         rows = [row for trajectory in self._finished for row in trajectory.rows]
-        numbers = torch.stack([row.pop("figures") for row in rows]).tolist() if rows else []
-        for row, figures in zip(rows, numbers, strict=True):
+        numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
+        tokens = torch.tensor([row.pop("tokens") for row in rows])
+        group = lockstep_group(self._hooks.root)
+        if group is not None:
+            device = next(self._hooks.root.parameters()).device
+            parts = gathered(group, numbers.to(device), [(row["branch"], row["step"]) for row in rows])
+            numbers = over_parts(parts, gathered(group, tokens.to(device)))
+        for row, figures in zip(rows, numbers.tolist(), strict=True):
             row.update(_named(figures, row.pop("has_time_embedding")))
             row["timestep"] = float(row["timestep"])
         timing = self._timing()
@@ -201,6 +216,7 @@ class _RecordHandler:
         if before is not None:
             entry_before = None if entry is None else stream.previous("entry", entry)
             self._row.update(exit_figures(hidden, entry, before, entry_before))
+            self._row["tokens"] = hidden.numel() // hidden.shape[-1]
         stream.keep("hidden", hidden)
         if entry is not None:
             stream.keep("entry", entry)
@@ -221,6 +237,7 @@ class _RecordHandler:
                 "sigma": float("nan") if sigma is None else sigma,
                 "has_time_embedding": "x_time_embedding" in row,
                 "figures": figures,
+                "tokens": row["tokens"],
             }
         )
 
@@ -256,6 +273,35 @@ def exit_figures(
     ratio, cosine = torch.cat(ratios), torch.cat(cosines)
     std, mean = torch.std_mean(ratio, correction=0)
     return {"y_hidden": y_hidden, "y_residual": y_residual, "ratios": torch.stack([mean, std, 1 - cosine.mean()])}
+
+
+def over_parts(parts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The figures of whole tensors from those of their parts.
+
+    Sums are added. What every part holds entire (the gathered output, an embedding of the time) is then counted
+    several times over in the numerator and in the denominator, so that the ratio stays what it was.
+
+    Args:
+        parts: Figures of each part, shape (parts, rows, figures).
+        tokens: Number of tokens that each part has, shape (parts, rows).
+
+    Returns:
+        Shape (rows, figures), float64, on the host.
+    """
+    parts, tokens = parts.cpu().double(), tokens.cpu().double()
+    if parts.ndim < 3:  # no rows
+        return parts.sum(0)
+    weights = tokens / tokens.sum(0)
+    mean, std, cosine = parts[..., 2 * len(_SUMS) :].unbind(-1)
+    whole = (weights * mean).sum(0)
+    variance = (weights * (std**2 + (mean - whole) ** 2)).sum(0)
+    return torch.cat(
+        [
+            parts[..., : 2 * len(_SUMS)].sum(0),
+            torch.stack([whole, variance.sqrt(), (weights * cosine).sum(0)], dim=-1),
+        ],
+        dim=-1,
+    )
 
 
 def token_pieces(*rows: torch.Tensor) -> Any:
@@ -327,15 +373,18 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         for hooks, handler in self._parts:
             hooks.remove()
-            handler.take()
+            handler.discard()
 
     def start(self) -> None:
         """Forget what was seen: the next denoiser call begins a generation."""
         for _, handler in self._parts:
-            handler.take()
+            handler.discard()
 
     def finish(self) -> Recording:
-        """The pairs of the generation since :meth:`start`, in order of expert, branch and step."""
+        """The pairs of the generation since :meth:`start`, in order of expert, branch and step.
+
+        Where several ranks run one forward together, all of them call it, and all get the whole sequence's pairs.
+        """
         recording = Recording()
         for _, handler in self._parts:
             rows, timing = handler.take()

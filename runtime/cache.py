@@ -199,11 +199,3 @@ class CacheHandler:
         """Abscissa of forecasts: the noise level, or the step where the scheduler tells none."""
         sigma = self._locator.sigma(self._position.step)
         return float(-self._position.step) if sigma is None else sigma
-
-
-def _summed_over(group: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def reduce(sums: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(sums, group=group)
-        return sums
-
-    return reduce

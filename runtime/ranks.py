@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import distributed, nn
 
 from runtime.compat import lockstep_group
 from runtime.distance import ratio
-from runtime.errors import ApplyError
+from runtime.errors import ApplyError, WiringError
 
-__all__ = ["Agreement", "agree", "lockstep_group", "refuse_inner_sharding"]
+__all__ = ["Agreement", "agree", "gathered", "lockstep_group", "refuse_inner_sharding"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,26 @@ def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device
     # Equal numbers, and only they, have the largest sum for their sum of squares; both are exact in float64.
     same_past = total * total == group.size() * squares
     return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
+
+
+def gathered(group: Any, mine: torch.Tensor, names: object = None) -> torch.Tensor:
+    """The equally shaped tensors of all ranks of ``group``, stacked in the order of ranks.
+
+    Raises:
+        WiringError: The ranks hold different shapes, or other ``names`` for what is in them; on all ranks alike.
+    """
+    outline = torch.tensor([crc32(repr((tuple(mine.shape), names)).encode())], device=mine.device)
+    outlines = [torch.empty_like(outline) for _ in range(group.size())]
+    distributed.all_gather(outlines, outline, group=group)
+    if len({int(other) for other in outlines}) > 1:
+        raise WiringError(
+            "the ranks that share one model have seen different calls; all of them must run the same pipeline calls, "
+            "and start() and finish() must stand around the same ones"
+        )
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    if mine.numel():
+        distributed.all_gather(parts, mine.contiguous(), group=group)
+    return torch.stack(parts)
 
 
 def refuse_inner_sharding(root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
