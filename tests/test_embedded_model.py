@@ -7,7 +7,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LongCatImagePipeline
 
-from training.tiny_longcat_image.data import COLOURINGS, DIGIT_WORDS, IMAGE_SIZE, evenly_ordered_captions
+from training.tiny_longcat_image.data import (
+    COLOURINGS,
+    DIGIT_WORDS,
+    IMAGE_SIZE,
+    digit_masks,
+    evenly_ordered_captions,
+    paint,
+)
 from training.tiny_longcat_image.reading import DigitReader, expected_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +33,11 @@ def pipeline() -> LongCatImagePipeline:
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
     return PROMPTS.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def reader() -> DigitReader:
+    return DigitReader()
 
 
 def test_folder_is_small_and_holds_no_pickles():
@@ -83,7 +95,16 @@ def test_captions_round_trip_through_the_tokenizer(pipeline, prompts):
         assert len(ids) <= 12  # words of the captions are tokens of their own
 
 
-def test_draws_the_digit_and_the_colours_asked_for(pipeline):
+@pytest.mark.parametrize("colouring", COLOURINGS, ids=str)
+def test_reader_tells_digits_and_colours_of_real_digits(reader, colouring):
+    masks, labels = digit_masks()
+    pictures = (paint(masks[:40], colouring) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+    readings = reader.read(pictures)
+    assert [reading.digit for reading in readings] == labels[:40].tolist()
+    assert {(reading.ink, reading.paper) for reading in readings} == {expected_names(colouring)}
+
+
+def test_draws_the_digit_and_the_colours_asked_for(pipeline, reader):
     captions = evenly_ordered_captions()[:8]
     pictures = pipeline(
         [caption.text for caption in captions],
@@ -95,7 +116,7 @@ def test_draws_the_digit_and_the_colours_asked_for(pipeline):
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))],
         output_type="np",
     ).images
-    readings = DigitReader().read(pictures)
+    readings = reader.read(pictures)
     pairs = list(zip(captions, readings, strict=True))
     assert sum(reading.digit == caption.digit for caption, reading in pairs) >= 6
     colours = [(reading.ink, reading.paper) == expected_names(caption.colouring) for caption, reading in pairs]
