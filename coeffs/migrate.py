@@ -22,7 +22,7 @@ def migrate(data: Any) -> Any:
     """Plain data of any known schema as plain data of the present one.
 
     Raises:
-        EntryError: If the schema number is missing or of the future.
+        EntryError: If the schema number is missing or not one of the known ones.
     """
     if not isinstance(data, dict):
         raise EntryError("expected a mapping with the keys of an entry (schema, model, status, ...)")
@@ -32,4 +32,7 @@ def migrate(data: Any) -> Any:
     while isinstance(number, int) and not isinstance(number, bool) and number in MIGRATIONS:
         data = MIGRATIONS[number](data)
         number = data["schema"]
+    if number != SCHEMA or isinstance(number, bool):
+        known = f"{min(MIGRATIONS)} to {SCHEMA}"
+        raise EntryError(f"{str(number)[:40]}: this version reads schema {known}; upgrade the toolkit", ("schema",))
     return data

@@ -10,7 +10,7 @@ import math
 import numbers
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -142,7 +142,7 @@ class Candidate(Record):
         object.__setattr__(self, "degree", degree)
         if self.value_at_0p1 is None:
             check_order(self.coefficients_high_to_low, self.domain)
-            object.__setattr__(self, "value_at_0p1", raw(CONTROL_X))
+            object.__setattr__(self, "value_at_0p1", _number(raw(CONTROL_X)))
         else:
             _check_control_value(self.coefficients_high_to_low, self.value_at_0p1)
         if self.intervals and len(self.intervals.get("coefficients", ())) not in (0, degree + 1):
@@ -257,7 +257,7 @@ class Entry(Record):
 
     def _check(self) -> None:
         if self.schema != SCHEMA:
-            raise EntryError(f"{self.schema}: this version reads schema {SCHEMA}; upgrade the toolkit", ("schema",))
+            raise EntryError(f"{self.schema}: expected {SCHEMA}", ("schema",))
         if (self.status == "copied") != (self.copied_from is not None):
             raise EntryError(
                 f"{self.copied_from!r} with status {self.status}: only a copied entry says from whom, and must",
@@ -560,8 +560,8 @@ def _json_record(cls: type[Record]) -> dict:
     properties = {}
     for spec in dataclasses.fields(cls):
         described = _json_type(spec.type)
-        if spec.name not in _required(cls) and described.get("type") != "null" and "anyOf" not in described:
-            described = {"anyOf": [described, {"type": "null"}]}
+        if spec.name not in _required(cls) and not _json_nullable(described):
+            described = _json_any([described, {"type": "null"}])
         properties[spec.name] = {"const": SCHEMA} if spec.name == "schema" else described
     return {
         "description": " ".join((cls.__doc__ or "").split("\n\n")[0].split()),
@@ -570,6 +570,17 @@ def _json_record(cls: type[Record]) -> dict:
         "required": [*(["schema"] if cls is Entry else []), *_required(cls)],
         "additionalProperties": False,
     }
+
+
+def _json_any(kinds: Iterable[dict]) -> dict:
+    kinds = list(kinds)
+    if all(set(kind) == {"type"} for kind in kinds):
+        return {"type": [kind["type"] for kind in kinds]}
+    return {"anyOf": kinds}
+
+
+def _json_nullable(kind: dict) -> bool:
+    return {"type": "null"} in kind.get("anyOf", ()) or "null" in kind.get("type", ())
 
 
 def _json_type(annotation: Any) -> dict:
@@ -584,7 +595,7 @@ def _json_type(annotation: Any) -> dict:
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin in (Union, types.UnionType):
-        return {"anyOf": [_json_type(argument) for argument in arguments]}
+        return _json_any(_json_type(argument) for argument in arguments)
     if origin is dict:
         return {"type": "object", "additionalProperties": _json_type(arguments[1])}
     if origin is tuple:

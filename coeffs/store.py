@@ -118,13 +118,26 @@ def _write_atomically(path: Path, text: str, *, exclusive: bool = False) -> None
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
-        if exclusive:
-            os.link(temporary, path)
-        else:
+        if exclusive and not _linked(temporary, path):
+            raise FileExistsError(f"{path} exists")
+        if not exclusive:
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _linked(source: str, target: Path) -> bool:
+    """Give a file its final name unless that is taken; some file systems have no links, there the lock must do."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:
+        if target.exists():
+            return False
+        os.replace(source, target)
+    return True
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -166,20 +179,23 @@ def released(registry: str | Path | None = None) -> list[Released]:
 
 
 def _in_layer(layer: Layer) -> Iterator[Released]:
-    for folder, depth in _folders(layer.root):
-        for file in os.listdir(folder):
+    for outer in _subfolders(layer.root):
+        yield from _in_folder(layer, outer)
+        for inner in _subfolders(layer.root / outer):
+            yield from _in_folder(layer, f"{outer}/{inner}")
+
+
+def _in_folder(layer: Layer, model: str) -> Iterator[Released]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in os.listdir(layer.root / model):
             if match := _VERSION_FILE.fullmatch(file):
-                yield Released(layer, "/".join(Path(folder).parts[-depth:]), int(match[1]))
+                yield Released(layer, model, int(match[1]))
 
 
-def _folders(root: Path) -> Iterator[tuple[str, int]]:
-    """Folders at depth one and two: plain models, and engines with their models."""
-    if not root.is_dir():
-        return
-    for outer in os.scandir(root):
-        if outer.is_dir() and not outer.name.startswith("."):
-            yield outer.path, 1
-            yield from ((inner.path, 2) for inner in os.scandir(outer.path) if inner.is_dir())
+def _subfolders(folder: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return [item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith(".")]
+    return []
 
 
 # --- lookup ---------------------------------------------------------------------------------------------------------
@@ -299,7 +315,7 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            known = [item for item in released(root) if item.model == entry.model]
+            known = [item for layer in layers(root) for item in _in_folder(layer, entry.model)]
             newest = max(known, key=lambda item: item.version, default=None)
             if newest is not None and newest.entry() == replace(entry, version=newest.version):
                 raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
@@ -307,7 +323,11 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
             path = root / entry.model / f"v{version}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
-            _record_checksum(root, path)
+            try:
+                write_checksums(root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)})
+            except (OSError, CoeffsError):
+                path.unlink()
+                raise
     except OSError as error:
         raise PublishError(f"{root}: {error.strerror or error}; nothing was published") from None
     return path
@@ -329,10 +349,6 @@ def read_checksums(root: Path) -> dict[str, str]:
 
 def write_checksums(root: Path, checksums: dict[str, str]) -> None:
     _write_atomically(root / CHECKSUMS, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)))
-
-
-def _record_checksum(root: Path, path: Path) -> None:
-    write_checksums(root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)})
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ def negative_ranges(polynomial: Polynomial, domain: tuple[float, float]) -> list
     """
     low, high = domain
     grid = [low + (high - low) * step / GRID for step in range(GRID + 1)]
+    grid = sorted([*grid, *_minima(polynomial, grid)])
     values = [polynomial.raw(x) for x in grid]
     floor = -1e-9 * max(1e-12, max(map(abs, values)))
     found: list[tuple[float, float]] = []
@@ -134,6 +135,23 @@ def negative_ranges(polynomial: Polynomial, domain: tuple[float, float]) -> list
         if value < floor:
             last = found.pop() if found and x - found[-1][1] <= 1.5 * (high - low) / GRID else (x, x)
             found.append((last[0], x))
+    return found
+
+
+def _minima(polynomial: Polynomial, grid: list[float]) -> list[float]:
+    """Places of the local minima between grid points, so that a narrow dip below zero is not stepped over."""
+    values = [polynomial.raw(x) for x in grid]
+    found = []
+    for place in range(1, len(grid) - 1):
+        if values[place] <= min(values[place - 1], values[place + 1]):
+            low, high = grid[place - 1], grid[place + 1]
+            for _ in range(60):
+                third = (high - low) / 3
+                if polynomial.raw(low + third) < polynomial.raw(high - third):
+                    high -= third
+                else:
+                    low += third
+            found.append((low + high) / 2)
     return found
 
 
