@@ -94,19 +94,20 @@ def _entry_fit(one: BranchFit) -> coeffs.Fit:
         pairs=len(one.pairs),
         excluded_non_finite=one.excluded,
     )
+    intervals = {"coefficients": one.resampled.coefficient_intervals()} if one.resampled else None
     alternatives = (coeffs.Candidate(**_candidate(one, one.other)),) if one.other else ()
-    return coeffs.Fit(**_candidate(one, one.chosen), counts=counts, why=one.why, alternatives=alternatives)
+    return coeffs.Fit(
+        **_candidate(one, one.chosen), counts=counts, intervals=intervals, why=one.why, alternatives=alternatives
+    )
 
 
 def _candidate(one: BranchFit, result: FitResult) -> dict[str, Any]:
-    resampled = one.bootstraps[result.method]
     return {
         "coefficients_high_to_low": result.coefficients_high_to_low,
         "degree": result.degree,
         "method": result.method,
         "domain": result.domain,
         "figures": one.figures[result.method],
-        "intervals": {"coefficients": resampled.coefficient_intervals()} if resampled else None,
     }
 
 
@@ -132,7 +133,7 @@ def _thresholds(run: Run, entry: coeffs.Entry, fits: list[BranchFit], signal: st
     if not grid:
         return []
     table = summarise(replay(run, of_branch, grid, signal=signal)).set_index("threshold")
-    intervals = computed_intervals(search, {(one.expert, one.branch): one.bootstrap for one in fits}, grid)
+    intervals = computed_intervals(search, {(one.expert, one.branch): one.resampled for one in fits}, grid)
     rows = []
     for threshold, row in table.iterrows():
         note = f"prompts {row['computed_low']:.4g} to {row['computed_high']:.4g}"

@@ -16,7 +16,7 @@ from scipy import stats
 from calibrate.fit import FitResult, power_matrix, scale_to_unit, shaped_solution
 from calibrate.replay import Key, Search
 
-RESAMPLES = 400
+RESAMPLES = 200
 # Prompts that all compute 12 steps leave a bootstrap no spread at all, though their mean is hardly 12 exactly. Half a
 # step per prompt brings the coverage from 50 to 95 % in such cases to 93 % and more.
 ROUNDING = 0.5
@@ -94,7 +94,7 @@ def bootstrap(pairs: pd.DataFrame, result: FitResult, resamples: int = RESAMPLES
 
 
 def computed_intervals(
-    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: Sequence[float], resamples: int = 200
+    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: Sequence[float]
 ) -> dict[float, tuple[float, float]] | None:
     """Interval of the mean number of computed steps per threshold: prompts resampled, their polynomials refitted.
 
@@ -103,11 +103,11 @@ def computed_intervals(
     used = [refits.get(one.key) for one in search.recorded]
     if any(refit is None or list(refit.prompts) != search.prompts for refit in used):
         return None
-    weights = used[0].weights[:resamples]  # the same draw for every branch
+    weights = used[0].weights  # the same draw for every branch
     predicted = np.empty((len(weights), *search.x.shape))
     for row, (refit, one) in enumerate(zip(used, search.recorded, strict=True)):
         x = np.maximum(np.nan_to_num(search.x[row]), search.of_branch[one.key].domain[0])
-        curves = refit.coefficients_high_to_low[:resamples] @ np.vander(x, refit.result.degree + 1).T
+        curves = refit.coefficients_high_to_low @ np.vander(x, refit.result.degree + 1).T
         predicted[:, row] = np.maximum(curves, 0.0)
     found = {}
     for threshold in thresholds:

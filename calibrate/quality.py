@@ -14,7 +14,7 @@ from calibrate.fit import FitResult, fit_constrained, fit_polynomial
 from calibrate.log import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 
 FOLDS = 10
-SCHEDULE = ["branch", "num_steps", "step"]  # what a predictor may know that does not look at the signal
+SCHEDULE = ["branch", "num_steps", "step"]  # what a predictor may know that does not look at the signal: the moment
 FITTERS: dict[str, Callable[..., FitResult]] = {"polyfit": fit_polynomial, "constrained": fit_constrained}
 
 Predictor = Callable[[pd.DataFrame], np.ndarray]
@@ -23,8 +23,9 @@ Fitter = Callable[[pd.DataFrame], Predictor]
 
 def r2(y: np.ndarray, predicted: np.ndarray) -> float | None:
     """Share of variance explained, negative without limit for predictions worse than the mean; None for constant y."""
-    total = float(np.sum((y - np.mean(y)) ** 2))
-    return 1.0 - float(np.sum((y - predicted) ** 2)) / total if total > 0 else None
+    if len(y) == 0 or np.ptp(y) == 0:
+        return None
+    return 1.0 - float(np.sum((y - predicted) ** 2)) / float(np.sum((y - np.mean(y)) ** 2))
 
 
 def rmse(y: np.ndarray, predicted: np.ndarray) -> float:
@@ -52,22 +53,22 @@ def constant_predictor(train: pd.DataFrame) -> Predictor:
 
 
 def step_mean_predictor(train: pd.DataFrame) -> Predictor:
-    """The mean change of each step of the schedule: a fixed plan. Knows branch and step, not x."""
-    means, overall = train.groupby(SCHEDULE)["y"].mean(), float(train["y"].mean())
-    return lambda pairs: _of_step(means, pairs, overall)
+    """The mean change at each moment of the schedule: a fixed plan. Knows branch and step, not x."""
+    means, overall = train.groupby("moment")["y"].mean(), float(train["y"].mean())
+    return lambda pairs: _at_moment(means, pairs, overall)
 
 
 def step_mean_and_x_predictor(train: pd.DataFrame) -> Predictor:
-    """The step's mean plus one slope on how far x lies from its own mean at that step."""
-    by_step = train.groupby(SCHEDULE)
+    """The moment's mean plus one slope on how far x lies from its own mean then."""
+    by_step = train.groupby("moment")
     dx = (train["x"] - by_step["x"].transform("mean")).to_numpy()
     dy = (train["y"] - by_step["y"].transform("mean")).to_numpy()
     spread = float(dx @ dx)
     slope = float(dx @ dy) / spread if spread > 0 else 0.0
     mean_x, mean_y, overall = by_step["x"].mean(), by_step["y"].mean(), float(train["y"].mean())
     return lambda pairs: (
-        _of_step(mean_y, pairs, overall)
-        + slope * (pairs["x"].to_numpy() - _of_step(mean_x, pairs, pairs["x"].to_numpy()))
+        _at_moment(mean_y, pairs, overall)
+        + slope * (pairs["x"].to_numpy() - _at_moment(mean_x, pairs, pairs["x"].to_numpy()))
     )
 
 
@@ -100,7 +101,9 @@ def figures(pairs: pd.DataFrame, result: FitResult) -> dict[str, float | None]:
     """Figures of one fit on its own pairs (columns x and y), in-sample and held out; None where not computable."""
     x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
     fitted = result(x)
-    unseen = held_out(pairs, lambda train: polynomial_predictor(train, result.degree, result.method))
+    unseen = held_out(
+        pairs[["prompt_id", "x", "y"]], lambda train: polynomial_predictor(train, result.degree, result.method)
+    )
     return {
         "r2": r2(y, fitted),
         "rmse": rmse(y, fitted),
@@ -118,8 +121,9 @@ def rival_figures(pairs: pd.DataFrame) -> dict[str, float | None]:
     on x. ``spearman_within_step`` is :func:`spearman_within_step` with its interval.
     """
     y, found = pairs["y"].to_numpy(), {"y_mean": float(pairs["y"].mean())}
+    narrow = pairs[["prompt_id", "x", "y"]].assign(moment=pairs.groupby(SCHEDULE).ngroup())
     for name, fitter in RIVALS.items():
-        unseen = held_out(pairs, fitter)
+        unseen = held_out(narrow, fitter)
         found[f"r2_{name}"] = None if unseen is None else r2(y, unseen)
         found[f"rmse_{name}"] = None if unseen is None else rmse(y, unseen)
     names = ("spearman_within_step", "spearman_within_step_low", "spearman_within_step_high")
@@ -176,6 +180,7 @@ def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfi
     Columns: branch (whose pairs), fitted_on, r2_held_out, rmse_held_out.
     """
     branches = sorted(pairs["branch"].unique(), key=lambda branch: (branch != "cond", branch))
+    pairs = pairs[["prompt_id", "branch", "x", "y"]]
     sources = [*branches, "pooled"] if len(branches) > 1 else branches
     rows = []
     for source in sources:
@@ -232,8 +237,8 @@ def learning_curve(
     return table, enough if enough < largest else None
 
 
-def _of_step(means: pd.Series, pairs: pd.DataFrame, otherwise: float | np.ndarray) -> np.ndarray:
-    found = means.reindex(pd.MultiIndex.from_frame(pairs[SCHEDULE])).to_numpy(float)
+def _at_moment(means: pd.Series, pairs: pd.DataFrame, otherwise: float | np.ndarray) -> np.ndarray:
+    found = means.reindex(pairs["moment"]).to_numpy(float)
     return np.where(np.isfinite(found), found, otherwise)
 
 

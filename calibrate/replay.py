@@ -48,14 +48,15 @@ class Trajectory:
 
 def trajectories(run: Run, signal: str = "modulated_input") -> list[Trajectory]:
     """All recorded trajectories, excluded rows as NaN; the first step has no pair and no x (NaN at index 0)."""
-    column, found = column_of(signal, SIGNAL_COLUMNS, "signal"), []
-    for (prompt, seed, expert, branch), rows in run.rows.groupby(TRAJECTORY, sort=True):
-        steps = rows["step"].to_numpy()
+    values = run.rows[column_of(signal, SIGNAL_COLUMNS, "signal")].to_numpy()
+    steps = run.rows["step"].to_numpy()
+    found = []
+    for (prompt, seed, expert, branch), rows in run.rows.groupby(TRAJECTORY, sort=True).indices.items():
         # A second expert's steps may be counted on from the first's: its own first step lies before its first pair.
-        start = int(steps.min()) - 1
-        x = np.full(int(steps.max()) - start + 1, np.nan)
-        x[steps - start] = rows[column].to_numpy()
-        found.append(Trajectory(str(prompt), int(seed), str(expert), str(branch), max(len(x), 1), x))
+        start = int(steps[rows].min()) - 1
+        x = np.full(int(steps[rows].max()) - start + 1, np.nan)
+        x[steps[rows] - start] = values[rows]
+        found.append(Trajectory(str(prompt), int(seed), str(expert), str(branch), len(x), x))
     return found
 
 

@@ -25,7 +25,7 @@ class BranchFit:
         chosen: The recommended fit.
         other: The one that was not; None where both are the same.
         figures: By method, see :func:`calibrate.quality.figures` and :func:`~calibrate.quality.rival_figures`.
-        bootstraps: By method; None with fewer than three prompts.
+        resampled: ``chosen`` refitted on resampled prompts; None with fewer than three prompts.
         why: Why ``chosen`` was.
         excluded: Recorded rows left out as non-finite.
     """
@@ -36,13 +36,9 @@ class BranchFit:
     chosen: FitResult
     other: FitResult | None
     figures: dict[str, dict[str, float | None]]
-    bootstraps: dict[str, Bootstrap | None]
+    resampled: Bootstrap | None
     why: str
     excluded: int
-
-    @property
-    def bootstrap(self) -> Bootstrap | None:
-        return self.bootstraps[self.chosen.method]
 
     @property
     def chosen_figures(self) -> dict[str, float | None]:
@@ -108,8 +104,8 @@ def _fit_one(expert: str, branch: str, pairs: pd.DataFrame, degree: int, method:
     else:
         chosen, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
     other = next((one for name, one in by_method.items() if name != chosen), None)
-    bootstraps = {name: bootstrap(pairs, one) for name, one in by_method.items()}
-    return BranchFit(expert, branch, pairs, by_method[chosen], other, of_method, bootstraps, why, excluded)
+    resampled = bootstrap(pairs, by_method[chosen])
+    return BranchFit(expert, branch, pairs, by_method[chosen], other, of_method, resampled, why, excluded)
 
 
 def _choose(plain: FitResult, of_method: dict[str, dict]) -> tuple[str, str]:

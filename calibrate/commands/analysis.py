@@ -73,12 +73,13 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     fits = fit_branches(run, **chosen, method=method)
     command = " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in chosen.items())]) + flag
     entry = entry_of(run, fits, chosen["target"], chosen["signal"], command)
+    tables = [fit_table(entry, fits)]
+    if strangers:
+        tables.append(score_table(score(strangers, run)))
+    tables.append(replay_table(run, entry, chosen["signal"], options.get("speedup")))
     path = coeffs.save(entry, options.get("out") or run.path / "entry.yaml")
 
-    click.echo(fit_table(entry, fits))
-    if strangers:
-        click.echo("\n" + score_table(score(strangers, run)))
-    click.echo("\n" + replay_table(run, entry, chosen["signal"], options.get("speedup")) + "\n")
+    click.echo("\n\n".join(tables) + "\n")
     for warning in entry.warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"draft entry: {path}")
