@@ -2,9 +2,9 @@
 
     python benchmarks/kill_resume.py [--kills 100] [--seed 0]
 
-Real processes and real SIGKILLs, on the embedded model: each process loads it, takes the lock, records and writes until
-it is killed. Afterwards the pairs must be the same bytes as those of a run that was left alone, the fitted coefficients
-the same numbers, and no shard that was ever seen finished may have been lost or rewritten.
+Real processes and real SIGKILLs, on the embedded model: each process loads it, takes the lock, records and writes
+until it is killed. Afterwards the pairs must be the same bytes as those of a run that was left alone, the fitted
+coefficients the same numbers, and no shard that was ever seen finished may have been lost or rewritten.
 """
 
 import argparse
@@ -37,8 +37,8 @@ class Outcome:
 def kill_and_resume(record: Callable[[Path], None], folder: Path, kills: int, seed: int = 0) -> Outcome:
     """Run ``record(path)`` undisturbed in one process, then in others that are killed ``kills`` times.
 
-    Each process is killed after a random part of the time that the undisturbed one took. When the run is complete before
-    all kills have happened, half of its shards, chosen at random, are taken out.
+    Each process is killed after a random part of the time that the undisturbed one took. When the run is complete
+    before all kills have happened, half of its shards, chosen at random, are taken out.
     """
     generator = random.Random(seed)
     path, reference = folder / RUN, folder / "reference"
@@ -67,7 +67,7 @@ def kill_and_resume(record: Callable[[Path], None], folder: Path, kills: int, se
 
 
 def _run(record: Callable[[Path], None], path: Path, kill_after: float | None = None) -> bool:
-    """One process of its own; True when it was killed. Forked, so that a start costs milliseconds and not an import."""
+    """One process of its own, forked so that a start costs no imports; True when it was killed."""
     process = multiprocessing.get_context("fork").Process(target=_child, args=(record, path))
     process.start()
     process.join(kill_after)

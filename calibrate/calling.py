@@ -38,7 +38,7 @@ class Call:
         for prompt in prompts:
             for name in ("negative_prompt", "image"):
                 if getattr(prompt, name) and not self.accepts(name):
-                    raise InvalidOption(f"prompt {prompt.prompt!r} has a {name}, which the pipeline does not take")
+                    raise InvalidOption(f"prompt {prompt.prompt!r} has one, but the pipeline takes no {name}")
             if self.needs_image and not prompt.image:
                 raise InvalidOption(
                     f"prompt {prompt.prompt!r} has no image, which the pipeline needs; give --image FILE"

@@ -7,8 +7,6 @@ from click_default_group import DefaultGroup
 
 from calibrate import __version__
 
-_AREAS = ("runs", "analysis", "verify", "registry")
-
 
 class _ExpectedError(click.ClickException):
     def __init__(self, message: str, exit_code: int):
@@ -47,19 +45,9 @@ def cli() -> None:
     """
 
 
-def _add_commands() -> None:
-    for area in _AREAS:
-        try:
-            module = import_module(f"calibrate.commands.{area}")
-        except ModuleNotFoundError as error:
-            if error.name != f"calibrate.commands.{area}":
-                raise
-            continue
-        for command in module.COMMANDS:
-            cli.add_command(command)
-
-
-_add_commands()
+for _area in ("runs", "analysis", "verify", "registry"):
+    for _command in import_module(f"calibrate.commands.{_area}").COMMANDS:
+        cli.add_command(_command)
 
 
 def main() -> None:

@@ -140,11 +140,13 @@ def pick_device(device: str = "auto") -> str:
     """``auto`` is this process's GPU (``LOCAL_RANK`` under torchrun) when there is one, else the CPU."""
     import torch
 
+    if device != "auto" and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise InvalidOption(f"--device {device}: expected auto, cpu or cuda")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidOption(f"--device {device}: torch sees no GPU here; use --device cpu")
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise InvalidOption("--device cuda: torch sees no GPU here; use --device cpu")
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return device
 

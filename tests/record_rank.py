@@ -13,7 +13,7 @@ from recording_stub import Denoiser, generate_with, install
 
 
 def record_rank(folder: Path, groups: int, seconds: float = 0.02, loses: int | None = None) -> None:
-    """Record ``groups`` prompts of ``seconds`` each into ``folder/run`` and say in ``folder/<rank>.json`` what was done.
+    """Record ``groups`` prompts of ``seconds`` each into ``folder/run``, and say in ``folder/<rank>.json`` which.
 
     The rank ``loses`` ends without a word in its first group, and the others wait for that to happen.
     """

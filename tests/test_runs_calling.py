@@ -62,7 +62,7 @@ def test_what_cannot_be_called_is_refused(options, said):
 def test_prompts_have_to_fit_the_pipeline(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a", "negative_prompt": "b"}')
-    with pytest.raises(InvalidOption, match="has a negative_prompt, which the pipeline does not take"):
+    with pytest.raises(InvalidOption, match="the pipeline takes no negative_prompt"):
         prepare_call(image_call, SPEC).refuse_unfit(load_prompts(path).prompts)
     with pytest.raises(InvalidOption, match="has no image, which the pipeline needs; give --image"):
         prepare_call(edit_call, None).refuse_unfit(load_prompts(["a"]).prompts)

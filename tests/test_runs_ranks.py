@@ -1,4 +1,4 @@
-"""Several processes on one run folder: each group is recorded once, by whoever gets it, and nothing waits for the dead."""
+"""Several processes on one run folder: each group is recorded once, by whoever gets it; nothing waits for the dead."""
 
 import json
 import multiprocessing
