@@ -87,7 +87,7 @@ class CacheHandler:
         self._position = position = self._locator.locate(args, kwargs)
         if position.new_generation:
             self._trajectories.clear()
-            self.stats.begin(self.expert)
+            self.stats.begin(self.expert, position.schedule)
         if position.step != self.step:
             self.step = position.step
             for other in self.siblings:  # the other expert's part of the schedule is over

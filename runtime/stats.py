@@ -1,6 +1,7 @@
 """What the runtime did: patterns, reasons, counts. Pure and bounded: one record per branch, never per step."""
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from runtime.gate import Decision
@@ -48,6 +49,7 @@ class Stats:
     branches: dict[tuple[str, str], BranchStats] = field(default_factory=dict)
     totals: Counter = field(default_factory=Counter)
     generations: int = 0
+    _schedule: Hashable | None = field(default=None, repr=False)
 
     @property
     def computed(self) -> int:
@@ -67,11 +69,14 @@ class Stats:
         first = next(iter(self.branches))[1]
         return "".join(stats.pattern for (_, branch), stats in self.branches.items() if branch == first)
 
-    def begin(self, expert: str) -> None:
-        """A new generation of ``expert``: its branches start over."""
-        if not self.branches or any(key[0] == expert for key in self.branches):
-            self.generations += 1
-            self.branches = {key: stats for key, stats in self.branches.items() if key[0] != expert}
+    def begin(self, expert: str, schedule: Hashable | None = None) -> None:
+        """``expert`` begins a generation, or its part of the one that another expert began on the same schedule."""
+        joins = schedule is not None and schedule == self._schedule
+        if joins and not any(key[0] == expert for key in self.branches):
+            return
+        self._schedule = schedule
+        self.generations += 1
+        self.branches = {}
 
     def add(self, expert: str, branch: str, decision: Decision) -> None:
         self.branches.setdefault((expert, branch), BranchStats()).add(decision)

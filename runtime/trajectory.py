@@ -44,6 +44,7 @@ class Position:
         num_steps: Length of the schedule, if known.
         new_generation: Whether everything remembered belongs to an earlier generation.
         consecutive: Whether this branch was also called at the previous step, so that the two may be compared.
+        schedule: Identity of the schedule that the step is one of; ``None`` where none is in view.
     """
 
     branch: str
@@ -51,6 +52,7 @@ class Position:
     num_steps: int | None
     new_generation: bool
     consecutive: bool
+    schedule: Hashable | None = None
 
 
 class _Branch:
@@ -106,6 +108,7 @@ class Tracker:
             num_steps=info.num_steps,
             new_generation=event == "generation",
             consecutive=consecutive,
+            schedule=None if self._stuck is not None else info.schedule,
         )
 
     # -- does a new step or a new generation begin with this call? ------------------------------------------------
