@@ -136,15 +136,14 @@ def replay_curve(table: pd.DataFrame, ax: Axes | None = None, *, verified: pd.Da
     """Computed steps over the threshold, replayed from the log, with the spread over prompts.
 
     Args:
-        table: Columns ``threshold``, ``computed_steps`` and where known ``computed_low``, ``computed_high``.
+        table: Columns ``threshold``, ``computed_steps``, ``computed_low``, ``computed_high``.
         verified: Columns ``threshold``, ``computed_steps`` of real cached runs.
     """
     ax = axes_or_new(ax)
     table = table.sort_values("threshold")
-    if {"computed_low", "computed_high"} <= set(table):
-        ax.fill_between(
-            table["threshold"], table["computed_low"], table["computed_high"], color=BLUE, alpha=0.2, linewidth=0
-        )
+    ax.fill_between(
+        table["threshold"], table["computed_low"], table["computed_high"], color=BLUE, alpha=0.2, linewidth=0
+    )
     ax.plot(table["threshold"], table["computed_steps"], color=BLUE, linewidth=2, label="replayed (range: prompts)")
     if verified is not None and len(verified):
         ax.plot(
@@ -181,14 +180,13 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Held-out error over the number of prompts used for the fit.
 
     Args:
-        table: Columns ``prompts``, ``rmse`` and where known ``low``, ``high``; ``branch`` for one line each.
+        table: Columns ``prompts``, ``rmse``, ``low``, ``high``; ``branch`` for one line each.
     """
     ax = axes_or_new(ax)
     groups = table.groupby("branch") if "branch" in table else [("pooled", table)]
     for branch, rows in groups:
         rows, (color, marker) = rows.sort_values("prompts"), branch_style(branch)
-        if {"low", "high"} <= set(rows):
-            ax.fill_between(rows["prompts"], rows["low"], rows["high"], color=color, alpha=0.2, linewidth=0)
+        ax.fill_between(rows["prompts"], rows["low"], rows["high"], color=color, alpha=0.2, linewidth=0)
         ax.plot(rows["prompts"], rows["rmse"], color=color, marker=marker, markersize=4, label=branch)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,245 @@
+"""Which settings enter a verification: the fitted gate, its baselines at equal computed steps, published sets.
+
+Thresholds are chosen on prompts that are not judged: replay proposes, real runs of those prompts correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from calibrate.errors import CalibrateError, InvalidOption
+from calibrate.log import Run
+from calibrate.policies import Setting, growing_interval, magcache_at, tune_threshold, uniform
+from calibrate.replay import Search, polynomials
+from coeffs import Entry
+from coeffs.errors import CoeffsError
+from runtime.errors import RuntimeCacheError
+from runtime.gate import GateConfig
+
+GATE = "fitted gate"
+SHARED_GATE = "fitted gate, one polynomial for all branches"
+UNIFORM = "uniform skipping"
+POLICIES = {
+    "gate": GATE,
+    "shared-gate": SHARED_GATE,
+    "uniform": UNIFORM,
+    "growing": "growing interval",
+    "fewer-steps": "fewer steps",
+    "magcache": "MagCache's rule",
+    "published": "published sets",
+    "first-block-cache": "FirstBlockCache",
+    "mag-cache": "MagCache (diffusers)",
+    "sea-cache": "SeaCache",
+}
+MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
+_DIFFUSERS = {"first-block-cache": "FirstBlockCache", "mag-cache": "MagCache", "sea-cache": "SeaCache"}
+
+Measure = Callable[[Setting], float]  # mean computed steps of real runs on the tuning prompts
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What will be run, and what was refused and why (policy -> reason)."""
+
+    settings: list[Setting]
+    refused: dict[str, str]
+
+
+def gate_config(entry: Entry) -> GateConfig:
+    """The gate's settings as ``apply_tea_cache`` takes them from this entry; published sets decide as published."""
+    published = entry.status != "measured"
+    return GateConfig(
+        threshold=0.0,
+        start=1 if entry.start is None else entry.start,
+        end=1 if entry.end is None else entry.end,
+        max_skips=entry.max_skips,
+        compat=published,
+    )
+
+
+def gate_setting(name: str, entry: Entry, budget: int, threshold: float) -> Setting:
+    """The gate with an entry, which is known by ``name``, at a threshold."""
+    parameters: dict[str, Any] = {"entry": name, "threshold": float(f"{threshold:.6g}")}
+    if gate_config(entry).compat:
+        parameters["compat"] = True
+    return Setting(name, "gate", budget, parameters)
+
+
+def fixed_settings(
+    policy: str, budgets: Sequence[int], num_steps: int, ratios: Sequence[float] | None
+) -> list[Setting]:
+    """Settings of the policies that need no tuning."""
+    name = POLICIES[policy]
+    if policy == "fewer-steps":
+        return [Setting(name, "fewer_steps", budget) for budget in budgets]
+    if policy == "magcache":
+        if not ratios:
+            raise InvalidOption("the entry holds no magnitude ratios of this schedule; fit a run of it first")
+        plans = [magcache_at(ratios, num_steps, budget) for budget in budgets]
+    else:
+        plan = {"uniform": uniform, "growing": growing_interval}[policy]
+        plans = [plan(num_steps, budget) for budget in budgets]
+    return [Setting(name, "schedule", b, {"schedule": plan}) for b, plan in zip(budgets, plans, strict=True)]
+
+
+def tuned_gate(name: str, entry: Entry, budgets: Sequence[int], run: Run, measure: Measure) -> list[Setting]:
+    """The gate at the thresholds whose real runs come nearest to the budgets."""
+    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal)
+
+    def replayed(threshold: float) -> float:
+        return float(search.generation_means(search.computed(np.array(threshold))))
+
+    found, missed = [], []
+    for budget in budgets:
+        threshold, computed = tune_threshold(
+            replayed, lambda t, budget=budget: measure(gate_setting(name, entry, budget, t)), budget
+        )
+        if abs(computed - budget) > MISSED_BUDGET:
+            missed.append(f"{computed:.3g} instead of {budget}")
+        elif all(threshold != setting.parameters["threshold"] for setting in found):
+            found.append(gate_setting(name, entry, budget, threshold))
+    if not found:
+        raise InvalidOption(f"no threshold gives a number of computed steps near the budgets: {', '.join(missed)}")
+    return found
+
+
+def tuned_diffusers(
+    policy: str, budgets: Sequence[int], options: Mapping[str, Any], measure: Measure
+) -> list[Setting]:
+    """One of diffusers' caches at thresholds found by halving on real runs; every run serves all budgets."""
+    name, tried = POLICIES[policy], {}
+
+    def setting(budget: int, threshold: float) -> Setting:
+        return Setting(name, _DIFFUSERS[policy], budget, {**options, "threshold": float(f"{threshold:.4g}")})
+
+    def count(log_threshold: float, budget: int) -> float:
+        candidate = setting(budget, 10**log_threshold)
+        threshold = candidate.parameters["threshold"]
+        if threshold not in tried:
+            tried[threshold] = measure(candidate)
+        return tried[threshold]
+
+    found = []
+    for budget in budgets:
+        low, high = -4.0, 1.0
+        for _ in range(7):
+            middle = (low + high) / 2
+            low, high = (middle, high) if count(middle, budget) > budget else (low, middle)
+        threshold = min(tried, key=lambda value: abs(tried[value] - budget))
+        if abs(tried[threshold] - budget) <= MISSED_BUDGET:
+            found.append(setting(budget, threshold))
+    if not found:
+        seen = sorted({round(value, 1) for value in tried.values()})
+        raise InvalidOption(f"no threshold gives a number of computed steps near the budgets, only {seen}")
+    return found
+
+
+def entrants(
+    entry: Entry, policies: Sequence[str], known: Sequence[Entry], transformer_class: str
+) -> dict[str, Entry]:
+    """Every gate that enters, by policy name."""
+    found = {GATE: entry}
+    shared = shared_entry(entry) if "shared-gate" in policies else None
+    if shared is not None:
+        found[SHARED_GATE] = shared
+    if "published" in policies:
+        found |= {f"{other.model}'s gate": other for other in published_entries(known, transformer_class, entry)}
+    return found
+
+
+def published_entries(entries: Sequence[Entry], transformer_class: str | None, own: Entry) -> list[Entry]:
+    """Newest published or copied sets of the same denoiser class that the runtime can gate with.
+
+    Those for the same checkpoint where there are any. Sets that differ by a factor only are taken once: a factor only
+    moves the threshold.
+    """
+    newest: dict[str, Entry] = {}
+    for entry in entries:
+        foreign = (
+            entry.status != "measured" and entry.transformer_class == transformer_class and entry.label != own.label
+        )
+        gated = entry.signal != "other" and any(expert.branches for expert in entry.experts.values())
+        if foreign and gated:
+            newest[entry.model] = max(newest.get(entry.model, entry), entry, key=lambda e: e.version)
+    # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
+    here = [entry for entry in newest.values() if own.checkpoint.repository == entry.checkpoint.repository]
+    distinct: dict[tuple, Entry] = {}
+    for entry in here or newest.values():
+        coefficients = entry.fit().coefficients_high_to_low
+        scale = max(map(abs, coefficients)) or 1.0
+        shape = tuple(round(value / scale, 9) for value in coefficients)
+        distinct.setdefault((shape, entry.sign_rule, entry.signal), entry)
+    return list(distinct.values())
+
+
+def shared_entry(entry: Entry) -> Entry | None:
+    """The entry as engines with one slot use it, the recommended fit for all branches; ``None`` if it is so anyway."""
+    if all(len(expert.branches) <= 1 for expert in entry.experts.values()):
+        return None
+    experts = {
+        name: replace(expert, branches={expert.recommended: expert.branches[expert.recommended]})
+        for name, expert in entry.experts.items()
+        if expert.branches
+    }
+    return replace(entry, experts=experts, title=SHARED_GATE)
+
+
+def contest(
+    entrants: Mapping[str, Entry],
+    run: Run,
+    gate: Sequence[Setting] | None,
+    budgets: Sequence[int],
+    num_steps: int,
+    policies: Sequence[str],
+    measure: Measure,
+    say: Callable[[str], None],
+) -> Contest:
+    """All settings of a verification, policy by policy; what a model or a budget refuses is named, not fatal.
+
+    Args:
+        entrants: Policy name -> entry of every gate that enters, the fitted one (``GATE``) first.
+        run: Recorded signals that replay may look at.
+        gate: The fitted gate's settings where its thresholds were given (:func:`given_gate`).
+        measure: Real runs of the tuning prompts under a setting.
+    """
+    ratios = _ratios(entrants[GATE], num_steps)
+    jobs: dict[str, Callable[[], list[Setting]]] = {
+        GATE: lambda: list(gate or tuned_gate(GATE, entrants[GATE], budgets, run, measure))
+    }
+    for policy in policies:
+        if policy in _DIFFUSERS:
+            options = {"mag_ratios": ratios, "num_inference_steps": num_steps} if policy == "mag-cache" else {}
+            jobs[POLICIES[policy]] = lambda p=policy, o=options: tuned_diffusers(p, budgets, o, measure)
+        elif policy not in ("gate", "shared-gate", "published"):
+            jobs[POLICIES[policy]] = lambda p=policy: fixed_settings(p, budgets, num_steps, (ratios or [])[1:])
+    for name, entry in entrants.items():
+        jobs.setdefault(name, lambda n=name, e=entry: tuned_gate(n, e, budgets, run, measure))
+    settings, refused = [], {}
+    for name, job in jobs.items():
+        say(name)
+        try:
+            settings += job()
+        except (CalibrateError, CoeffsError, RuntimeCacheError) as error:
+            refused[name] = str(error)
+    return Contest(settings, refused)
+
+
+def _ratios(entry: Entry, num_steps: int) -> list[float] | None:
+    """MagCache's curve, mean over branches, 1 at step 0; ``None`` where the entry has none of this length."""
+    expert = next(iter(entry.experts.values()))
+    curves = [curve for curve in (expert.mag_ratios or {}).values() if len(curve) == num_steps]
+    return [float(value) for value in np.mean(curves, axis=0)] if curves else None
+
+
+def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:
+    """The gate at given thresholds; its budgets are the computed steps that replay expects."""
+    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal)
+    counts = search.generation_means(search.computed(np.array(thresholds, float)))
+    return [
+        gate_setting(GATE, entry, max(1, round(float(count))), threshold)
+        for threshold, count in zip(thresholds, counts, strict=True)
+    ]

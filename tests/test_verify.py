@@ -1,0 +1,386 @@
+"""Verification: plans, tuning, verdicts in words, and a whole one on a real but tiny transformer, interrupted too."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from tiny_pipeline import TinyPipeline
+
+import coeffs
+from calibrate import policies, verdict
+from calibrate.cli import cli
+from calibrate.contest import GATE, POLICIES, UNIFORM, published_entries, shared_entry
+from calibrate.draft import draft_entry
+from calibrate.errors import InvalidOption, InvalidPrompts
+from calibrate.log import load_run
+from calibrate.perceptual import Lpips
+from calibrate.policies import InvalidBudget
+from calibrate.record import record
+from calibrate.verification import load_verification
+from calibrate.verify import verify
+
+TEXTS = [f"a thing number {number}" for number in range(5)]
+UNSEEN = [f"another thing {number}" for number in range(4)]
+QUICK = ("gate", "uniform", "fewer-steps", "magcache")
+ALL = tuple(name for name in POLICIES if name != "published")  # FLUX has many published sets
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("num_steps", [4, 28, 50])
+@pytest.mark.parametrize("plan", [policies.uniform, policies.growing_interval])
+def test_plans_compute_exactly_their_budget_and_start_computing(plan, num_steps):
+    for computed in range(1, num_steps + 1):
+        pattern = plan(num_steps, computed)
+        assert (len(pattern), pattern.count("C"), pattern[0]) == (num_steps, computed, "C")
+
+
+def test_uniform_and_growing_plans_look_as_they_are_called():
+    assert policies.uniform(8, 4) == "CSCSCSCS"
+    gaps = np.diff([i for i, letter in enumerate(policies.growing_interval(40, 8)) if letter == "C"])
+    assert list(gaps) == sorted(gaps) and gaps[-1] > gaps[0]
+
+
+def test_a_budget_beyond_the_schedule_is_refused():
+    with pytest.raises(InvalidBudget, match="9 computed steps of 8"):
+        policies.uniform(8, 9)
+
+
+def test_magcache_plan_follows_the_published_rule():
+    """Errors |1 - product of ratios| add up: 0.1, then 0.1 + 0.19 = 0.29 > 0.2 computes and starts over."""
+    ratios = [0.9] * 7
+    assert policies.magcache(ratios, 8, 0.2, max_skips=3, retention=0.0) == "CSCSCSCS"
+    assert policies.magcache(ratios, 8, 1e9, max_skips=2, retention=0.0) == "CSSCSSCS"
+    assert policies.magcache(ratios, 8, 1e9, max_skips=9, retention=0.5) == "CCCCSSSS"
+
+
+def test_magcache_plan_agrees_with_diffusers_decisions():
+    torch = pytest.importorskip("torch")
+    from diffusers import MagCacheConfig
+
+    pipe, rng = TinyPipeline(), np.random.default_rng(0)
+    curve = [1.0, *(1 - 0.2 * rng.random(9))]
+    from calibrate.sampling import _diffusers_cache
+
+    options = {"mag_ratios": torch.tensor(curve), "num_inference_steps": 10, "threshold": 0.15}
+    assert MagCacheConfig(**options).max_skip_steps == 3
+    with _diffusers_cache(pipe, "MagCache", options) as patterns:
+        pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+        found = patterns()
+    expected = policies.magcache(curve[1:], 10, 0.15, max_skips=3, retention=0.2)
+    assert set(found.values()) == {expected} and "S" in expected
+
+
+@pytest.mark.parametrize("computed", [4, 9, 14, 20, 27])
+def test_magcache_at_a_budget_hits_it_or_comes_near(computed):
+    ratios = list(1 - 0.1 * np.random.default_rng(1).random(27))
+    assert abs(policies.magcache_at(ratios, 28, computed).count("C") - computed) <= 1
+
+
+def test_tuning_corrects_what_replay_gets_wrong():
+    calls = []
+
+    def measured(threshold):
+        calls.append(threshold)
+        return 20 / (1 + threshold) + 2  # real runs compute two steps more than the replay says
+
+    threshold, computed = policies.tune_threshold(lambda t: 20 / (1 + t), measured, 10)
+    assert computed == pytest.approx(10, abs=0.5) and threshold == pytest.approx(1.5, abs=0.2)
+    assert len(calls) <= 3
+
+
+# --- verdicts
+
+
+def results(policy, offset, prompts=8, seed=0, budgets=(7, 14), noise=0.3):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt in range(prompts):
+        base = 30 + 5 * np.random.default_rng(prompt).standard_normal()  # prompts differ far more than policies
+        for budget in budgets:
+            psnr = base + 0.5 * budget + offset + noise * rng.standard_normal()
+            rows.append({
+                "policy": policy, "budget": budget, "prompt_id": f"p{prompt}", "seed": 0, "prompt": f"prompt {prompt}",
+                "threshold": None, "computed_steps": float(budget), "num_steps": 28, "seconds": 1.0,
+                "uncached_seconds": 2.0, "psnr_db": psnr, "broken": False, "identical": False,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("offset", "outcome", "words"),
+    [(-1.4, "worse", "does not beat"), (1.0, "better", "beats"), (0.0, "undecided", "no difference")],
+)
+def test_verdict_in_words(offset, outcome, words):
+    table = pd.concat([results(GATE, offset, seed=1), results(UNIFORM, 0.0, seed=2)])
+    found = verdict.compare(table, GATE, UNIFORM)
+    assert found.outcome == outcome and words in str(found)
+    assert found.low < found.difference < found.high
+    assert found.difference == pytest.approx(offset, abs=0.3)
+    assert "95 % interval" in verdict.headline([found])
+
+
+def test_comparison_is_made_at_the_policys_own_computed_steps():
+    """A gate that computes more than its budget gains nothing: the baseline is read at the same number of steps."""
+    gate = results(GATE, 0.0, noise=0.0)
+    gate["computed_steps"] += 3  # and half a dB better per step, as everyone here
+    gate["psnr_db"] += 1.5
+    found = verdict.compare(pd.concat([gate, results(UNIFORM, 0.0, budgets=(7, 14, 21), noise=0.0)]), GATE, UNIFORM)
+    assert found.difference == pytest.approx(0.0, abs=1e-9)
+
+
+def test_intervals_cover_the_true_difference():
+    covered = []
+    for seed in range(200):
+        differences = np.random.default_rng(seed).normal(0.7, 1.0, 10)
+        _, low, high = verdict.mean_interval(differences)
+        covered.append(low <= 0.7 <= high)
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_too_few_prompts_give_no_interval_and_say_so():
+    found = verdict.compare(pd.concat([results(GATE, 1, 2), results(UNIFORM, 0, 2)]), GATE, UNIFORM)
+    assert found.outcome == "unknown" and "too few" in str(found)
+
+
+def test_broken_samples_are_counted_and_enter_no_mean():
+    table = results(GATE, 0.0)
+    table.loc[0, ["broken", "psnr_db"]] = [True, None]
+    summary = verdict.summarize(table)
+    assert list(summary["broken"]) == [1, 0] and list(summary["prompts"]) == [7, 8]
+    assert np.isfinite(summary["psnr_db"]).all()
+
+
+def test_worst_prompt_is_named():
+    table = results(GATE, 0.0, budgets=(7,))
+    table.loc[3, "psnr_db"] = 3.0
+    row = verdict.summarize(table).iloc[0]
+    assert (row["worst"], row["worst_prompt"]) == (3.0, "prompt 3")
+
+
+# --- a whole verification
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return TinyPipeline()
+
+
+@pytest.fixture(scope="module")
+def fitted(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    record(pipe, prompts=TEXTS, steps=8, out=folder, progress=False)
+    coeffs.save(draft_entry(load_run(folder), degree=2), folder / "entry.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verified(pipe, fitted):
+    return verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+
+
+def test_every_policy_runs_or_says_why_not(verified):
+    ran, refused = set(verified.results["policy"]), verified.facts["refused"]
+    assert {GATE, UNIFORM, "fewer steps", "growing interval", "MagCache's rule", "FirstBlockCache"} <= ran
+    assert "SeaCache" in refused and len(refused["SeaCache"]) > 20
+    for policy in (UNIFORM, "fewer steps", "growing interval"):
+        rows = verified.results[verified.results["policy"] == policy]
+        assert (rows["computed_steps"] == rows["budget"]).all()
+
+
+def test_uncached_runs_are_bit_identical_and_recording_does_not_change_them(verified):
+    assert verified.facts["floor"]["identical"]
+
+
+def test_the_pipeline_is_left_as_it_was(verified, pipe, fitted):
+    torch = pytest.importorskip("torch")
+    before = TinyPipeline()("x", generator=torch.Generator().manual_seed(3)).images
+    after = pipe("x", generator=torch.Generator().manual_seed(3)).images
+    np.testing.assert_array_equal(before, after)
+    assert "decode" not in pipe.vae.__dict__
+
+
+def test_measures_are_those_of_the_samples(verified, pipe):
+    """One result recomputed by hand: the same plan through the runtime, PSNR from its definition."""
+    torch = pytest.importorskip("torch")
+    from runtime import apply_tea_cache
+
+    row = verified.results.query("policy == @UNIFORM and budget == 4").iloc[0]
+    settings = {"num_inference_steps": 8}
+    uncached = pipe(row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"])), **settings).images[0]
+    with apply_tea_cache(pipe, schedule="CSCSCSCS"):
+        cached = pipe(row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"])), **settings).images[0]
+    error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
+    assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
+    assert set(row["patterns"].values()) == {"CSCSCSCS"}
+
+
+def test_replayed_and_real_patterns_are_both_kept(verified):
+    rows = verified.results[verified.results["policy"] == GATE]
+    for row in rows.itertuples():
+        assert set(row.replayed) == set(row.patterns) == {"transformer/cond", "transformer/uncond"}
+        wrong = [sum(a != b for a, b in zip(row.replayed[k], row.patterns[k], strict=True)) for k in row.patterns]
+        assert row.disagreement == np.mean(wrong)
+
+
+def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(verified, fitted, pipe):
+    from runtime import apply_tea_cache
+
+    entry = coeffs.load(fitted / "entry.yaml")
+    rows = [row for row in entry.thresholds if row.kind == "verified"]
+    assert rows and all(row.psnr_db is not None and row.hardware == "cpu" for row in rows)
+    assert [row.kind for row in entry.thresholds].count("replay") > 0
+    if rows[-1].speedup > 1.01:
+        with apply_tea_cache(pipe, entry, speedup=1.01) as cache:
+            pipe("x", num_inference_steps=8)
+        assert cache.settings["threshold"] > 0
+
+
+def test_a_second_verification_runs_nothing_again(verified, fitted, pipe):
+    lines = (fitted / "verify" / "results.jsonl").read_text()
+    again = verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    assert (fitted / "verify" / "results.jsonl").read_text() == lines
+    assert again.headline == verified.headline
+    kept = load_verification(fitted)
+    assert kept.headline == verified.headline and kept.comparisons[0].difference == again.comparisons[0].difference
+
+
+def test_an_interrupted_verification_continues(verified, fitted, pipe, tmp_path):
+    """Half the results and a line cut short: only what is missing is run, and the finding is the same."""
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    lines = [line for line in (copy / "verify" / "results.jsonl").read_text().split("\n") if line]
+    (copy / "verify" / "results.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + '\n{"key": "ab')
+    again = verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    pd.testing.assert_series_equal(again.results["psnr_db"], verified.results["psnr_db"])
+    keys = [
+        json.loads(line)["key"]
+        for line in (copy / "verify" / "results.jsonl").read_text().split("\n")
+        if '"row"' in line
+    ]
+    assert len(keys) == len(set(keys)) == len(lines)
+
+
+def test_a_new_fit_makes_only_the_gates_results_anew(verified, fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    before = len((copy / "verify" / "results.jsonl").read_text().split("\n"))
+    coeffs.save(draft_entry(load_run(copy), degree=1), copy / "entry.yaml")
+    verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=QUICK, progress=False)
+    added = len((copy / "verify" / "results.jsonl").read_text().split("\n")) - before
+    assert 0 < added <= 2 * len(UNSEEN)
+
+
+def test_thresholds_can_be_given(fitted, pipe):
+    threshold = next(row.threshold for row in coeffs.load(fitted / "entry.yaml").thresholds)
+    found = verify(
+        fitted, model=pipe, prompts=UNSEEN[:2], thresholds=[threshold], policies=["gate", "uniform"], progress=False
+    )
+    assert set(found.results.query("policy == @GATE")["threshold"]) == {threshold}
+
+
+def test_an_entry_without_a_run_is_verified_from_its_references(fitted, pipe, tmp_path):
+    entry = dataclasses.replace(coeffs.load(fitted / "entry.yaml"), version=3)
+    found = verify(
+        entry,
+        model=pipe,
+        prompts=UNSEEN[:2],
+        budgets=[5],
+        policies=["gate", "uniform"],
+        out=tmp_path / "v",
+        progress=False,
+    )
+    assert (tmp_path / "v" / "entry.yaml").exists() and set(found.results["policy"]) >= {UNIFORM}
+
+
+def test_recorded_prompts_are_never_judged(fitted, pipe):
+    with pytest.raises(InvalidPrompts, match="every prompt of it was recorded"):
+        verify(fitted, model=pipe, prompts=TEXTS, progress=False)
+
+
+def test_a_model_that_makes_nan_is_named(fitted, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify"))
+    broken = TinyPipeline()
+    broken.corrupt = True
+    with pytest.raises(InvalidOption, match="uncached model itself makes NaN"):
+        verify(copy, model=broken, prompts=UNSEEN, budgets=[4], policies=QUICK, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policies": ["gate", "magic"]}, "policy 'magic'"),
+        ({"budgets": [4], "thresholds": [0.1]}, "one follows from the other"),
+        ({"thresholds": [-1.0]}, "expected numbers of 0 or more"),
+        ({"budgets": [9]}, "9 computed steps of 8"),
+        ({"out": "elsewhere"}, "leave --out away"),
+    ],
+)
+def test_wrong_options_are_named(fitted, pipe, options, text):
+    with pytest.raises((InvalidOption, InvalidBudget), match=text):
+        verify(fitted, model=pipe, prompts=UNSEEN, progress=False, **options)
+
+
+def test_an_entry_for_another_class_is_refused(pipe, tmp_path):
+    with pytest.raises(
+        InvalidOption, match=r"is for QwenImageTransformer2DModel, but the pipeline has FluxTransformer"
+    ):
+        verify("vllm-omni/qwen-image", model=pipe, prompts=UNSEEN, out=tmp_path, progress=False)
+
+
+def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify", "entry.yaml"))
+    with pytest.raises(InvalidOption, match="calibrate fit"):
+        verify(copy, model=pipe, prompts=UNSEEN, progress=False)
+
+
+# --- entrants, LPIPS, command line
+
+
+def test_published_sets_of_the_class_enter_once_per_shape():
+    own = coeffs.load("vllm-omni/longcat-image")
+    found = published_entries(coeffs.entries(), "LongCatImageTransformer2DModel", own)
+    assert found and all(entry.transformer_class == "LongCatImageTransformer2DModel" for entry in found)
+    assert own.label not in {entry.label for entry in found}
+
+
+def test_shared_entry_uses_the_recommended_fit_for_all_branches(fitted):
+    entry = coeffs.load(fitted / "entry.yaml")
+    shared, expert = shared_entry(entry), entry.experts["transformer"]
+    for branch in ("cond", "uncond"):
+        assert shared.fit("transformer", branch) == expert.branches[expert.recommended]
+    assert shared_entry(shared) is None
+
+
+def test_lpips_without_weights_or_package_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth"):
+        Lpips(tmp_path)
+
+
+def test_commands_have_help_with_every_policy_and_an_example():
+    text = CliRunner().invoke(cli, ["verify", "--help"]).output
+    assert all(policy in text.replace("\n", " ").replace("  ", "") or policy in text for policy in ("gate", "uniform"))
+    assert "calibrate verify runs/" in text
+    assert "calibrate report runs/" in CliRunner().invoke(cli, ["report", "--help"]).output
+    assert set(POLICIES) >= {"gate", "uniform"}
+
+
+def test_command_line_errors_are_one_line_with_exit_code_2(tmp_path):
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "nothing")])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    result = CliRunner().invoke(cli, ["verify", "x", "--budgets", "1,two"])
+    assert result.exit_code == 2 and "separated by commas" in result.output
