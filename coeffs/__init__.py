@@ -9,10 +9,11 @@ Imports the standard library and PyYAML only.
 """
 
 from coeffs.errors import CoeffsError
-from coeffs.match import Facts, Match, find
 from coeffs.polynomial import Polynomial
 from coeffs.schema import Candidate, Checkpoint, Counts, Entry, Expert, Fit, Plan, Protocol, Source, Threshold
 from coeffs.store import dump, entries, load, loads, publish, save
+
+_ON_DEMAND = ("Facts", "Match", "find")  # matching is only needed once a pipeline is loaded
 
 __all__ = [
     "Candidate",
@@ -37,3 +38,11 @@ __all__ = [
     "publish",
     "save",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        from coeffs import match
+
+        return getattr(match, name)
+    raise AttributeError(f"module 'coeffs' has no attribute {name!r}")

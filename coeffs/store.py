@@ -6,11 +6,9 @@ folder, the one shipped with the package. Released files never change; a new cal
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,10 +66,12 @@ def loads(text: str | bytes, file: str | None = None) -> Entry:
     Raises:
         EntryError: With ``file``, the line and the key of what is wrong.
     """
+    from coeffs import yamlread  # here, because it imports PyYAML and `import coeffs` is to cost little
+
     try:
-        return from_plain(migrate(yamlio.parse(text)))
+        return from_plain(migrate(yamlread.parse(text)))
     except EntryError as error:
-        line = error.line or yamlio.locate(text, error.path)
+        line = error.line or yamlread.locate(text, error.path)
         raise EntryError(error.problem, error.path, file, line) from None
 
 
@@ -111,6 +111,8 @@ def save(entry: Entry, path: str | Path) -> Path:
 
 def _write_atomically(path: Path, text: str, *, exclusive: bool = False) -> None:
     """Temporary file beside the target, flushed to disk, then moved; ``exclusive`` raises FileExistsError instead."""
+    import tempfile
+
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
@@ -299,6 +301,8 @@ def readable(registry: str | Path | None = None) -> tuple[list[Entry], list[Coef
 
 
 def checksum(path: Path) -> str:
+    import hashlib
+
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -1,10 +1,11 @@
 """Exports read by the engines' own rules, refusals where an engine cannot say it, and imports back.
 
-Each ``*_reads`` function below follows what the named public file does with a setting; the docstring says at which commit
-it was read. They return what the engine will then use: predicted change as a function of x, threshold, window.
+Each ``*_reads`` function below follows what the named public file does with a setting; the docstring says at which
+commit it was read. They return what the engine will then use: predicted change as a function of x, threshold, window.
 """
 
 import ast
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -32,10 +33,12 @@ class Used:
 
 
 def vllm_omni_reads(text: str) -> Used:
-    """vLLM-Omni, ``diffusion/data.py``, ``cache/teacache/{config,hook}.py`` at be81443c8a52f863452253ee6ea1d9f263bd2fb6.
+    """vLLM-Omni, ``diffusion/data.py``, ``cache/teacache/{config,hook}.py`` at
+    be81443c8a52f863452253ee6ea1d9f263bd2fb6.
 
-    ``--cache-config`` is JSON; a text that is none is dropped in silence, so no comment may stand before it. Unknown keys
-    are set aside. The threshold must be positive, the coefficients exactly five; ``abs(np.poly1d(c)(x))`` accumulates.
+    ``--cache-config`` is JSON; a text that is none is dropped in silence, so no comment may stand before it. Unknown
+    keys are set aside. The threshold must be positive, the coefficients exactly five;
+    ``abs(np.poly1d(c)(x))`` accumulates.
     """
     form = json.loads(text)
     assert isinstance(form, dict)
@@ -49,11 +52,19 @@ def vllm_omni_reads(text: str) -> Used:
 def sglang_reads(text: str, num_steps: int = 28, expert: str | None = None) -> Used:
     """SGLang, ``configs/sample/teacache.py`` at 18ae0170c8524af2576258a0c4170b55638ba985.
 
-    A dataclass without validation; ``np.poly1d(c)(x)`` accumulates with its sign. Float windows are fractions, negative
-    whole numbers count from the end. Experts are looked up as ``high`` and ``low``.
+    A dataclass without validation; ``np.poly1d(c)(x)`` accumulates with its sign. Float windows are fractions,
+    negative whole numbers count from the end. Experts are looked up as ``high`` and ``low``.
     """
-    fields = {"teacache_thresh", "start_skipping", "end_skipping", "coefficients", "coefficients_callback", "use_ret_steps",
-              "expert_coefficients", "expert_thresh"}  # fmt: skip
+    fields = {
+        "teacache_thresh",
+        "start_skipping",
+        "end_skipping",
+        "coefficients",
+        "coefficients_callback",
+        "use_ret_steps",
+        "expert_coefficients",
+        "expert_thresh",
+    }
     (call,) = [node.value for node in ast.parse(text).body]
     assert call.func.id == "TeaCacheParams"
     given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -74,8 +85,8 @@ def tensorrt_llm_reads(text: str, second: bool = False) -> Used:
     """TensorRT-LLM, ``_torch/visual_gen`` and its public arguments, ``cache/teacache.py`` at
     aaedbf926586258a1d179660c2b4b50e9c1f85a7.
 
-    ``yaml.safe_load`` of a mapping, unknown keys forbidden, ``cache_backend`` discriminates, the threshold is above 0 and
-    the lists are not empty. ``abs(np.poly1d(c)(x))`` accumulates, capped at twice the threshold. ``use_ret_steps``
+    ``yaml.safe_load`` of a mapping, unknown keys forbidden, ``cache_backend`` discriminates, the threshold is above 0
+    and the lists are not empty. ``abs(np.poly1d(c)(x))`` accumulates, capped at twice the threshold. ``use_ret_steps``
     computes the first 5 steps, without it the first and the last compute.
     """
     form = yaml.safe_load(text)
@@ -114,8 +125,8 @@ def lightx2v_reads(text: str, wan: bool) -> Used:
 def comfyui_reads(text: str, num_steps: int = 28) -> Used:
     """ComfyUI-TeaCache, ``nodes.py`` at 91dff8e31684ca70a5fda309611484402d8fa192.
 
-    A table from ``model_type`` to a list, evaluated by powers; code is chosen by parts of the key, in this order; FLUX takes
-    the absolute value. A step computes unless ``start_percent <= step / steps <= end_percent``.
+    A table from ``model_type`` to a list, evaluated by powers; code is chosen by parts of the key, in this order; FLUX
+    takes the absolute value. A step computes unless ``start_percent <= step / steps <= end_percent``.
     """
     table: dict = {}
     exec(compile(text, "nodes.py", "exec"), {"SUPPORTED_MODELS_COEFFICIENTS": table, "__builtins__": {}})
@@ -164,8 +175,8 @@ def magcache_reads(text: str) -> dict[str, dict]:
 def cache_dit_reads(text: str) -> str:
     """cache-dit, ``caching/load_configs.py`` and ``cache_contexts`` at f86744af7daa0f569fe4324e73e3e50cebf70f4c.
 
-    ``yaml.safe_load``, the section ``cache_config``; a mask that is a list is taken as it is, 1 computes, 0 uses the cache,
-    ``static`` without asking the residual. Warm-up ends with the mask's first run of 1.
+    ``yaml.safe_load``, the section ``cache_config``; a mask that is a list is taken as it is, 1 computes, 0 uses the
+    cache, ``static`` without asking the residual. Warm-up ends with the mask's first run of 1.
     """
     config = yaml.safe_load(text)["cache_config"]
     assert config["steps_computation_policy"] in ("dynamic", "static")
@@ -240,9 +251,13 @@ def test_lightx2v_reads_the_entry(transformer_class, signal, note, window):
 
 @pytest.mark.parametrize(
     ("transformer_class", "signal"),
-    [("FluxTransformer2DModel", "modulated_input"), ("WanTransformer3DModel", "time_embedding"),
-     ("Lumina2Transformer2DModel", "time_embedding"), ("LTXVideoTransformer3DModel", "modulated_input")],
-)  # fmt: skip
+    [
+        ("FluxTransformer2DModel", "modulated_input"),
+        ("WanTransformer3DModel", "time_embedding"),
+        ("Lumina2Transformer2DModel", "time_embedding"),
+        ("LTXVideoTransformer3DModel", "modulated_input"),
+    ],
+)
 def test_comfyui_reads_the_entry(transformer_class, signal):
     entry = sample_entry(
         model="my-flux-like-model", transformer_class=transformer_class, signal=signal, start=4, end=3
@@ -307,7 +322,9 @@ def test_a_degree_above_four_is_refused_by_vllm_omni_or_replaced_by_the_alternat
 
 @pytest.mark.parametrize("engine", ["vllm-omni", "lightx2v", "comfyui-teacache"])
 def test_two_experts_do_not_go_into_one_slot(engine):
-    with pytest.raises(EngineError, match="one slot: use an engine with one per expert|fitted on the modulated_input"):
+    with pytest.raises(
+        EngineError, match=r"one slot: use an engine with one per expert|fitted on the modulated_input"
+    ):
         export_entry(two_experts(), engine, threshold=0.2)
 
 
@@ -361,7 +378,7 @@ def test_a_window_that_an_engine_does_not_have_is_refused():
 
 
 def test_another_signal_than_the_engines_is_refused():
-    with pytest.raises(EngineError, match="lightx2v compares the time_embedding there.*--signal time_embedding"):
+    with pytest.raises(EngineError, match=r"lightx2v compares the time_embedding there.*--signal time_embedding"):
         export_entry(sample_entry(transformer_class="WanTransformer3DModel"), "lightx2v", threshold=0.2)
     with pytest.raises(EngineError, match="ComfyUI-TeaCache compares the time_embedding there"):
         export_entry(sample_entry(transformer_class="Lumina2Transformer2DModel"), "comfyui-teacache", threshold=0.2)
@@ -466,12 +483,32 @@ FORMS = {
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "[]", "{}", "{", "{\"coefficients\": [NaN]}", '{"coefficients": "12"}', "cache_config: 1", "cache_config: {a: &x 1}",
-     "TeaCacheParams(coefficients=[1, 2])", "TeaCacheParams(coefficients=__import__('os').system('id'))", "MagCacheConfig()",
-     "MagCacheConfig(mag_ratios=[x])", 'SUPPORTED_MODELS_COEFFICIENTS["a"] = f()', "(" * 5000, "x" * 300_000, "\x00", "[" * 100_000,
-     '{"coefficients": [1], "coefficients": [2]}', '{"coefficients": [true]}', '{"coefficients": [1e400]}', "import os"],
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "{",
+        '{"coefficients": [NaN]}',
+        '{"coefficients": "12"}',
+        "cache_config: 1",
+        "cache_config: {a: &x 1}",
+        "TeaCacheParams(coefficients=[1, 2])",
+        "TeaCacheParams(coefficients=__import__('os').system('id'))",
+        "MagCacheConfig()",
+        "MagCacheConfig(mag_ratios=[x])",
+        'SUPPORTED_MODELS_COEFFICIENTS["a"] = f()',
+        "(" * 5000,
+        "x" * 300_000,
+        "\x00",
+        "[" * 100_000,
+        '{"coefficients": [1], "coefficients": [2]}',
+        '{"coefficients": [true]}',
+        '{"coefficients": [1e400]}',
+        "import os",
+    ],
     ids=range(22),
-)  # fmt: skip
+)
 def test_what_is_no_form_of_the_engine_gets_the_typed_error(engine, text):
     with pytest.raises(CoeffsError):
         import_entry(text, engine, model="mine", signal="other")
@@ -482,10 +519,8 @@ def test_truncated_forms_are_refused_or_read(engine):
     """A form cut anywhere is an error or still the engine's form, never another exception."""
     text = FORMS[engine]
     for cut in range(0, len(text), 7):
-        try:
+        with contextlib.suppress(CoeffsError):
             import_entry(text[:cut], engine, model="mine", signal="other")
-        except CoeffsError:
-            pass
 
 
 def test_an_import_needs_to_know_the_model():

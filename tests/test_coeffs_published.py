@@ -1,4 +1,4 @@
-"""The published sets as facts: how many, whose, on which signal, and that copies are the numbers they are copies of."""
+"""The published sets as facts: how many, whose, on which signal, and that copies have the numbers of the original."""
 
 import pytest
 

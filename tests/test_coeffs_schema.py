@@ -1,4 +1,4 @@
-"""The entry as dataclasses: what construction refuses, the order of coefficients, older schemas, and the JSON Schema."""
+"""The entry as dataclasses: what construction refuses, the order of coefficients, older schemas, the JSON Schema."""
 
 import copy
 import dataclasses
@@ -218,8 +218,22 @@ def test_the_json_schema_and_the_dataclasses_refuse_the_same_structures():
 
 def _structural(error: CoeffsError) -> bool:
     """Rules between fields and on the finer form of text are for the dataclasses alone."""
-    finer = ("expected one of the branches", "the coefficients give", "have degree", "domain", "per coefficient", "0 to 10000 steps",
-             "but the schedule", "copied", "fraction", "no branches", "no expert", "nothing to use", "coefficients:", "whole on")  # fmt: skip
+    finer = (
+        "expected one of the branches",
+        "the coefficients give",
+        "have degree",
+        "domain",
+        "per coefficient",
+        "0 to 10000 steps",
+        "but the schedule",
+        "copied",
+        "fraction",
+        "no branches",
+        "no expert",
+        "nothing to use",
+        "coefficients:",
+        "whole on",
+    )
     return not any(words in str(error) for words in finer)
 
 

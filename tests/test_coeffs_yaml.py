@@ -1,4 +1,4 @@
-"""Strict reading and canonical writing: what YAML would let slip is an error with its line, and every float survives."""
+"""Strict reading and canonical writing: what YAML would let slip is an error with its line; every float survives."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_coeffs_samples import sample_entry, two_experts
 
 import coeffs
-from coeffs import yamlio
+from coeffs import yamlio, yamlread
 from coeffs.errors import CoeffsError, EntryError
 
 HOSTILE_DOCUMENTS = int(os.environ.get("TEACAL_HOSTILE_DOCUMENTS", "1000"))
@@ -66,7 +66,7 @@ def error_of(text: str | bytes) -> EntryError:
         ("status: measured", "status: copied", None, "only a copied entry says from whom, and must"),
     ],
     ids=itertools.count(),
-)  # fmt: skip
+)
 def test_every_slip_is_named_with_its_line(old, new, line_of, expected):
     assert old in TEXT
     text = TEXT.replace(old, new, 1)
@@ -127,9 +127,9 @@ def test_code_in_tags_never_runs(tmp_path):
 
 
 def test_the_python_parser_reads_the_same_as_the_fast_one(monkeypatch):
-    fast = yamlio.parse(TEXT)
-    monkeypatch.setattr(yamlio, "_LOADER", yaml.SafeLoader)
-    assert yamlio.parse(TEXT) == fast
+    fast = yamlread.parse(TEXT)
+    monkeypatch.setattr(yamlread, "_LOADER", yaml.SafeLoader)
+    assert yamlread.parse(TEXT) == fast
     assert coeffs.loads(TEXT) == sample_entry()
     assert "nested deeper" in str(error_of("[" * 3000))
 
@@ -144,7 +144,7 @@ def test_the_writing_is_the_identity_after_reading():
 def test_other_yaml_readers_read_the_written_text_alike():
     """A plain PyYAML user sees numbers as floats, text as text: no reader needs our rules to read our files."""
     for entry in (sample_entry(), *coeffs.entries()):
-        assert yaml.safe_load(coeffs.dump(entry)) == yamlio.parse(coeffs.dump(entry))
+        assert yaml.safe_load(coeffs.dump(entry)) == yamlread.parse(coeffs.dump(entry))
 
 
 FLOATS = st.floats(min_value=-1e30, max_value=1e30, allow_nan=False)
@@ -154,20 +154,33 @@ FLOATS = st.floats(min_value=-1e30, max_value=1e30, allow_nan=False)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_round_trips_exactly(value):
     text = yamlio.format_float(value)
-    for read in (yamlio.parse(f"a: {text}\n")["a"], yaml.safe_load(text)):
+    for read in (yamlread.parse(f"a: {text}\n")["a"], yaml.safe_load(text)):
         assert isinstance(read, float)
         assert (read, math.copysign(1, read)) == (value, math.copysign(1, value))
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(FLOATS, min_size=1, max_size=7), st.floats(0, 1e3), st.floats(1e-3, 1e3), st.text(max_size=200),
-    st.dictionaries(st.text(string.ascii_letters, min_size=1, max_size=9), st.none() | FLOATS | st.text(max_size=20) | st.booleans()),
-)  # fmt: skip
+    st.lists(FLOATS, min_size=1, max_size=7),
+    st.floats(0, 1e3),
+    st.floats(1e-3, 1e3),
+    st.text(max_size=200),
+    st.dictionaries(
+        st.text(string.ascii_letters, min_size=1, max_size=9),
+        st.none() | FLOATS | st.text(max_size=20) | st.booleans(),
+    ),
+)
 def test_dump_load_dump_is_the_identity(coefficients, low, width, text, arguments):
-    fit = coeffs.Fit(
-        coefficients_high_to_low=coefficients, domain=(low, low + width), value_at_0p1=None, figures={"r2": None, "a.b": 1.0}
-    ) if _plausible(coefficients, (low, low + width)) else coeffs.Fit(coefficients_high_to_low=[0.0])  # fmt: skip
+    fit = (
+        coeffs.Fit(
+            coefficients_high_to_low=coefficients,
+            domain=(low, low + width),
+            value_at_0p1=None,
+            figures={"r2": None, "a.b": 1.0},
+        )
+        if _plausible(coefficients, (low, low + width))
+        else coeffs.Fit(coefficients_high_to_low=[0.0])
+    )
     entry = sample_entry(
         experts={"transformer": {"recommended": "no", "branches": {"no": fit}}},
         notes=text,
@@ -191,14 +204,80 @@ def _plausible(coefficients: list[float], domain: tuple[float, float]) -> bool:
 
 SNIPPETS = st.sampled_from(
     [
-        *("&a ", "*a", "*b ", "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!set {a}", "! ", "!!float ", "<<: *a\n"),
-        *("[", "]", "{", "}", "[[[[", "{{{{", "- ", "? ", ": ", "|", ">-", "%YAML 9.9\n", "%TAG ! x\n", "---\n", "...\n", "#", "\t"),
-        *("1e999", "-.inf", ".NaN", "0x10", "0o17", "017", "1:30:00", "2001-01-01", "~", "no", "On", "1_000", "9" * 400, "4.98e02"),
-        *('"', "'", '"\\x', '"\\ud800"', "\x00", "\x07", "\u2028", "\ufeff", "\U0001f600", "\x85", "é" * 50, "\n", "\r", "\n    "),
-        *("model: x\n", "schema: 0\n", "status: copied\n", "experts: []\n", "experts: {a: {}}\n", "thresholds: {}\n", "domain: 1\n"),
+        *(
+            "&a ",
+            "*a",
+            "*b ",
+            "!!python/object/apply:os.system [id]",
+            "!!binary aGk=",
+            "!!set {a}",
+            "! ",
+            "!!float ",
+            "<<: *a\n",
+        ),
+        *(
+            "[",
+            "]",
+            "{",
+            "}",
+            "[[[[",
+            "{{{{",
+            "- ",
+            "? ",
+            ": ",
+            "|",
+            ">-",
+            "%YAML 9.9\n",
+            "%TAG ! x\n",
+            "---\n",
+            "...\n",
+            "#",
+            "\t",
+        ),
+        *(
+            "1e999",
+            "-.inf",
+            ".NaN",
+            "0x10",
+            "0o17",
+            "017",
+            "1:30:00",
+            "2001-01-01",
+            "~",
+            "no",
+            "On",
+            "1_000",
+            "9" * 400,
+            "4.98e02",
+        ),
+        *(
+            '"',
+            "'",
+            '"\\x',
+            '"\\ud800"',
+            "\x00",
+            "\x07",
+            "\u2028",
+            "\ufeff",
+            "\U0001f600",
+            "\x85",
+            "é" * 50,
+            "\n",
+            "\r",
+            "\n    ",
+        ),
+        *(
+            "model: x\n",
+            "schema: 0\n",
+            "status: copied\n",
+            "experts: []\n",
+            "experts: {a: {}}\n",
+            "thresholds: {}\n",
+            "domain: 1\n",
+        ),
         *("coefficients_high_to_low: [1, 2]\n", "a: " * 60, "- " * 60, "[" * 60, "&a [" + "*a, " * 30, "x" * 500),
     ]
-)  # fmt: skip
+)
 MUTATED = st.lists(st.tuples(st.integers(0, len(TEXT)), st.integers(0, 40), SNIPPETS), min_size=1, max_size=6).map(
     lambda edits: _edited(TEXT, edits)
 )
@@ -210,8 +289,8 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-REPLACED = st.tuples(st.sampled_from(sorted(yamlio.parse(TEXT))), VALUES).map(
-    lambda change: yaml.dump({**yamlio.parse(TEXT), change[0]: change[1]}, allow_unicode=True)
+REPLACED = st.tuples(st.sampled_from(sorted(yamlread.parse(TEXT))), VALUES).map(
+    lambda change: yaml.dump({**yamlread.parse(TEXT), change[0]: change[1]}, allow_unicode=True)
 )
 DOCUMENTS = st.one_of(
     MUTATED,
