@@ -13,6 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from runtime.compat import ContextReceiver, hook_registry, lockstep_group
+from runtime.dynamo import compiled_by, pause, resume, stays_python
 from runtime.errors import ApplyError, UnsupportedModel, WiringError
 from runtime.leaves import Place, at, call_tensors, replaced, signature
 from runtime.stack import attention_modules, find_blocks
@@ -38,9 +39,10 @@ class Trajectory:
 class Call:
     """One forward of the denoiser."""
 
-    def __init__(self, trajectory: Trajectory, args: tuple, kwargs: dict) -> None:
+    def __init__(self, trajectory: Trajectory, args: tuple, kwargs: dict, compiler: Any = None) -> None:
         self.trajectory = trajectory
         self.args, self.kwargs = args, kwargs
+        self.compiler = compiler  # what torch.compile(model) runs the forward with
         self.decided = self.skip = False
         self.observation: Observation | None = None
         self.bases: dict[Place | None, torch.Tensor] = {}
@@ -190,8 +192,29 @@ class StackHooks:
 
     # -- one forward ----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    # Under torch.compile(model) everything but the blocks' own forwards runs in plain Python: what is learned, decided
+    # and overridden around them cannot be traced, and a graph that breaks at every block is not worth its guards.
+
+    @stays_python
     def _begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+        compiler = pause()
+        try:
+            self._open(root, args, kwargs, compiler)
+        except BaseException:
+            resume(compiler)
+            raise
+
+    @stays_python
+    def _end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call = self.call
+        if call is None or call.thread != threading.get_ident():
+            return None  # a call that was refused
+        try:
+            return self._close(call, output)
+        finally:
+            resume(call.compiler)
+
+    def _open(self, root: nn.Module, args: tuple, kwargs: dict, compiler: Any) -> None:
         if not self._lock.acquire(blocking=False):
             if self.call is not None and self.call.thread == threading.get_ident():
                 self._drop_call()  # the last forward never came back
@@ -202,18 +225,14 @@ class StackHooks:
                     "time: use a lock, or a copy of the pipeline for each thread"
                 )
         try:
-            self.call = Call(self.handler.start(args, kwargs), args, kwargs)
+            self.call = Call(self.handler.start(args, kwargs), args, kwargs, compiler)
             if self.call.trajectory.wiring is None:
                 self._observe(self.call)
         except BaseException:
             self._drop_call()
             raise
 
-    @torch.compiler.disable
-    def _end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self.call
-        if call is None or call.thread != threading.get_ident():
-            return  # a call that was refused
+    def _close(self, call: Call, output: Any) -> Any:
         failed = output is None
         try:
             if not failed and call.decided:
@@ -259,12 +278,19 @@ class StackHooks:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)
+    @stays_python
     def run_block(self, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         """A block is called: decide at the first one, stand in or run."""
+        compiler = pause()  # on here where the block alone is compiled, and not the denoiser around it
+        try:
+            return self._run_block(compiler, block, original, args, kwargs)
+        finally:
+            resume(compiler)
+
+    def _run_block(self, compiler: Any, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         call = self.call
         if call is None:  # the block is used outside the denoiser's own forward
-            return original(*args, **kwargs)
+            return compiled_by(compiler, original, args, kwargs)
         is_head = not call.decided
         if is_head:
             self._decide(call, block, original, args, kwargs)
@@ -273,13 +299,15 @@ class StackHooks:
             return call.trajectory.wiring.placeholder(block, number, call.stand_ins)
         if is_head and self.handler.watches_signal(call):
             return self._run_watched(call, block, number, original, args, kwargs)
-        return self._run(call, block, number, original, args, kwargs)
+        return self._run(call, block, number, original, args, kwargs, compiler or call.compiler)
 
-    def _run(self, call: Call, block: nn.Module, number: int, original: Callable, args: tuple, kwargs: dict) -> Any:
+    def _run(
+        self, call: Call, block: nn.Module, number: int, original: Callable, args: tuple, kwargs: dict, compiler: Any
+    ) -> Any:
         if call.observation is None:
-            return original(*args, **kwargs)
+            return compiled_by(compiler, original, args, kwargs)
         with call.observation.paused():
-            result = original(*args, **kwargs)
+            result = compiled_by(compiler, original, args, kwargs)
         call.observation.block(block, number, result)
         return result
 
@@ -293,7 +321,8 @@ class StackHooks:
 
         handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self._attention]
         try:
-            result = self._run(call, block, number, original, args, kwargs)
+            # A graph knows no hooks that come and go: the watched block runs as it is.
+            result = self._run(call, block, number, uncompiled(original), args, kwargs, None)
         finally:
             for handle in handles:
                 handle.remove()
@@ -350,7 +379,7 @@ class StackHooks:
             # A block that is an attention layer itself has no forward to stop: its input is the signal.
             if block in self._attention:
                 return _hidden_states(args, kwargs, call.stream)
-            getattr(original, "uncompiled", original)(*args, **kwargs)
+            uncompiled(original)(*args, **kwargs)
         except StopForward:
             return seen[0]
         finally:
@@ -380,7 +409,6 @@ class StackHooks:
                     self._at_exit, with_kwargs=True
                 )
 
-    @torch.compiler.disable
     def _at_exit(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None or not call.decided or call.observation is not None:
@@ -408,6 +436,11 @@ class StackHooks:
         call.overridden += 1
         both = replaced({"args": args, "kwargs": kwargs}, found.place, stored.to(value.dtype))
         return both["args"], both["kwargs"]
+
+
+def uncompiled(forward: Callable) -> Callable:
+    """A block's forward without the graph that :func:`runtime.compile.compile_blocks` made of it."""
+    return getattr(forward, "uncompiled", forward)
 
 
 def _base(call: Call, found: Exit) -> torch.Tensor | None:
