@@ -59,6 +59,10 @@ class _Stream:
     def clear(self) -> None:
         self._kept.clear()
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
 
 class _RecordedTrajectory(Trajectory):
     def __init__(self) -> None:
@@ -135,6 +139,10 @@ class _RecordHandler:
         timing = self._timing()
         self._finished, self._moments = [], []
         return rows, timing
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(trajectory.stream.held_bytes for trajectory in self._trajectories.values())
 
     def _timing(self) -> dict[str, float]:
         if not self._moments:
@@ -374,6 +382,10 @@ class Recorder:
         for hooks, handler in self._parts:
             hooks.remove()
             handler.discard()
+
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that are kept from the previous step, over all live trajectories."""
+        return sum(handler.held_bytes for _, handler in self._parts)
 
     def start(self) -> None:
         """Forget what was seen: the next denoiser call begins a generation."""
