@@ -8,12 +8,15 @@
 Imports the standard library and PyYAML only.
 """
 
+from importlib import import_module
+
 from coeffs.errors import CoeffsError
 from coeffs.polynomial import Polynomial
 from coeffs.schema import Candidate, Checkpoint, Counts, Entry, Expert, Fit, Plan, Protocol, Source, Threshold
-from coeffs.store import dump, entries, load, loads, publish, save
+from coeffs.store import dump, entries, load, loads, save
 
-_ON_DEMAND = ("Facts", "Match", "find")  # matching is only needed once a pipeline is loaded
+# What only matters once a pipeline is loaded or an entry released is imported when it is asked for.
+_ON_DEMAND = {"Facts": "match", "Match": "match", "find": "match", "publish": "release"}
 
 __all__ = [
     "Candidate",
@@ -42,7 +45,5 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _ON_DEMAND:
-        from coeffs import match
-
-        return getattr(match, name)
+        return getattr(import_module(f"coeffs.{_ON_DEMAND[name]}"), name)
     raise AttributeError(f"module 'coeffs' has no attribute {name!r}")

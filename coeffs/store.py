@@ -10,16 +10,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from coeffs import yamlio
 from coeffs.errors import AmbiguousEntry, CoeffsError, EntryError, EntryNotFound, PublishError
 from coeffs.migrate import migrate
-from coeffs.schema import Entry, from_plain, plain
+from coeffs.records import plain
+from coeffs.schema import Entry, from_plain
 
 ENVIRONMENT = "TEACAL_REGISTRY"
-CHECKSUMS = "CHECKSUMS"
 SHIPPED = Path(__file__).parent / "registry"
 
 _VERSION_FILE = re.compile(r"v([1-9][0-9]{0,6})\.yaml")
@@ -103,13 +103,13 @@ def save(entry: Entry, path: str | Path) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise PublishError(f"{path}: {error.strerror or error}; nothing was changed") from None
     return path
 
 
-def _write_atomically(path: Path, text: str, *, exclusive: bool = False) -> None:
+def write_atomically(path: Path, text: str, *, exclusive: bool = False) -> None:
     """Temporary file beside the target, flushed to disk, then moved; ``exclusive`` raises FileExistsError instead."""
     import tempfile
 
@@ -175,19 +175,19 @@ def released(registry: str | Path | None = None) -> list[Released]:
     """Every released file of all layers, shadowed ones left out, sorted by model and version; nothing is read."""
     found: dict[tuple[str, int], Released] = {}
     for layer in layers(registry):
-        for item in _in_layer(layer):
+        for item in in_layer(layer):
             found.setdefault((item.model, item.version), item)
     return [found[key] for key in sorted(found)]
 
 
-def _in_layer(layer: Layer) -> Iterator[Released]:
+def in_layer(layer: Layer) -> Iterator[Released]:
     for outer in _subfolders(layer.root):
-        yield from _in_folder(layer, outer)
+        yield from in_folder(layer, outer)
         for inner in _subfolders(layer.root / outer):
-            yield from _in_folder(layer, f"{outer}/{inner}")
+            yield from in_folder(layer, f"{outer}/{inner}")
 
 
-def _in_folder(layer: Layer, model: str) -> Iterator[Released]:
+def in_folder(layer: Layer, model: str) -> Iterator[Released]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for file in os.listdir(layer.root / model):
             if match := _VERSION_FILE.fullmatch(file):
@@ -295,102 +295,3 @@ def readable(registry: str | Path | None = None) -> tuple[list[Entry], list[Coef
         except CoeffsError as error:
             broken.append(error)
     return found, broken
-
-
-# --- publishing -----------------------------------------------------------------------------------------------------
-
-
-def checksum(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def publish(entry: Entry, registry: str | Path | None = None) -> Path:
-    """Release an entry as the next version of its model in ``registry`` (the user's own folder by default).
-
-    The version is one above every version of that model in any layer, so that a label never names two things. The
-    file appears whole or not at all, is never overwritten, and its checksum is recorded; safe with many processes.
-
-    Raises:
-        PublishError: If the newest version already says the same, or the folder cannot be written.
-    """
-    root = Path(registry) if registry is not None else user_registry()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
-            known = [item for layer in layers(root) for item in _in_folder(layer, entry.model)]
-            newest = max(known, key=lambda item: item.version, default=None)
-            if newest is not None and newest.entry() == replace(entry, version=newest.version):
-                raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
-            version = newest.version + 1 if newest else 1
-            path = root / entry.model / f"v{version}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
-            try:
-                write_checksums(root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)})
-            except (OSError, CoeffsError):
-                path.unlink()
-                raise
-    except OSError as error:
-        raise PublishError(f"{root}: {error.strerror or error}; nothing was published") from None
-    return path
-
-
-def read_checksums(root: Path) -> dict[str, str]:
-    """``CHECKSUMS`` of a registry folder: path relative to it -> SHA-256. Empty where there is no such file."""
-    path = root / CHECKSUMS
-    if not path.is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
-        if not match:
-            raise EntryError(f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number)
-        found[match[2]] = match[1]
-    return found
-
-
-def write_checksums(root: Path, checksums: dict[str, str]) -> None:
-    _write_atomically(root / CHECKSUMS, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)))
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One publisher at a time; the operating system releases the lock when its holder dies, so it never goes stale."""
-    with (root / ".lock").open("a+b") as stream:
-        if sys.platform == "win32":
-            import msvcrt
-
-            stream.seek(0)
-            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def problems(registry: str | Path | None = None) -> list[str]:
-    """What is wrong in the registry's files: unreadable entries, missing or differing checksums. Empty when sound."""
-    found: list[str] = []
-    for layer in layers(registry):
-        found += _layer_problems(layer)
-    return found
-
-
-def _layer_problems(layer: Layer) -> list[str]:
-    found = []
-    recorded = read_checksums(layer.root)
-    for item in _in_layer(layer):
-        name = item.path.relative_to(layer.root).as_posix()
-        expected = recorded.pop(name, None)
-        if expected is None:
-            found.append(f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`")
-        elif checksum(item.path) != expected:
-            found.append(f"{item.path}: changed after its release; restore it and publish a new version instead")
-        try:
-            item.entry()
-        except CoeffsError as error:
-            found.append(str(error))
-    return found + [f"{layer.root / name}: listed in {CHECKSUMS} but missing; restore it" for name in sorted(recorded)]

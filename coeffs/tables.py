@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coeffs.polynomial import Polynomial
-from coeffs.schema import Candidate, Entry, plain
+from coeffs.records import plain
+from coeffs.schema import Candidate, Entry
 
 COLUMNS = ("entry", "status", "engine", "model", "class", "signal", "degree", "steps", "r2_held_out", "thresholds")
 DISAGREEMENT = 0.25

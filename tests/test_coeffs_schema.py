@@ -15,7 +15,8 @@ import coeffs
 from coeffs import schema
 from coeffs.errors import CoeffsError, EntryError
 from coeffs.migrate import MIGRATIONS, migrate
-from coeffs.schema import from_plain, json_schema, plain
+from coeffs.records import plain
+from coeffs.schema import from_plain, json_schema
 
 SCHEMA_FILE = Path(schema.__file__).with_name("schema.json")
 

@@ -10,7 +10,7 @@ import pytest
 from test_coeffs_samples import sample_entry
 
 import coeffs
-from coeffs import store
+from coeffs import release, store
 from coeffs.errors import AmbiguousEntry, EntryError, EntryNotFound, PublishError
 
 ROOT = Path(coeffs.__file__).parent.parent
@@ -162,8 +162,8 @@ def test_a_file_at_a_wrong_place_is_refused(registry):
 
 def test_released_files_are_as_recorded():
     """Whoever changes a released file has to publish a new version instead."""
-    assert store.problems() == []
-    assert set(store.read_checksums(store.SHIPPED)) == {
+    assert release.problems() == []
+    assert set(release.read_checksums(store.SHIPPED)) == {
         path.relative_to(store.SHIPPED).as_posix() for path in store.SHIPPED.rglob("v*.yaml")
     }
 
@@ -176,11 +176,11 @@ def test_released_files_are_written_canonically():
 def test_changes_after_a_release_are_found(registry):
     path = coeffs.publish(sample_entry(), registry)
     coeffs.publish(sample_entry(notes="second"), registry)
-    assert store.problems(registry) == []
+    assert release.problems(registry) == []
     path.write_text(path.read_text().replace("psnr_db: 30.25", "psnr_db: 40.25"))
     (registry / "longcat-image" / "v2.yaml").unlink()
     coeffs.save(sample_entry(model="smuggled", version=1), registry / "smuggled" / "v1.yaml")
-    problems = "\n".join(store.problems(registry))
+    problems = "\n".join(release.problems(registry))
     assert "v1.yaml: changed after its release" in problems
     assert "v2.yaml: listed in CHECKSUMS but missing" in problems
     assert "smuggled/v1.yaml: not in CHECKSUMS" in problems.replace(os.sep, "/")
@@ -188,10 +188,10 @@ def test_changes_after_a_release_are_found(registry):
 
 def test_a_broken_checksums_file_names_the_line(registry):
     coeffs.publish(sample_entry(), registry)
-    with (registry / store.CHECKSUMS).open("a") as stream:
+    with (registry / release.CHECKSUMS).open("a") as stream:
         stream.write("not a checksum\n")
     with pytest.raises(EntryError, match=r"CHECKSUMS:2: 'not a checksum': expected"):
-        store.problems(registry)
+        release.problems(registry)
 
 
 def test_the_same_entry_is_not_released_twice(registry):
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_a_release_whose_checksum_cannot_be_recorded_is_taken_back(registry, monkeypatch):
     monkeypatch.setattr(
-        store, "write_checksums", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        release, "write_checksums", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(PublishError, match="No space left on device; nothing was published"):
         coeffs.publish(sample_entry(), registry)
@@ -228,7 +228,7 @@ def test_releases_need_no_links(registry, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
     coeffs.publish(sample_entry(), registry)
     assert coeffs.publish(sample_entry(notes="second"), registry).name == "v2.yaml"
-    assert store.problems(registry) == []
+    assert release.problems(registry) == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -267,7 +267,7 @@ def test_eight_processes_publish_and_draft_at_once(registry, tmp_path):
     assert sorted(item.version for item in released) == list(range(1, processes * each + 1))
     notes = {item.entry().notes for item in released}
     assert notes == {f"process {mine}, number {number}" for mine in range(processes) for number in range(each)}
-    assert store.problems(registry) == []
+    assert release.problems(registry) == []
     assert not list(registry.rglob("*.tmp"))
 
 

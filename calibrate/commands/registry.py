@@ -91,7 +91,7 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
         calibrate check runs/my-model
     """
     import coeffs
-    from coeffs import checks, store
+    from coeffs import checks, release, store
     from coeffs.errors import CheckFailed
 
     fatal = 0
@@ -100,7 +100,7 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
         fatal += sum(problem.fatal for problem in found)
         click.echo("\n".join([f"{name}: {problem}" for problem in found] or [f"{name}: sound"]))
     if not entries:
-        problems = store.problems(registry)
+        problems = release.problems(registry)
         fatal = len(problems)
         click.echo("\n".join(problems) or f"{len(store.released(registry))} entries, all as released")
     if fatal:

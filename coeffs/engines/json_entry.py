@@ -6,7 +6,8 @@ from coeffs.engines.common import Carried, Request
 from coeffs.engines.text import read_json
 from coeffs.errors import EngineError, EntryError
 from coeffs.migrate import migrate
-from coeffs.schema import from_plain, plain
+from coeffs.records import plain
+from coeffs.schema import from_plain
 
 
 def write(request: Request) -> str:
