@@ -14,7 +14,6 @@ import coeffs
 from calibrate.fit import FitResult, has_shape
 from calibrate.intervals import computed_intervals
 from calibrate.log import Run
-from calibrate.quality import learning_curve
 from calibrate.replay import Search, polynomials, replay, summarise, threshold_grid
 from calibrate.selection import BETTER, BranchFit, fit_branches, recommended_branch
 
@@ -51,11 +50,13 @@ def draft_entry(
 def entry_of(run: Run, fits: list[BranchFit], target: str, signal: str, command: str | None = None) -> coeffs.Entry:
     """The entry of fits made by :func:`fit_branches`."""
     manifest = run.manifest
-    warnings = [*_run_warnings(run), *(warning for one in fits for warning in _fit_warnings(one))]
-    experts = {}
+    warnings, experts = _run_warnings(run), {}
     for expert in run.experts:
         own = {one.branch: one for one in fits if one.expert == expert}
         recommended, loss = recommended_branch(own)
+        # The runtime uses the branches' own fits: the pooled one's doubts matter where it is handed out.
+        used = [one for branch, one in own.items() if branch in (recommended, *run.branches(expert))]
+        warnings += [warning for one in used for warning in _fit_warnings(one)]
         warnings += [f"{expert}: {loss}"] if loss else []
         experts[expert] = coeffs.Expert(
             recommended=recommended,
@@ -181,15 +182,9 @@ def _fit_warnings(one: BranchFit) -> list[str]:
             found.append(f"no better than a constant on held-out prompts (R² {unseen:.2f}): skip uniformly instead")
         elif unseen < POOR_R2:
             found.append(f"poor fit (held-out R² {unseen:.2f})")
-        gain = known["r2_step_mean_and_x"] - known["r2_step_mean"] if known["r2_step_mean"] is not None else 0.0
-        if gain < BETTER:
-            found.append(
-                f"x adds nothing beyond the schedule (held-out R² of the step's mean {known['r2_step_mean']:.2f}, "
-                f"with x {known['r2_step_mean_and_x']:.2f}): a fixed plan may do as well"
-            )
-    table, enough = learning_curve(one.pairs, one.chosen.degree, one.chosen.method)
-    if len(table) and enough is None:
-        found.append(f"the held-out error still falls at {table['prompts'].iloc[-1]} prompts: record more")
+        found += _schedule_warnings(known)
+        if one.enough is None and one.pairs["prompt_id"].nunique() >= FEW_PROMPTS:
+            found.append("the held-out error still falls with the number of prompts: record more")
     return [f"{name}: {text}" for text in found]
 
 
@@ -220,3 +215,22 @@ def _source(run: Run, command: str | None) -> coeffs.Source:
         command=command,
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def _schedule_warnings(known: dict[str, float | None]) -> list[str]:
+    """What speaks for a fixed plan instead of a polynomial of x; the figures are held-out ones."""
+    found = []
+    if known["rmse_step_mean"] < (1 - BETTER) * known["rmse_held_out"]:
+        found.append(
+            f"the mean of each step predicts better than this polynomial (held-out RMSE {known['rmse_step_mean']:.2g} "
+            f"against {known['rmse_held_out']:.2g}): a fixed plan may do better"
+        )
+    within, low, high = (known[f"spearman_within_step{end}"] for end in ("", "_low", "_high"))
+    if low is not None and low <= 0:
+        found.append(
+            "x adds nothing measurable beyond the schedule (rank correlation within steps "
+            f"{within:.2f}, 95 % interval {low:.2f} to {high:.2f})"
+        )
+    elif within is None:
+        found.append("x is the same for all prompts at each step: it adds nothing beyond the schedule")
+    return found

@@ -202,7 +202,7 @@ def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfi
 
 
 def learning_curve(
-    pairs: pd.DataFrame, degree: int = 4, method: str = "polyfit", repeats: int = 20, tolerance: float = 0.02
+    pairs: pd.DataFrame, degree: int = 4, method: str = "polyfit", repeats: int = 20, tolerance: float = 0.05
 ) -> tuple[pd.DataFrame, int | None]:
     """Held-out error against the number of fitted prompts, and how many are enough.
 

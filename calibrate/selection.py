@@ -8,7 +8,7 @@ from calibrate.errors import InvalidOption
 from calibrate.fit import FitResult, fit_constrained, fit_polynomial, has_shape
 from calibrate.intervals import Bootstrap, bootstrap
 from calibrate.log import Run
-from calibrate.quality import compare_branches, figures, rival_figures
+from calibrate.quality import compare_branches, figures, learning_curve, rival_figures
 
 METHODS = ("auto", "polyfit", "constrained")
 BETTER = 0.01  # a held-out RMSE has to be this much lower to count as better
@@ -26,6 +26,7 @@ class BranchFit:
         other: The one that was not; None where both are the same.
         figures: By method, see :func:`calibrate.quality.figures` and :func:`~calibrate.quality.rival_figures`.
         resampled: ``chosen`` refitted on resampled prompts; None with fewer than three prompts.
+        enough: How many prompts are, see :func:`calibrate.quality.learning_curve`; None where more would help.
         why: Why ``chosen`` was.
         excluded: Recorded rows left out as non-finite.
     """
@@ -37,6 +38,7 @@ class BranchFit:
     other: FitResult | None
     figures: dict[str, dict[str, float | None]]
     resampled: Bootstrap | None
+    enough: int | None
     why: str
     excluded: int
 
@@ -104,8 +106,9 @@ def _fit_one(expert: str, branch: str, pairs: pd.DataFrame, degree: int, method:
     else:
         chosen, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
     other = next((one for name, one in by_method.items() if name != chosen), None)
-    resampled = bootstrap(pairs, by_method[chosen])
-    return BranchFit(expert, branch, pairs, by_method[chosen], other, of_method, resampled, why, excluded)
+    best = by_method[chosen]
+    _, enough = learning_curve(pairs, best.degree, best.method)
+    return BranchFit(expert, branch, pairs, best, other, of_method, bootstrap(pairs, best), enough, why, excluded)
 
 
 def _choose(plain: FitResult, of_method: dict[str, dict]) -> tuple[str, str]:

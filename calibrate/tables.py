@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from calibrate.log import Run
+from calibrate.log import TARGET_COLUMNS, Run
+from calibrate.quality import compare_candidates
 from calibrate.replay import Search, polynomials, replay, summarise, threshold_for_speedup
 from calibrate.selection import BranchFit
 from coeffs import Entry
@@ -45,7 +46,21 @@ def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
         aligned(header, rows),
         "RMSE and rank correlation by leaving prompts out. /constant, /step mean: that RMSE over the one of the mean,",
         "and of each step's mean. x within step: rank correlation over prompts at the same step (0: x adds nothing).",
+        "Prompts that are enough: " + ", ".join(f"{one.branch} {one.enough or 'more'}" for one in fits),
     ))  # fmt: skip
+
+
+def candidate_table(run: Run, degree: int) -> str:
+    """Held-out R² of every signal and target: what could be predicted, and from what."""
+    rows = []
+    for expert in run.experts:
+        table = compare_candidates(run, degree, expert)
+        for (branch, signal), group in table.groupby(["branch", "signal"], sort=False):
+            known = group.set_index("target")["r2_held_out"]
+            label = f"{expert}/{branch}" if len(run.experts) > 1 else branch
+            rows.append((label, signal, *(number(known.get(target)) for target in TARGET_COLUMNS)))
+    rows.sort(key=lambda row: row[:2])
+    return f"Held-out R² by signal and target\n{aligned(('branch', 'signal', *TARGET_COLUMNS), rows)}"
 
 
 def score_table(scores: pd.DataFrame) -> str:

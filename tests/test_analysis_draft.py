@@ -141,8 +141,18 @@ def test_every_doubt_is_a_warning():
     assert "no better than a constant" in warned(frame.assign(y_output=random.uniform(0.1, 0.2, len(frame))))
     noisy = frame.assign(y_output=frame["y_output"] + random.uniform(0, 0.2, len(frame)))
     assert "poor fit (held-out R² 0." in warned(noisy)
-    trend = frame.assign(x=0.01 * frame["step"] + random.uniform(0, 0.01, len(frame)), y_output=0.02 * frame["step"])
-    assert "x adds nothing beyond the schedule" in warned(trend)
+    trend = frame.assign(
+        x=0.01 * frame["step"] + random.uniform(0, 0.01, len(frame)),
+        y_output=0.02 * frame["step"] + random.uniform(0, 0.01, len(frame)),
+    )
+    assert "x adds nothing measurable beyond the schedule" in warned(trend)
+    assert "the mean of each step predicts better than this polynomial" in warned(trend)
+    assert "x is the same for all prompts at each step" in warned(frame, signal="time_embedding")
+    informative = make_frame(prompts=16, branches=("cond",), noise=0.002)
+    assert (
+        warned(informative, degree=3)
+        == "recorded at 20 steps only: thresholds do not carry over to other numbers of steps"
+    )
     broken = frame.copy()
     broken.loc[5, "y_output"] = np.nan
     assert "1 of 190 pairs excluded: 1 with non-finite y_output" in warned(broken)

@@ -62,7 +62,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     from calibrate.log import load_run
     from calibrate.score import score
     from calibrate.selection import fit_branches
-    from calibrate.tables import fit_table, replay_table, score_table
+    from calibrate.tables import candidate_table, fit_table, replay_table, score_table
 
     chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
     method, flag = {None: ("auto", ""), True: ("constrained", " --constrained"), False: ("polyfit", " --free")}[
@@ -73,7 +73,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     fits = fit_branches(run, **chosen, method=method)
     command = " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in chosen.items())]) + flag
     entry = entry_of(run, fits, chosen["target"], chosen["signal"], command)
-    tables = [fit_table(entry, fits)]
+    tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
     if strangers:
         tables.append(score_table(score(strangers, run)))
     tables.append(replay_table(run, entry, chosen["signal"], options.get("speedup")))
