@@ -30,9 +30,10 @@ def pipeline_subject(pipeline: Any, call: Call, *, slug: str | None = None, chec
     import torch
 
     from runtime import denoisers
+    from runtime.facts import repository_of
 
     modules = denoisers(pipeline)
-    repository = _repository_of(pipeline)
+    repository = repository_of(pipeline) or type(pipeline).__name__
     spec = find_model(repository)
 
     def generate(prompt: Prompt, images: list[Any]) -> None:
@@ -86,15 +87,16 @@ def callable_subject(
 def _identity(
     *, model: str, modules: Mapping[str, Any], checkpoint: dict, scheduler: Any, settings: dict, **fields: Any
 ) -> dict[str, Any]:
+    from runtime.facts import lora_of, quantization_of, shift_of
+
     config = _plain(dict(getattr(scheduler, "config", None) or {}))
     first = next(iter(modules.values()))
-    shift = config.get("shift")
     protocol = Protocol(
         scheduler=type(scheduler).__name__ if scheduler is not None else None,
-        shift=float(shift) if isinstance(shift, (int, float)) and not config.get("use_dynamic_shifting") else None,
+        shift=shift_of(scheduler),
         dtype=str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
-        quantization=_quantization(first),
-        lora=", ".join(sorted(getattr(first, "peft_config", None) or ())) or None,
+        quantization=quantization_of(first),
+        lora=lora_of(first),
         **settings,
     )
     identity = {
@@ -106,18 +108,6 @@ def _identity(
         "scheduler_config": {key: value for key, value in config.items() if not key.startswith("_")},
     }
     return {**identity, "protocol_sha256": canonical_sha256(identity)}
-
-
-def _quantization(module: Any) -> str | None:
-    config = getattr(getattr(module, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method)) if method is not None else None
-
-
-def _repository_of(pipeline: Any) -> str:
-    """The hub id that a pipeline came from, or the name of its folder: never a machine's path."""
-    name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", "") or type(pipeline).__name__)
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def _plain(value: Any) -> Any:

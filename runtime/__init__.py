@@ -17,6 +17,7 @@ from runtime.stats import Stats
 _NEEDS_TORCH = {
     "TeaCache": "runtime.apply",
     "apply_tea_cache": "runtime.apply",
+    "compile_blocks": "runtime.compile",
     "denoisers": "runtime.apply",
     "rel_l1": "runtime.distance",
 }

@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 import coeffs
+from coeffs.errors import EntryMismatch
+from coeffs.match import compare
 from coeffs.polynomial import Polynomial
 from runtime.cache import CacheHandler
 from runtime.clock import Locator, SchedulerClock
 from runtime.compat import enabled_cache, unwrapped
 from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
+from runtime.facts import facts_of
 from runtime.forecast import Forecast
 from runtime.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.hooks import StackHooks
@@ -56,11 +59,14 @@ class TeaCache:
     Attributes:
         stats: What was computed and skipped (:class:`runtime.stats.Stats`).
         settings: What is in force: the entry's label, signal, threshold or schedule.
+        mismatches: In what this pipeline differs from what the entry was measured on, in words; the number of steps
+            joins when a generation shows it.
     """
 
     def __init__(self, target: Any, settings: dict[str, Any]) -> None:
         self.stats = Stats()
         self.settings = settings
+        self.mismatches: list[str] = []
         self._target = target
         self._parts: list[tuple[StackHooks, CacheHandler]] = []
 
@@ -129,7 +135,8 @@ def apply_tea_cache(
         forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
             follows the latents of the skipped step.
         compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
-        strict: Refuse an entry found by model that differs in any setting (steps, size, guidance, dtype, ...).
+        strict: Refuse an entry that was measured with other settings (scheduler, shift, dtype, steps, ...) instead of
+            listing the differences in the handle's ``mismatches``.
         blocks: Names the block stack of a model of your own: paths of its lists, or modules.
 
     Returns:
@@ -162,7 +169,8 @@ def apply_tea_cache(
                 "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
                 "count and end=0"
             )
-        label, signal = source.label, source.signal
+        label, signal, mismatches = source.label, source.signal, source.mismatches
+        stated_steps = source.entry.protocol.num_steps if source.entry is not None else None
 
         def policy(expert: str, branch: str) -> Policy:
             return Gate(source.polynomial(expert, branch), config)
@@ -173,6 +181,7 @@ def apply_tea_cache(
         _refuse_with_schedule(coefficients=coefficients, start=start, end=end, signal=signal)
         FixedSchedule(schedule)
         label, signal = None if entry is None else _loaded(entry).label, "modulated_input"
+        mismatches, stated_steps = (), None
 
         def policy(expert: str, branch: str) -> Policy:
             return FixedSchedule(schedule)
@@ -183,6 +192,17 @@ def apply_tea_cache(
     settings = {"entry": label, "signal": signal, "threshold": threshold, "schedule": schedule, "compat": compat}
     handle = TeaCache(target, settings | {"forecast": forecast.kind, "forecast_of": forecast_of})
 
+    handle.mismatches += mismatches
+
+    def check_steps(found: int | None) -> None:
+        if stated_steps is None or found in (None, stated_steps):
+            return
+        text = f"num_steps: {stated_steps} in the entry, {found} here"
+        if strict:
+            raise InvalidSetting(f"{label} was not measured like this: {text}; calibrate at {found} steps")
+        if text not in handle.mismatches:
+            handle.mismatches.append(text)
+
     def new_handler(expert: str) -> CacheHandler:
         return CacheHandler(
             expert,
@@ -191,6 +211,7 @@ def apply_tea_cache(
             handle.stats,
             forecast,
             of_output=forecast_of == "output",
+            on_generation=check_steps,
         )
 
     _install(handle, target, modules, new_handler, blocks, num_steps)
@@ -233,6 +254,7 @@ class _Source:
     entry: "coeffs.Entry | None"
     own: Polynomial | None
     signal: str
+    mismatches: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, entry, coefficients, domain, sign_rule, signal, target, modules, strict) -> "_Source":
@@ -249,7 +271,12 @@ class _Source:
                 f"{found.label} is for {found.transformer_class}, this model is {', '.join(sorted(classes))}: "
                 "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
             )
-        return cls(found, None, _checked_signal(found.signal))
+        differences = tuple(map(str, compare(found, facts_of(target, modules))[0]))
+        if strict and differences:
+            raise EntryMismatch(
+                f"{found.label} was not measured like this: {'; '.join(differences)}; leave strict out"
+            )
+        return cls(found, None, _checked_signal(found.signal), differences)
 
     @property
     def label(self) -> str | None:
@@ -264,8 +291,6 @@ class _Source:
 
 
 def _entry_for(target: Any, modules: dict[str, nn.Module], strict: bool) -> "coeffs.Entry":
-    from runtime.facts import facts_of
-
     return coeffs.find(facts_of(target, modules), strict=strict).entry
 
 

@@ -56,6 +56,7 @@ class CacheHandler:
         forecast: What a skipped step makes of the residuals of computed ones.
         of_output: Forecast the denoiser's output instead of the stack's residual: less memory, and the layers after
             the stack no longer see the present latents.
+        on_generation: Told the number of steps when a generation begins.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class CacheHandler:
         stats: Stats,
         forecast: Forecast,
         of_output: bool = False,
+        on_generation: Callable[[int | None], None] = lambda num_steps: None,
     ) -> None:
         self.expert, self.stats = expert, stats
-        self._forecast, self._of_output = forecast, of_output
+        self._forecast, self._of_output, self._on_generation = forecast, of_output, on_generation
         self._new_policy, self._signal = policy, signal
         self._trajectories: dict[str, _CachedTrajectory] = {}
         self.siblings: list[CacheHandler] = []
@@ -86,6 +88,7 @@ class CacheHandler:
     def start(self, args: tuple, kwargs: dict) -> _CachedTrajectory:
         self._position = position = self._locator.locate(args, kwargs)
         if position.new_generation:
+            self._on_generation(position.num_steps)
             self._trajectories.clear()
             self.stats.begin(self.expert, position.schedule)
         if position.step != self.step:

@@ -1,0 +1,117 @@
+"""``compile_blocks``: the blocks' own forwards as graphs, the cache's hooks around them in plain Python."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime.apply import denoisers
+from runtime.compat import inner_forward, set_inner_forward
+from runtime.errors import ApplyError
+from runtime.stack import find_blocks
+
+
+class _CompiledForward:
+    """A block's forward as a graph, with the forward itself beside it for whoever needs it as it is.
+
+    No ``__dict__``: diffusers copies that of a forward onto the hooks around it.
+    """
+
+    __slots__ = ("__wrapped__", "active", "compiled", "uncompiled")
+
+    def __init__(self, forward: Callable, options: dict[str, Any]) -> None:
+        self.uncompiled = self.__wrapped__ = forward
+        self.compiled = torch.compile(forward, **options)
+        self.active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if self.active else self.uncompiled)(*args, **kwargs)
+
+
+class CompiledBlocks:
+    """Compiled blocks, as :func:`compile_blocks` leaves them; a context manager.
+
+    Attributes:
+        count: How many blocks are compiled, over all denoisers.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: list[tuple[nn.Module, _CompiledForward]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._compiled)
+
+    def remove(self) -> None:
+        """Give every block its own forward back. Harmless when that has been done."""
+        for block, forward in self._compiled:
+            forward.active = False  # for hooks of others, which may hold it
+            if inner_forward(block) is forward:
+                set_inner_forward(block, forward.uncompiled)
+        self._compiled.clear()
+
+    def __enter__(self) -> "CompiledBlocks":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def compile_blocks(
+    target: Any, *, blocks: Sequence[str | nn.Module] | None = None, fullgraph: bool = True, **options: Any
+) -> CompiledBlocks:
+    """Compile the blocks of a pipeline's denoisers, or of a bare denoiser, each on its own.
+
+    Works before and after :func:`runtime.apply_tea_cache`, which decides the same with and without it. Blocks of one
+    class share their graphs, so that the cost does not grow with the depth.
+
+    Args:
+        target: A pipeline (all its denoisers are compiled), or the denoiser module.
+        blocks: Names the block stack of a model of your own: paths of its lists, or modules.
+        fullgraph: Fail at the first call if a block cannot be one graph, instead of running it in pieces.
+        options: Further arguments of ``torch.compile`` (``mode``, ``backend``, ``dynamic``, ...).
+
+    Returns:
+        The handle; use it as a context manager, or call its ``remove()``.
+
+    Raises:
+        ApplyError: Blocks or denoiser are compiled already, or their weights move while a block runs.
+        UnsupportedModel: There is no block stack.
+    """
+    modules = denoisers(target)
+    found = [(root, path, block) for root in modules.values() for path, block in find_blocks(root, blocks)]
+    for root, path, block in found:
+        _refuse(root, path, block)
+    handle = CompiledBlocks()
+    try:
+        for _, _, block in found:
+            forward = _CompiledForward(inner_forward(block), {"fullgraph": fullgraph, **options})
+            set_inner_forward(block, forward)
+            handle._compiled.append((block, forward))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _refuse(root: nn.Module, path: str, block: nn.Module) -> None:
+    name = f"{type(root).__name__}.{path}"
+    if root._compiled_call_impl is not None:
+        raise ApplyError(
+            f"{type(root).__name__} is compiled as a whole already, which the cache works with; leave compile_blocks() "
+            "out, or load the model anew without compile()"
+        )
+    if block._compiled_call_impl is not None:
+        raise ApplyError(
+            f"{name} is compiled already (compile_repeated_blocks() or compile()), together with the hooks around it; "
+            "load the model anew and call compile_blocks() instead"
+        )
+    if isinstance(inner_forward(block), _CompiledForward):
+        raise ApplyError(f"{name} is compiled by compile_blocks() already; remove() that handle first")
+    moving = next((part for part, module in block.named_modules() if hasattr(module, "_hf_hook")), None)
+    if moving is not None:
+        raise ApplyError(
+            f"{name}{'.' * bool(moving)}{moving} moves its weights while it runs (sequential CPU offload), which is no "
+            "single graph; use model or group offload instead"
+        )

@@ -1,0 +1,52 @@
+"""What a loaded pipeline says about itself, in the registry's words: to find the entry that fits it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Facts for :func:`coeffs.find` about a pipeline, or about a bare denoiser."""
+    first = next(iter(modules.values()))
+    is_pipeline = not isinstance(target, nn.Module)
+    scheduler = getattr(target, "scheduler", None)
+    return {
+        "transformer_class": type(first).__name__,
+        "pipeline_class": type(target).__name__ if is_pipeline else None,
+        "checkpoint": repository_of(target) if is_pipeline else None,
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "shift": shift_of(scheduler),
+        "dtype": str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
+        "quantization": quantization_of(first),
+        "lora": lora_of(first),
+    }
+
+
+def repository_of(pipeline: Any) -> str | None:
+    """The hub id that a pipeline came from, or the name of its folder: never a machine's path."""
+    name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", "") or "")
+    if not name:
+        return None
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def shift_of(scheduler: Any) -> float | None:
+    """The fixed time shift of a flow-matching scheduler; ``None`` where there is none or it follows the size."""
+    config = getattr(scheduler, "config", None) or {}
+    shift = config.get("shift")
+    fixed = isinstance(shift, int | float) and not config.get("use_dynamic_shifting")
+    return float(shift) if fixed else None
+
+
+def quantization_of(module: nn.Module) -> str | None:
+    """Name of the quantisation method of a denoiser's weights, if any."""
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method)) if method is not None else None
+
+
+def lora_of(module: nn.Module) -> str | None:
+    """Names of the adapters loaded into a denoiser, if any."""
+    return ", ".join(sorted(getattr(module, "peft_config", None) or ())) or None
