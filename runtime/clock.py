@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from runtime.compat import ContextReceiver
-from runtime.leaves import tensors
+from runtime.leaves import Place, tensors
 from runtime.trajectory import CallInfo, Position, Tracker
 
 # How denoisers call the argument that says where in the schedule they are, the usual name first.
@@ -129,9 +129,25 @@ def _extent(value: Any) -> tuple[float, float] | None:
     return float(value), float(value)
 
 
-def _identities(named: dict[str, Any]) -> list[tuple]:
+class _Identity:
+    """A conditioning tensor by its memory, which is held so that no other tensor can be given it meanwhile."""
+
+    __slots__ = ("_key", "_memory")
+
+    def __init__(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+        self._key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
+        self._memory = tensor.untyped_storage()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _identities(named: dict[str, Any]) -> list[_Identity]:
     return [
-        (name, *place, tensor.data_ptr(), tuple(tensor.shape))
+        _Identity(name, place, tensor)
         for name, value in named.items()
         if _CONDITIONING.search(name)
         for place, tensor in tensors(value)

@@ -97,9 +97,8 @@ class Tracker:
             self._stuck = None if by_clock else stuck
         if event != "branch":
             self._ordinal += 1
-        if by_clock:
-            self._schedule, self._index = info.schedule, info.step_index
-        else:
+        self._schedule, self._index = info.schedule, info.step_index if by_clock else None
+        if not by_clock:
             self._remember_time(info)
         branch, consecutive = self._visit(info)
         return Position(
@@ -119,6 +118,8 @@ class Tracker:
         if self._stuck is not None and self._stuck != now:
             self._stuck = None  # it moves again: it drives
             self._branches = []
+        if info.num_steps is not None and info.step_index >= info.num_steps and self._stuck is None:
+            self._stuck, self._branches = now, []  # it is through with its schedule
         if self._stuck is None and self._branches and (self._schedule, self._index) == now:
             used = [branch.name for branch in self._branches if branch.ordinal == self._ordinal]
             if info.context in used or len(used) >= MOST_BRANCHES:
@@ -126,13 +127,15 @@ class Tracker:
         return self._stuck is not None
 
     def _clock_event(self, info: CallInfo) -> str:
-        if not self._branches or info.schedule != self._schedule or info.step_index < self._index:
+        if not self._branches or info.schedule != self._schedule or self._index is None:
+            return "generation"
+        if info.step_index < self._index:
             return "generation"
         return "step" if info.step_index > self._index else "branch"
 
     def _time_event(self, info: CallInfo) -> str:
         time = info.timestep()
-        if not self._branches:
+        if not self._branches or info.schedule != self._schedule or self._index is not None:
             return "generation"
         if time is None or time == self._time:
             silent = time is None and info.context is None and not info.conditioning
