@@ -30,7 +30,8 @@ class EntryError(CoeffsError, ValueError):
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).lstrip(".")
-        return ": ".join(part for part in (place, key, self.problem) if part).replace("\n", " ")
+        text = ": ".join(part for part in (place, key, self.problem) if part)
+        return "".join(character if character.isprintable() else " " for character in text)
 
     def under(self, *path: str | int) -> "EntryError":
         """The same error seen from further out."""

@@ -58,9 +58,9 @@ def plain(record: Any) -> Any:
     """A record as plain dicts, lists and scalars; fields that hold their default are left out."""
     if isinstance(record, Record):
         return {
-            spec.name: plain(value)
-            for spec in dataclasses.fields(record)
-            if (value := getattr(record, spec.name)) != _default(spec) or spec.name in _ALWAYS_WRITTEN
+            name: plain(value)
+            for name, default in _defaults(type(record)).items()
+            if (value := getattr(record, name)) != default or name in _ALWAYS_WRITTEN
         }
     if isinstance(record, dict):
         return {key: plain(value) for key, value in record.items()}
@@ -78,10 +78,13 @@ def from_plain(data: Any, record: type[Record]) -> Any:
     return _checker(record)(data)
 
 
-def _default(spec: dataclasses.Field) -> Any:
-    if spec.default_factory is not dataclasses.MISSING:
-        return spec.default_factory()
-    return spec.default
+@functools.cache
+def _defaults(cls: type[Record]) -> dict[str, Any]:
+    """Every field with its default, ``MISSING`` where it has none; for comparison only."""
+    return {
+        spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        for spec in dataclasses.fields(cls)
+    }
 
 
 # --- checks compiled from the annotations ---------------------------------------------------------------------------
@@ -113,24 +116,19 @@ def _record(cls: type[Record], value: Any) -> Record:
     if type(value) is cls:
         return value
     if not isinstance(value, dict):
-        raise EntryError(f"{_found(value)}: expected a mapping of {', '.join(_names(cls)[:4])}, ...")
+        raise EntryError(f"{_found(value)}: expected a mapping of {', '.join(list(_defaults(cls))[:4])}, ...")
     for key in value:
-        if key not in _names(cls):
+        if key not in _defaults(cls):
             raise EntryError(f"unknown key: {_advice(key, cls)}", (str(key),))
-    for spec in dataclasses.fields(cls):
-        if spec.name not in value and _default(spec) is dataclasses.MISSING:
-            raise EntryError(f"missing key {spec.name}")
+    for name in _required(cls):
+        if name not in value:
+            raise EntryError(f"missing key {name}")
     return cls(**{key: item for key, item in value.items() if item is not None or key in _required(cls)})
 
 
 @functools.cache
-def _names(cls: type[Record]) -> tuple[str, ...]:
-    return tuple(spec.name for spec in dataclasses.fields(cls))
-
-
-@functools.cache
 def _required(cls: type[Record]) -> tuple[str, ...]:
-    return tuple(spec.name for spec in dataclasses.fields(cls) if _default(spec) is dataclasses.MISSING)
+    return tuple(name for name, default in _defaults(cls).items() if default is dataclasses.MISSING)
 
 
 def _advice(key: Any, cls: type[Record]) -> str:
@@ -138,8 +136,8 @@ def _advice(key: Any, cls: type[Record]) -> str:
 
     if "coefficients" in str(key):
         return "coefficients are given as coefficients_high_to_low, highest power first (numpy.polyfit's order)"
-    close = difflib.get_close_matches(str(key), _names(cls), 1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(_names(cls))}"
+    close = difflib.get_close_matches(str(key), _defaults(cls), 1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(_defaults(cls))}"
 
 
 def _constrained(check: Check, limits: Limits | Pattern, value: Any) -> Any:
@@ -195,7 +193,8 @@ def _dict(check_key: Check, check: Check, value: Any) -> dict:
 
 
 def _tuple(check: Check, length: int | None, value: Any) -> tuple:
-    if not isinstance(value, list | tuple) and not hasattr(value, "tolist"):
+    value = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
+    if not isinstance(value, list | tuple):
         raise EntryError(f"{_found(value)}: expected a list")
     items = []
     for position, item in enumerate(value):

@@ -233,7 +233,7 @@ def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or name.startswith((".", "~", os.sep)) or "\\" in name
+    return name.endswith((".yaml", ".yml")) or name.startswith((".", os.sep)) or "\\" in name
 
 
 def _of_model(files: list[Released], model: str, version: str | None) -> Released | None:

@@ -199,8 +199,8 @@ def _curves(expert: str, branch: str | None, first: Entry, second: Entry) -> lis
         return [*lines, "the domains do not meet: there is no x at which both may be used"]
     low, high = span
     grid = [low + (high - low) * point / (POINTS - 1) for point in range(POINTS)]
-    curves = [(fits[0].polynomial(first.sign_rule), fits[1].polynomial(second.sign_rule))]
-    rows = [_compared(x, *curves[0]) for x in grid]
+    curves = fits[0].polynomial(first.sign_rule), fits[1].polynomial(second.sign_rule)
+    rows = [_compared(x, *curves) for x in grid]
     apart = [one for one in rows if one[4]]
     span_said = f"x from {low:.4g} to {high:.4g}" + ("" if any(fit.domain for fit in fits) else ", no domain is known")
     said = f"{span_said}: apart by more than {DISAGREEMENT:.0%} at {len(apart)} of {POINTS} points"

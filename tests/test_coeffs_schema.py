@@ -82,7 +82,8 @@ def test_construction_refuses_what_a_file_may_not_hold(changes, message):
 
 
 @pytest.mark.parametrize(
-    "values", [[], [float("nan")], [float("inf")], [1e31], [1.0] * 8, ["1"], [True], "12", None, 5]
+    "values",
+    [[], [float("nan")], [float("inf")], [1e31], [1.0] * 8, ["1"], [True], "12", None, 5, np.float64(5), {1.0}],
 )
 def test_coefficients_that_cannot_be_used(values):
     with pytest.raises(EntryError):

@@ -24,7 +24,7 @@ TEXT = coeffs.dump(sample_entry())
 def error_of(text: str | bytes) -> EntryError:
     with pytest.raises(EntryError) as caught:
         coeffs.loads(text, "entry.yaml")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
     return caught.value
 
 
@@ -317,5 +317,5 @@ def test_a_hostile_document_is_an_entry_or_the_typed_error(document):
         coeffs.loads(document)
     except CoeffsError as error:
         assert isinstance(error, EntryError)
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
     assert time.process_time() - begun < CPU_SECONDS
