@@ -136,7 +136,7 @@ def has_shape(result: FitResult) -> tuple[bool, bool]:
     low, high = result.domain
     ascending = np.array(result.coefficients_high_to_low[::-1])
     slope = powers.polyder(ascending) if len(ascending) > 1 else np.zeros(1)
-    noise = 4 * EPS * _size_of_terms(result.coefficients_high_to_low, high)
+    noise = 16 * EPS * _size_of_terms(result.coefficients_high_to_low, high)
     candidates = _critical_points(ascending, low, high)
     slope_candidates = _critical_points(slope, low, high)
     non_negative = bool(powers.polyval(candidates, ascending).min() >= -noise)

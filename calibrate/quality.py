@@ -187,6 +187,8 @@ def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfi
 
         def fitter(train: pd.DataFrame, source: str = source) -> Predictor:
             chosen = train if source == "pooled" else train[train["branch"] == source]
+            if chosen.empty:  # a branch that only the held-out prompts have
+                return lambda test: np.full(len(test), np.nan)
             return polynomial_predictor(chosen, degree, method)
 
         unseen = held_out(pairs, fitter)

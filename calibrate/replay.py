@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from calibrate.errors import CalibrateError
+from calibrate.errors import CalibrateError, InvalidOption
 from calibrate.log import SIGNAL_COLUMNS, TRAJECTORY, Run, column_of
 from coeffs import Entry, Polynomial
 from runtime.gate import Gate, GateConfig
@@ -27,7 +27,7 @@ DEFAULT_CONFIG = GateConfig(threshold=0.0)
 
 
 class Unreachable(CalibrateError, ValueError):
-    """A speed-up or number of computed steps that no threshold gives on this log."""
+    """A speed-up that no threshold gives on this log."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def polynomials(entry: Entry, run: Run, policy: str = "per_branch") -> dict[Key,
     expert, as engines with a single slot do; any other name: the fit of that branch for all.
     """
     found = {}
-    for expert in run.experts:
-        for branch in run.branches(expert):
-            chosen = {"per_branch": branch, "recommended": None}.get(policy, policy)
-            known = entry.experts[expert].branches if expert in entry.experts else {}
-            if policy not in ("per_branch", "recommended") and policy not in known:
-                raise Unreachable(f"no fit of branch {policy!r} in {entry.label}: expected one of {', '.join(known)}")
-            found[expert, branch] = entry.fit(expert, chosen).polynomial(entry.sign_rule)
+    # All recorded trajectories are replayed, those without a single usable pair too.
+    for expert, branch in run.rows[["expert", "branch"]].drop_duplicates().itertuples(index=False):
+        known = entry.experts[expert].branches if expert in entry.experts else {}
+        if policy not in ("per_branch", "recommended", *known):
+            raise InvalidOption(f"no fit of branch {policy!r} in {entry.label}: expected one of {', '.join(known)}")
+        chosen = {"per_branch": branch, "recommended": None}.get(policy, policy)
+        found[expert, branch] = entry.fit(expert, chosen).polynomial(entry.sign_rule)
     return found
 
 

@@ -161,6 +161,16 @@ def test_every_doubt_is_a_warning():
     assert "negative on part of its domain" in warned(negative, method="polyfit")
 
 
+def test_a_branch_of_few_or_no_usable_pairs_does_not_stop_the_others():
+    frame = make_frame(prompts=5)
+    uncond = frame["branch"] == "uncond"
+    broken = draft_entry(load_run(frame.assign(y_output=frame["y_output"].mask(uncond))))
+    assert list(broken.experts["transformer"].branches) == ["cond"] and broken.thresholds
+    entry = draft_entry(load_run(frame[~uncond | (frame["prompt_id"] == "p00")]))
+    assert entry.fit(branch="uncond").figures["r2_held_out"] is None
+    assert entry.experts["transformer"].recommended == "pooled"
+
+
 def test_the_embedded_model_and_an_unfinished_run_are_named(run):
     more = [*run.manifest["prompts"], {"prompt_id": "late", "seed": 0}]
     manifest = run.manifest | {"model": "tiny-longcat-image", "prompts": more}

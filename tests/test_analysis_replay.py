@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.draft import draft_entry
+from calibrate.errors import InvalidOption
 from calibrate.log import load_run
 from calibrate.replay import (
     Search,
@@ -162,7 +163,7 @@ def test_policies():
                             ("cond", "cond"), ("pooled", "pooled")):  # fmt: skip
             expected = branches[fit].coefficients_high_to_low
             assert chosen[policy]["transformer", branch].coefficients_high_to_low == expected
-    with pytest.raises(Unreachable, match="no fit of branch 'maybe'"):
+    with pytest.raises(InvalidOption, match="no fit of branch 'maybe'"):
         polynomials(entry, run, "maybe")
 
 
