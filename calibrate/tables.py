@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from calibrate.intervals import computed_intervals
 from calibrate.log import TARGET_COLUMNS, Run
 from calibrate.quality import compare_candidates
 from calibrate.replay import Search, polynomials, replay, summarise, threshold_for_speedup
@@ -80,29 +81,29 @@ def score_table(scores: pd.DataFrame) -> str:
     return f"Others on these pairs\n{aligned(header, rows)}\n{note}"
 
 
-def replay_table(run: Run, entry: Entry, signal: str, speedup: float | None = None) -> str:
-    """Threshold -> computed steps -> expected speed-up; with a row for the wanted speed-up where given."""
+def replay_table(run: Run, entry: Entry, fits: Sequence[BranchFit], speedup: float | None = None) -> str:
+    """Threshold -> computed steps -> expected speed-up; with a marked row for the wanted speed-up where given."""
     of_branch = polynomials(entry, run)
-    search = Search(run, of_branch, signal=signal)
-    thresholds, wanted = [row.threshold for row in entry.thresholds], None
-    if speedup is not None:
-        wanted = threshold_for_speedup(search, speedup)
-        thresholds.append(wanted)
-    table = summarise(replay(run, of_branch, sorted({0.0, *thresholds}), signal=signal), run.timing)
+    search = Search(run, of_branch, signal=entry.signal)
+    wanted = None if speedup is None else threshold_for_speedup(search, speedup)
+    thresholds = sorted({0.0, *(row.threshold for row in entry.thresholds), *([] if wanted is None else [wanted])})
+    refits = {(one.expert, one.branch): one.resampled for one in fits}
+    intervals = computed_intervals(search, refits, thresholds[1:]) or {}  # threshold 0 computes everything
     rows = [
         (
             f"{row.threshold:.4g}" + (" <" if row.threshold == wanted else ""),
             f"{row.computed_steps:.1f} of {row.num_steps:.0f}",
+            " to ".join(f"{edge:.1f}" for edge in intervals.get(row.threshold, ())) or "-",
             f"{row.computed_low:.4g} to {row.computed_high:.4g}",
             f"{row.speedup:.2f}x",
         )
-        for row in table.itertuples()
+        for row in summarise(replay(run, of_branch, thresholds, signal=entry.signal), run.timing).itertuples()
     ]
     share = [stack / call for call, stack in run.timing.values()]
     basis = f"the stack is {100 * np.mean(share):.0f} % of a call" if share else "no timing: an upper bound"
     return "\n".join((
         "Replay of the recorded trajectories with the gate",
-        aligned(("threshold", "computed steps", "over prompts", "expected speed-up"), rows),
+        aligned(("threshold", "computed steps", "95 % interval", "single prompts", "expected speed-up"), rows),
         f"Speed-up of the denoiser alone ({basis}), as if skipping changed nothing: `calibrate verify` runs it.",
     ))  # fmt: skip
 

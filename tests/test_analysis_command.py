@@ -28,7 +28,7 @@ def test_tables_warnings_and_the_path_of_the_entry(run):
     assert lines[0] == "Fit of some-model@v0: modulated_input -> output, 6 prompts (* recommended)"
     assert [line.split()[0] for line in lines[1:5]] == ["branch", "cond", "uncond", "pooled"]
     assert "Held-out R² by signal and target" in result.stdout and "Prompts that are enough: cond " in result.stdout
-    assert "threshold  computed steps  over prompts  expected speed-up" in result.stdout
+    assert "threshold  computed steps  95 % interval  single prompts  expected speed-up" in result.stdout
     assert "the stack is 80 % of a call" in result.stdout
     assert "warning: 6 prompts only" in result.stdout
     assert lines[-1] == f"draft entry: {run / 'entry.yaml'}"

@@ -76,7 +76,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
     if strangers:
         tables.append(score_table(score(strangers, run)))
-    tables.append(replay_table(run, entry, chosen["signal"], options.get("speedup")))
+    tables.append(replay_table(run, entry, fits, options.get("speedup")))
     path = coeffs.save(entry, options.get("out") or run.path / "entry.yaml")
 
     click.echo("\n\n".join(tables) + "\n")
