@@ -1,0 +1,129 @@
+"""Inner products of all steps of a generation, from which the error of any linear forecast follows without a GPU.
+
+Outputs are exact: they are kept in the model's dtype, on the device while all steps of all branches stay under
+``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay under
+``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers by a
+fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB), beside
+the one residual that is being reduced.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+OUTPUT_BYTES = 256 * 2**20
+RESIDUAL_BYTES = 64 * 2**20
+# A prime, so that the channels of a token do not fall into the same cells again and again.
+SKETCH_SIZE = 8191
+SKETCH_ERROR = (2 / SKETCH_SIZE) ** 0.5  # relative standard error of a squared norm, of a forecast's error as well
+_SIGNS = SKETCH_SIZE * 128
+_ROLL = 7919
+_COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
+
+
+def random_signs(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The fixed signs of the sketch, shape (``SKETCH_SIZE * 128``,), the same everywhere and for ever."""
+    generator = np.random.Generator(np.random.PCG64(20240229))
+    return torch.from_numpy(generator.integers(0, 2, _SIGNS, dtype=np.int8) * 2 - 1).to(device)
+
+
+def sketch(value: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """A linear random projection to ``SKETCH_SIZE`` numbers that keeps inner products in the mean (count sketch).
+
+    Element i is added with a random sign to cell i modulo ``SKETCH_SIZE``. The relative standard error of a squared
+    norm is ``sqrt(2 / SKETCH_SIZE)``, 1.6 %; as the map is linear this holds for the error of a forecast itself, however
+    small it is beside the residuals.
+    """
+    total = torch.zeros(SKETCH_SIZE, device=value.device)
+    for index, piece in enumerate(value.reshape(-1).split(_SIGNS)):
+        signed = piece.float() * signs.roll(index * _ROLL)[: piece.numel()]
+        missing = -len(signed) % SKETCH_SIZE
+        total += torch.nn.functional.pad(signed, (0, missing)).view(-1, SKETCH_SIZE).sum(0)
+    return total
+
+
+def gram_matrix(rows: list[torch.Tensor]) -> torch.Tensor:
+    """All inner products of the flat ``rows``, summed in float64: shape (rows, rows)."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    for begin in range(0, rows[0].numel(), _COLUMNS):
+        piece = torch.stack([row[begin : begin + _COLUMNS] for row in rows]).double()
+        total += piece @ piece.T
+    return total
+
+
+class Products:
+    """Keeps what is needed of one generation of one denoiser, and multiplies it at the end."""
+
+    def __init__(self) -> None:
+        self._signs: torch.Tensor | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the generation."""
+        self._outputs: dict[tuple[str, int], torch.Tensor] = {}
+        self._residuals: dict[tuple[str, int], torch.Tensor] = {}
+        self._sigmas: dict[int, float] = {}
+        self._sketched = self._on_host = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held on the device."""
+        kept = [*self._residuals.values(), *(() if self._on_host else self._outputs.values())]
+        return sum(tensor.nbytes for tensor in kept)
+
+    def add_output(self, branch: str, step: int, value: torch.Tensor) -> None:
+        flat = value.detach().reshape(-1)
+        if not self._on_host and flat.nbytes * (len(self._outputs) + 1) > OUTPUT_BYTES:
+            self._on_host = True
+            self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
+        self._outputs[branch, step] = flat.cpu() if self._on_host else flat.clone()
+
+    def add_residual(self, branch: str, step: int, hidden: torch.Tensor, entry: torch.Tensor | None) -> None:
+        flat = hidden.detach().float() if entry is None else hidden.detach().float() - entry.float()
+        flat = flat.reshape(-1)
+        if not self._sketched and flat.nbytes * (len(self._residuals) + 1) > RESIDUAL_BYTES:
+            self._sketched = True
+            self._residuals = {key: self._sketch(tensor) for key, tensor in self._residuals.items()}
+        self._residuals[branch, step] = self._sketch(flat) if self._sketched else flat.clone()
+
+    def add_sigma(self, step: int, sigma: float | None) -> None:
+        if sigma is not None:
+            self._sigmas[step] = sigma
+
+    def _sketch(self, value: torch.Tensor) -> torch.Tensor:
+        if self._signs is None or self._signs.device != value.device:
+            self._signs = random_signs(value.device)
+        return sketch(value, self._signs)
+
+    def matrices(self, expert: str, over_ranks: Any = None) -> dict[str, np.ndarray]:
+        """The arrays of a run's ``gram/<group>.npz`` for this denoiser, named as in :mod:`calibrate.gram`.
+
+        Args:
+            over_ranks: Takes a matrix and gives its sum over the ranks that share the sequence.
+
+        Returns:
+            Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
+        """
+        branches = sorted({branch for branch, _ in self._outputs}, key=lambda name: (name != "cond", name))
+        steps = sorted({step for _, step in self._outputs})
+        keys = [(branch, step) for branch in branches for step in steps]
+        if steps != list(range(len(steps))) or not _alike(self._outputs, keys):
+            return {}
+        found = {
+            f"{expert}/branches": np.array(branches),
+            f"{expert}/sigmas": np.array([self._sigmas.get(step, np.nan) for step in range(len(steps) + 1)]),
+        }
+        sources: Mapping[str, dict] = {"output": self._outputs, "residual": self._residuals}
+        for name, source in sources.items():
+            if not _alike(source, keys):
+                continue
+            matrix = gram_matrix([source[key] for key in keys])
+            found[f"{expert}/{name}"] = (matrix if over_ranks is None else over_ranks(matrix)).cpu().numpy()
+        found[f"{expert}/residual_error"] = np.array(SKETCH_ERROR if self._sketched else 0.0)
+        return found
+
+
+def _alike(source: dict[tuple[str, int], torch.Tensor], keys: list[tuple[str, int]]) -> bool:
+    return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1
