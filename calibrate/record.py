@@ -180,7 +180,7 @@ def _record_group(run: RunFolder, subject: Subject, recorder: Any, group: Group,
         kind, message = _kind_of(error), " ".join(str(error).split())[:500]
     else:
         if recording.rows:
-            run.write_group(group, recording.rows, recording.timing)
+            run.write_group(group, recording.rows, recording.timing, recording.gram)
             if recording.non_finite:
                 logger.warning(
                     "%s: %d of %d pairs are not finite; kept in the file, left out of every fit",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibrate.products import Products
 from runtime.clock import Locator, SchedulerClock
 from runtime.distance import l1_sums, pieces
 from runtime.hooks import Call, StackHooks, Trajectory
@@ -32,11 +33,13 @@ class Recording:
         rows: One dict per pair with the columns of a run's log, ``prompt_id`` and ``seed`` excepted.
         timing: Per expert: mean seconds of a denoiser call and of its block stack, and the number of calls.
         non_finite: Rows in which a distance is not finite (they are kept in ``rows``).
+        gram: Inner products of all steps for planning, named as in :mod:`calibrate.gram`; empty without them.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
     non_finite: int = 0
+    gram: dict[str, Any] = field(default_factory=dict)
 
 
 class _Stream:
@@ -97,8 +100,9 @@ class _Clock:
 class _RecordHandler:
     """Measures one denoiser; never skips."""
 
-    def __init__(self, expert: str, clock: SchedulerClock | None) -> None:
+    def __init__(self, expert: str, clock: SchedulerClock | None, gram: bool) -> None:
         self.expert, self._schedule = expert, clock
+        self._products = Products() if gram else None
         self._trajectories: dict[str, _RecordedTrajectory] = {}
         self._finished: list[_RecordedTrajectory] = []
         self._moments: list[tuple[Any, Any, Any, Any]] = []
@@ -118,6 +122,19 @@ class _RecordHandler:
         """Forget what was seen since the last call."""
         self.reset()
         self._finished, self._moments = [], []
+        if self._products is not None:
+            self._products.clear()
+
+    def gram(self) -> dict[str, Any]:
+        """The inner products of the generation since the last call; ranks call it together, as :meth:`take`."""
+        if self._products is None:
+            return {}
+        group = lockstep_group(self._hooks.root)
+        device = next(self._hooks.root.parameters()).device
+        summed = None if group is None else lambda matrix: gathered(group, matrix.to(device)).sum(0)
+        found = self._products.matrices(self.expert, summed)
+        self._products.clear()
+        return found
 
     def take(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of all trajectories since the last call, as numbers, and the mean times.
@@ -162,6 +179,8 @@ class _RecordHandler:
         if position.new_generation:
             self._finished += self._trajectories.values()
             self._trajectories = {}
+            if self._products is not None:
+                self._products.clear()
         trajectory = self._trajectories.setdefault(position.branch, _RecordedTrajectory())
         if not position.consecutive:
             trajectory.restart()
@@ -205,7 +224,13 @@ class _RecordHandler:
         if embedding is not None:
             self._compare(call, "x_time_embedding", embedding)
         parts = [tensor for _, tensor in tensors(prediction(output))]
-        self._compare(call, "y_output", parts[0] if len(parts) == 1 else torch.cat([p.flatten() for p in parts]))
+        whole = parts[0] if len(parts) == 1 else torch.cat([p.flatten() for p in parts])
+        self._compare(call, "y_output", whole)
+        if self._products is not None:
+            self._products.add_output(self._position.branch, self._position.step, whole)
+            if self._schedule is not None:
+                for step in (self._position.step, self._position.step + 1):
+                    self._products.add_sigma(step, self._schedule.sigma(step))
         if "x" in self._row and "y_output" in self._row:
             self._add_row(call)
 
@@ -228,6 +253,8 @@ class _RecordHandler:
         stream.keep("hidden", hidden)
         if entry is not None:
             stream.keep("entry", entry)
+        if self._products is not None:
+            self._products.add_residual(self._position.branch, self._position.step, hidden, entry)
 
     def _add_row(self, call: Call) -> None:
         position, row = self._position, self._row
@@ -348,6 +375,8 @@ class Recorder:
         modules: The denoisers by name (see :func:`runtime.denoisers`).
         pipeline: The pipeline that drives them, for its scheduler's steps and sigmas; ``None`` for a loop of your own.
         blocks: Names the block stack of a model of your own.
+        gram: Keep outputs and residuals of all steps until :meth:`finish` and multiply them there, for planning; see
+            :mod:`calibrate.products` for what that may hold on the device (320 MiB for each denoiser at most).
 
     Raises:
         runtime.UnsupportedModel: A denoiser whose stack or attention cannot be found.
@@ -360,11 +389,13 @@ class Recorder:
             rows = recorder.finish().rows
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], pipeline: Any = None, blocks: Any = None) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], pipeline: Any = None, blocks: Any = None, gram: bool = True
+    ) -> None:
         clock = None if pipeline is None else SchedulerClock(pipeline)
         self._parts: list[tuple[StackHooks, _RecordHandler]] = []
         for expert, module in modules.items():
-            handler = _RecordHandler(expert, clock)
+            handler = _RecordHandler(expert, clock, gram)
             hooks = StackHooks(module, handler, blocks, on_reset=handler.reset)
             handler.bind(hooks, Locator(module, hooks.receiver, clock))
             self._parts.append((hooks, handler))
@@ -401,6 +432,7 @@ class Recorder:
         for _, handler in self._parts:
             rows, timing = handler.take()
             recording.rows += rows
+            recording.gram |= handler.gram()
             if timing:
                 recording.timing[handler.expert] = timing
         _number_steps(recording.rows)

@@ -124,12 +124,20 @@ class RunFolder:
         for path in self.path.glob("**/.*.tmp"):
             path.unlink(missing_ok=True)
 
-    def write_group(self, group: Group, rows: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> None:
+    def write_group(
+        self,
+        group: Group,
+        rows: Sequence[Mapping[str, Any]],
+        timing: Mapping[str, Any],
+        gram: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep a finished group. The pairs are written last: their file is what makes the group finished."""
         ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
         payload = encode_pairs([{**row, **ids} for row in rows])
         shard = self.shard(group.name)
         write_atomically(self.path / "timing" / f"{group.name}.json", _json_bytes(timing))
+        if gram:
+            write_atomically(self.path / "gram" / f"{group.name}.npz", _npz_bytes(gram))
         write_atomically(shard, payload)
         (self.path / "failures" / f"{group.name}.json").unlink(missing_ok=True)
 
@@ -255,6 +263,14 @@ def _column_type(name: str):
     import pyarrow as pa
 
     return pa.string() if name in TEXT_COLUMNS else pa.type_for_alias(INTEGER_COLUMNS.get(name, "float64"))
+
+
+def _npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+    import numpy as np
+
+    stream = BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -45,6 +45,7 @@ class Recording:
     rows: list
     timing: dict
     non_finite: int = 0
+    gram: dict = field(default_factory=dict)
 
 
 @dataclass
