@@ -5,14 +5,11 @@ call and tells the guidance branches apart by the values of their embeddings. La
 residual of the wrong branch, expert, generation or pipeline anywhere shows.
 """
 
-import copy
 from collections.abc import Callable
 
-import diffusers
 import pytest
-import tiny_pipelines
 import torch
-from tiny_pipelines import CASES, STEPS, Case, Reference, flow_match
+from tiny_pipelines import CASES, STEPS, Case, Reference, flow_match, flux_img2img
 
 from calibrate.recorder import Recorder
 from runtime import InvalidSetting, apply_tea_cache, denoisers
@@ -21,7 +18,6 @@ from runtime.apply import TeaCache
 torch.set_num_threads(1)
 # Seven random blocks change far more from step to step than a trained model's; nothing here depends on how much.
 GATED = dict(coefficients=[1.0, 0.0], threshold=0.6, start=1, end=1)
-SWITCH = 2  # the step at which Wan 2.2's second expert takes over, in the tiny pipeline's schedule
 
 
 @pytest.fixture(params=CASES)
@@ -199,3 +195,201 @@ def interrupt(case: Case, call: int, inside: bool) -> None:
             handles.append(dict(module.named_modules())[case.exit].register_forward_hook(fail))
         else:
             handles.append(module.register_forward_hook(fail))
+
+
+# -- guidance that comes and goes -------------------------------------------------------------------------------------
+
+
+def assert_follows(case: Case, settings: dict, **changes: object) -> TeaCache:
+    """A cached generation equals the reference that follows its decisions; the removed cache's handle."""
+    with apply_tea_cache(case.pipe, **settings) as cache:
+        decisions = Decisions(cache)
+        found = case.run(**changes)
+    with Reference(case, decisions.followed()):
+        assert torch.equal(case.run(**changes), found)
+    return cache
+
+
+def guidance(*, off_at: int, on_at: int) -> Callable:
+    """A callback that turns guidance off and on again between two steps."""
+
+    def callback(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
+        if step + 1 in (off_at, on_at):
+            pipe._guidance_scale = 1.0 if step + 1 == off_at else 3.0
+        return {}
+
+    return callback
+
+
+@pytest.mark.parametrize("name", ["chroma", "wan21"])
+def test_guidance_that_stops_and_starts_midway(name: str) -> None:
+    """A branch that was left out for a step computes when it comes back, whatever the plan says."""
+    case = CASES[name]()
+    callback = guidance(off_at=2, on_at=4)
+    cache = assert_follows(case, {"schedule": "CSCSSC"}, callback_on_step_end=callback)
+    cond, uncond = (cache.stats.branches["transformer", branch] for branch in case.branches)
+    assert (cond.pattern, uncond.pattern) == ("CSCSSC", "CSCC")
+    with Recorder(denoisers(case.pipe), case.pipe) as recorder:
+        recorder.start()
+        case.run(callback_on_step_end=callback)
+        rows = recorder.finish().rows
+    assert [row["step"] for row in rows if row["branch"] == case.branches[0]] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if row["branch"] == case.branches[1]] == [1, 5]
+
+
+def test_guidance_that_ends_early_by_the_pipelines_own_setting() -> None:
+    case = CASES["lumina2"]()
+    cache = assert_follows(case, {"schedule": "CSCSSC"}, cfg_trunc_ratio=0.5)
+    patterns = [stats.pattern for stats in cache.stats.branches.values()]
+    assert patterns == ["CSCSSC", "CSC"]
+
+
+@pytest.mark.parametrize("name", ["longcat_image", "flux"])
+def test_without_guidance_there_is_one_branch(name: str) -> None:
+    case = CASES[name]()
+    off = {"guidance_scale": 1.0} if name == "longcat_image" else {"true_cfg_scale": 1.0}
+    cache = assert_follows(case, {"schedule": "CSCSSC"}, **off)
+    assert {key: stats.pattern for key, stats in cache.stats.branches.items()} == {("transformer", "cond"): "CSCSSC"}
+
+
+def test_skip_layer_guidance_is_a_branch_of_its_own() -> None:
+    """A further call of half the batch that leaves a block out, in the middle steps only."""
+    case = CASES["sd3"]()
+    extra = dict(skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.8)
+    cache = assert_follows(case, {"schedule": "CSCSSC"}, **extra)
+    patterns = [stats.pattern for stats in cache.stats.branches.values()]
+    assert patterns == ["CSCSSC", "CCSS"]
+    plain = case.run(**extra)
+    with apply_tea_cache(case.pipe, coefficients=[1.0, 0.0], threshold=0.0):
+        assert torch.equal(case.run(**extra), plain)
+
+
+# -- sizes, batches, lengths ------------------------------------------------------------------------------------------
+
+
+def doubled(case: Case) -> dict[str, torch.Tensor]:
+    return {k: torch.cat([v] * 2) for k, v in case.arguments.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", ["flux", "wan22", "chroma", "sd3"])
+def test_size_batch_and_length_may_change_between_generations(name: str) -> None:
+    case = CASES[name]()
+    height = 128 if name == "wan22" else 32
+    changes = [{}, {"height": height}, {}, doubled(case), {"num_inference_steps": 4}, {}]
+    alone = []
+    for change in changes:
+        with apply_tea_cache(case.pipe, **GATED):
+            alone.append(case.run(**change))
+    with apply_tea_cache(case.pipe, **GATED) as cache:
+        for change, expected in zip(changes, alone, strict=True):
+            assert torch.equal(case.run(**change), expected)
+        assert cache.stats.generations == len(changes)
+        assert "shape_changed" not in cache.stats.totals
+
+
+def test_shape_that_changes_within_a_generation_computes() -> None:
+    """The batch is doubled between two steps: nothing of before fits."""
+    case = CASES["flux"]()
+
+    def double(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
+        return {name: torch.cat([tensor] * 2) for name, tensor in kwargs.items()} if step == 2 else {}
+
+    changes = dict(
+        true_cfg_scale=1.0,
+        callback_on_step_end=double,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    with apply_tea_cache(case.pipe, schedule="CSSSSC") as cache:
+        found = case.run(**changes)
+        assert cache.stats.pattern == "CSSCSC"
+        assert cache.stats.totals["shape_changed"] == 1
+    assert found.shape[0] == 2
+    assert torch.equal(found[0], found[1])
+
+
+def test_plan_of_another_length_is_refused() -> None:
+    case = CASES["flux"]()
+    plain = case.run()
+    cache = apply_tea_cache(case.pipe, schedule="CSCSSCC")
+    with pytest.raises(InvalidSetting, match="schedule of 7 steps on a run of 6"):
+        case.run()
+    cache.remove()
+    assert torch.equal(case.run(), plain)
+
+
+# -- one denoiser in two pipelines ------------------------------------------------------------------------------------
+
+
+def img2img_of(one: Case, own_scheduler: bool) -> Case:
+    return flux_img2img(one, **({"scheduler": flow_match()} if own_scheduler else {}))
+
+
+@pytest.mark.parametrize("own_scheduler", [False, True], ids=["shared_scheduler", "own_scheduler"])
+def test_two_pipelines_may_share_a_denoiser(own_scheduler: bool) -> None:
+    """The cache is applied to the first; whichever runs, every skip uses a residual of the same generation."""
+    one = CASES["flux"]()
+    other = img2img_of(one, own_scheduler)
+    order = [other, one, other, other, one, one, other]
+    with apply_tea_cache(one.pipe, **GATED) as cache:
+        decisions = Decisions(cache)
+        found, skips = [], []
+        for case in order:
+            decisions.skips.clear()
+            found.append(case.run())
+            skips.append(list(decisions.skips))
+            assert len(cache.stats.branches) <= 8
+            assert kept(cache) <= 8
+        assert all(any(taken) for taken in skips[1:])
+    for case, latents, taken in zip(order, found, skips, strict=True):
+        decisions.skips = taken
+        with Reference(case, decisions.followed()):
+            assert torch.equal(case.run(), latents)
+
+
+def test_plan_in_a_second_pipeline_after_the_first_has_finished() -> None:
+    """The first pipeline's scheduler stands at its end while the second one drives the denoiser with its own."""
+    one = CASES["flux"]()
+    other = img2img_of(one, own_scheduler=True)
+    with apply_tea_cache(one.pipe, schedule="CSCSSC") as cache:
+        one.run()
+        other.run()
+        assert [stats.pattern for stats in cache.stats.branches.values()] == ["CSCSS", "CSCSS"]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_first_expert_is_freed_once_the_second_has_taken_over() -> None:
+    case = CASES["wan22"]()
+    held = []
+    with apply_tea_cache(case.pipe, **GATED) as cache:
+        parts = [handler for _, handler in cache._parts]
+
+        def look(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
+            held.append(tuple(len(handler._trajectories) for handler in parts))
+            return {}
+
+        case.run(callback_on_step_end=look)
+        assert held == [(2, 0), (2, 0), (2, 2), (0, 2), (0, 2), (0, 2)]
+        assert kept(cache) == 0
+        interrupt(case, 5, inside=False)
+        with pytest.raises(KeyError):
+            case.run()
+        assert kept(cache) > 0
+        cache.reset()
+        assert kept(cache) == 0
+
+
+def test_statistics_are_those_of_the_latest_generation() -> None:
+    case = CASES["wan22"]()
+    with apply_tea_cache(case.pipe, schedule="CSCSSC") as cache:
+        case.run()
+        assert cache.stats.pattern == "CSCSSC"
+        interrupt(case, 1, inside=False)
+        with pytest.raises(KeyError):
+            case.run()
+        assert cache.stats.pattern == "C"
+        assert cache.stats.generations == 2
+        case.run()
+        assert cache.stats.pattern == "CSCSSC"
+        assert cache.stats.generations == 3
