@@ -7,21 +7,25 @@ writes them.
 """
 
 import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from calibrate.errors import RunInUse
+from calibrate.errors import RunFolderError, RunInUse
 
 try:
     import fcntl
 except ImportError:  # Windows: one process at a time is then up to the user
     fcntl = None
 
+logger = logging.getLogger(__name__)
+
 _JOB_BYTE = 0
 _held: set[Path] = set()  # by this process, whose own locks never conflict with each other
-_RANK_PATIENCE = 20.0  # seconds that a rank waits for another one to write down whose job this is
+_PATIENCE = 120.0  # seconds to wait for the first process of a job to write down whose it is and to clean up
 
 
 def job_name() -> str:
@@ -35,23 +39,28 @@ def job_name() -> str:
 
 
 class RunLock:
-    """Holds a run folder for one job; a context manager."""
+    """Holds a run folder for one job; a context manager.
 
-    def __init__(self, path: Path, job: str):
-        self.job = job
-        self.path = path
-        self.alone = False  # whether no other process held the folder when this one came
+    ``prepare`` is called when no other process holds the folder, and before any other can.
+    """
+
+    def __init__(self, path: Path, job: str, prepare: Callable[[], None] = lambda: None):
+        self.job, self.path, self.prepare = job, path, prepare
         self.supported = fcntl is not None
         self._file = -1
 
     def __enter__(self) -> "RunLock":
         if self.path.resolve() in _held:
             raise RunInUse(f"{self.path.parent}: this process is recording into this run already")
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             self._join()
-        except BaseException:
-            os.close(self._file)
+        except BaseException as error:
+            if self._file >= 0:
+                os.close(self._file)
+            if isinstance(error, OSError):
+                message = f"{error.filename or self.path}: cannot be written ({error.strerror}); choose another folder"
+                raise RunFolderError(f"{message} with --out") from None
             raise
         _held.add(self.path.resolve())
         return self
@@ -70,11 +79,14 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index + 1)
 
     def _join(self) -> None:
-        deadline = time.monotonic() + _RANK_PATIENCE
+        deadline = time.monotonic() + _PATIENCE
         while self.supported:
             if self._lock(fcntl.LOCK_EX, _JOB_BYTE):
+                if not self.supported:
+                    logger.warning("%s: no file locks here; see to it that only one job records", self.path.parent)
+                    return
                 self._write_holder()
-                self.alone = True
+                self.prepare()
                 self._lock(fcntl.LOCK_SH, _JOB_BYTE)
                 return
             holder = self._holder() if self._lock(fcntl.LOCK_SH, _JOB_BYTE) else None

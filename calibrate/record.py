@@ -20,7 +20,8 @@ from calibrate.locking import RunLock, job_name
 from calibrate.models import class_defaults
 from calibrate.prompts import PromptSet, load_prompts
 from calibrate.protocol import canonical_sha256
-from calibrate.run import Group, RunFolder
+from calibrate.ranks import Party, rank, restarts, world_size
+from calibrate.run import Group, RunFolder, tidy
 from calibrate.subject import Subject, callable_subject, command_line, pipeline_subject
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
@@ -75,8 +76,6 @@ def record(
             raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
     if dtype not in DTYPES:
         raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if out is not None:
-        _make_folder(Path(out))
     images = list(images)
     command = command_line(
         {"model": model if isinstance(model, str) else None, "prompts": prompts if isinstance(prompts, str) else None}
@@ -104,6 +103,8 @@ def record(
         if loaded:
             subject = pipeline_subject(model, call)
         else:
+            if out is not None:
+                _refuse_unusable(Path(out))
             pipeline = load_pipeline(
                 checkpoint, dtype=dtype, device=device, allow_pickle=allow_pickle, cpu_offload=cpu_offload
             )
@@ -119,84 +120,105 @@ def record(
 def _record_all(
     subject: Subject, recorder: Any, prompts: PromptSet, out: Any, *, notes: dict[str, Any], progress: bool
 ) -> RunFolder:
+    import torch
+
     identity = dict(subject.identity)
     run_id = canonical_sha256([identity["protocol_sha256"], prompts.sha256])[:8]
     path = Path(out) if out is not None else Path("runs") / f"{identity['model']}-{run_id}"
     _make_folder(path)
-    with RunLock(path / "lock", job_name()) as lock:
+
+    def prepare() -> None:
+        for group in tidy(path):
+            logger.warning("%s: its pairs could not be read; set aside in corrupt/ and recorded anew", group)
+
+    with RunLock(path / "lock", job_name(), prepare) as lock:
         notes |= {"created": _now(), "versions": _versions(), "device": _device_name(subject), "call": subject.call}
         run = RunFolder.create(path, {"run_id": run_id, **identity}, prompts, **notes)
         _say_changes(run, notes)
-        if lock.alone:
-            run.remove_leftovers()
-            for name in run.set_corrupt_aside():
-                logger.warning("%s: its pairs could not be read; set aside in corrupt/ and recorded anew", name)
-        _record_missing(run, subject, recorder, lock, progress)
+        party = Party(subject.modules)
+        loop = _Loop(run, subject, recorder, lock, party)
+        with torch.inference_mode(), recorder:
+            if party.leads:
+                with _bar(run, shown=progress and rank() == 0) as bar:
+                    loop.lead(bar)
+            else:
+                loop.follow()
     return run
 
 
-def _record_missing(run: RunFolder, subject: Subject, recorder: Any, lock: RunLock, progress: bool) -> None:
-    """Record what is not there yet; with other ranks, whatever they are not at."""
-    import torch
+class _Loop:
+    """Records what is missing in a run; with other ranks, whatever they are not at."""
 
-    rank, world = int(os.environ.get("RANK", 0)), max(1, int(os.environ.get("WORLD_SIZE", 1)))
-    job = f"{lock.job}#{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    groups = run.groups
-    start = rank * len(groups) // world  # each rank begins elsewhere, so that they rarely reach for the same group
-    mine = groups[start:] + groups[:start]
-    outcomes: list[str | None] = []  # a failure's text, or None for a success
-    with _bar(run, shown=progress and rank == 0) as bar, torch.inference_mode(), recorder:
-        while missing := [group for group in mine if not run.is_finished(group) and run.failed_in(group) != job]:
-            took = False
-            for group in missing:
-                if not lock.claim(group.index):
-                    continue
-                try:
-                    if not run.is_finished(group) and run.failed_in(group) != job:
-                        took = True
-                        outcomes.append(_record_group(run, subject, recorder, group, job))
-                finally:
-                    lock.release(group.index)
-                _stop_if_hopeless(run, outcomes)
-                bar.n = len(run.finished())
-                bar.refresh()
-            if not took:
-                if rank != 0:
-                    return  # the rest is in other hands, and rank 0 stays until it is done
+    def __init__(self, run: RunFolder, subject: Subject, recorder: Any, lock: RunLock, party: Party) -> None:
+        self.run, self.subject, self.recorder, self.lock, self.party = run, subject, recorder, lock, party
+        self.job = f"{lock.job}#{restarts()}"
+        self.outcomes: list[str | None] = []  # a failure's text, or None for a success
+
+    def lead(self, bar: Any) -> None:
+        """Claim one group after the other until all are there, or in other hands."""
+        groups = self.run.groups
+        start = rank() * len(groups) // world_size()  # ranks begin apart and rarely reach for the same group
+        groups = groups[start:] + groups[:start]
+        while missing := [group for group in groups if self._is_wanted(group)]:
+            recorded = [self._claim_and_record(group, bar) for group in missing]
+            if not any(recorded):
+                if rank() != 0:
+                    break  # the rest is in other hands, and rank 0 stays until it is done
                 time.sleep(_WAIT_SECONDS)
-        bar.n = len(run.finished())
+            _show(bar, self.run)
+        self.party.announce(None)
 
+    def follow(self) -> None:
+        """Run the generations that the party's leading rank announces."""
+        groups = self.run.groups
+        while (index := self.party.follow()) is not None:
+            self._record(groups[index])
 
-def _record_group(run: RunFolder, subject: Subject, recorder: Any, group: Group, job: str) -> str | None:
-    """Record one group; returns what went wrong, or None."""
-    try:
-        images = [_open_image(run.input_path(name)) for name in group.prompt.image]
-        recorder.start()
-        subject.generate(group.prompt, images)
-        recording = recorder.finish()
-    except _EXPECTED:
-        raise  # says what to do about the model or the run, and would be the same for every prompt
-    except Exception as error:  # any pipeline may raise anything: it costs this prompt and no other
-        kind, message = _kind_of(error), " ".join(str(error).split())[:500]
-    else:
-        if recording.rows:
-            run.write_group(group, recording.rows, recording.timing, recording.gram)
+    def _is_wanted(self, group: Group) -> bool:
+        return not self.run.is_finished(group) and self.run.failed_in(group) != self.job
+
+    def _claim_and_record(self, group: Group, bar: Any) -> bool:
+        if not self.lock.claim(group.index):
+            return False
+        try:
+            if not self._is_wanted(group):  # another rank was faster
+                return False
+            self.party.announce(group.index)
+            self._record(group)
+        finally:
+            self.lock.release(group.index)
+        _show(bar, self.run)
+        if len(self.outcomes) == _SAME_FAILURES and self.outcomes[0] and len(set(self.outcomes)) == 1:
+            self.party.announce(None)
+            raise Incomplete(
+                f"{self.run.path}: the first {_SAME_FAILURES} prompts all failed alike ({self.outcomes[0]}); stopped"
+            )
+        return True
+
+    def _record(self, group: Group) -> None:
+        """Generate and measure one group; whatever a pipeline raises costs this prompt and no other."""
+        try:
+            images = [_open_image(self.run.input_path(name)) for name in group.prompt.image]
+            self.recorder.start()
+            self.subject.generate(group.prompt, images)
+            recording = self.recorder.finish()
+        except _EXPECTED:
+            raise  # says what to do about the model or the run, and would be the same for every prompt
+        except Exception as error:
+            kind, message = _kind_of(error), " ".join(str(error).split())[:500]
+        else:
+            kind, message = ("", "") if recording.rows else ("no pairs", "the denoiser was called less than twice")
+        self.outcomes.append(f"{kind}: {message}" if kind else None)
+        if kind:
+            _free_memory()
+        if self.party.leads and kind:
+            self.run.write_failure(group, kind, message, self.job)
+            logger.warning("%s failed (%s: %s); the next start tries it again", group.name, kind, message)
+        elif self.party.leads:
+            self.run.write_group(group, recording.rows, recording.timing, recording.gram)
             if recording.non_finite:
-                logger.warning(
-                    "%s: %d of %d pairs are not finite; kept in the file, left out of every fit",
-                    *(group.name, recording.non_finite, len(recording.rows)),
-                )
-            return None
-        kind, message = "no pairs", "the denoiser was called fewer than two times"
-    _free_memory()
-    run.write_failure(group, kind, message, job)
-    logger.warning("%s failed (%s: %s); the next start tries it again", group.name, kind, message)
-    return f"{kind}: {message}"
-
-
-def _stop_if_hopeless(run: RunFolder, outcomes: list[str | None]) -> None:
-    if len(outcomes) == _SAME_FAILURES and outcomes[0] is not None and len(set(outcomes)) == 1:
-        raise Incomplete(f"{run.path}: the first {_SAME_FAILURES} prompts all failed alike ({outcomes[0]}); stopped")
+                counts = recording.non_finite, len(recording.rows)
+                logger.warning("%s: %d of %d pairs are not finite; kept, left out of every fit", group.name, *counts)
 
 
 def _kind_of(error: Exception) -> str:
@@ -224,6 +246,13 @@ def _bar(run: RunFolder, shown: bool):
     total, done = len(run.groups), len(run.finished())
     with tqdm(total=total, initial=done, desc="recording", unit="prompt", disable=not shown, smoothing=0.1) as bar:
         yield bar
+        _show(bar, run)
+
+
+def _show(bar: Any, run: RunFolder) -> None:
+    """What all ranks have finished, not only this one."""
+    bar.n = len(run.finished())
+    bar.refresh()
 
 
 def _open_image(path: Path):
@@ -231,6 +260,13 @@ def _open_image(path: Path):
 
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _refuse_unusable(path: Path) -> None:
+    """Say before a model is loaded that nothing can be written there, or that somebody else is at it."""
+    _make_folder(path)
+    with RunLock(path / "lock", job_name()):
+        pass
 
 
 def _make_folder(path: Path) -> None:

@@ -7,6 +7,7 @@ can be read; everything else (what to record next, whether the run is complete) 
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class RunFolder:
                     f"{path}: pairs but no run.yaml; put it back, or choose another folder with --out"
                 )
             run = cls(path, {**identity, "prompts_sha256": prompts.sha256, "prompts": rows, **notes})
+            for name in ("pairs", "timing"):  # before the manifest, whose writing makes them durable too
+                (path / name).mkdir(parents=True, exist_ok=True)
             run._write_inputs(prompts)
             run._write_manifest()
             return run
@@ -95,7 +98,7 @@ class RunFolder:
         return [Group(index=i, prompt=_prompt_of(row)) for i, row in enumerate(self.manifest["prompts"])]
 
     def finished(self) -> set[str]:
-        """Names of the groups whose pairs are on disk, by name only (`set_corrupt_aside` looks inside)."""
+        """Names of the groups whose pairs are on disk, by name only (`tidy` looks inside)."""
         return {path.stem for path in (self.path / "pairs").glob("*.parquet")}
 
     def is_finished(self, group: Group) -> bool:
@@ -104,25 +107,6 @@ class RunFolder:
     def shard(self, name: str) -> Path:
         """Where the pairs of the group of this name are."""
         return self.path / "pairs" / f"{name}.parquet"
-
-    def set_corrupt_aside(self) -> list[str]:
-        """Move every unreadable file of pairs to ``corrupt/`` (never delete it), and name what was moved."""
-        moved = []
-        for name in sorted(self.finished()):
-            try:
-                read_pairs(self.shard(name))
-            except CorruptShard:
-                target = self.path / "corrupt"
-                target.mkdir(exist_ok=True)
-                number = sum(1 for _ in target.glob(f"{name}.*"))
-                os.replace(self.shard(name), target / f"{name}.{number}.parquet")
-                moved.append(name)
-        return moved
-
-    def remove_leftovers(self) -> None:
-        """Remove half-written files of processes that were killed; the caller is the only one in the folder."""
-        for path in self.path.glob("**/.*.tmp"):
-            path.unlink(missing_ok=True)
 
     def write_group(
         self,
@@ -204,6 +188,28 @@ class RunFolder:
             )
 
 
+def tidy(path: Path) -> list[str]:
+    """Clean up after processes that were killed; nobody else may be in the folder.
+
+    Removes half-written files, moves every unreadable file of pairs to ``corrupt/`` (never deletes it), and returns
+    the names of the groups whose pairs were moved.
+    """
+    _refuse_links(path)
+    for leftover in path.glob("**/.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    moved = []
+    for shard in sorted((path / "pairs").glob("*.parquet")):
+        try:
+            read_pairs(shard)
+        except CorruptShard:
+            target = path / "corrupt"
+            target.mkdir(exist_ok=True)
+            number = sum(1 for _ in target.glob(f"{shard.stem}.*"))
+            os.replace(shard, target / f"{shard.stem}.{number}.parquet")
+            moved.append(shard.stem)
+    return moved
+
+
 def encode_pairs(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Parquet bytes of pair rows, ordered by expert, branch and step: the same rows always give the same bytes."""
     import pyarrow as pa
@@ -236,7 +242,7 @@ def read_pairs(path: Path):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` under ``path`` so that after a crash or power loss the file is whole or absent, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

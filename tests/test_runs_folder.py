@@ -10,7 +10,7 @@ import pytest
 
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
 from calibrate.prompts import load_prompts
-from calibrate.run import PAIR_COLUMNS, RunFolder, encode_pairs, read_pairs, write_atomically
+from calibrate.run import PAIR_COLUMNS, RunFolder, encode_pairs, read_pairs, tidy, write_atomically
 
 IDENTITY = {"run_id": "0", "model": "toy", "protocol": {"num_steps": 5}, "protocol_sha256": "aa"}
 PROMPTS = load_prompts(["a", "b", "c"])
@@ -74,17 +74,17 @@ def test_damaged_shard_is_named_on_reading_and_set_aside_on_recording(run, damag
     with pytest.raises(CorruptShard, match=str(shard)) as caught:
         read_pairs(shard)
     assert "\n" not in str(caught.value)
-    assert run.set_corrupt_aside() == [group.name] and run.finished() == set()
+    assert tidy(run.path) == [group.name] and run.finished() == set()
     assert [path.read_bytes() for path in (run.path / "corrupt").iterdir()] == [damaged]
     run.write_group(group, rows_of(), TIMING)
-    assert run.set_corrupt_aside() == [] and shard.read_bytes() == whole
+    assert tidy(run.path) == [] and shard.read_bytes() == whole
 
 
 def test_second_damaged_copy_does_not_replace_the_first(run):
     for content in (b"1", b"2"):
         run.write_group(run.groups[0], rows_of(), TIMING)
         run.shard(run.groups[0].name).write_bytes(content)
-        run.set_corrupt_aside()
+        tidy(run.path)
     assert sorted(path.read_bytes() for path in (run.path / "corrupt").iterdir()) == [b"1", b"2"]
 
 
@@ -144,7 +144,7 @@ def test_manifest_cannot_name_groups_outside_the_run(run, prompt_id):
         run.write_group(run.groups[0], rows_of(), TIMING)
     with pytest.raises(RunFolderError, match="not the name of a group"):
         run.write_failure(run.groups[0], "kind", "message", "job")
-    assert sorted(path.name for path in run.path.iterdir()) == ["run.yaml"]
+    assert [path for path in run.path.parent.rglob("*") if path.is_file()] == [run.path / "run.yaml"]
 
 
 def test_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path):

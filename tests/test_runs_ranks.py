@@ -94,6 +94,14 @@ def test_another_job_is_refused_while_ranks_are_at_work(tmp_path):
     assert finish(ranks) == [0, 0]
 
 
+def test_ranks_of_one_model_run_the_same_prompts_and_one_of_them_writes(tmp_path, alone):
+    """Under context parallelism a rank with a prompt of its own would hang in the first collective."""
+    assert finish(start(tmp_path, 2, together=True)) == [0, 0]
+    assert pairs(tmp_path) == alone
+    first, second = (said(tmp_path, rank)["recorded"] for rank in range(2))
+    assert first == second and len(first) == GROUPS
+
+
 def test_torchrun_starts_it(tmp_path, alone):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -1,5 +1,7 @@
 """The recording loop: what is kept, what is tried again, and what ends it."""
 
+import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -202,6 +204,15 @@ def test_one_process_does_not_record_twice_into_one_folder_either(tmp_path):
     with RunLock(tmp_path / "run" / "lock", "x"), pytest.raises(RunInUse, match="this process is recording"):
         record_toy(tmp_path / "run")
     assert record_toy(tmp_path / "run").is_complete
+
+
+def test_file_system_without_locks_is_said_and_records_all_the_same(tmp_path, monkeypatch, caplog):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert record_toy(tmp_path / "run").is_complete
+    assert "no file locks here" in caplog.text
 
 
 def test_read_only_place_is_one_line():

@@ -1,6 +1,5 @@
 """The commands that record: ``run`` (the whole job, the default) and ``record`` (its GPU part)."""
 
-import os
 import signal
 from typing import Any
 
@@ -49,6 +48,7 @@ def record_to_folder(*, pipe_args: tuple[str, ...], **options: Any):
     """Record with the command line's options; None on every rank but the first, which speaks for all."""
     from calibrate.calling import parse_pipe_args
     from calibrate.errors import Incomplete
+    from calibrate.ranks import rank
 
     arguments = parse_pipe_args(pipe_args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends a run as cleanly as Ctrl-C
@@ -58,7 +58,7 @@ def record_to_folder(*, pipe_args: tuple[str, ...], **options: Any):
         recorded = record_run(**options, pipe_args=arguments)
     except KeyboardInterrupt:
         raise Incomplete("interrupted; what is finished is kept, run the same command again to continue") from None
-    return recorded if int(os.environ.get("RANK", 0)) == 0 else None
+    return recorded if rank() == 0 else None
 
 
 def raise_if_incomplete(recorded: Any) -> None:
