@@ -5,9 +5,11 @@ through ``cache_context`` reaches hooks only through a ``StateManager``, and the
 ``diffusers.hooks._common``.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers.hooks._common import _ATTENTION_CLASSES
-from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.hooks.hooks import CacheContext, HookFunctionReference, StateManager
 from torch import nn
 
 
@@ -56,6 +58,30 @@ def lockstep_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None"
     if config.tensor_parallel_config is not None:
         return config.tensor_parallel_config._mesh.get_group()
     return None
+
+
+def inner_forward(module: nn.Module) -> Callable:
+    """The forward of ``module`` beneath all of its hooks."""
+    reference = _innermost(module)
+    if reference is None:
+        return module.forward
+    return reference.forward if reference.original_forward is None else reference.original_forward
+
+
+def set_inner_forward(module: nn.Module, forward: Callable) -> None:
+    """Put ``forward`` beneath all hooks of ``module``."""
+    reference = _innermost(module)
+    if reference is not None:
+        setattr(reference, "forward" if reference.original_forward is None else "original_forward", forward)
+    elif getattr(forward, "__func__", None) is type(module).forward:
+        module.__dict__.pop("forward", None)  # the class's own
+    else:
+        module.forward = forward
+
+
+def _innermost(module: nn.Module) -> HookFunctionReference | None:
+    hooks = getattr(hook_registry(module), "hooks", None)
+    return next(iter(hooks.values())).fn_ref if hooks else None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -99,8 +99,8 @@ def _refuse(root: nn.Module, path: str, block: nn.Module) -> None:
     name = f"{type(root).__name__}.{path}"
     if root._compiled_call_impl is not None:
         raise ApplyError(
-            f"{type(root).__name__} is compiled as a whole already, which the cache works with; leave compile_blocks() "
-            "out, or load the model anew without compile()"
+            f"{type(root).__name__} is compiled as a whole already, which the cache works with; leave "
+            "compile_blocks() out, or load the model anew without compile()"
         )
     if block._compiled_call_impl is not None:
         raise ApplyError(
@@ -112,6 +112,6 @@ def _refuse(root: nn.Module, path: str, block: nn.Module) -> None:
     moving = next((part for part, module in block.named_modules() if hasattr(module, "_hf_hook")), None)
     if moving is not None:
         raise ApplyError(
-            f"{name}{'.' * bool(moving)}{moving} moves its weights while it runs (sequential CPU offload), which is no "
-            "single graph; use model or group offload instead"
+            f"{name}{'.' * bool(moving)}{moving} moves its weights while it runs (sequential CPU offload), which is "
+            "no single graph; use model or group offload instead"
         )

@@ -13,8 +13,12 @@ from torch._dynamo.decorators import skip
 
 __all__ = ["compiled_by", "pause", "resume", "stays_python"]
 
-# Decorator: this function is never traced, and unlike with torch.compiler.disable the compiler is still on inside.
-stays_python = skip
+
+def stays_python(function: Callable) -> Callable:
+    """Decorator: ``function`` is never traced, and the compiler is still on for what it calls."""
+    function = skip(function)
+    function._torchdynamo_disable_msg = "step caching decides outside of graphs; use runtime.compile_blocks() instead"
+    return function
 
 
 def pause() -> Any:
