@@ -14,7 +14,8 @@ from calibrate.fit import FitResult, fit_constrained, fit_polynomial
 from calibrate.log import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 
 FOLDS = 10
-SCHEDULE = ["branch", "num_steps", "step"]  # what a predictor may know that does not look at the signal: the moment
+# What a predictor may know that does not look at the signal: the moment.
+SCHEDULE = ["expert", "branch", "num_steps", "step"]
 FITTERS: dict[str, Callable[..., FitResult]] = {"polyfit": fit_polynomial, "constrained": fit_constrained}
 
 Predictor = Callable[[pd.DataFrame], np.ndarray]
