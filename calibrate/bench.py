@@ -17,7 +17,7 @@ import pandas as pd
 import coeffs
 from calibrate import metrics
 from calibrate.case import Case
-from calibrate.contest import Contest, gate_config
+from calibrate.contest import GATE, Contest, gate_config
 from calibrate.errors import InvalidOption
 from calibrate.log import Run, load_run
 from calibrate.perceptual import Lpips
@@ -172,7 +172,7 @@ class Bench:
             both = sorted(set(replayed) & set(sample.patterns))
             row["replayed_steps"] = computed_steps(replayed)
             row["disagreement"] = float(np.mean([disagreement(replayed[b], sample.patterns[b]) for b in both]))
-            if keep and sample.media[0].ndim > 2:
+            if keep and setting.policy == GATE and sample.media[0].ndim > 2:
                 name = self._key(setting, prompt)[:16]
                 frame = sample.media[0] if sample.media[0].ndim == 3 else sample.media[0][len(sample.media[0]) // 2]
                 (self._folder / "samples").mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from runtime.errors import RuntimeCacheError
 from runtime.gate import GateConfig
 
 GATE = "fitted gate"
-SHARED_GATE = "fitted gate, one polynomial for all branches"
+SHARED_GATE = "fitted gate with one polynomial"
 UNIFORM = "uniform skipping"
 POLICIES = {
     "gate": GATE,

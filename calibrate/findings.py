@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ class Findings:
         if self.verification is None or "sample" not in self.verification.results:
             return []
         rows = self.verification.results
-        rows = rows[rows["sample"].notna()]
+        rows = rows[rows["sample"].notna() & (rows["policy"] == GATE)]
         if rows.empty:
             return []
         budgets = sorted(rows["budget"].unique())
@@ -157,6 +158,29 @@ def load_findings(folder: str | os.PathLike) -> Findings:
     if not (folder / "entry.yaml").exists():
         raise InvalidOption(f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first")
     return Findings(run, coeffs.load(folder / "entry.yaml"), load_verification(folder), folder)
+
+
+def figures_table(entry: Entry) -> pd.DataFrame:
+    """One row per expert and branch of an entry: in-sample and held-out figures beside those of the rivals."""
+    names = ("r2", "r2_held_out", "rmse_held_out", "rmse_constant", "rmse_step_mean", "spearman_within_step")
+    rows = [
+        {
+            "expert": expert,
+            "branch": branch,
+            "recommended": branch == known.recommended,
+            "fit": fit.method,
+            "pairs": fit.counts.pairs if fit.counts else None,
+            **{name: (fit.figures or {}).get(name) for name in names},
+        }
+        for expert, known in entry.experts.items()
+        for branch, fit in known.branches.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def example_run() -> Path:
+    """A small recorded, fitted and verified run of the embedded model, for notebooks and for a first look."""
+    return Path(str(files("calibrate") / "data" / "example-run"))
 
 
 def _result(fit: Fit) -> FitResult:

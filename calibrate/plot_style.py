@@ -19,6 +19,7 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
 )  # fmt: skip
 BRANCH_STYLES = {"cond": (BLUE, "o"), "uncond": (VERMILION, "s"), "pooled": (GREEN, "^")}
 SERIES_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v"), (SKY, "P"), (GREY, "X"))
+SERIES_LINES = ("-", "--", ":")
 STYLE = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
@@ -61,9 +62,9 @@ def branch_style(branch: str) -> tuple[str, str]:
     return BRANCH_STYLES.get(branch, (PURPLE, "D"))
 
 
-def series_style(index: int) -> tuple[str, str]:
-    """Colour and marker of the policy at this place of the list; the first is the fitted gate."""
-    return SERIES_STYLES[index % len(SERIES_STYLES)]
+def series_style(index: int) -> tuple[str, str, str]:
+    """Colour, marker and line of the series at this place of a list; lines change when the colours start over."""
+    return *SERIES_STYLES[index % len(SERIES_STYLES)], SERIES_LINES[index // len(SERIES_STYLES) % len(SERIES_LINES)]
 
 
 def save(figure_or_axes: Figure | Axes, path: Path) -> Path:

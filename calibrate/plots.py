@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -80,6 +81,23 @@ def pairs_with_fit(
         ax.plot(grid, predictions(polynomial, grid), color=color, linewidth=2, label=f"{branch}: {note}")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     return finish(ax, title, SIGNAL_LABELS[signal].replace("\n", " "), TARGET_LABELS[target])
+
+
+def curves(
+    polynomials: Mapping[str, Polynomial],
+    ax: Axes | None = None,
+    *,
+    domain: tuple[float, float] = (0.0, 0.5),
+    title: str = "What the entries predict",
+) -> Axes:
+    """Predictions of several entries, each over its own domain, or over ``domain`` where none was published."""
+    ax = axes_or_new(ax)
+    for index, (label, polynomial) in enumerate(polynomials.items()):
+        grid = np.linspace(*(polynomial.domain or domain), 200)
+        color, _, line = series_style(index)
+        ax.plot(grid, predictions(polynomial, grid), color=color, linestyle=line, linewidth=2, label=label)
+    ax.axhline(0, color=INK, linewidth=0.8)
+    return finish(ax, title, "x: relative L1 change of the signal", "predicted relative L1 change")
 
 
 def residuals(
@@ -161,19 +179,22 @@ def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psn
     Args:
         summary: Columns ``policy``, ``computed_steps``, ``{measure}`` and ``{measure}_low``, ``{measure}_high``.
     """
-    ax = axes_or_new(ax, (6.4, 4.2))
+    ax = axes_or_new(ax, (6.4, 5.2))
     for index, (policy, rows) in enumerate(summary.groupby("policy", sort=False)):
-        rows, (color, marker) = rows.sort_values("computed_steps"), series_style(index)
+        rows, (color, marker, line) = rows.sort_values("computed_steps"), series_style(index)
         mean, first = rows[measure].to_numpy(), index == 0
         errors = np.array([mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean])
         ax.errorbar(
             # A small shift keeps the intervals of neighbours apart; it is far below one step.
             rows["computed_steps"] + 0.06 * (index - 2), mean, np.where(np.isfinite(errors), errors, 0),
-            color=color, marker=marker, markersize=6 if first else 5, linewidth=2.4 if first else 1.4,
+            color=color, marker=marker, linestyle=line, markersize=6 if first else 5, linewidth=2.4 if first else 1.4,
             elinewidth=1, capsize=0, alpha=1 if first else 0.85, zorder=5 if first else 3, label=policy,
         )  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, "Quality at equal work (mean, 95 % interval)", "computed steps", MEASURE_LABELS[measure])
+    title = "Quality at equal work (mean, 95 % interval)"
+    finish(ax, title, "computed steps", MEASURE_LABELS[measure], legend=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(-0.08, -0.14), ncols=2, labelcolor=INK, frameon=False, fontsize=8.5)
+    return ax
 
 
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -235,14 +256,14 @@ def sample_grid(
             left = column * (width + gap)
             canvas[top : top + height, left : left + width, :3] = np.clip(image[..., :3], 0, 1)
             canvas[top : top + height, left : left + width, 3] = 1
-    ax = axes_or_new(ax, (5.2, 0.5 + 1.45 * len(samples)))
+    ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
     ax.imshow(canvas, interpolation="nearest")
     ax.xaxis.tick_top()
     columns = ["uncached", "cached", f"difference × {gain:g}" if gain != 1 else "difference"]
     with mpl.rc_context(STYLE):
         ax.set_xticks([width / 2 + i * (width + gap) for i in range(3)], columns, color=INK)
         rows = [height / 2 + i * (height + gap) for i in range(len(samples))]
-        ax.set_yticks(rows, [label for label, _, _ in samples], color=INK)
+        ax.set_yticks(rows, [fill(label, 20) for label, _, _ in samples], color=INK)
     ax.tick_params(length=0, labelsize=9)
     ax.spines[:].set_visible(False)
     return ax

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -16,10 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibrate import plots
-from calibrate.findings import Findings, load_findings
-from calibrate.plot_style import as_svg, save
+from calibrate.findings import Findings, figures_table, load_findings
+from calibrate.plot_style import BLUE, as_svg, save
 from calibrate.run import write_atomically
-from calibrate.verdict import deciding
 
 Picture = Figure | Axes
 OTHER_SECTIONS = ("replay", "pareto", "patterns", "samples")  # figures outside the section on the fit
@@ -32,13 +31,15 @@ def write_report(folder: str | os.PathLike) -> Path:
         CalibrateError, CoeffsError: For a folder that is no run, or has not been fitted yet.
     """
     findings = load_findings(folder)
-    target = findings.folder / "report"
-    pictures = {"fit": fit_picture(findings)} | {name: picture for name, (picture, _) in _figures(findings).items()}
-    for name, picture in pictures.items():
+    target, figures = findings.folder / "report", report_figures(findings)
+    for name, picture in [
+        ("fit", fit_picture(findings)),
+        *((name, picture) for name, (picture, _) in figures.items()),
+    ]:
         save(picture, target / f"{name}.png")
         save(picture, target / f"{name}.svg")
     path = target / "report.html"
-    write_atomically(path, render(findings).encode())
+    write_atomically(path, render(findings, figures).encode())
     return path
 
 
@@ -53,9 +54,12 @@ def fit_picture(findings: Findings, expert: str = "transformer") -> Figure:
     )  # fmt: skip
 
 
-def render(findings: Findings) -> str:
-    """The report as one HTML page without anything to fetch; every text is escaped."""
-    figures = {name: _figure(picture, caption) for name, (picture, caption) in _figures(findings).items()}
+def render(findings: Findings, pictures: dict[str, tuple[Picture, str]]) -> str:
+    """The report as one HTML page without anything to fetch; every text is escaped.
+
+    ``pictures`` are those of :func:`report_figures`.
+    """
+    figures = {name: _figure(picture, caption) for name, (picture, caption) in pictures.items()}
     parts = [
         _head(findings),
         _tiles(findings),
@@ -72,7 +76,7 @@ def render(findings: Findings) -> str:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def _figures(findings: Findings) -> dict[str, tuple[Picture, str]]:
+def report_figures(findings: Findings) -> dict[str, tuple[Picture, str]]:
     """Name -> picture and caption, in the order of the report."""
     entry, found = findings.entry, {}
     for expert in findings.run.experts:
@@ -132,6 +136,7 @@ def _figure(picture: Picture, caption: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    svg = svg.replace(BLUE.lower(), "var(--blue)")  # too dim on a dark page, which brightens it
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -191,18 +196,15 @@ def _tiles(findings: Findings) -> str:
 
 
 def _fit_section(findings: Findings, figures: dict[str, str]) -> str:
-    rows = []
-    for expert in findings.run.experts:
-        for name, fit in findings.entry.experts[expert].branches.items():
-            f = fit.figures or {}
-            label = name if len(findings.run.experts) == 1 else f"{expert} {name}"
-            star = " *" if name == findings.entry.experts[expert].recommended else ""
-            rows.append([
-                label + star, fit.counts.pairs if fit.counts else None, fit.method,
-                *(_round(f.get(key), 2) for key in ("r2", "r2_held_out")),
-                *(_round(f.get(key), 4) for key in ("rmse_held_out", "rmse_constant", "rmse_step_mean")),
-                _round(f.get("spearman_within_step"), 2),
-            ])  # fmt: skip
+    several = len(findings.run.experts) > 1
+    rows = [
+        [
+            (f"{row.expert} " if several else "") + row.branch + (" *" if row.recommended else ""),
+            row.pairs, row.fit, _round(row.r2, 2), _round(row.r2_held_out, 2), _round(row.rmse_held_out, 4),
+            _round(row.rmse_constant, 4), _round(row.rmse_step_mean, 4), _round(row.spearman_within_step, 2),
+        ]
+        for row in figures_table(findings.entry).itertuples()
+    ]  # fmt: skip
     header = [
         "branch", "pairs", "fit", "R²", "held-out R²", "held-out RMSE", "of a constant", "of the step's mean",
         "rank within step",
@@ -223,7 +225,7 @@ def _threshold_section(findings: Findings, figures: dict[str, str]) -> str:
     rows = [
         [_round(row.threshold, 4), f"{row.computed_steps:.1f} of {row.num_steps}", row.kind, _round(row.speedup, 2),
          _round(row.psnr_db, 1), _round(row.worst_psnr_db, 1), _round(row.ssim, 3), _round(row.latent_rel_l2, 3)]
-        for row in findings.entry.thresholds
+        for row in sorted(findings.entry.thresholds, key=lambda row: row.kind != "verified")
         if row.computed_steps is not None
     ]  # fmt: skip
     header = ["threshold", "computed", "from", "speed-up", "PSNR (dB)", "worst (dB)", "SSIM", "latent error"]
@@ -270,7 +272,7 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
         f"{escape(drifted)}</p>",
         '<div class="figures">', figures["pareto"], figures.get("samples", ""), "</div>",
         _comparisons(findings),
-        _table(header, rows),
+        f"<details><summary>All figures</summary>{_table(header, rows)}</details>",
         f"<p>Refused by this model:</p><ul>{''.join(refused)}</ul>" if refused else "",
         f'<p class="note">Speed-up: wall time of the whole pipeline call, uncached over cached. {escape(measures)}. '
         "Data range 1.</p>",
@@ -280,12 +282,18 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
 def _comparisons(findings: Findings) -> str:
     if not findings.comparisons:
         return ""
-    decides = deciding(findings.comparisons)
-    items = [
-        f"<li>{'<strong>' if one is decides else ''}{escape(str(one))}{'</strong>' if one is decides else ''}</li>"
+    words = {"better": "the gate beats it", "worse": "the gate does not beat it", "undecided": "no difference shown"}
+    rows = [
+        [one.baseline, f"{one.difference:+.1f} dB", f"{one.low:+.1f} to {one.high:+.1f}",
+         words.get(one.outcome, "too few prompts")]
         for one in findings.comparisons
-    ]
-    return f"<p>At equal computed steps, paired over prompts:</p><ul>{''.join(items)}</ul>"
+    ]  # fmt: skip
+    first = findings.comparisons[0]
+    return "\n".join((
+        f"<p>The {escape(first.policy)} against every other policy at equal computed steps, paired over "
+        f"{first.prompts} prompts (positive: the gate is better):</p>",
+        _table(["against", "difference", "95 % interval", "reading"], rows),
+    ))  # fmt: skip
 
 
 def _warnings_section(findings: Findings) -> str:
@@ -321,6 +329,11 @@ def _origin_section(findings: Findings) -> str:
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """Safe in HTML; numbers stay with their percent sign."""
+    return html.escape(text).replace(" %", "\u00a0%")
 
 
 def _definitions(facts: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ LEARNING = pd.DataFrame(
 )
 CALLS = {
     "pairs_with_fit": lambda pairs, ax: plots.pairs_with_fit(pairs, {"cond": FIT, "uncond": FIT}, ax=ax),
+    "curves": lambda _, ax: plots.curves({"ours": FIT, "theirs": Polynomial((1.0, 0.0), sign_rule="signed")}, ax),
     "residuals": lambda pairs, ax: plots.residuals(pairs, FIT, ax),
     "residuals over x": lambda pairs, ax: plots.residuals(pairs, FIT, ax, over="x"),
     "over_sigma": lambda pairs, ax: plots.over_sigma(pairs, "y", ax),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -368,6 +370,47 @@ def test_shared_entry_uses_the_recommended_fit_for_all_branches(fitted):
 
 def test_lpips_without_weights_or_package_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth"):
+        Lpips(tmp_path)
+
+
+def test_lpips_loads_the_trunk_from_the_file_and_never_downloads(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        """The layer names of lpips' AlexNet: slice number, then torchvision's index."""
+
+        def __init__(self):
+            super().__init__()
+            self.slice1 = torch.nn.ModuleDict({"0": torch.nn.Conv2d(3, 1, 1)})
+
+    class FakeLpips(torch.nn.Module):
+        def __init__(self, net, version, pnet_rand, verbose):
+            super().__init__()
+            assert pnet_rand, "anything else downloads the trunk"
+            self.net = Net()
+
+        def forward(self, a, b, normalize):
+            return (self.net.slice1["0"](a) - self.net.slice1["0"](b)).abs().mean()
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=FakeLpips))
+    weights = {
+        "features.0.weight": torch.ones(1, 3, 1, 1),
+        "features.0.bias": torch.zeros(1),
+        "classifier.1.bias": torch.ones(1),
+    }
+    torch.save(weights, tmp_path / "alexnet-owt-7be5be79.pth")
+    measure, image = Lpips(tmp_path), np.full((8, 8, 3), 0.5)
+    assert measure(image, image) == 0
+    assert measure(image + 0.1, image) == pytest.approx(0.3, abs=1e-6)
+    torch.save({"features.3.weight": torch.ones(1)}, tmp_path / "alexnet-owt-7be5be79.pth")
+    with pytest.raises(ValueError, match="lacks slice1"):
+        Lpips(tmp_path)
+
+
+def test_lpips_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match="pip install lpips"):
         Lpips(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The commands that judge and show: ``verify`` (real cached runs against uncached ones) and ``report``."""
 
+import signal
 from typing import Any
 
 import click
@@ -56,6 +57,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     Example:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as cleanly as Ctrl-C
     from calibrate.verdict import verdict_table
     from calibrate.verify import verify as run_verification
 
