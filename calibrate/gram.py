@@ -1,0 +1,211 @@
+"""The Gram log of a run: inner products of all steps of each trajectory, read and combined. No tensors, no model.
+
+``gram/<group>.npz`` holds, for each expert (``transformer``):
+
+========================  =============================================================================================
+``<expert>/branches``     names of the guidance branches, the conditional one first
+``<expert>/sigmas``       noise level of steps 0 .. T-1 and after the last; NaN where the scheduler tells none
+``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
+                          branch b, so that the cross terms of the branches are in it
+``<expert>/residual``     the same of the stack's residuals
+``<expert>/residual_error``  relative standard error of a squared distance of residuals; 0 where they are exact
+========================  =============================================================================================
+
+With guidance g the sampler follows ``g cond + (1 - g) uncond``, and the Gram matrix of that follows from the blocks. A
+pipeline that rescales the guided prediction (LongCat-Image's guidance renormalisation) is described up to that scale.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate.errors import RunFolderError
+from calibrate.run import RunFolder
+
+Array = NDArray[np.float64]
+# Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
+LARGEST_INTERPOLATION_ERROR = 0.5
+
+
+class NoPlan(RunFolderError, ValueError):
+    """A log from which nothing can be planned; says why and what to do."""
+
+
+@dataclass(frozen=True)
+class GramLog:
+    """What planning needs of a run.
+
+    Attributes:
+        output: Gram matrices of the guided outputs, shape (samples, T, T).
+        residual: Of the guided residuals, or ``None`` where steps differ in shape.
+        sigmas: Noise levels, shape (T + 1,); NaN where unknown.
+        prompt_ids: Prompt of each sample: what cross-validation leaves out together.
+        residual_error: Relative standard error of squared distances of residuals; 0 where exact.
+    """
+
+    output: Array
+    residual: Array | None
+    sigmas: Array
+    prompt_ids: tuple[str, ...]
+    expert: str = "transformer"
+    guidance_scale: float | None = None
+    residual_error: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        return self.output.shape[1]
+
+    @property
+    def levels(self) -> Array:
+        """Abscissa of forecasts, as in the runtime: the noise level, or minus the step where there is none."""
+        levels = self.sigmas[: self.num_steps]
+        return levels if np.isfinite(levels).all() else -np.arange(self.num_steps, dtype=float)
+
+    @property
+    def increments(self) -> Array:
+        """What each step's output is multiplied with: the step in sigma, or 1 where sigmas are unknown."""
+        if np.isfinite(self.sigmas).all():
+            return np.diff(self.sigmas)
+        return np.ones(self.num_steps)
+
+    @property
+    def grams(self) -> dict[str, Array]:
+        """``output`` and, where it is known, ``residual``."""
+        return {"output": self.output} | ({} if self.residual is None else {"residual": self.residual})
+
+    def select(self, samples: Any) -> "GramLog":
+        """Only these samples."""
+        chosen = np.arange(len(self.output))[samples]
+        residual = None if self.residual is None else self.residual[chosen]
+        ids = tuple(self.prompt_ids[i] for i in chosen)
+        return replace(self, output=self.output[chosen], residual=residual, prompt_ids=ids)
+
+
+def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) -> GramLog:
+    """Read the Gram log of a run.
+
+    Args:
+        guidance_scale: Plan for this guidance instead of the recorded one.
+
+    Raises:
+        NoPlan: No Gram log, several experts, or groups that do not belong together.
+        RunFolderError: Not a run.
+    """
+    run = RunFolder.open(source)
+    scale = guidance_scale
+    if scale is None:
+        scale = (run.manifest.get("protocol") or {}).get("guidance_scale")
+    ids = {group.name: group.prompt.prompt_id for group in run.groups}
+    files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
+    if not files:
+        raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with this version of `calibrate record`")
+    samples = [_read(path) for path in files]
+    experts = sorted({expert for sample in samples for expert in sample})
+    if len(experts) != 1:
+        raise NoPlan(f"{run.path}: denoisers {', '.join(experts)}; a plan is made for one denoiser, verify the gate")
+    expert = experts[0]
+    first = samples[0][expert]
+    parts = []
+    for path, sample in zip(files, samples, strict=True):
+        arrays = sample[expert]
+        if list(arrays["branches"]) != list(first["branches"]) or arrays["output"].shape != first["output"].shape:
+            raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
+        if all(np.isfinite(arrays[name]).all() for name in ("output", "residual") if name in arrays):
+            parts.append((ids[path.stem], arrays))
+    if not parts:
+        raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
+    names = [str(name) for name in first["branches"]]
+    residuals = [arrays.get("residual") for _, arrays in parts]
+    return GramLog(
+        output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
+        residual=None if any(r is None for r in residuals) else np.stack([guided(r, names, scale) for r in residuals]),
+        sigmas=np.asarray(first["sigmas"], float),
+        prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
+        expert=expert,
+        guidance_scale=scale,
+        residual_error=max(float(arrays["residual_error"]) for _, arrays in parts),
+    )
+
+
+def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Array:
+    """Gram matrix of the guided prediction, shape (T, T), from that of the branches, shape (B T, B T).
+
+    Two branches ``cond`` and ``uncond`` are combined as ``g cond + (1 - g) uncond``. Other branches are taken as
+    independent: their squared errors add up.
+    """
+    count = len(branches)
+    steps = len(gram) // count
+    blocks = np.asarray(gram, float).reshape(count, steps, count, steps)
+    if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
+        factors = np.array([guidance_scale if name == "cond" else 1 - guidance_scale for name in branches])
+        return np.einsum("a,atbu,b->tu", factors, blocks, factors)
+    return np.einsum("ataw->tw", blocks)
+
+
+def at_steps(log: GramLog, num_steps: int) -> GramLog:
+    """The log as a schedule of another length would have given it, by interpolation of the outputs in sigma.
+
+    The new noise levels follow the recorded schedule, read at fractions of its length. Interpolation is linear, so
+    that the new Gram matrix is ``A G A'``.
+
+    Raises:
+        NoPlan: More steps than were recorded, unknown sigmas, or outputs too curved to be interpolated.
+    """
+    steps = log.num_steps
+    if num_steps == steps:
+        return log
+    if num_steps > steps or num_steps < 3:
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record a run with more steps")
+    if not np.isfinite(log.sigmas).all():
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: its scheduler tells no sigmas; record {num_steps} steps")
+    error = interpolation_error(log)
+    if error > LARGEST_INTERPOLATION_ERROR:
+        raise NoPlan(
+            f"{num_steps} steps from a log of {steps}: outputs are not smooth enough in sigma (an interpolated step is "
+            f"off by {error:.2g} of a step's change, at most {LARGEST_INTERPOLATION_ERROR}); record {num_steps} steps"
+        )
+    # The last recorded level belongs to step T-1; beyond it lies the end, where nothing is computed.
+    places = np.arange(num_steps) * (steps - 1) / (num_steps - 1)
+    matrix = np.zeros((num_steps, steps))
+    below = np.minimum(places.astype(int), steps - 2)
+    share = places - below
+    matrix[np.arange(num_steps), below] = 1 - share
+    matrix[np.arange(num_steps), below + 1] = share
+    sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
+    residual = None if log.residual is None else matrix @ log.residual @ matrix.T
+    return replace(log, output=matrix @ log.output @ matrix.T, residual=residual, sigmas=sigmas)
+
+
+def interpolation_error(log: GramLog) -> float:
+    """How far a step's output lies from the line between its neighbours, relative to the change of one step (median).
+
+    Interpolating half a step from two recorded ones is off by about a quarter of that.
+    """
+    levels, found = log.levels, []
+    for step in range(1, log.num_steps - 1):
+        weight = (levels[step] - levels[step + 1]) / (levels[step - 1] - levels[step + 1])
+        line = np.array([-weight, 1.0, weight - 1])
+        change = np.array([-1.0, 1.0, 0.0])
+        block = log.output[:, step - 1 : step + 2, step - 1 : step + 2]
+        off, moved = (np.einsum("i,pij,j->p", v, block, v).clip(0) for v in (line, change))
+        found.append(np.sqrt(off / np.maximum(moved, 1e-300)))
+    return float(np.median(found)) / 4 if found else 0.0
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """``expert -> name -> array``. Raises RunFolderError for a damaged file."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                expert, _, name = key.partition("/")
+                found.setdefault(expert, {})[name] = arrays[key]
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise RunFolderError(f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})") from None
+    except Exception as error:  # zipfile and zlib have errors of their own
+        raise RunFolderError(f"{path}: damaged ({type(error).__name__}); remove it and its pairs, record anew") from None
+    return found
