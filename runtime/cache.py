@@ -14,7 +14,7 @@ from runtime.forecast import Forecast
 from runtime.gate import Decision, Policy
 from runtime.hooks import Call, StackHooks, Trajectory
 from runtime.leaves import at, mapped, tensors
-from runtime.ranks import agree, lockstep_group, refuse_inner_sharding
+from runtime.ranks import agree, await_gathered, lockstep_group, refuse_inner_sharding
 from runtime.stats import Stats
 
 
@@ -180,6 +180,8 @@ class CacheHandler:
         if not call.skip:
             self._add_anchor(call, [tensor.clone() for _, tensor in tensors(output)])
             return None
+        if lockstep_group(self._hooks.root) is not None:
+            await_gathered(tensor for _, tensor in tensors(output))
         places = iter(range(sum(1 for _ in tensors(output))))
         return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype))
 

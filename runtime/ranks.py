@@ -1,5 +1,6 @@
 """Several ranks, one decision: what a cache has to know of the process groups that its model runs in."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -11,7 +12,7 @@ from runtime.compat import lockstep_group
 from runtime.distance import ratio
 from runtime.errors import ApplyError, WiringError
 
-__all__ = ["Agreement", "agree", "gathered", "lockstep_group", "refuse_inner_sharding"]
+__all__ = ["Agreement", "agree", "await_gathered", "gathered", "lockstep_group", "refuse_inner_sharding"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device
     # Equal numbers, and only they, have the largest sum for their sum of squares; both are exact in float64.
     same_past = total * total == group.size() * squares
     return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
+
+
+def await_gathered(unused: Iterable[torch.Tensor]) -> None:
+    """Wait for tensors that nobody will read: an asynchronous gather must not outlive its buffers."""
+    for tensor in unused:
+        tensor.flatten()[:1].clone()
 
 
 def gathered(group: Any, mine: torch.Tensor, names: object = None) -> torch.Tensor:

@@ -30,7 +30,7 @@ from runtime.errors import ApplyError
 from runtime.gate import Gate, GateConfig
 
 torch.set_num_threads(1)
-DEADLINE = 90.0
+DEADLINE = 300.0  # for the slowest machine; two idle cores take a fifth of it
 STEPS = 8
 # Qwen and Wan split the sequence on their first block, the FLUX line on the denoiser itself.
 MODELS = ("flux", "longcat_image", "qwen_image", "qwen_image_zero_cond_t", "wan21")
@@ -92,8 +92,8 @@ def cached_of(name: str, model: torch.nn.Module, threshold: float) -> tuple[str,
         return cache.stats.pattern, outputs
 
 
-def forced_of(name: str, model: torch.nn.Module) -> tuple[str, list[torch.Tensor]]:
-    with apply_tea_cache(model, schedule=SCHEDULE) as cache:
+def forced_of(name: str, model: torch.nn.Module, **settings: Any) -> tuple[str, list[torch.Tensor]]:
+    with apply_tea_cache(model, schedule=SCHEDULE, **settings) as cache:
         outputs = outputs_of(name, model)
         return cache.stats.pattern, outputs
 
@@ -184,6 +184,7 @@ def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
             "own_xs": [None, *(row["x"] for row in own_rows)],
             "cached": cached,
             "forced": forced,
+            "outputs_reused": forced_of(name, model, forecast_of="output"),
             "reductions": (len(in_gate), len(in_schedule)),
         }
     return found
@@ -292,7 +293,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=30)
+        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     with mock.patch.object(torch.accelerator, "device_count", lambda: 1):  # diffusers divides by it
         for scenario in SCENARIOS[world]:
@@ -341,6 +342,7 @@ def alone() -> dict[str, dict[str, Any]]:
             "xs": xs,
             "cached": cached_of(name, model, some_threshold(xs)),
             "forced": forced_of(name, model),
+            "outputs_reused": forced_of(name, model, forecast_of="output"),
         }
     return found
 
@@ -415,6 +417,7 @@ def test_forced_skips_are_exact_in_both_orders(name: str, ranks: dict, alone: di
         for pattern, outputs in rank[name]["forced"]:
             assert pattern == SCHEDULE
             assert_close(outputs, alone[name]["forced"][1])
+        assert_close(rank[name]["outputs_reused"][1], alone[name]["outputs_reused"][1])
 
 
 def test_a_rank_that_forgot_takes_all_with_it(ranks: dict) -> None:
