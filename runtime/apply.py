@@ -108,6 +108,7 @@ def apply_tea_cache(
     num_steps: int | None = None,
     forecast: str | Forecast = "reuse",
     forecast_of: str = "residual",
+    branches: str | None = None,
     compat: bool = False,
     strict: bool = False,
     blocks: Sequence[str | nn.Module] | None = None,
@@ -134,6 +135,9 @@ def apply_tea_cache(
             ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
         forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
             follows the latents of the skipped step.
+        branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
+            their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
+            ``compat``).
         compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
         strict: Refuse an entry that was measured with other settings (scheduler, shift, dtype, steps, ...) instead of
             listing the differences in the handle's ``mismatches``.
@@ -193,6 +197,10 @@ def apply_tea_cache(
     handle = TeaCache(target, settings | {"forecast": forecast.kind, "forecast_of": forecast_of})
 
     handle.mismatches += mismatches
+    branches = branches or ("apart" if compat else "together")
+    if branches not in ("together", "apart"):
+        raise InvalidSetting(f"branches {branches!r}: expected together or apart")
+    handle.settings["branches"] = branches
 
     def check_steps(found: int | None) -> None:
         if stated_steps is None or found in (None, stated_steps):
@@ -211,6 +219,7 @@ def apply_tea_cache(
             handle.stats,
             forecast,
             of_output=forecast_of == "output",
+            together=branches == "together",
             on_generation=check_steps,
         )
 

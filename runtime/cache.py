@@ -16,6 +16,7 @@ from runtime.hooks import Call, StackHooks, Trajectory
 from runtime.leaves import at, mapped, tensors
 from runtime.ranks import agree, await_gathered, lockstep_group, refuse_inner_sharding
 from runtime.stats import Stats
+from runtime.trajectory import Position
 
 
 @dataclass
@@ -56,6 +57,8 @@ class CacheHandler:
         forecast: What a skipped step makes of the residuals of computed ones.
         of_output: Forecast the denoiser's output instead of the stack's residual: less memory, and the layers after
             the stack no longer see the present latents.
+        together: The first branch of a step decides for all of them: their errors then cancel in the guidance, which
+            multiplies the difference of the branches, and one measurement serves all.
         on_generation: Told the number of steps when a generation begins.
     """
 
@@ -67,10 +70,13 @@ class CacheHandler:
         stats: Stats,
         forecast: Forecast,
         of_output: bool = False,
+        together: bool = True,
         on_generation: Callable[[int | None], None] = lambda num_steps: None,
     ) -> None:
         self.expert, self.stats = expert, stats
         self._forecast, self._of_output, self._on_generation = forecast, of_output, on_generation
+        self._together = together
+        self._lead: tuple[int, str, Decision] | None = None
         self._new_policy, self._signal = policy, signal
         self._trajectories: dict[str, _CachedTrajectory] = {}
         self.siblings: list[CacheHandler] = []
@@ -89,6 +95,7 @@ class CacheHandler:
         self._position = position = self._locator.locate(args, kwargs)
         if position.new_generation:
             self._on_generation(position.num_steps)
+            self._lead = None
             self._trajectories.clear()
             self.stats.begin(self.expert, position.schedule)
         if position.step != self.step:
@@ -105,9 +112,14 @@ class CacheHandler:
 
     def decide(self, call: Call, probe: Callable[[], torch.Tensor], changed: bool) -> bool:
         trajectory, where = call.trajectory, self._position
-        known = trajectory.policy.known(step=where.step, num_steps=where.num_steps)
-        x = self._change(call, probe, measured=known is None) if trajectory.policy.needs_signal else None
-        decision = trajectory.policy.step(x, step=where.step, num_steps=where.num_steps)
+        led = self._led(where)
+        if led is None:
+            known = trajectory.policy.known(step=where.step, num_steps=where.num_steps)
+            x = self._change(call, probe, measured=known is None) if trajectory.policy.needs_signal else None
+            decision = trajectory.policy.step(x, step=where.step, num_steps=where.num_steps)
+            self._lead = (where.step, where.branch, decision)
+        else:
+            decision = Decision("skipped" if led.skip else "computed")
         if changed:
             decision = Decision("shape_changed")
         elif decision.skip and not trajectory.anchors:
@@ -117,6 +129,13 @@ class CacheHandler:
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
+
+    def _led(self, where: Position) -> Decision | None:
+        """The decision that another branch has taken at this step, where branches decide together."""
+        if not self._together or self._lead is None:
+            return None
+        step, branch, decision = self._lead
+        return decision if step == where.step and branch != where.branch else None
 
     def _change(self, call: Call, probe: Callable[[], torch.Tensor], measured: bool) -> float | None:
         """Relative L1 change of the signal since the previous step; the signal becomes the next reference."""
