@@ -169,9 +169,8 @@ class Bench:
         if setting.kind == "gate":
             replayed = self._replayed(setting, pairs)
             row["replayed"] = replayed
-            both = sorted(set(replayed) & set(sample.patterns))
             row["replayed_steps"] = computed_steps(replayed)
-            row["disagreement"] = float(np.mean([disagreement(replayed[b], sample.patterns[b]) for b in both]))
+            row["disagreement"] = float(np.mean([disagreement(replayed[b], p) for b, p in sample.patterns.items()]))
             if keep and setting.policy == GATE and sample.media[0].ndim > 2:
                 name = self._key(setting, prompt)[:16]
                 frame = sample.media[0] if sample.media[0].ndim == 3 else sample.media[0][len(sample.media[0]) // 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class Case:
     identity: dict[str, Any]
     folder: Path
     prompt_source: str = "default"
-    images: dict[str, Path] = field(default_factory=dict)
 
     @property
     def transformer_class(self) -> str:

@@ -100,8 +100,10 @@ def tuned_gate(name: str, entry: Entry, budgets: Sequence[int], run: Run, measur
         )
         if abs(computed - budget) > MISSED_BUDGET:
             missed.append(f"{computed:.3g} instead of {budget}")
-        elif all(threshold != setting.parameters["threshold"] for setting in found):
-            found.append(gate_setting(name, entry, budget, threshold))
+            continue
+        setting = gate_setting(name, entry, budget, threshold)
+        if all(setting.parameters != other.parameters for other in found):
+            found.append(setting)
     if not found:
         raise InvalidOption(f"no threshold gives a number of computed steps near the budgets: {', '.join(missed)}")
     return found
@@ -189,9 +191,9 @@ def shared_entry(entry: Entry) -> Entry | None:
 
 
 def contest(
-    entrants: Mapping[str, Entry],
+    gates: Mapping[str, Entry],
     run: Run,
-    gate: Sequence[Setting] | None,
+    given: Sequence[Setting] | None,
     budgets: Sequence[int],
     num_steps: int,
     policies: Sequence[str],
@@ -201,14 +203,14 @@ def contest(
     """All settings of a verification, policy by policy; what a model or a budget refuses is named, not fatal.
 
     Args:
-        entrants: Policy name -> entry of every gate that enters, the fitted one (``GATE``) first.
+        gates: Policy name -> entry of every gate that enters (:func:`entrants`), the fitted one among them.
         run: Recorded signals that replay may look at.
-        gate: The fitted gate's settings where its thresholds were given (:func:`given_gate`).
+        given: The fitted gate's settings where its thresholds were given (:func:`given_gate`).
         measure: Real runs of the tuning prompts under a setting.
     """
-    ratios = _ratios(entrants[GATE], num_steps)
+    ratios = _ratios(gates[GATE], num_steps)
     jobs: dict[str, Callable[[], list[Setting]]] = {
-        GATE: lambda: list(gate or tuned_gate(GATE, entrants[GATE], budgets, run, measure))
+        GATE: lambda: list(given or tuned_gate(GATE, gates[GATE], budgets, run, measure))
     }
     for policy in policies:
         if policy in _DIFFUSERS:
@@ -216,7 +218,7 @@ def contest(
             jobs[POLICIES[policy]] = lambda p=policy, o=options: tuned_diffusers(p, budgets, o, measure)
         elif policy not in ("gate", "shared-gate", "published"):
             jobs[POLICIES[policy]] = lambda p=policy: fixed_settings(p, budgets, num_steps, (ratios or [])[1:])
-    for name, entry in entrants.items():
+    for name, entry in gates.items():
         jobs.setdefault(name, lambda n=name, e=entry: tuned_gate(n, e, budgets, run, measure))
     settings, refused = [], {}
     for name, job in jobs.items():

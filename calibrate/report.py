@@ -259,10 +259,15 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
         f"Two uncached runs differ by themselves: {_round(floor['worst_psnr_db'], 1)} dB at worst."
     )  # fmt: skip
     drifted = (
-        f"Replay and real runs decide {drift['disagreeing_steps']:.1f} of {facts['num_steps']} steps differently "
-        f"(mean; at most {drift['most_disagreeing_steps']:.0f}), replayed less real computed steps: "
-        f"{drift['replayed_minus_real_steps']:+.1f}."
+        ""
+        if drift is None
+        else (
+            f"Replay and real runs decide {drift['disagreeing_steps']:.1f} of {facts['num_steps']} steps differently "
+            f"(mean; at most {drift['most_disagreeing_steps']:.0f}), replayed less real computed steps: "
+            f"{drift['replayed_minus_real_steps']:+.1f}."
+        )
     )
+    broken = [f"{name} ({count} samples)" for name, count in facts.get("broken", {}).items()]
     refused = [f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in facts["refused"].items()]
     measures = "; ".join(facts["measures"].values())
     return "\n".join((
@@ -273,6 +278,7 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
         '<div class="figures">', figures["pareto"], figures.get("samples", ""), "</div>",
         _comparisons(findings),
         f"<details><summary>All figures</summary>{_table(header, rows)}</details>",
+        f"<p><strong>NaN or infinity: {escape(', '.join(broken))}; in no mean.</strong></p>" if broken else "",
         f"<p>Refused by this model:</p><ul>{''.join(refused)}</ul>" if refused else "",
         f'<p class="note">Speed-up: wall time of the whole pipeline call, uncached over cached. {escape(measures)}. '
         "Data range 1.</p>",

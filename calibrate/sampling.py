@@ -92,7 +92,12 @@ class Sampler:
         """One generation under ``setting``; the pipeline is as before afterwards."""
         with _applied(self.pipeline, setting, entries) as patterns:
             shorter = setting.budget if setting.kind == "fewer_steps" else None
-            sample = self(prompt, images, num_steps=shorter)
+            try:
+                sample = self(prompt, images, num_steps=shorter)
+            except Exception as error:
+                if setting.kind not in DIFFUSERS_CACHES:
+                    raise
+                raise Refused(f"{setting.policy} fails on this model: {' '.join(str(error).split())[:200]}") from error
             found = patterns()
         computed = float(setting.budget) if setting.kind == "fewer_steps" else computed_steps(found)
         return replace(sample, patterns=found, computed_steps=computed)

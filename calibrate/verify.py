@@ -139,10 +139,9 @@ def verified_entry(entry: Entry, found: Verification) -> Entry:
 def _conclude(case: Case, bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> Verification:
     comparisons = verdict.judge(results, GATE)
     floors = [bench.facts(prompt)["floor"] for prompt in bench.prompts.prompts]
-    gate = results[results["policy"] == GATE]
     variants = metrics.VARIANTS | {"lpips": VARIANT}
     facts = {
-        "headline": verdict.headline(comparisons),
+        "headline": _headline(comparisons, refused),
         "entry": case.entry.label,
         "model": str(case.manifest.get("model") or case.entry.model),
         "transformer_class": case.transformer_class,
@@ -151,19 +150,35 @@ def _conclude(case: Case, bench: Bench, results: pd.DataFrame, refused: dict[str
         "prompts": [prompt.as_dict() for prompt in bench.prompts.prompts],
         "prompt_set": bench.prompts.name,
         "refused": refused,
+        "broken": {
+            str(name): int(count) for name, count in results.groupby("policy")["broken"].sum().items() if count
+        },
         "uncached_seconds": float(results["uncached_seconds"].mean()),
         "floor": {
             "identical": all(floor["identical"] for floor in floors),
             "worst_psnr_db": min((f["psnr_db"] for f in floors if f.get("psnr_db") is not None), default=None),
         },
-        "drift": {
-            "disagreeing_steps": float(gate["disagreement"].mean()) if len(gate) else None,
-            "most_disagreeing_steps": float(gate["disagreement"].max()) if len(gate) else None,
-            "replayed_minus_real_steps": float((gate["replayed_steps"] - gate["computed_steps"]).mean()),
-        },
+        "drift": _drift(results[results["policy"] == GATE]),
         "measures": {name: text for name, text in variants.items() if name in results},
     }
     return Verification(results, verdict.summarize(results), comparisons, facts, case.folder / "verify")
+
+
+def _headline(comparisons: list[verdict.Comparison], refused: dict[str, str]) -> str:
+    if GATE in refused:
+        return f"The {GATE} could not be run: {refused[GATE]}."
+    return verdict.headline(comparisons)
+
+
+def _drift(gate: pd.DataFrame) -> dict[str, float] | None:
+    """How far the replay lies from the real runs of the fitted gate; ``None`` where it did not run."""
+    if gate.empty:
+        return None
+    return {
+        "disagreeing_steps": float(gate["disagreement"].mean()),
+        "most_disagreeing_steps": float(gate["disagreement"].max()),
+        "replayed_minus_real_steps": float((gate["replayed_steps"] - gate["computed_steps"]).mean()),
+    }
 
 
 def _checked_policies(policies: Sequence[str] | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Verification: plans, tuning, verdicts in words, and a whole one on a real but tiny transformer, interrupted too."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -301,6 +302,40 @@ def test_an_entry_without_a_run_is_verified_from_its_references(fitted, pipe, tm
         progress=False,
     )
     assert (tmp_path / "v" / "entry.yaml").exists() and set(found.results["policy"]) >= {UNIFORM}
+
+
+def test_a_gate_that_cannot_reach_any_budget_is_said_to_be_so(fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    entry = coeffs.load(copy / "entry.yaml")
+    never = coeffs.Fit(coefficients_high_to_low=(0.0, 0.0), domain=(0.0, 9.0))
+    experts = {"transformer": coeffs.Expert(recommended="pooled", branches={"pooled": never})}
+    coeffs.save(dataclasses.replace(entry, experts=experts), copy / "entry.yaml")
+    found = verify(copy, model=pipe, prompts=UNSEEN, budgets=[6], policies=["gate", "uniform"], progress=False)
+    assert found.headline.startswith("The fitted gate could not be run: no threshold gives")
+    assert set(found.results["policy"]) == {UNIFORM} and found.facts["drift"] is None
+    assert load_verification(copy).headline == found.headline
+
+
+def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(pipe):
+    from calibrate.policies import Setting
+    from calibrate.prompts import load_prompts
+    from calibrate.sampling import Refused, Sampler
+
+    class Forgetful(TinyPipeline):
+        @contextlib.contextmanager
+        def _branch(self, name):  # as pipelines that never announce their branches
+            yield
+
+    forgetful = Forgetful()
+    prompt = load_prompts(["x"]).prompts[0]
+    sampler = Sampler(forgetful, {}, lambda name: True)
+    before = sampler(prompt).media[0]
+    with pytest.raises(Refused, match="FirstBlockCache fails on this model"):
+        sampler.run(Setting("FirstBlockCache", "FirstBlockCache", 4, {"threshold": 0.1}), prompt, entries={})
+    np.testing.assert_array_equal(sampler(prompt).media[0], before)
 
 
 def test_recorded_prompts_are_never_judged(fitted, pipe):

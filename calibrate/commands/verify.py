@@ -68,6 +68,8 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         **options,
     )
     click.echo(verdict_table(found.summary))
+    for name, count in found.facts["broken"].items():
+        click.echo(f"broken: {name}: {count} samples with NaN or infinity, in no mean")
     for name, reason in found.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
     click.echo("")
