@@ -151,12 +151,18 @@ class Threshold(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Record):
-    """A fixed schedule: C computes, S skips, one letter per step."""
+    """A fixed schedule: C computes, S skips, one letter per step.
+
+    ``weights`` belong to a fitted forecast: one row per skipped step, in order, of the last computed steps, the newest
+    first.
+    """
 
     schedule: Schedule
     computed_steps: Count | None = None
     sigmas: tuple[float, ...] | None = None
     forecast: str | None = None
+    forecast_of: Literal["residual", "output"] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
     figures: dict[Name, float | None] | None = None
 
     def _check(self) -> None:
@@ -164,6 +170,17 @@ class Plan(Record):
         if self.computed_steps not in (None, computed):
             raise EntryError(f"{self.computed_steps}, but the schedule computes {computed}", ("computed_steps",))
         object.__setattr__(self, "computed_steps", computed)
+        skipped = len(self.schedule) - computed
+        if (self.forecast == "fitted") != (self.weights is not None):
+            raise EntryError(f"forecast {self.forecast!r}: only fitted has weights, and must", ("weights",))
+        if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
+            raise EntryError(f"{len(self.weights)} rows: expected one per skipped step ({skipped})", ("weights",))
+
+    @property
+    def weights_by_step(self) -> dict[int, tuple[float, ...]]:
+        """Skipped step -> weights of the last computed ones, newest first; empty but for a fitted forecast."""
+        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
+        return dict(zip(skipped, self.weights or (), strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
