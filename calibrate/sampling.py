@@ -17,6 +17,7 @@ from calibrate.prompts import Prompt
 from coeffs import Entry
 from runtime.apply import apply_tea_cache, denoisers
 from runtime.compat import hook_registry
+from runtime.forecast import Forecast
 from runtime.stack import find_blocks
 
 STEPS = "num_inference_steps"
@@ -166,6 +167,9 @@ def _applied(pipeline: Any, setting: Setting, entries: Mapping[str, Entry]) -> I
             yield patterns
     else:
         entry = entries[options.pop("entry")] if setting.kind == "gate" else None
+        if options.get("forecast") == "fitted":  # its weights are plain data: text keys, lists
+            rows = {int(step): tuple(row) for step, row in options.pop("weights").items()}
+            options["forecast"] = Forecast("fitted", rows)
         with apply_tea_cache(pipeline, entry, **options) as cache:
             yield lambda: {f"{e}/{b}": found.pattern for (e, b), found in cache.stats.branches.items()}
 
