@@ -104,6 +104,12 @@ class _BlockHook(ModelHook):
         self.owner: StackHooks | None = owner
         # diffusers looks for this among the attributes of stateful hooks and tells it the name of the CFG branch.
         self.receiver = receiver
+        # What accelerate puts back when its own hook, which was there before this one, is removed.
+        self.beneath: Callable | None = None
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.beneath = getattr(module, "_old_forward", None)
+        return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original = self.fn_ref.original_forward
@@ -235,6 +241,11 @@ class StackHooks:
     def _close(self, call: Call, output: Any) -> Any:
         failed = output is None
         try:
+            if not failed and not call.decided:
+                raise WiringError(
+                    f"{type(self.root).__name__} ran without any of its hooked blocks: something that was installed "
+                    "before the cache took its hooks along when it was removed; remove() the cache and apply it again"
+                )
             if not failed and call.decided:
                 self._conclude(call, output)
                 return self.handler.finish(call, output)
@@ -486,6 +497,7 @@ def _unregister(block: nn.Module, hook: _BlockHook) -> None:
     registry = hook_registry(block)
     if registry is None or registry.get_hook(HOOK) is not hook:
         return
+    present = block.forward
     names = list(registry.hooks)
     above = [(name, registry.get_hook(name)) for name in names[names.index(HOOK) + 1 :]]
     for name, _ in reversed(above):
@@ -493,3 +505,5 @@ def _unregister(block: nn.Module, hook: _BlockHook) -> None:
     registry.remove_hook(HOOK, recurse=False)
     for name, other in above:
         registry.register_hook(other, name)
+    if hook.beneath is not None and present == hook.beneath:  # accelerate's hook is gone, and took ours along
+        block.forward = present

@@ -8,9 +8,10 @@ from torch import nn
 from runtime.compat import is_attention
 from runtime.errors import UnsupportedModel
 
-# Lists of blocks that work on something else than the latents' stream, or before it enters the stack.
+# Lists of blocks that work on something else than the latents' stream, or before it enters the stack; a UNet's levels.
 _SIDE_STACK = re.compile(
-    r"refiner|text|txt|caption|context|vace|siglip|encoder|controlnet|prior|connector|embed|extractor|perceiver"
+    r"refiner|text|txt|caption|context|vace|siglip|encoder|controlnet|prior|connector|embed|extractor|perceiver|"
+    r"attentions"
 )
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 
