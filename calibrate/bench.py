@@ -17,7 +17,7 @@ import pandas as pd
 import coeffs
 from calibrate import metrics
 from calibrate.case import Case
-from calibrate.contest import GATE, Contest, gate_config
+from calibrate.contest import GATE, Contest, branches_of, gate_config
 from calibrate.errors import InvalidOption
 from calibrate.log import Run, load_run
 from calibrate.perceptual import Lpips
@@ -181,9 +181,10 @@ class Bench:
         return row
 
     def _replayed(self, setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
-        entry, run = self.entries[setting.parameters["entry"]], load_run(pairs)
-        config = gate_config(entry)
-        table = replay(run, polynomials(entry, run), [setting.parameters["threshold"]], config, entry.signal)
+        """The pattern of every branch that replay foresees from the uncached run's signals."""
+        entry, run, threshold = self.entries[setting.policy], load_run(pairs), setting.parameters["threshold"]
+        mode = branches_of(setting.policy, entry)
+        table = replay(run, polynomials(entry, run), [threshold], gate_config(entry), entry.signal, mode)
         return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}
 
     def _measure(self, sample: Sample, media: list[np.ndarray], latents: np.ndarray | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Thresholds are chosen on prompts that are not judged: replay proposes, real runs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from runtime.errors import RuntimeCacheError
 from runtime.gate import GateConfig
 
 GATE = "fitted gate"
-SHARED_GATE = "fitted gate with one polynomial"
+APART_GATE = "fitted gate, branches apart"
 UNIFORM = "uniform skipping"
 POLICIES = {
     "gate": GATE,
-    "shared-gate": SHARED_GATE,
+    "apart": APART_GATE,
     "uniform": UNIFORM,
     "growing": "growing interval",
     "fewer-steps": "fewer steps",
@@ -64,9 +64,15 @@ def gate_config(entry: Entry) -> GateConfig:
 def gate_setting(name: str, entry: Entry, budget: int, threshold: float) -> Setting:
     """The gate with an entry, which is known by ``name``, at a threshold."""
     parameters: dict[str, Any] = {"entry": name, "threshold": float(f"{threshold:.6g}")}
+    parameters["branches"] = branches_of(name, entry)
     if gate_config(entry).compat:
         parameters["compat"] = True
     return Setting(name, "gate", budget, parameters)
+
+
+def branches_of(name: str, entry: Entry) -> str:
+    """Whether the CFG branches of this gate decide ``together`` or, as published implementations do, ``apart``."""
+    return "apart" if name == APART_GATE or gate_config(entry).compat else "together"
 
 
 def fixed_settings(
@@ -88,7 +94,7 @@ def fixed_settings(
 
 def tuned_gate(name: str, entry: Entry, budgets: Sequence[int], run: Run, measure: Measure) -> list[Setting]:
     """The gate at the thresholds whose real runs come nearest to the budgets."""
-    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal)
+    search = _search(name, entry, run)
 
     def replayed(threshold: float) -> float:
         return float(search.generation_means(search.computed(np.array(threshold))))
@@ -145,9 +151,8 @@ def entrants(
 ) -> dict[str, Entry]:
     """Every gate that enters, by policy name."""
     found = {GATE: entry}
-    shared = shared_entry(entry) if "shared-gate" in policies else None
-    if shared is not None:
-        found[SHARED_GATE] = shared
+    if "apart" in policies and any(len(expert.branches) > 1 for expert in entry.experts.values()):
+        found[APART_GATE] = entry
     if "published" in policies:
         found |= {f"{other.model}'s gate": other for other in published_entries(known, transformer_class, entry)}
     return found
@@ -178,18 +183,6 @@ def published_entries(entries: Sequence[Entry], transformer_class: str | None, o
     return list(distinct.values())
 
 
-def shared_entry(entry: Entry) -> Entry | None:
-    """The entry as engines with one slot use it, the recommended fit for all branches; ``None`` if it is so anyway."""
-    if all(len(expert.branches) <= 1 for expert in entry.experts.values()):
-        return None
-    experts = {
-        name: replace(expert, branches={expert.recommended: expert.branches[expert.recommended]})
-        for name, expert in entry.experts.items()
-        if expert.branches
-    }
-    return replace(entry, experts=experts, title=SHARED_GATE)
-
-
 def contest(
     gates: Mapping[str, Entry],
     run: Run,
@@ -216,7 +209,7 @@ def contest(
         if policy in _DIFFUSERS:
             options = {"mag_ratios": ratios, "num_inference_steps": num_steps} if policy == "mag-cache" else {}
             jobs[POLICIES[policy]] = lambda p=policy, o=options: tuned_diffusers(p, budgets, o, measure)
-        elif policy not in ("gate", "shared-gate", "published"):
+        elif policy not in ("gate", "apart", "published"):
             jobs[POLICIES[policy]] = lambda p=policy: fixed_settings(p, budgets, num_steps, (ratios or [])[1:])
     for name, entry in gates.items():
         jobs.setdefault(name, lambda n=name, e=entry: tuned_gate(n, e, budgets, run, measure))
@@ -230,6 +223,10 @@ def contest(
     return Contest(settings, refused)
 
 
+def _search(name: str, entry: Entry, run: Run) -> Search:
+    return Search(run, polynomials(entry, run), gate_config(entry), entry.signal, branches_of(name, entry))
+
+
 def _ratios(entry: Entry, num_steps: int) -> list[float] | None:
     """MagCache's curve, mean over branches, 1 at step 0; ``None`` where the entry has none of this length."""
     expert = next(iter(entry.experts.values()))
@@ -239,7 +236,7 @@ def _ratios(entry: Entry, num_steps: int) -> list[float] | None:
 
 def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:
     """The gate at given thresholds; its budgets are the computed steps that replay expects."""
-    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal)
+    search = _search(GATE, entry, run)
     counts = search.generation_means(search.computed(np.array(thresholds, float)))
     return [
         gate_setting(GATE, entry, max(1, round(float(count))), threshold)

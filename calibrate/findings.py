@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 import coeffs
-from calibrate.contest import GATE, gate_config
+from calibrate.contest import GATE, branches_of, gate_config
 from calibrate.errors import InvalidOption
 from calibrate.fit import FitResult
 from calibrate.intervals import bootstrap
@@ -73,14 +73,15 @@ class Findings:
     @cached_property
     def replayed(self) -> pd.DataFrame:
         """Computed steps and expected speed-up over the threshold, from the gate on the recorded signals."""
-        of_branch, config = polynomials(self.entry, self.run), gate_config(self.entry)
-        search = Search(self.run, of_branch, config, self.entry.signal)
+        of_branch, mode = polynomials(self.entry, self.run), branches_of(GATE, self.entry)
+        driving = gate_config(self.entry), self.entry.signal, mode
+        search = Search(self.run, of_branch, *driving)
         counts = search.generation_means(search.computed(search.grid))
         # The stretch in which the number of computed steps changes, evenly spaced in threshold.
         few = max(counts.min() + 0.5, 0.2 * search.num_steps)
         useful = search.grid[: int(np.argmax(counts <= few)) + 1]
         thresholds = list(np.linspace(0, useful[-1], CURVE_POINTS))
-        return summarise(replay(self.run, of_branch, thresholds, config, self.entry.signal), self.run.timing)
+        return summarise(replay(self.run, of_branch, thresholds, *driving), self.run.timing)
 
     def thresholds(self, kind: str = "verified") -> pd.DataFrame:
         """Rows of the entry's threshold table of one kind (``replay``, ``verified``, ``reported``)."""

@@ -18,7 +18,7 @@ import coeffs
 from calibrate import metrics, verdict
 from calibrate.bench import Bench
 from calibrate.case import Case, open_case
-from calibrate.contest import GATE, POLICIES, SHARED_GATE, contest, entrants, given_gate
+from calibrate.contest import GATE, POLICIES, contest, entrants, given_gate
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.perceptual import VARIANT, Lpips
 from calibrate.policies import check_budget, default_budgets
@@ -129,10 +129,6 @@ def verified_entry(entry: Entry, found: Verification) -> Entry:
     warnings = [text for text in entry.warnings if not text.startswith(VERDICT)]
     if found.comparisons and verdict.deciding(found.comparisons).outcome != "better":
         warnings.append(VERDICT + found.headline)
-    shared = next((one for one in found.comparisons if one.baseline == SHARED_GATE), None)
-    if shared is not None and shared.outcome == "worse":
-        # Branches that skip at different steps disturb the guidance between them.
-        warnings.append(f"{VERDICT}one polynomial for all branches is better by {-shared.difference:.1f} dB")
     return replace(entry, thresholds=(*kept, *thresholds), warnings=tuple(warnings))
 
 

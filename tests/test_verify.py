@@ -15,7 +15,7 @@ from tiny_pipeline import TinyPipeline
 import coeffs
 from calibrate import policies, verdict
 from calibrate.cli import cli
-from calibrate.contest import GATE, POLICIES, UNIFORM, published_entries, shared_entry
+from calibrate.contest import APART_GATE, GATE, POLICIES, UNIFORM, published_entries
 from calibrate.draft import draft_entry
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.log import load_run
@@ -395,12 +395,11 @@ def test_published_sets_of_the_class_enter_once_per_shape():
     assert own.label not in {entry.label for entry in found}
 
 
-def test_shared_entry_uses_the_recommended_fit_for_all_branches(fitted):
-    entry = coeffs.load(fitted / "entry.yaml")
-    shared, expert = shared_entry(entry), entry.experts["transformer"]
-    for branch in ("cond", "uncond"):
-        assert shared.fit("transformer", branch) == expert.branches[expert.recommended]
-    assert shared_entry(shared) is None
+def test_branches_decide_together_unless_the_policy_is_apart(verified):
+    together = verified.results[verified.results["policy"] == GATE]
+    assert all(len(set(row.patterns.values())) == 1 for row in together.itertuples())
+    assert all(len(set(row.replayed.values())) == 1 for row in together.itertuples())
+    assert APART_GATE in set(verified.results["policy"])
 
 
 def test_lpips_without_weights_or_package_says_what_is_missing(tmp_path):

@@ -38,7 +38,7 @@ class _Numbers(click.ParamType):
 @click.option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, shared-gate, uniform, growing, fewer-steps, magcache, published, first-block-cache, mag-cache, "
+    help="Of gate, apart, uniform, growing, fewer-steps, magcache, published, first-block-cache, mag-cache, "
     "sea-cache [default: all].",
 )
 @click.option(
