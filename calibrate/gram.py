@@ -159,13 +159,13 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
     if num_steps == steps:
         return log
     if num_steps > steps or num_steps < 3:
-        raise NoPlan(f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record a run with more steps")
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record more steps")
     if not np.isfinite(log.sigmas).all():
-        raise NoPlan(f"{num_steps} steps from a log of {steps}: its scheduler tells no sigmas; record {num_steps} steps")
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: no sigmas in it; record {num_steps} steps")
     error = interpolation_error(log)
     if error > LARGEST_INTERPOLATION_ERROR:
         raise NoPlan(
-            f"{num_steps} steps from a log of {steps}: outputs are not smooth enough in sigma (an interpolated step is "
+            f"{num_steps} steps from a log of {steps}: outputs are not smooth enough in sigma (interpolated steps are "
             f"off by {error:.2g} of a step's change, at most {LARGEST_INTERPOLATION_ERROR}); record {num_steps} steps"
         )
     # The last recorded level belongs to step T-1; beyond it lies the end, where nothing is computed.
@@ -207,5 +207,5 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise RunFolderError(f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})") from None
     except Exception as error:  # zipfile and zlib have errors of their own
-        raise RunFolderError(f"{path}: damaged ({type(error).__name__}); remove it and its pairs, record anew") from None
+        raise RunFolderError(f"{path}: damaged ({type(error).__name__}); remove it and record anew") from None
     return found

@@ -1,9 +1,9 @@
 """Inner products of all steps of a generation, from which the error of any linear forecast follows without a GPU.
 
 Outputs are exact: they are kept in the model's dtype, on the device while all steps of all branches stay under
-``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay under
-``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers by a
-fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB), beside
+``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay
+under ``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers
+by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB), beside
 the one residual that is being reduced.
 """
 
@@ -33,8 +33,8 @@ def sketch(value: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """A linear random projection to ``SKETCH_SIZE`` numbers that keeps inner products in the mean (count sketch).
 
     Element i is added with a random sign to cell i modulo ``SKETCH_SIZE``. The relative standard error of a squared
-    norm is ``sqrt(2 / SKETCH_SIZE)``, 1.6 %; as the map is linear this holds for the error of a forecast itself, however
-    small it is beside the residuals.
+    norm is ``sqrt(2 / SKETCH_SIZE)``, 1.6 %; as the map is linear this holds for the error of a forecast itself,
+    however small it is beside the residuals.
     """
     total = torch.zeros(SKETCH_SIZE, device=value.device)
     for index, piece in enumerate(value.reshape(-1).split(_SIGNS)):

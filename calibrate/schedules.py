@@ -1,8 +1,8 @@
 """Schedules and what they cost open loop: errors from Gram matrices, exact dynamic programming, local search.
 
 A schedule computes some steps and forecasts the others from the last computed ones ("anchors", newest first). With
-weights w the error of step t is ``v_t - sum_i w_i v_(s_i)``, whose norm follows from the Gram matrix alone: exact as long
-as the trajectory is the uncached one (open loop). What feeds back through the sampler is not in it, so that plans are
+weights w the error of step t is ``v_t - sum_i w_i v_(s_i)``, whose norm follows from the Gram matrix alone: exact as
+long as the trajectory is the uncached one (open loop). What feeds back through the sampler is not in it, so that plans are
 run before they are used.
 """
 
@@ -65,10 +65,6 @@ class Problem:
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(ids))}
         return np.array([number[prompt] % FOLDS for prompt in ids])
 
-    def one(self, sample: int) -> "Problem":
-        """The problem of a single sample."""
-        return Problem(self.gram[sample : sample + 1], self.levels, self.increments, self.prompt_ids[sample : sample + 1])
-
     # --- errors of a schedule
 
     def rows(self, schedule: str, forecast: "str | Weights") -> Array:
@@ -100,15 +96,31 @@ class Problem:
         return self.step_errors(schedule, forecast).sum(1)
 
     def signed(self, schedule: str, forecast: "str | Weights") -> Array:
-        """Norm of the sum of the steps' errors with their signs, shape (samples,): the open-loop error of the image."""
+        """Norm of the sum of the steps' errors with signs, shape (samples,): the open-loop error of the image."""
         total = self.increments @ self.rows(schedule, forecast)
         squared = np.einsum("i,pij,j->p", total, self.gram, total, optimize=True)
         return np.sqrt(np.maximum(squared, 0)) / self.scale
 
     # --- costs of all anchors at once
 
-    def costs(self, forecast: str, peak: float = 1.0) -> Array:
-        """Mean over samples of ``(|increment| |error| / path)^peak`` for all anchors and steps.
+    @cached_property
+    def _errors(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64], Array]]:
+        return {}
+
+    def _errors_of(self, forecast: str) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+        """All sets of anchors, their steps, and ``|increment| |error| / path``, shape (samples, n)."""
+        if forecast not in self._errors:
+            anchors, step = _anchors(self.num_steps, KEPT[forecast])
+            if forecast == "fitted":
+                squared = _out_of_fold(self, anchors, step)
+            else:
+                squared = _squared_errors(self.gram, anchors, step, _lagrange(self.levels, anchors, step))
+            error = np.sqrt(np.maximum(squared, 0)) * np.abs(self.increments)[step] / self.scale[:, None]
+            self._errors[forecast] = anchors, step, error
+        return self._errors[forecast]
+
+    def costs(self, forecast: str, peak: float = 1.0, sample: int | None = None) -> Array:
+        """Mean over samples of ``(|increment| |error| / path)^peak`` for all anchors and steps; or of one sample.
 
         Returns:
             Shape ``(T + 1,) * (kept - 1) + (T, T)``: index older anchors plus one (0: none), the newest anchor, the
@@ -117,13 +129,8 @@ class Problem:
         steps, kept = self.num_steps, KEPT[forecast]
         if steps > MOST_STEPS[forecast]:
             raise InvalidOption(f"{forecast} over {steps} steps: planned up to {MOST_STEPS[forecast]} steps")
-        anchors, step = _anchors(steps, kept)
-        if forecast == "fitted":
-            squared = _out_of_fold(self, anchors, step)
-        else:
-            weights = _lagrange(self.levels, anchors, step)
-            squared = _squared_errors(self.gram, anchors, step, weights)
-        error = np.sqrt(np.maximum(squared, 0)) * np.abs(self.increments)[step] / self.scale[:, None]
+        anchors, step, error = self._errors_of(forecast)
+        error = error if sample is None else error[sample : sample + 1]
         table = np.full((steps + 1,) * (kept - 1) + (steps, steps), np.inf)
         older = tuple(anchors[:, i] + 1 for i in range(kept - 1, 0, -1))
         table[(*older, anchors[:, 0], step)] = (error**peak).mean(0)

@@ -1,0 +1,416 @@
+"""Planning: from a run's Gram log to the schedule and forecast of each budget, proven on real runs.
+
+Candidates come from the log alone; the best few are run on held-out prompts, and what wins there is judged on others,
+beside uniform skipping and fewer steps. Nothing goes into an entry that was not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import coeffs
+from calibrate.errors import InvalidOption
+from calibrate.gram import GramLog, at_steps, load_gram
+from calibrate.log import load_run
+from calibrate.policies import Setting, check_budget, uniform
+from calibrate.run import RunFolder, write_atomically
+from calibrate.schedules import MOST_STEPS, Problem, Program, Weights, fit_weights, local_search
+from calibrate.yardstick import Yard, Yardstick, as_figures
+
+CHOOSING_PROMPTS = 3
+JUDGED_PROMPTS = 8
+UNIFORM = "uniform, reuse"
+UNIFORM_LINEAR = "uniform, linear"
+FEWER_STEPS = "fewer steps"
+BASELINES = (UNIFORM, UNIFORM_LINEAR, FEWER_STEPS)
+PLAN = "plan"
+VERDICT = "plan: "
+PEAKS = (1.0, 2.0)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with the forecast that it is to be run with.
+
+    Attributes:
+        forecast_of: ``residual`` or ``output``: what the runtime forecasts.
+        weights: Of a fitted forecast: step -> weights of the last computed steps, newest first.
+        signed: Its signed open-loop error in the guided output, mean over samples, as a fraction of the path.
+    """
+
+    name: str
+    schedule: str
+    forecast: str
+    forecast_of: str
+    weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    signed: float = float("nan")
+
+    def setting(self, policy: str | None = None) -> Setting:
+        """As the verification's bench runs it; the same schedule and forecast is the same result under any name."""
+        parameters: dict[str, Any] = {"schedule": self.schedule}
+        if self.forecast != "reuse":
+            parameters["forecast"] = self.forecast
+        if self.forecast_of != "residual":
+            parameters["forecast_of"] = self.forecast_of
+        if self.weights:
+            parameters["weights"] = {str(step): list(row) for step, row in self.weights.items()}
+        return Setting(policy or self.name, "schedule", self.schedule.count("C"), parameters)
+
+    def as_plan(self, log: GramLog, figures: Mapping[str, float | None]) -> coeffs.Plan:
+        """The record of an entry."""
+        rows = tuple(self.weights[step] for step, letter in enumerate(self.schedule) if letter == "S")
+        known = np.isfinite(log.sigmas).all()
+        return coeffs.Plan(
+            schedule=self.schedule,
+            sigmas=tuple(float(s) for s in log.sigmas) if known else None,
+            forecast=self.forecast,
+            forecast_of=self.forecast_of,
+            weights=rows if self.weights else None,
+            figures={name: None if value is None or not np.isfinite(value) else float(value)
+                     for name, value in figures.items()},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning found for one budget.
+
+    Attributes:
+        candidates: Everything that entered, baselines first.
+        winner: The candidate that was chosen; without runs the one with the least open-loop error.
+        figures: Of the winner on judged prompts, and of the baselines beside it; empty without runs.
+    """
+
+    computed: int
+    candidates: list[Candidate]
+    winner: Candidate
+    yardstick: Yardstick
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+
+class Planner:
+    """Candidates for any budget up to ``most``, from one log; tables and programs are made once."""
+
+    def __init__(self, log: GramLog, most: int) -> None:
+        check_budget(most, log.num_steps)
+        self.log, self.most = log, most
+        self.problems = {what: Problem.of(log, what) for what in log.grams}
+        self.yard = Yard(self.problems["output"], most)
+        self._programs: dict[tuple[str, str, float], Program] = {}
+
+    def best(self, what: str, forecast: str, peak: float, computed: int) -> str:
+        """The best schedule by the costs of ``output`` or ``residual``."""
+        key = (what, forecast, peak)
+        if key not in self._programs:
+            costs = self.problems[what].costs(forecast, peak)
+            self._programs[key] = Program(costs, self.most)
+        return self._programs[key].best(computed)[0]
+
+    def candidate(self, name: str, schedule: str, forecast: str, of: str) -> Candidate:
+        """A candidate with its weights fitted and its error worked out."""
+        weights: Mapping[int, tuple[float, ...]] = {}
+        how: str | Weights = forecast
+        if forecast == "fitted":
+            what = of if of in self.problems else "output"
+            how = fit_weights(self.problems[what], schedule)
+            weights = how.rows
+            if not weights:
+                forecast = "reuse"  # every step is computed
+        signed = float(self.problems["output"].signed(schedule, how).mean())
+        return Candidate(name, schedule, forecast, of, weights, signed)
+
+    def candidates(self, computed: int) -> list[Candidate]:
+        """The schedules worth running at a budget, each once: both uniform baselines, then planned ones."""
+        steps = self.log.num_steps
+        check_budget(computed, steps)
+        even = uniform(steps, computed)
+        found = [
+            self.candidate(UNIFORM, even, "reuse", "residual"),
+            self.candidate(UNIFORM_LINEAR, even, "linear", "residual"),
+        ]
+        for what in self.problems:
+            of = "outputs" if what == "output" else "residuals"
+            for forecast in ("reuse", "linear", "fitted"):
+                schedule = self.best(what, forecast, 1.0, computed)
+                found.append(self.candidate(f"planned, {forecast} {of}", schedule, forecast, what))
+        # The errors of outputs are those that reach the image; a residual's forecast follows the latents better.
+        for peak in PEAKS:
+            schedule = self.best("output", "linear", peak, computed)
+            found.append(self.candidate(f"planned for outputs, linear, peak {peak:g}", schedule, "linear", "residual"))
+        if steps <= MOST_STEPS["quadratic"]:
+            schedule = self.best("output", "quadratic", 1.0, computed)
+            found.append(self.candidate("planned, quadratic outputs", schedule, "quadratic", "output"))
+        found.append(self._searched(computed))
+        distinct: dict[str, Candidate] = {}
+        for candidate in found:
+            setting = candidate.setting("")
+            distinct.setdefault(json.dumps(setting.parameters, sort_keys=True), candidate)
+        return list(distinct.values())
+
+    def shortlist(self, computed: int, most: int) -> list[Candidate]:
+        """The baselines, the ``most`` others with the least signed error, and the first of each forecast and object."""
+        everything = self.candidates(computed)
+        base = [c for c in everything if c.name in BASELINES]
+        others = sorted((c for c in everything if c.name not in BASELINES), key=lambda c: c.signed)
+        kinds: dict[str, Candidate] = {}
+        for candidate in others:
+            for kind in (candidate.forecast, candidate.forecast_of):
+                kinds.setdefault(kind, candidate)
+        return base + [c for c in others if c in others[:most] or c in kinds.values()]
+
+    def _searched(self, computed: int) -> Candidate:
+        """The best schedule for linearly forecast outputs, moved until the signed error no longer falls."""
+        problem = self.problems["output"]
+
+        def value(schedule: str) -> float:
+            return float(problem.signed(schedule, "linear").mean() + 0.1 * problem.additive(schedule, "linear").mean())
+
+        schedule, _ = local_search(self.best("output", "linear", 1.0, computed), value)
+        return self.candidate("searched, linear outputs", schedule, "linear", "output")
+
+
+def budget_for(speedup: float, call_seconds: float, stack_seconds: float, num_steps: int) -> int:
+    """The most computed steps with which the denoiser alone is ``speedup`` times as fast.
+
+    Raises:
+        InvalidOption: Not even one computed step is as fast.
+    """
+    head = call_seconds - stack_seconds
+    computed = int(num_steps * (call_seconds / speedup - head) / stack_seconds + 1e-9)
+    if not np.isfinite(speedup) or speedup < 1 or computed < 1:
+        fastest = num_steps * call_seconds / (num_steps * head + stack_seconds)
+        raise InvalidOption(f"--speedup {speedup:g}: expected 1 to {fastest:.3g} for this model and {num_steps} steps")
+    return computed
+
+
+def plan(
+    source: str | os.PathLike,
+    *,
+    computed: Sequence[int] | None = None,
+    speedup: float | None = None,
+    steps: int | None = None,
+    runs: bool = True,
+    model: Any = None,
+    prompts: Any = None,
+    num_prompts: int = JUDGED_PROMPTS,
+    choosing: int = CHOOSING_PROMPTS,
+    candidates: int = 6,
+    seed: int = 0,
+    images: Iterable[str | os.PathLike] = (),
+    dtype: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    say: Say = lambda text: None,
+) -> list[Planned]:
+    """Plan the given budgets from a run, and with ``runs`` prove the plans and write them into its ``entry.yaml``.
+
+    Args:
+        computed: Numbers of computed steps; or ``speedup`` of the denoiser.
+        steps: Plan for this many steps instead of the recorded number, where the log allows it.
+        choosing: Held-out prompts on which the winner is chosen; ``num_prompts`` others judge it.
+        candidates: How many planned candidates of a budget are run, beside the uniform ones.
+
+    Raises:
+        CalibrateError, CoeffsError, RuntimeCacheError: What cannot be planned or run, and why.
+    """
+    if (computed is None) == (speedup is None):
+        raise InvalidOption("--computed and --speedup: give exactly one of them")
+    log = load_gram(source)
+    log = at_steps(log, steps or log.num_steps)
+    if computed is None:
+        timing = load_run(source).timing.get(log.expert)
+        if timing is None:
+            raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
+        computed = [budget_for(speedup, *timing, log.num_steps)]
+    budgets = sorted(set(computed), reverse=True)
+    for budget in budgets:
+        check_budget(budget, log.num_steps)
+    say(f"planning {', '.join(map(str, budgets))} of {log.num_steps} steps from {len(log.output)} samples")
+    planner = Planner(log, max(budgets))
+    shortlists = {budget: planner.shortlist(budget, candidates) for budget in budgets}
+    if not runs:
+        best = {b: min(found, key=lambda c: (c.name in BASELINES, c.signed)) for b, found in shortlists.items()}
+        return [_planned(planner, budget, found, best[budget]) for budget, found in shortlists.items()]
+    from calibrate.bench import Bench
+    from calibrate.case import open_case
+    from calibrate.verify import held_out_prompts
+
+    case = open_case(source, model=model, registry=None, out=None, dtype=dtype, device=device)
+    if log.num_steps != case.num_steps:
+        arguments = {**case.arguments, "num_inference_steps": log.num_steps}
+        case = replace(case, arguments=arguments, num_steps=log.num_steps)
+    held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)
+    if len(held_out.prompts) < 2:
+        raise InvalidOption("one held-out prompt: expected one to choose by and at least one other to judge by")
+    choosing = min(choosing, max(1, len(held_out.prompts) // 3))
+    first = replace(held_out, prompts=held_out.prompts[:choosing])
+    rest = replace(held_out, prompts=held_out.prompts[choosing:])
+    say(f"choosing among {sum(map(len, shortlists.values()))} candidates on {choosing} held-out prompts")
+    chooser = Bench(case, first, None, progress)
+    tried = _results(chooser, [c.setting() for found in shortlists.values() for c in found])
+    winners = {b: _winner(found, tried[tried["budget"] == b]) for b, found in shortlists.items()}
+    say(f"judging the winners and {len(BASELINES)} baselines on {len(rest.prompts)} other held-out prompts")
+    judge = Bench(case, rest, None, progress)
+    settings = []
+    for budget, winner in winners.items():
+        settings.append(winner.setting(PLAN))
+        settings += [c.setting() for c in shortlists[budget] if c.name in BASELINES]
+        settings.append(Setting(FEWER_STEPS, "fewer_steps", budget))
+    judged = _results(judge, settings)
+    planned = []
+    for budget, winner in winners.items():
+        figures = judged_figures(judged[judged["budget"] == budget])
+        planned.append(_planned(planner, budget, shortlists[budget], winner, figures))
+    folder = RunFolder.open(source).path
+    _keep(folder, planned, tried, judged)
+    coeffs.save(planned_entry(case.entry, log, planned), folder / "entry.yaml")
+    return planned
+
+
+def score(values: pd.Series) -> float:
+    """What candidates are chosen by: halfway between the mean and the worst prompt."""
+    return float((values.mean() + values.min()) / 2)
+
+
+def judged_figures(rows: pd.DataFrame) -> dict[str, float | None]:
+    """Means and worst prompts of the plan, the baselines' beside them, and the paired gain over uniform reuse."""
+    from calibrate.verdict import main_measure
+
+    main = main_measure(rows)
+    table = _values(rows, main)
+    ours = table[PLAN].dropna()
+    own = rows[rows["policy"] == PLAN]
+    figures: dict[str, float | None] = {
+        "prompts": len(ours),
+        main: ours.mean(),
+        f"worst_{main}": ours.min(),
+        "speedup": float((own["uncached_seconds"] / own["seconds"]).mean()),
+    }
+    for measure in ("ssim", "latent_rel_l2"):
+        if measure in own and own[measure].notna().any():
+            figures[measure] = float(own[measure].mean())
+    for name in BASELINES:
+        if name in table:
+            key = name.replace(", ", "_").replace(" ", "_")
+            figures[f"{key}_{main}"] = table[name].mean()
+            figures[f"{key}_worst_{main}"] = table[name].min()
+    gain = (table[PLAN] - table[UNIFORM]).dropna()
+    half = _half_width(gain.to_numpy())
+    figures |= {"gain_db": gain.mean(), "gain_low_db": gain.mean() - half, "gain_high_db": gain.mean() + half}
+    return {name: None if value is None or not np.isfinite(value) else float(value) for name, value in figures.items()}
+
+
+def planned_entry(entry: coeffs.Entry, log: GramLog, planned: Sequence[Planned]) -> coeffs.Entry:
+    """The entry with these plans in the place of earlier ones for the same steps, and a word where fewer steps wins."""
+    new = [p.winner.as_plan(log, p.figures | as_figures(p.yardstick)) for p in planned]
+    replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
+    kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
+    plans = sorted([*kept, *new], key=lambda plan: (len(plan.schedule), -plan.computed_steps))
+    warnings = [text for text in entry.warnings if not text.startswith(VERDICT)]
+    verdict = fewer_steps_verdict(planned)
+    return replace(entry, plans=tuple(plans), warnings=(*warnings, *([VERDICT + verdict] if verdict else [])))
+
+
+def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
+    """Where fewer steps is better than the plan, in words; ``None`` where it never is."""
+    lost = []
+    for one in planned:
+        main = next((name for name in ("psnr_db", "snr_db") if name in one.figures), None)
+        ours, other = one.figures.get(main), one.figures.get(f"fewer_steps_{main}")
+        if ours is not None and other is not None and other > ours:
+            lost.append(f"{one.computed} ({other:.1f} against {ours:.1f} dB)")
+    return f"fewer steps without a cache is better at {', '.join(lost)} computed steps" if lost else None
+
+
+def _planned(
+    planner: Planner, budget: int, found: list[Candidate], winner: Candidate, figures: dict | None = None
+) -> Planned:
+    yardstick = planner.yard.at(budget, winner.schedule, winner.forecast)
+    return Planned(budget, found, winner, yardstick, figures or {})
+
+
+def _results(bench: Any, settings: list[Setting]) -> pd.DataFrame:
+    from calibrate.contest import Contest
+
+    frame, refused = bench.results(Contest(settings, {}))
+    if frame.empty or PLAN in refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise InvalidOption(f"no plan could be run ({reasons})")
+    return frame
+
+
+def _values(rows: pd.DataFrame, main: str) -> pd.DataFrame:
+    """The main measure by prompt (rows) and policy (columns); a broken sample counts 0, an identical one 100 dB."""
+    values = rows[main].where(~rows["identical"].astype(bool), 100.0).where(~rows["broken"].astype(bool), 0.0)
+    keys = rows["prompt_id"].astype(str) + "-" + rows["seed"].astype(str)
+    return rows.assign(value=values, key=keys).pivot_table("value", "key", "policy")
+
+
+def _winner(found: list[Candidate], rows: pd.DataFrame) -> Candidate:
+    from calibrate.verdict import main_measure
+
+    table = _values(rows, main_measure(rows))
+    return max((c for c in found if c.name in table), key=lambda c: score(table[c.name]))
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Half the 95 % interval of a mean, by Student's t."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame, judged: pd.DataFrame) -> None:
+    """``plan.json``: every budget with its candidates, what they gave, and the yardstick."""
+    rows = []
+    for one in planned:
+        of = tried[tried["budget"] == one.computed]
+        main = next(name for name in ("psnr_db", "snr_db") if name in of)
+        table = _values(of, main)
+        rows.append({
+            "computed": one.computed,
+            "winner": asdict(one.winner),
+            "figures": one.figures,
+            "yardstick": as_figures(one.yardstick),
+            "candidates": [
+                {"name": c.name, "schedule": c.schedule, "signed": c.signed, "score": score(table[c.name])}
+                for c in one.candidates
+                if c.name in table
+            ],
+        })  # fmt: skip
+    text = json.dumps(rows, indent=2, default=float) + "\n"
+    write_atomically(folder / "plan.json", text.encode())
+
+
+def plan_table(planned: Sequence[Planned]) -> str:
+    """The table of the command."""
+    from calibrate.tables import aligned
+
+    rows = []
+    for one in planned:
+        figures, winner = one.figures, one.winner
+        main = next((name for name in ("psnr_db", "snr_db") if name in figures), "psnr_db")
+
+        def cell(prefix: str, figures: dict = figures, main: str = main) -> str:
+            value, worst = figures.get(f"{prefix}{main}"), figures.get(f"{prefix}worst_{main}")
+            return "-" if value is None else f"{value:.1f} ({worst:.1f})"
+
+        percent = one.yardstick.percent
+        rows.append([
+            str(one.computed), winner.name, cell(""), cell("uniform_reuse_"), cell("uniform_linear_"),
+            cell("fewer_steps_"), "-" if not figures else f"{figures['speedup']:.2f}x",
+            f"{100 * winner.signed:.2f} %", "-" if not np.isfinite(percent) else f"{percent:.0f} %", winner.schedule,
+        ])  # fmt: skip
+    header = ["computed", "winner", "dB (worst)", "uniform, reuse", "uniform, linear", "fewer steps", "speed-up"]
+    return aligned([*header, "signed error", "of open-loop oracle", "schedule"], rows)
