@@ -60,6 +60,21 @@ def trajectories(run: Run, signal: str = "modulated_input") -> list[Trajectory]:
     return found
 
 
+def leaders(recorded: list[Trajectory]) -> list[Trajectory]:
+    """Of each generation of an expert the trajectory whose decisions all branches follow.
+
+    The runtime lets the branch that is called first at a step decide: ``cond`` in the pipelines that name branches,
+    else the one that was numbered first.
+    """
+    first: dict[tuple, Trajectory] = {}
+    for one in recorded:
+        generation = one.prompt_id, one.seed, one.expert
+        best = first.get(generation)
+        if best is None or (one.branch != "cond", one.branch) < (best.branch != "cond", best.branch):
+            first[generation] = one
+    return list(first.values())
+
+
 def polynomials(entry: Entry, run: Run, policy: str = "per_branch") -> dict[Key, Polynomial]:
     """The polynomial each branch of the run is gated with.
 
@@ -83,16 +98,21 @@ def replay(
     thresholds: list[float],
     config: GateConfig = DEFAULT_CONFIG,
     signal: str = "modulated_input",
+    branches: str = "together",
 ) -> pd.DataFrame:
     """The gate's decisions on every trajectory: one row per threshold and trajectory.
 
+    ``branches`` as in :func:`runtime.apply_tea_cache`: ``together`` (one decides for all) or ``apart``.
     Columns: threshold, prompt_id, seed, expert, branch, num_steps, computed, pattern ("CCSC...").
     """
     recorded, rows = trajectories(run, signal), []
+    leading = {(one.prompt_id, one.seed, one.expert): one for one in leaders(recorded)}
     for threshold in thresholds:
         settings = replace(config, threshold=float(threshold))
         for one in recorded:
-            stats = _drive(Gate(of_branch[one.key], settings), one)
+            leader = leading[one.prompt_id, one.seed, one.expert] if branches == "together" else one
+            leader = leader if leader.num_steps == one.num_steps else one
+            stats = _drive(Gate(of_branch[leader.key], settings), leader)
             rows.append((threshold, one.prompt_id, one.seed, *one.key, one.num_steps, stats.computed, stats.pattern))
     columns = ["threshold", "prompt_id", "seed", "expert", "branch", "num_steps", "computed", "pattern"]
     return pd.DataFrame(rows, columns=columns)
@@ -129,8 +149,11 @@ class Search:
         of_branch: Mapping[Key, Polynomial],
         config: GateConfig = DEFAULT_CONFIG,
         signal: str = "modulated_input",
+        branches: str = "together",
     ) -> None:
         self.recorded = trajectories(run, signal)
+        if branches == "together":  # the others do what these do
+            self.recorded = leaders(self.recorded)
         self.timing = [run.timing.get(one.expert, (1.0, 1.0)) for one in self.recorded]
         self.config = config
         self.of_branch = of_branch

@@ -16,7 +16,7 @@ from runtime.cache import CacheHandler
 from runtime.clock import Locator, SchedulerClock
 from runtime.compat import enabled_cache, unwrapped
 from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
-from runtime.facts import facts_of
+from runtime.facts import class_name, facts_of
 from runtime.forecast import Forecast
 from runtime.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.hooks import StackHooks
@@ -274,7 +274,7 @@ class _Source:
             return cls(None, own, _checked_signal(signal or "modulated_input"))
         _refuse_with_entry(domain=domain, sign_rule=sign_rule, signal=signal)
         found = _loaded(entry) if entry is not None else _entry_for(target, modules, strict)
-        classes = {type(module).__name__ for module in modules.values()}
+        classes = {class_name(module) for module in modules.values()}
         if entry is not None and found.transformer_class and found.transformer_class.split()[0] not in classes:
             raise InvalidSetting(
                 f"{found.label} is for {found.transformer_class}, this model is {', '.join(sorted(classes))}: "

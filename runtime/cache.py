@@ -113,10 +113,13 @@ class CacheHandler:
     def decide(self, call: Call, probe: Callable[[], torch.Tensor], changed: bool) -> bool:
         trajectory, where = call.trajectory, self._position
         led = self._led(where)
-        if led is None:
+        if led is None or lockstep_group(self._hooks.root) is not None:  # there every rank takes part in every round
             known = trajectory.policy.known(step=where.step, num_steps=where.num_steps)
             x = self._change(call, probe, measured=known is None) if trajectory.policy.needs_signal else None
             decision = trajectory.policy.step(x, step=where.step, num_steps=where.num_steps)
+        else:
+            trajectory.previous = None  # not looked at, so it must not become the reference of a later step
+        if led is None:
             self._lead = (where.step, where.branch, decision)
         else:
             decision = Decision("skipped" if led.skip else "computed")

@@ -13,7 +13,7 @@ def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     is_pipeline = not isinstance(target, nn.Module)
     scheduler = getattr(target, "scheduler", None)
     return {
-        "transformer_class": type(first).__name__,
+        "transformer_class": class_name(first),
         "pipeline_class": type(target).__name__ if is_pipeline else None,
         "checkpoint": repository_of(target) if is_pipeline else None,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
@@ -22,6 +22,11 @@ def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         "quantization": quantization_of(first),
         "lora": lora_of(first),
     }
+
+
+def class_name(module: nn.Module) -> str:
+    """The denoiser's own class, also where FSDP has put one of its own in front of it."""
+    return next(cls.__name__ for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
 def repository_of(pipeline: Any) -> str | None:

@@ -66,23 +66,32 @@ def logs(draw):
 )  # fmt: skip
 def test_replay_search_and_restatement_agree(run, threshold, start, end, max_skips, sign_rule):
     config = GateConfig(threshold=0.0, start=start, end=end, max_skips=max_skips)
-    decisions = replay(run, curves(run), [threshold], config)
+    decisions = replay(run, curves(run), [threshold], config, branches="apart")
     for one, pattern in zip(trajectories(run), decisions["pattern"], strict=True):
         counts = [math.ceil(value * one.num_steps) if isinstance(value, float) else value for value in (start, end)]
         assert pattern == restated(one.x, threshold, CURVE, max(counts[0], 1), counts[1], max_skips)
     wavy = Polynomial((30.0, -8.0, 0.3), (0.0, 0.2), sign_rule)
     for polynomial in (CURVE, wavy):
-        decisions = replay(run, curves(run, polynomial), [threshold], config)
-        computed = Search(run, curves(run, polynomial), config).computed(threshold)
+        decisions = replay(run, curves(run, polynomial), [threshold], config, branches="apart")
+        computed = Search(run, curves(run, polynomial), config, branches="apart").computed(threshold)
         assert decisions["computed"].tolist() == computed.tolist()
+    together = replay(run, curves(run), [threshold], config)
+    conditional = decisions_of(replay(run, curves(run), [threshold], config, branches="apart"), "cond")
+    assert decisions_of(together, "cond") == decisions_of(together, "uncond") == conditional
+    assert [p.count("C") for p in conditional] == Search(run, curves(run), config).computed(threshold).tolist()
+
+
+def decisions_of(decisions, branch):
+    return decisions.loc[decisions["branch"] == branch, "pattern"].tolist()
 
 
 def test_compatibility_mode_ignores_domain_and_cap():
     run = load_run(make_frame(prompts=3))
     config = GateConfig(threshold=0.0, max_skips=1, compat=True)
     for threshold in (0.05, 0.2, 1.0):
-        decisions = replay(run, curves(run), [threshold], config)
-        assert decisions["computed"].tolist() == Search(run, curves(run), config).computed(threshold).tolist()
+        decisions = replay(run, curves(run), [threshold], config, branches="apart")
+        search = Search(run, curves(run), config, branches="apart")
+        assert decisions["computed"].tolist() == search.computed(threshold).tolist()
 
 
 def test_a_hand_made_trajectory():
