@@ -69,16 +69,19 @@ def shipped_sets() -> dict[str, Path]:
 
 
 def load_prompts(
-    source: str | os.PathLike | Sequence[str] = "default",
+    source: str | os.PathLike | Sequence[str] | None = None,
     *,
     seed: int = 0,
     images: Iterable[str | os.PathLike] = (),
+    count: int | None = None,
 ) -> PromptSet:
-    """Read a shipped set (by name), a ``.txt`` or ``.jsonl`` file, or a list of texts.
+    """Read a shipped set (by name; ``default`` for None), a ``.txt`` or ``.jsonl`` file, or a list of texts.
 
-    The prompt at position i gets the seed ``seed + i`` unless its line names one. ``images`` (files or folders) go
-    round the prompts that name no image of their own.
+    Only the first ``count`` prompts are kept; all of them for None. The prompt at position i gets the seed
+    ``seed + i`` unless its line names one. ``images`` (files or folders) go round the prompts that name no image of
+    their own.
     """
+    source = "default" if source is None else source
     if isinstance(source, (str, os.PathLike)):
         path = shipped_sets().get(str(source), Path(source))
         lines, name = _read(path), path.name
@@ -104,7 +107,7 @@ def load_prompts(
         seen[key] = where
         prompts.append(prompt)
     digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
-    return PromptSet(prompts=tuple(prompts), sha256=digest, name=name, images=known)
+    return PromptSet(prompts=tuple(prompts), sha256=digest, name=name, images=known).first(count)
 
 
 def _prompt(where: str, item: dict, text: str, images: tuple[str, ...], default_seed: int) -> Prompt:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from calibrate.calling import prepare_call
+from calibrate.calling import MIN_STEPS, prepare_call
 from calibrate.errors import CalibrateError, Incomplete, InvalidOption, RunFolderError
 from calibrate.loading import DTYPES, find_checkpoint, load_pipeline, pipeline_class_of
 from calibrate.locking import RunLock, job_name
@@ -68,39 +68,30 @@ def record(
     tells. Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
     Raises an error derived from `CalibrateError` for anything that cannot be recorded.
     """
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
-    options = {"steps": steps, "guidance_scale": guidance_scale, **sizes}
-    for name, value in {**options, "num_prompts": num_prompts}.items():
-        if value is not None and name != "guidance_scale" and value < (minimum := 2 if name == "steps" else 1):
-            flag = f"--{name.replace('_', '-')}"
-            raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
-    if dtype not in DTYPES:
-        raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    images = list(images)
-    command = command_line(
-        {"model": model if isinstance(model, str) else None, "prompts": prompts if isinstance(prompts, str) else None}
-        | {"num_prompts": num_prompts, "seed": seed or None, **options, "image": images}
-        | {"dtype": dtype if dtype != "bfloat16" else None}
-        | {"pipe_arg": [f"{key}={value}" for key, value in (pipe_args or {}).items()]}
-    )
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    settings["num_frames"] = num_frames
+    _check_options(settings, num_prompts, dtype)
+    images, pipe_args = list(images), dict(pipe_args or {})
+    named = {"model": model, "prompts": prompts, "num_prompts": num_prompts, "seed": seed or None, **settings}
+    named |= {"image": images, "dtype": None if dtype == "bfloat16" else dtype}
+    command = command_line(named | {"pipe_arg": [f"{key}={value}" for key, value in pipe_args.items()]})
 
     if generate is None and callable(model) and not hasattr(model, "components"):
         model, generate = getattr(model, "__name__", type(model).__name__), model
     if generate is not None:
-        prompt_set = load_prompts(prompts or "default", seed=seed, images=images).first(num_prompts)
-        settings = {"num_steps": options.pop("steps"), **options, "call_arguments": dict(pipe_args or {})}
+        prompt_set = load_prompts(prompts, seed=seed, images=images, count=num_prompts)
+        settings = {"num_steps": settings.pop("steps"), **settings, "call_arguments": pipe_args}
         subject = callable_subject(str(model), generate, modules, settings)
     else:
-        loaded = hasattr(model, "components")
-        checkpoint = None if loaded else find_checkpoint(model, allow_pickle=allow_pickle)
-        pipeline_class = type(model) if loaded else pipeline_class_of(checkpoint)
-        spec = class_defaults(pipeline_class.__name__) if loaded else checkpoint.spec
-        call = prepare_call(pipeline_class.__call__, spec, pipe_args=pipe_args, **options)
+        checkpoint = None if hasattr(model, "components") else find_checkpoint(model, allow_pickle=allow_pickle)
+        pipeline_class = type(model) if checkpoint is None else pipeline_class_of(checkpoint)
+        spec = class_defaults(pipeline_class.__name__) if checkpoint is None else checkpoint.spec
+        call = prepare_call(pipeline_class.__call__, spec, pipe_args=pipe_args, **settings)
         if prompts is None and spec is not None:
             prompts, num_prompts = spec.prompts, num_prompts or spec.num_prompts
-        prompt_set = load_prompts(prompts or "default", seed=seed, images=images).first(num_prompts)
+        prompt_set = load_prompts(prompts, seed=seed, images=images, count=num_prompts)
         call.refuse_unfit(prompt_set.prompts)
-        if loaded:
+        if checkpoint is None:
             subject = pipeline_subject(model, call)
         else:
             if out is not None:
@@ -115,6 +106,17 @@ def record(
 
     recorder = Recorder(subject.modules, subject.pipeline, blocks=blocks)
     return _record_all(subject, recorder, prompt_set, out, notes={"command": command}, progress=progress)
+
+
+def _check_options(settings: Mapping[str, Any], num_prompts: int | None, dtype: str) -> None:
+    """Refuse before anything is loaded what no pipeline can take."""
+    for name, value in {**settings, "num_prompts": num_prompts}.items():
+        minimum = MIN_STEPS if name == "steps" else 1
+        if name != "guidance_scale" and value is not None and value < minimum:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
+    if dtype not in DTYPES:
+        raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
 
 
 def _record_all(

@@ -195,8 +195,9 @@ def tidy(path: Path) -> list[str]:
     the names of the groups whose pairs were moved.
     """
     _refuse_links(path)
-    for leftover in path.glob("**/.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for folder in ("", *_FOLDERS):
+        for leftover in (path / folder).glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
     moved = []
     for shard in sorted((path / "pairs").glob("*.parquet")):
         try:

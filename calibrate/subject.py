@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,10 @@ def command_line(options: Mapping[str, Any]) -> str:
     """The command that records the same again: the options that differ from their default, and no machine's path."""
     words = ["calibrate", "record"]
     for name, value in options.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
+        # What has no place on a command line (a loaded pipeline, a list of prompts) is left out.
+        values = value if isinstance(value, list) and name in {"image", "pipe_arg"} else [value]
         for item in values:
-            if item is True:
-                words.append(f"--{name.replace('_', '-')}")
-            elif item is not None and item is not False:
-                text = Path(item).name if Path(str(item)).exists() else str(item)
-                words += [f"--{name.replace('_', '-')}", text]
+            if isinstance(item, (str, int, float, PathLike)):
+                text = str(item)
+                words += [f"--{name.replace('_', '-')}", Path(text).name if Path(text).exists() else text]
     return shlex.join(words)

@@ -245,6 +245,7 @@ def test_full_disk_keeps_what_is_finished(tmp_path):
         ({"height": 0}, "--height 0"),
         ({"dtype": "int8"}, "--dtype int8"),
         ({"num_prompts": 5}, "has 4"),
+        ({"prompts": []}, "no prompt in it"),
         ({"seed": -1}, "the seed is -1"),
         ({"pipe_args": {"a": float("nan")}}, "cannot be written down"),
         ({"guidance_scale": float("inf")}, "cannot be written down"),
