@@ -97,7 +97,7 @@ def apply_tea_cache(
     *,
     threshold: float | None = None,
     speedup: float | None = None,
-    schedule: str | None = None,
+    schedule: "str | coeffs.Plan | None" = None,
     coefficients: Sequence[float] | None = None,
     domain: tuple[float, float] | None = None,
     sign_rule: str | None = None,
@@ -106,8 +106,8 @@ def apply_tea_cache(
     end: int | float | None = None,
     max_skips: int | None = _FROM_ENTRY,
     num_steps: int | None = None,
-    forecast: str | Forecast = "reuse",
-    forecast_of: str = "residual",
+    forecast: str | Forecast | None = None,
+    forecast_of: str | None = None,
     branches: str | None = None,
     compat: bool = False,
     strict: bool = False,
@@ -122,8 +122,10 @@ def apply_tea_cache(
         entry: A registry entry or its name; ``None`` finds the one that fits the model, unless ``coefficients`` or
             a ``schedule`` are given.
         threshold: Skip while the accumulated predicted change is below it; 0 computes every step.
-        speedup: The entry's verified threshold that reaches this speed-up.
-        schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips.
+        speedup: What verified best at this speed-up: the entry's gate at a threshold, or one of its plans; the
+            handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
+        schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips; or one of an entry's
+            ``plans``, which brings its forecast.
         coefficients: A polynomial of your own instead of an entry's, highest power first, with its ``domain`` and
             ``sign_rule`` (``clamp``, ``signed``, ``abs``) and the ``signal`` that it was fitted on
             (``modulated_input``, ``time_embedding``).
@@ -133,7 +135,8 @@ def apply_tea_cache(
         num_steps: Length of the schedule for a bare denoiser, which has no scheduler to ask.
         forecast: What a skipped step makes of computed ones: ``reuse`` the last, or extrapolate ``linear`` or
             ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
-        forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
+            Default: the plan's own, else ``reuse``.
+        forecast_of: ``residual`` of the block stack (default), or the denoiser's ``output``, which is far smaller but no longer
             follows the latents of the skipped step.
         branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
             their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
@@ -157,10 +160,20 @@ def apply_tea_cache(
         if other is not None:
             raise ApplyError(f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first")
     _check_choice(threshold=threshold, speedup=speedup, schedule=schedule)
+    plan, source = (schedule if isinstance(schedule, coeffs.Plan) else None), None
     if schedule is None:
         source = _Source.of(entry, coefficients, domain, sign_rule, signal, target, modules, strict)
         if speedup is not None:
-            threshold = threshold_for(source.entry, speedup)
+            of_gate = (start, end, forecast, forecast_of, branches, compat or None)
+            gate_only = max_skips is not _FROM_ENTRY or any(setting is not None for setting in of_gate)
+            found = (threshold_for if gate_only else best_for)(source.entry, speedup)
+            plan, threshold = (found, None) if isinstance(found, coeffs.Plan) else (None, found)
+    if plan is not None:
+        schedule = plan.schedule
+        if forecast is None:
+            forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
+            forecast_of = forecast_of or plan.forecast_of
+    if schedule is None:
         config = GateConfig(
             threshold=threshold,
             start=_first(start, source.field("start"), 1),
@@ -184,16 +197,21 @@ def apply_tea_cache(
     else:
         _refuse_with_schedule(coefficients=coefficients, start=start, end=end, signal=signal)
         FixedSchedule(schedule)
-        label, signal = None if entry is None else _loaded(entry).label, "modulated_input"
-        mismatches, stated_steps = (), None
+        label, mismatches = (source.label, source.mismatches) if source else (None, ())
+        if source is None and entry is not None:
+            label = _loaded(entry).label
+        signal, stated_steps = "modulated_input", None
 
         def policy(expert: str, branch: str) -> Policy:
             return FixedSchedule(schedule)
 
-    forecast = Forecast(forecast) if isinstance(forecast, str) else forecast
+    forecast = forecast if isinstance(forecast, Forecast) else Forecast(forecast or "reuse")
+    forecast_of = forecast_of or "residual"
     if forecast_of not in ("residual", "output"):
         raise InvalidSetting(f"forecast_of {forecast_of!r}: expected residual or output")
-    settings = {"entry": label, "signal": signal, "threshold": threshold, "schedule": schedule, "compat": compat}
+    policy_name = "gate" if schedule is None else "plan" if plan is not None else "schedule"
+    settings = {"policy": policy_name, "entry": label, "signal": signal, "threshold": threshold}
+    settings |= {"schedule": schedule, "compat": compat}
     handle = TeaCache(target, settings | {"forecast": forecast.kind, "forecast_of": forecast_of})
 
     handle.mismatches += mismatches
@@ -254,6 +272,33 @@ def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
             share = (speedup - slower) / (faster - slower) if faster > slower else 1.0
             return low + share * (high - low)
     raise AssertionError("the last row is at least as fast")
+
+
+def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
+    """The gate's threshold or the plan of ``entry`` that verified best among those that reach ``speedup``.
+
+    Both are judged by what was measured at this speed-up or a higher one.
+
+    Raises:
+        InvalidSetting: Neither was verified at this speed-up.
+    """
+
+    def fidelity(figures: Any) -> float:
+        return next((figures[name] for name in ("psnr_db", "snr_db") if figures.get(name) is not None), float("-inf"))
+
+    plans = [plan for plan in (entry and entry.plans) or () if ((plan.figures or {}).get("speedup") or 0) >= speedup >= 1]
+    plan = max(plans, key=lambda plan: fidelity(plan.figures), default=None)
+    try:
+        threshold = threshold_for(entry, speedup)
+    except InvalidSetting:
+        if plan is None:
+            raise
+        return plan
+    rows = [row for row in entry.thresholds if row.kind == "verified" and (row.speedup or 0) >= speedup]
+    gate = min(rows, key=lambda row: row.speedup).psnr_db
+    if plan is None or (gate is not None and gate >= fidelity(plan.figures)):
+        return threshold
+    return plan
 
 
 @dataclass(frozen=True)
