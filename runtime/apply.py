@@ -136,8 +136,8 @@ def apply_tea_cache(
         forecast: What a skipped step makes of computed ones: ``reuse`` the last, or extrapolate ``linear`` or
             ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
             Default: the plan's own, else ``reuse``.
-        forecast_of: ``residual`` of the block stack (default), or the denoiser's ``output``, which is far smaller but no longer
-            follows the latents of the skipped step.
+        forecast_of: ``residual`` of the block stack (default), or the denoiser's ``output``, which is far smaller but
+            no longer follows the latents of the skipped step.
         branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
             their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
             ``compat``).
@@ -286,7 +286,8 @@ def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
     def fidelity(figures: Any) -> float:
         return next((figures[name] for name in ("psnr_db", "snr_db") if figures.get(name) is not None), float("-inf"))
 
-    plans = [plan for plan in (entry and entry.plans) or () if ((plan.figures or {}).get("speedup") or 0) >= speedup >= 1]
+    plans = (entry and entry.plans) or ()
+    plans = [plan for plan in plans if ((plan.figures or {}).get("speedup") or 0) >= speedup >= 1]
     plan = max(plans, key=lambda plan: fidelity(plan.figures), default=None)
     try:
         threshold = threshold_for(entry, speedup)
