@@ -28,7 +28,7 @@ from calibrate.run import RunFolder
 
 Array = NDArray[np.float64]
 # Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
-LARGEST_INTERPOLATION_ERROR = 0.5
+LARGEST_INTERPOLATION_ERROR = 0.1
 
 
 class NoPlan(RunFolderError, ValueError):

@@ -157,7 +157,7 @@ class Planner:
         return list(distinct.values())
 
     def shortlist(self, computed: int, most: int) -> list[Candidate]:
-        """The baselines, the ``most`` others with the least signed error, and the first of each forecast and object."""
+        """The baselines, the ``most`` others with the least signed error, the first of each forecast and object."""
         everything = self.candidates(computed)
         base = [c for c in everything if c.name in BASELINES]
         others = sorted((c for c in everything if c.name not in BASELINES), key=lambda c: c.signed)
@@ -310,7 +310,7 @@ def judged_figures(rows: pd.DataFrame) -> dict[str, float | None]:
 
 
 def planned_entry(entry: coeffs.Entry, log: GramLog, planned: Sequence[Planned]) -> coeffs.Entry:
-    """The entry with these plans in the place of earlier ones for the same steps, and a word where fewer steps wins."""
+    """The entry with these plans in place of earlier ones for the same steps, and a word where fewer steps wins."""
     new = [p.winner.as_plan(log, p.figures | as_figures(p.yardstick)) for p in planned]
     replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
     kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]

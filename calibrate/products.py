@@ -3,8 +3,8 @@
 Outputs are exact: they are kept in the model's dtype, on the device while all steps of all branches stay under
 ``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay
 under ``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers
-by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB), beside
-the one residual that is being reduced.
+by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB),
+beside the one residual that is being reduced.
 """
 
 from collections.abc import Mapping

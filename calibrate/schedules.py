@@ -2,8 +2,8 @@
 
 A schedule computes some steps and forecasts the others from the last computed ones ("anchors", newest first). With
 weights w the error of step t is ``v_t - sum_i w_i v_(s_i)``, whose norm follows from the Gram matrix alone: exact as
-long as the trajectory is the uncached one (open loop). What feeds back through the sampler is not in it, so that plans are
-run before they are used.
+long as the trajectory is the uncached one (open loop). What feeds back through the sampler is not in it, so that plans
+are run before they are used.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,8 +1,8 @@
 """What a plan could be worth at most: nested open-loop errors of one budget, all from the Gram log.
 
 Errors are sums over skipped steps of ``|increment| |error|`` as fractions of the path, of the guided output, mean over
-samples. "Open-loop oracle" is the best schedule of each sample in hindsight, with forecasts that are deployed; it is no
-optimum of what the sampler makes of them, and a wider class of forecasts can be better.
+samples. "Open-loop oracle" is the best schedule of each sample in hindsight, with forecasts that are deployed; it is
+no optimum of what the sampler makes of them, and a wider class of forecasts can be better.
 """
 
 from collections.abc import Mapping, Sequence
