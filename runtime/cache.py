@@ -194,18 +194,25 @@ class CacheHandler:
         if self._of_output:  # the output is replaced as a whole; what runs until then does not matter
             return base if base is not None else call.trajectory.wiring.exits[index].spec.make()
         forecast = self._forecast_of(call, index)
-        return forecast if base is None else (base + forecast).to(base.dtype)
+        # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
+        return forecast.clone() if base is None else (base + forecast).to(base.dtype)
 
     def finish(self, call: Call, output: Any) -> Any:
-        if not self._of_output:
-            return None
+        replaced = self._output_for(call, output) if self._of_output else None
+        where = self._position
+        if where.num_steps is not None and where.step >= where.num_steps - 1:
+            call.trajectory.restart()  # nothing follows: the decoder can use the memory
+        return replaced
+
+    def _output_for(self, call: Call, output: Any) -> Any:
+        """Keeps a computed output; on a skipped step, what is returned in its place."""
         if not call.skip:
             self._add_anchor(call, [tensor.clone() for _, tensor in tensors(output)])
             return None
         if lockstep_group(self._hooks.root) is not None:
             await_gathered(tensor for _, tensor in tensors(output))
         places = iter(range(sum(1 for _ in tensors(output))))
-        return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype))
+        return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype, copy=True))
 
     def _add_anchor(self, call: Call, values: list[torch.Tensor]) -> None:
         call.trajectory.anchors.insert(0, _Anchor(self._level, values))
@@ -214,7 +221,8 @@ class CacheHandler:
         anchors = call.trajectory.anchors
         weights = self._forecast.at(self._position.step, self._level, [anchor.level for anchor in anchors])
         if len(weights) == 1 or not any(weights[1:]):
-            return anchors[0].values[index] if weights[0] == 1 else anchors[0].values[index] * weights[0]
+            kept = anchors[0].values[index]
+            return kept if weights[0] == 1 else kept * weights[0]
         # In float32: weights of opposite sign cancel most of what a bfloat16 sum would still hold.
         total = anchors[0].values[index].float() * weights[0]
         for weight, anchor in zip(weights[1:], anchors[1:], strict=False):
