@@ -20,10 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m calibrate demo --out $(RUN)
+	$(BIN)/calibrate --num-prompts 12 --out $(RUN)
+	$(BIN)/calibrate verify $(RUN) --num-prompts 4 --budgets 20,14,10 --policies gate,uniform,fewer-steps
+	$(BIN)/calibrate report $(RUN)
 
+# Two workers of one thread each: the models are tiny, so threads within one would only wait for each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
