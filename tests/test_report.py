@@ -1,0 +1,132 @@
+"""The report says what was found, escapes what it is told, fetches nothing, and needs no verification."""
+
+import dataclasses
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+import coeffs
+from calibrate.cli import cli
+from calibrate.findings import example_run, load_findings
+from calibrate.report import render, report_figures, write_report
+
+FIGURES = {
+    "fit",
+    "pairs-cond",
+    "pairs-uncond",
+    "residuals",
+    "signal",
+    "target",
+    "learning",
+    "replay",
+    "pareto",
+    "patterns",
+}
+VOID = {"meta", "br", "img", "path", "use", "image", "rect", "link"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(example_run(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return write_report(run).read_text(encoding="utf-8")
+
+
+class _Balance(HTMLParser):
+    """Raises on a tag that is closed in the wrong place."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_all_plots_are_written_as_png_and_svg(run, page):
+    for suffix in ("png", "svg"):
+        assert {path.stem for path in (run / "report").glob(f"*.{suffix}")} >= FIGURES | {"samples"}
+
+
+def test_the_first_lines_say_what_was_found(run, page):
+    found = load_findings(run)
+    body = page[page.index("<main>") :]
+    assert 0 < body.index(found.verification.headline.split(" (")[0]) < 1500
+    assert "on unseen prompts" in body[:2500]
+
+
+def test_figures_of_the_embedded_model_are_labelled(page):
+    assert "say nothing about any other model" in page[: page.index("<h2>")]
+
+
+def test_the_page_fetches_nothing_and_is_well_formed(page):
+    outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']*""", page)
+    assert not outside and "@import" not in page and "<script" not in page
+    assert not re.findall(r"url\((?!#|data:)", page)
+    parser = _Balance()
+    parser.feed(page)
+    assert parser.open == []
+
+
+def test_light_and_dark_and_narrow_are_provided_for(page):
+    assert "prefers-color-scheme: dark" in page and "currentColor" in page
+    assert 'name="viewport"' in page and "overflow-x: auto" in page
+    assert not re.search(r'<svg[^>]* width="\d', page)
+
+
+def test_the_same_run_gives_the_same_page(run, page):
+    assert write_report(run).read_text(encoding="utf-8") == page
+
+
+def test_texts_are_escaped(run):
+    found = load_findings(run)
+    evil = "<script>alert('x')</script> & more"
+    entry = dataclasses.replace(found.entry, title=evil, warnings=(evil,), notes=evil)
+    page = render(dataclasses.replace(found, entry=entry), report_figures(found))
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_run_without_verification_is_reported_as_such(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("verify", "report"))
+    entry = coeffs.load(folder / "entry.yaml")
+    replayed = tuple(row for row in entry.thresholds if row.kind == "replay")
+    coeffs.save(dataclasses.replace(entry, thresholds=replayed), folder / "entry.yaml")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "Not verified" in page[: page.index("<h2>")] and "<h2>Verification" not in page
+    assert not (folder / "report" / "pareto.png").exists()
+
+
+def test_command_line(run, tmp_path):
+    result = CliRunner().invoke(cli, ["report", str(run)])
+    assert result.exit_code == 0 and result.output.strip().endswith("report.html")
+    result = CliRunner().invoke(cli, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_the_shipped_example_is_small_and_real():
+    size = sum(path.stat().st_size for path in example_run().rglob("*") if path.is_file())
+    assert size <= 300_000
+    found = load_findings(example_run())
+    assert found.run.manifest["model"] == "tiny-longcat-image" and found.verification is not None
+    assert found.run.log_sha256 == found.entry.source.log_sha256
+    assert found.samples() and found.patterns()
