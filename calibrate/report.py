@@ -118,7 +118,7 @@ def report_figures(findings: Findings) -> dict[str, tuple[Picture, str]]:
         measure = findings.verification.summary["measure"].iloc[0]
         found["pareto"] = (
             plots.pareto(findings.verification.summary, measure=measure),
-            "Held-out prompts, same seeds. Points at the same height of work compare; intervals are over prompts.",
+            "Held-out prompts, same seeds: compare points above the same number of computed steps.",
         )
         patterns = findings.patterns()
         if patterns:
