@@ -34,6 +34,7 @@ BASELINES = (UNIFORM, UNIFORM_LINEAR, FEWER_STEPS)
 PLAN = "plan"
 VERDICT = "plan: "
 PEAKS = (1.0, 2.0)
+DAMPINGS = (0.15, 0.3, 0.5)
 Say = Callable[[str], None]
 
 
@@ -45,6 +46,7 @@ class Candidate:
         forecast_of: ``residual`` or ``output``: what the runtime forecasts.
         weights: Of a fitted forecast: step -> weights of the last computed steps, newest first.
         signed: Its signed open-loop error in the guided output, mean over samples, as a fraction of the path.
+        damping: Share of plain reuse in fitted weights.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Candidate:
     forecast_of: str
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     signed: float = float("nan")
+    damping: float = 0.0
+
+    @property
+    def how(self) -> str | Weights:
+        """The forecast, with its weights where it has some."""
+        return Weights(dict(self.weights), float("nan")) if self.weights else self.forecast
 
     def setting(self, policy: str | None = None) -> Setting:
         """As the verification's bench runs it; the same schedule and forecast is the same result under any name."""
@@ -67,14 +75,14 @@ class Candidate:
 
     def as_plan(self, log: GramLog, figures: Mapping[str, float | None]) -> coeffs.Plan:
         """The record of an entry."""
-        rows = tuple(self.weights[step] for step, letter in enumerate(self.schedule) if letter == "S")
+        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
         known = np.isfinite(log.sigmas).all()
         return coeffs.Plan(
             schedule=self.schedule,
             sigmas=tuple(float(s) for s in log.sigmas) if known else None,
             forecast=self.forecast,
             forecast_of=self.forecast_of,
-            weights=rows if self.weights else None,
+            weights=tuple(self.weights[step] for step in skipped) if self.weights else None,
             figures={name: None if value is None or not np.isfinite(value) else float(value)
                      for name, value in figures.items()},
         )  # fmt: skip
@@ -115,18 +123,15 @@ class Planner:
             self._programs[key] = Program(costs, self.most)
         return self._programs[key].best(computed)[0]
 
-    def candidate(self, name: str, schedule: str, forecast: str, of: str) -> Candidate:
+    def candidate(self, name: str, schedule: str, forecast: str, of: str, damping: float = 0.0) -> Candidate:
         """A candidate with its weights fitted and its error worked out."""
         weights: Mapping[int, tuple[float, ...]] = {}
-        how: str | Weights = forecast
         if forecast == "fitted":
-            what = of if of in self.problems else "output"
-            how = fit_weights(self.problems[what], schedule)
-            weights = how.rows
+            weights = fit_weights(self.problems[of], schedule, damping=damping).rows
             if not weights:
                 forecast = "reuse"  # every step is computed
-        signed = float(self.problems["output"].signed(schedule, how).mean())
-        return Candidate(name, schedule, forecast, of, weights, signed)
+        found = Candidate(name, schedule, forecast, of, weights, damping=damping)
+        return replace(found, signed=float(self.problems["output"].signed(schedule, found.how).mean()))
 
     def candidates(self, computed: int) -> list[Candidate]:
         """The schedules worth running at a budget, each once: both uniform baselines, then planned ones."""
@@ -142,6 +147,10 @@ class Planner:
             for forecast in ("reuse", "linear", "fitted"):
                 schedule = self.best(what, forecast, 1.0, computed)
                 found.append(self.candidate(f"planned, {forecast} {of}", schedule, forecast, what))
+        schedule = self.best("output", "fitted", 1.0, computed)
+        for damping in DAMPINGS:
+            name = f"planned, fitted outputs, damped {damping:g}"
+            found.append(self.candidate(name, schedule, "fitted", "output", damping))
         # The errors of outputs are those that reach the image; a residual's forecast follows the latents better.
         for peak in PEAKS:
             schedule = self.best("output", "linear", peak, computed)
@@ -157,13 +166,13 @@ class Planner:
         return list(distinct.values())
 
     def shortlist(self, computed: int, most: int) -> list[Candidate]:
-        """The baselines, the ``most`` others with the least signed error, the first of each forecast and object."""
+        """The baselines, the ``most`` others with the least signed error, the first of each kind of forecast."""
         everything = self.candidates(computed)
         base = [c for c in everything if c.name in BASELINES]
         others = sorted((c for c in everything if c.name not in BASELINES), key=lambda c: c.signed)
         kinds: dict[str, Candidate] = {}
         for candidate in others:
-            for kind in (candidate.forecast, candidate.forecast_of):
+            for kind in (candidate.forecast, candidate.forecast_of, str(candidate.damping)):
                 kinds.setdefault(kind, candidate)
         return base + [c for c in others if c in others[:most] or c in kinds.values()]
 
@@ -334,7 +343,7 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
 def _planned(
     planner: Planner, budget: int, found: list[Candidate], winner: Candidate, figures: dict | None = None
 ) -> Planned:
-    yardstick = planner.yard.at(budget, winner.schedule, winner.forecast)
+    yardstick = planner.yard.at(budget, winner.schedule, winner.how)
     return Planned(budget, found, winner, yardstick, figures or {})
 
 
@@ -372,13 +381,16 @@ def _half_width(values: np.ndarray) -> float:
 
 
 def _keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame, judged: pd.DataFrame) -> None:
-    """``plan.json``: every budget with its candidates, what they gave, and the yardstick."""
-    rows = []
+    """``plan.json``: every budget with its candidates, what they gave, and the yardstick; other budgets are kept."""
+    file, own = folder / "plan.json", {(len(one.winner.schedule), one.computed) for one in planned}
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = [row for row in earlier if (row["steps"], row["computed"]) not in own]
     for one in planned:
         of = tried[tried["budget"] == one.computed]
         main = next(name for name in ("psnr_db", "snr_db") if name in of)
         table = _values(of, main)
         rows.append({
+            "steps": len(one.winner.schedule),
             "computed": one.computed,
             "winner": asdict(one.winner),
             "figures": one.figures,
@@ -389,8 +401,8 @@ def _keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame, judged:
                 if c.name in table
             ],
         })  # fmt: skip
-    text = json.dumps(rows, indent=2, default=float) + "\n"
-    write_atomically(folder / "plan.json", text.encode())
+    rows.sort(key=lambda row: (row["steps"], -row["computed"]))
+    write_atomically(file, (json.dumps(rows, indent=2, default=float) + "\n").encode())
 
 
 def plan_table(planned: Sequence[Planned]) -> str:

@@ -277,11 +277,15 @@ def local_search(
 # --- fitted weights
 
 
-def fit_weights(problem: Problem, schedule: str, ridge: float | None = None) -> Weights:
+def fit_weights(
+    problem: Problem, schedule: str, ridge: float | None = None, damping: float = 0.0
+) -> Weights:
     """Weights that minimise the mean squared error over samples, shrunk to linear extrapolation.
 
     Args:
         ridge: The penalty, relative to the mean squared norm of the anchors; by default what leaves prompts out best.
+        damping: Share of plain reuse in the weights. The fit sees uncached anchors only; in a real run they carry the
+            errors of earlier forecasts, which weights of opposite sign amplify.
     """
     anchors, step = _anchors_of(checked(schedule, problem.num_steps), KEPT["fitted"])
     if not len(step):
@@ -289,6 +293,7 @@ def fit_weights(problem: Problem, schedule: str, ridge: float | None = None) -> 
     if ridge is None:
         ridge = _best_ridge(problem, anchors, step)
     weights = _ridge(*_normal_equations(problem, anchors, step), _lagrange(problem.levels, anchors, step), ridge)
+    weights = (1 - damping) * weights + damping * np.eye(KEPT["fitted"])[0]
     rows = {}
     for t, row, chosen in zip(step, weights, anchors, strict=True):
         rows[int(t)] = tuple(float(w) for w, a in zip(row, chosen, strict=True) if a != NONE)

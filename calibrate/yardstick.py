@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.policies import uniform
-from calibrate.schedules import Problem, Program, computed_of, schedule_cost
+from calibrate.schedules import Problem, Program, Weights, computed_of, schedule_cost
 
 Array = NDArray[np.float64]
 HINDSIGHT_FORECASTS = ("reuse", "linear", "fitted")
@@ -68,16 +68,18 @@ class Yard:
             for sample in range(len(problem.gram))
         ]
 
-    def at(self, computed: int, plan: str, forecast: str) -> Yardstick:
-        """The yardstick beside a plan with its forecast."""
+    def at(self, computed: int, plan: str, forecast: str | Weights) -> Yardstick:
+        """The yardstick beside a plan with its forecast; ``fitted`` without weights means those of other prompts."""
         even = uniform(self.problem.num_steps, computed)
-        if forecast not in self.costs:
-            self.costs[forecast] = self.problem.costs(forecast)
+        if forecast == "fitted":
+            own = schedule_cost(self.costs[forecast], plan)
+        else:
+            own = float(self.problem.additive(plan, forecast).mean())
         return Yardstick(
             computed=computed,
             uniform=schedule_cost(self.costs["reuse"], even),
             uniform_best=min(schedule_cost(costs, even) for costs in self.costs.values()),
-            plan=schedule_cost(self.costs[forecast], plan),
+            plan=own,
             population=min(program.best(computed)[1] for program in self.programs.values()),
             hindsight=float(np.mean([min(p.best(computed)[1] for p in programs) for programs in self._samples])),
             floor=float(projection_floor(self.problem, plan).mean()),

@@ -1,0 +1,157 @@
+"""Planning a recorded run: from the log alone, with real runs on held-out prompts, and on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_pipeline import TinyPipeline
+
+import coeffs
+from calibrate import plan as planning
+from calibrate.cli import cli
+from calibrate.draft import draft_entry
+from calibrate.errors import InvalidOption
+from calibrate.gram import load_gram
+from calibrate.log import load_run
+from calibrate.plan import BASELINES, Planner, budget_for, fewer_steps_verdict, plan
+from calibrate.policies import uniform
+from calibrate.record import record
+from calibrate.yardstick import Yard
+
+TEXTS = [f"a thing number {number}" for number in range(4)]
+UNSEEN = [f"another thing {number}" for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "run"
+    record(TinyPipeline(), prompts=TEXTS, steps=10, guidance_scale=2.0, out=path, progress=False)
+    coeffs.save(draft_entry(load_run(path), degree=1), path / "entry.yaml")
+    return path
+
+
+def test_candidates_compute_their_budget_and_hold_both_baselines(folder):
+    planner = Planner(load_gram(folder), 7)
+    for computed in (2, 4, 7):
+        found = planner.candidates(computed)
+        assert [c.name for c in found[:2]] == list(BASELINES[:2])
+        assert all(c.schedule.count("C") == computed and len(c.schedule) == 10 for c in found)
+        assert len({json.dumps(c.setting("").parameters, sort_keys=True) for c in found}) == len(found)
+        short = planner.shortlist(computed, 2)
+        assert {c.forecast_of for c in short} == {"residual", "output"} and len(short) < len(found)
+
+
+def test_fitted_candidates_carry_a_row_of_weights_for_each_skipped_step(folder):
+    log = load_gram(folder)
+    fitted = next(c for c in Planner(log, 5).candidates(5) if c.forecast == "fitted")
+    record_of_it = fitted.as_plan(log, {"speedup": 1.5, "nothing": float("nan")})
+    assert record_of_it.weights_by_step == fitted.weights
+    assert record_of_it.sigmas[0] == 1.0 and len(record_of_it.sigmas) == 11
+    assert record_of_it.figures == {"speedup": 1.5, "nothing": None}
+
+
+def test_yardstick_is_nested(folder):
+    planner = Planner(load_gram(folder), 6)
+    yard = planner.yard
+    for computed in (3, 5, 6):
+        best = min(yard.programs, key=lambda name: yard.programs[name].best(computed)[1])
+        found = yard.at(computed, yard.programs[best].best(computed)[0], best)
+        assert found.floor <= found.plan + 1e-12
+        assert found.hindsight <= found.population + 1e-12 == pytest.approx(found.plan)
+        assert found.population <= found.uniform_best <= found.uniform
+        assert 0 <= found.percent <= 100
+        even = yard.at(computed, uniform(10, computed), "reuse")
+        assert even.percent == pytest.approx(0)
+
+
+def test_hindsight_of_one_sample_is_the_plan_itself(folder):
+    log = load_gram(folder).select([0])
+    yard = Yard(Planner(log, 4).problems["output"], 4)
+    found = yard.at(4, yard.programs["linear"].best(4)[0], "linear")
+    assert found.hindsight == pytest.approx(found.population)
+
+
+def test_damped_weights_lie_between_the_fitted_ones_and_reuse(folder):
+    """Bug: fitted weights alone amplify what earlier forecasts did to the anchors, most of all at small budgets."""
+    found = Planner(load_gram(folder), 5).candidates(5)
+    fitted = {c.damping: c for c in found if c.name.startswith("planned, fitted outputs")}
+    assert set(fitted) == {0.0, *planning.DAMPINGS}
+    for damping, candidate in fitted.items():
+        for step, (newest, *older) in candidate.weights.items():
+            plain = fitted[0.0].weights[step]
+            assert newest == pytest.approx(damping + (1 - damping) * plain[0])
+            assert older == pytest.approx([(1 - damping) * weight for weight in plain[1:]])
+
+
+def test_plans_without_runs_touch_nothing(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(cli, ["plan", str(folder), "--computed", "5,3", "--no-runs"])
+    assert result.exit_code == 0, result.output
+    assert "planned" in result.stdout and "planning 5, 3 of 10 steps from 4 samples" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--computed", "11"], "11 computed steps of 10"),
+        (["--computed", "a"], "expected whole numbers"),
+        ([], "give exactly one"),
+        (["--computed", "3", "--speedup", "2"], "give exactly one"),
+        (["--computed", "3", "--steps", "12"], "expected 3 to 10"),
+    ],
+)
+def test_wrong_use_is_one_line(folder, arguments, said):
+    result = CliRunner().invoke(cli, ["plan", str(folder), "--no-runs", *arguments])
+    assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+
+
+def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
+    options = {"computed": [5], "model": TinyPipeline(), "prompts": UNSEEN, "choosing": 1, "num_prompts": 2}
+    first = plan(folder, **options, candidates=2, progress=False)
+    assert len(first) == 1 and first[0].figures["prompts"] == 2
+    entry = coeffs.load(folder / "entry.yaml")
+    found = entry.plans[0]
+    assert found.computed_steps == 5 and found.schedule == first[0].winner.schedule
+    figures = found.figures
+    assert {"psnr_db", "worst_psnr_db", "speedup", "percent_of_oracle", "uniform_reuse_psnr_db"} <= set(figures)
+    assert figures["fewer_steps_psnr_db"] is not None
+    assert figures["gain_low_db"] <= figures["gain_db"] <= figures["gain_high_db"]
+    kept = json.loads((folder / "plan.json").read_text())
+    assert kept[0]["winner"]["schedule"] == found.schedule and len(kept[0]["candidates"]) >= 4
+
+    # Again, nothing is run a second time, and another budget's plan is added to the first.
+    monkeypatch.setattr("calibrate.sampling.Sampler.run", lambda *args, **more: pytest.fail("run again"))
+    again = plan(folder, **options, candidates=2, progress=False)
+    assert again[0].figures == first[0].figures
+
+
+def test_plans_are_kept_by_budget(folder):
+    entry, log = coeffs.load(folder / "entry.yaml"), load_gram(folder)
+    planner = Planner(log, 6)
+
+    def planned(computed, **figures):
+        candidate = planner.candidates(computed)[-1]
+        return planning._planned(planner, computed, [candidate], candidate, figures)
+
+    once = planning.planned_entry(entry, log, [planned(6, psnr_db=30.0, fewer_steps_psnr_db=20.0)])
+    twice = planning.planned_entry(once, log, [planned(3, psnr_db=20.0, fewer_steps_psnr_db=25.0)])
+    counts = [p.computed_steps for p in twice.plans]
+    assert counts == sorted(counts, reverse=True) and {6, 3} <= set(counts)
+    assert [w for w in twice.warnings if w.startswith("plan: ")] == [
+        "plan: fewer steps without a cache is better at 3 (25.0 against 20.0 dB) computed steps"
+    ]
+    assert fewer_steps_verdict([planned(6, psnr_db=30.0, fewer_steps_psnr_db=20.0)]) is None
+
+
+def test_speedup_becomes_a_budget():
+    """Half of 10 ms is head: at twice the speed nothing may be computed. At 1.25, 6 of 10 steps."""
+    assert budget_for(1.25, 10.0, 5.0, 10) == 6
+    assert budget_for(1.0, 10.0, 9.0, 50) == 50
+    with pytest.raises(InvalidOption, match=r"expected 1 to 1\.82"):
+        budget_for(2.0, 10.0, 5.0, 10)
+
+
+def test_half_width_is_students():
+    assert planning._half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.4841, abs=1e-3)
