@@ -1,0 +1,81 @@
+"""How well the open-loop error of a schedule, from the Gram log, ranks what real cached runs make of it.
+
+Random schedules of one number of computed steps are replayed and run on prompts of the run itself, so that nothing but
+the feedback through the sampler lies between the two. Random schedules differ more than good ones do: what is found is
+an upper figure for the ranking of near-optimal ones.
+
+    calibrate record --steps 20 --num-prompts 2 --dtype float32 --out runs/short && calibrate fit runs/short
+    python -m benchmarks.replay_vs_closed_loop runs/short --computed 8 --forecasts linear,reuse
+"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+
+from benchmarks.common import table, write
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.option("--computed", type=int, required=True, help="Computed steps of every schedule.")
+@click.option("--schedules", type=int, default=200, show_default=True)
+@click.option("--num-prompts", type=int, default=1, show_default=True)
+@click.option("--forecasts", default="linear,reuse", show_default=True, help="Forecasts of the outputs.")
+@click.option("--keep", type=click.Path(dir_okay=False), help="File of finished runs, to continue from.")
+def main(run: str, computed: int, schedules: int, num_prompts: int, forecasts: str, keep: str | None) -> None:
+    from calibrate.case import open_case
+    from calibrate.gram import load_gram
+    from calibrate.metrics import latent_rel_l2
+    from calibrate.policies import Setting
+    from calibrate.sampling import Sampler
+    from calibrate.schedules import Problem, random_schedules, rank_correlation
+
+    case = open_case(run, model=None, registry=None, out=None, dtype=None, device="auto")
+    log = load_gram(run)
+    sampler = Sampler(case.pipeline, case.arguments, case.accepts)
+    prompts = case.recorded_prompts[:num_prompts]
+    references = [sampler(prompt).latents for prompt in prompts]
+    problem = Problem.of(log.select([log.prompt_ids.index(prompt.prompt_id) for prompt in prompts]))
+    chosen = random_schedules(log.num_steps, computed, schedules)
+    file = Path(keep) if keep else None
+    done = {}
+    if file and file.exists():
+        done = {row["key"]: row["errors"] for row in map(json.loads, file.read_text().splitlines())}
+    rows, figures = [], {}
+    for forecast in forecasts.split(","):
+        real = []
+        for number, schedule in enumerate(chosen):
+            key = f"{forecast} {schedule}"
+            if key not in done:
+                parameters = {"schedule": schedule, "forecast": forecast, "forecast_of": "output"}
+                setting = Setting("random", "schedule", computed, parameters)
+                samples = [sampler.run(setting, prompt, entries={}) for prompt in prompts]
+                done[key] = [latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)]
+                if file:
+                    with file.open("a") as stream:
+                        stream.write(json.dumps({"key": key, "errors": done[key]}) + "\n")
+                click.echo(f"{forecast} {number + 1}/{len(chosen)}", err=True)
+            real.append(np.mean(done[key]))
+        signed = [problem.signed(schedule, forecast).mean() for schedule in chosen]
+        additive = [problem.additive(schedule, forecast).mean() for schedule in chosen]
+        best = int(np.argmin(real))
+        found = {
+            "schedules": len(chosen),
+            "signed": rank_correlation(signed, real),
+            "additive": rank_correlation(additive, real),
+            "best_is_number_by_signed": 1 + int(np.sum(np.array(signed) < signed[best])),
+            "best_is_number_by_additive": 1 + int(np.sum(np.array(additive) < additive[best])),
+        }
+        figures[forecast] = found
+        rows.append([forecast, *found.values()])
+    columns = ["forecast of outputs", "schedules", "signed", "additive", "best real one, by signed", "by additive"]
+    click.echo(f"{computed} of {log.num_steps} steps, {len(prompts)} prompts; Spearman's rank correlation\n")
+    click.echo(table(columns, rows))
+    facts = {"model": case.entry.model, "steps": log.num_steps, "computed": computed, "prompts": len(prompts)}
+    click.echo(f"\n{write('replay_vs_closed_loop', {**facts, 'forecasts': figures})}")
+
+
+if __name__ == "__main__":
+    main()
