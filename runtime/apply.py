@@ -109,6 +109,7 @@ def apply_tea_cache(
     forecast: str | Forecast | None = None,
     forecast_of: str | None = None,
     branches: str | None = None,
+    offload: bool = False,
     compat: bool = False,
     strict: bool = False,
     blocks: Sequence[str | nn.Module] | None = None,
@@ -141,6 +142,8 @@ def apply_tea_cache(
         branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
             their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
             ``compat``).
+        offload: Keep residuals in the host's memory between steps, which frees the device and costs two copies and a
+            wait per step.
         compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
         strict: Refuse an entry that was measured with other settings (scheduler, shift, dtype, steps, ...) instead of
             listing the differences in the handle's ``mismatches``.
@@ -238,6 +241,7 @@ def apply_tea_cache(
             forecast,
             of_output=forecast_of == "output",
             together=branches == "together",
+            offload=offload,
             on_generation=check_steps,
         )
 

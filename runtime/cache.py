@@ -21,10 +21,11 @@ from runtime.trajectory import Position
 
 @dataclass
 class _Anchor:
-    """What a computed step leaves behind: its noise level, and one tensor per exit (or per output)."""
+    """What a computed step leaves behind: its noise level, one tensor per exit (or per output), and where each was."""
 
     level: float
     values: list[torch.Tensor]
+    devices: list[torch.device]
 
 
 class _CachedTrajectory(Trajectory):
@@ -59,6 +60,7 @@ class CacheHandler:
             the stack no longer see the present latents.
         together: The first branch of a step decides for all of them: their errors then cancel in the guidance, which
             multiplies the difference of the branches, and one measurement serves all.
+        offload: Keep residuals in the host's memory between steps: slower, and nothing stays on the device.
         on_generation: Told the number of steps when a generation begins.
     """
 
@@ -71,11 +73,12 @@ class CacheHandler:
         forecast: Forecast,
         of_output: bool = False,
         together: bool = True,
+        offload: bool = False,
         on_generation: Callable[[int | None], None] = lambda num_steps: None,
     ) -> None:
         self.expert, self.stats = expert, stats
         self._forecast, self._of_output, self._on_generation = forecast, of_output, on_generation
-        self._together = together
+        self._together, self._offload = together, offload
         self._lead: tuple[int, str, Decision] | None = None
         self._new_policy, self._signal = policy, signal
         self._trajectories: dict[str, _CachedTrajectory] = {}
@@ -215,18 +218,22 @@ class CacheHandler:
         return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype, copy=True))
 
     def _add_anchor(self, call: Call, values: list[torch.Tensor]) -> None:
-        call.trajectory.anchors.insert(0, _Anchor(self._level, values))
+        devices = [value.device for value in values]
+        if self._offload:
+            values = [value.to("cpu") for value in values]
+        call.trajectory.anchors.insert(0, _Anchor(self._level, values, devices))
 
     def _forecast_of(self, call: Call, index: int) -> torch.Tensor:
         anchors = call.trajectory.anchors
+        device = anchors[0].devices[index]
         weights = self._forecast.at(self._position.step, self._level, [anchor.level for anchor in anchors])
-        if len(weights) == 1 or not any(weights[1:]):
-            kept = anchors[0].values[index]
-            return kept if weights[0] == 1 else kept * weights[0]
+        newest = anchors[0].values[index].to(device)
+        if not any(weights[1:]):
+            return newest if weights[0] == 1 else newest * weights[0]
         # In float32: weights of opposite sign cancel most of what a bfloat16 sum would still hold.
-        total = anchors[0].values[index].float() * weights[0]
+        total = newest.float() * weights[0]
         for weight, anchor in zip(weights[1:], anchors[1:], strict=False):
-            total.add_(anchor.values[index], alpha=weight)
+            total.add_(anchor.values[index].to(device), alpha=weight)
         return total
 
     @property
