@@ -26,7 +26,9 @@ UNIFORM = "uniform skipping"
 POLICIES = {
     "gate": GATE,
     "apart": APART_GATE,
+    "plan": "plan",
     "uniform": UNIFORM,
+    "uniform-linear": "uniform skipping, linear forecast",
     "growing": "growing interval",
     "fewer-steps": "fewer steps",
     "magcache": "MagCache's rule",
@@ -87,9 +89,29 @@ def fixed_settings(
             raise InvalidOption("the entry holds no magnitude ratios of this schedule; fit a run of it first")
         plans = [magcache_at(ratios, num_steps, budget) for budget in budgets]
     else:
-        plan = {"uniform": uniform, "growing": growing_interval}[policy]
+        plan = growing_interval if policy == "growing" else uniform
         plans = [plan(num_steps, budget) for budget in budgets]
-    return [Setting(name, "schedule", b, {"schedule": plan}) for b, plan in zip(budgets, plans, strict=True)]
+    more = {"forecast": "linear"} if policy == "uniform-linear" else {}
+    return [Setting(name, "schedule", b, {"schedule": plan, **more}) for b, plan in zip(budgets, plans, strict=True)]
+
+
+def planned_settings(entry: Entry, budgets: Sequence[int], num_steps: int) -> list[Setting]:
+    """The entry's plans for these budgets, each with its forecast."""
+    plans = [p for p in entry.plans or () if len(p.schedule) == num_steps and p.computed_steps in budgets]
+    if not plans:
+        wanted = ",".join(map(str, budgets))
+        raise InvalidOption(f"no plan in the entry for these budgets; make some: calibrate plan --computed {wanted}")
+    found = []
+    for plan in plans:
+        parameters: dict[str, Any] = {"schedule": plan.schedule}
+        if plan.forecast not in (None, "reuse"):
+            parameters["forecast"] = plan.forecast
+        if plan.forecast_of not in (None, "residual"):
+            parameters["forecast_of"] = plan.forecast_of
+        if plan.weights:
+            parameters["weights"] = {str(step): list(row) for step, row in plan.weights_by_step.items()}
+        found.append(Setting(POLICIES["plan"], "schedule", plan.computed_steps, parameters))
+    return found
 
 
 def tuned_gate(name: str, entry: Entry, budgets: Sequence[int], run: Run, measure: Measure) -> list[Setting]:
@@ -209,6 +231,9 @@ def contest(
         if policy in _DIFFUSERS:
             options = {"mag_ratios": ratios, "num_inference_steps": num_steps} if policy == "mag-cache" else {}
             jobs[POLICIES[policy]] = lambda p=policy, o=options: tuned_diffusers(p, budgets, o, measure)
+        elif policy == "plan":
+            if gates[GATE].plans:
+                jobs[POLICIES[policy]] = lambda: planned_settings(gates[GATE], budgets, num_steps)
         elif policy not in ("gate", "apart", "published"):
             jobs[POLICIES[policy]] = lambda p=policy: fixed_settings(p, budgets, num_steps, (ratios or [])[1:])
     for name, entry in gates.items():

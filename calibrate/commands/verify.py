@@ -38,8 +38,8 @@ class _Numbers(click.ParamType):
 @click.option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, apart, uniform, growing, fewer-steps, magcache, published, first-block-cache, mag-cache, "
-    "sea-cache [default: all].",
+    help="Of gate, apart, plan, uniform, uniform-linear, growing, fewer-steps, magcache, published, "
+    "first-block-cache, mag-cache, sea-cache [default: all].",
 )
 @click.option(
     "--lpips-weights", type=click.Path(), metavar="FILE", help="AlexNet weights: adds LPIPS to the measures."
