@@ -1,5 +1,6 @@
 """Planning a recorded run: from the log alone, with real runs on held-out prompts, and on the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -155,3 +156,21 @@ def test_speedup_becomes_a_budget():
 
 def test_half_width_is_students():
     assert planning._half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.4841, abs=1e-3)
+
+
+def test_plans_of_the_entry_enter_a_verification(folder):
+    from calibrate.contest import planned_settings
+
+    entry = coeffs.load(folder / "entry.yaml")
+    weights = ((1.2, -0.2),) * 5
+    plans = (
+        coeffs.Plan(schedule="CCSCSCSCSS", forecast="fitted", forecast_of="output", weights=weights),
+        coeffs.Plan(schedule="CSSSCSSSSS"),
+        coeffs.Plan(schedule="CCSS"),
+    )
+    found = planned_settings(dataclasses.replace(entry, plans=plans), [5, 2], 10)
+    assert [setting.budget for setting in found] == [5, 2]
+    assert found[0].parameters["weights"]["2"] == [1.2, -0.2] and found[0].parameters["forecast_of"] == "output"
+    assert dict(found[1].parameters) == {"schedule": "CSSSCSSSSS"}
+    with pytest.raises(InvalidOption, match="calibrate plan --computed 7"):
+        planned_settings(entry, [7], 10)
