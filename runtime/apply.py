@@ -23,6 +23,7 @@ from runtime.hooks import StackHooks
 from runtime.stats import Stats
 
 SIGNALS = ("modulated_input", "time_embedding")
+LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _FROM_ENTRY: Any = "entry"
 
@@ -126,7 +127,7 @@ def apply_tea_cache(
         speedup: What verified best at this speed-up: the entry's gate at a threshold, or one of its plans; the
             handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
         schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips; or one of an entry's
-            ``plans``, which brings its forecast.
+            ``plans``, which brings its forecast. Other noise levels than it was made for are a mismatch.
         coefficients: A polynomial of your own instead of an entry's, highest power first, with its ``domain`` and
             ``sign_rule`` (``clamp``, ``signed``, ``abs``) and the ``signal`` that it was fitted on
             (``modulated_input``, ``time_embedding``).
@@ -223,12 +224,29 @@ def apply_tea_cache(
         raise InvalidSetting(f"branches {branches!r}: expected together or apart")
     handle.settings["branches"] = branches
 
+    clock = None if isinstance(target, nn.Module) else SchedulerClock(target)
+
     def check_steps(found: int | None) -> None:
+        if plan is not None and plan.sigmas is not None and clock is not None:
+            check_levels(plan.sigmas)
         if stated_steps is None or found in (None, stated_steps):
             return
         text = f"num_steps: {stated_steps} in the entry, {found} here"
         if strict:
             raise InvalidSetting(f"{label} was not measured like this: {text}; calibrate at {found} steps")
+        if text not in handle.mismatches:
+            handle.mismatches.append(text)
+
+    def check_levels(stated: Sequence[float]) -> None:
+        levels = [clock.sigma(step) for step in range(len(stated))]
+        largest = max(map(abs, stated))
+        off = [a is not None and abs(a - b) > LEVEL_TOLERANCE * largest for a, b in zip(levels, stated, strict=True)]
+        if not any(off):
+            return
+        step = off.index(True)
+        text = f"sigma of step {step}: {stated[step]:.4g} in the plan, {levels[step]:.4g} here"
+        if strict:
+            raise InvalidSetting(f"{label} was not planned for this schedule: {text}; plan at these settings")
         if text not in handle.mismatches:
             handle.mismatches.append(text)
 
