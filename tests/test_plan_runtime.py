@@ -1,5 +1,7 @@
 """Applying a plan: what verified best at a speed-up, and a plan's own forecast."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_pipeline import TinyPipeline
@@ -78,3 +80,18 @@ def test_a_plan_of_another_number_of_steps_is_refused():
 def test_weights_belong_to_a_fitted_forecast(fields, said):
     with pytest.raises(coeffs.errors.EntryError, match=said):
         coeffs.Plan(schedule="CS", **fields)
+
+
+def test_other_noise_levels_than_the_plans_are_a_mismatch():
+    """Bug: weights made for one shift applied under another without a word."""
+    pipe = TinyPipeline()
+    pipe.scheduler.set_timesteps(8)
+    sigmas = tuple(pipe.scheduler.sigmas.tolist())
+    same = dataclasses.replace(FITTED, sigmas=sigmas)
+    other = dataclasses.replace(FITTED, sigmas=tuple(sigma**2 for sigma in sigmas))
+    for plan, expected in ((same, []), (other, ["sigma of step 1"])):
+        with apply_tea_cache(pipe, schedule=plan) as cache:
+            pipe("a fish", generator=torch.Generator().manual_seed(0))
+        assert [text[:15] for text in cache.mismatches] == expected
+    with apply_tea_cache(pipe, schedule=other, strict=True), pytest.raises(InvalidSetting, match="not planned for"):
+        pipe("a fish", generator=torch.Generator().manual_seed(0))
