@@ -4,7 +4,7 @@ Random schedules of one number of computed steps are replayed and run on prompts
 the feedback through the sampler lies between the two. Random schedules differ more than good ones do: what is found is
 an upper figure for the ranking of near-optimal ones.
 
-    calibrate record --steps 20 --num-prompts 2 --dtype float32 --out runs/short && calibrate fit runs/short
+    calibrate record --steps 20 --num-prompts 3 --dtype float32 --gram --out runs/short && calibrate fit runs/short
     python -m benchmarks.replay_vs_closed_loop runs/short --computed 8 --forecasts linear,reuse
 """
 
