@@ -102,7 +102,7 @@ def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) ->
     ids = {group.name: group.prompt.prompt_id for group in run.groups}
     files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
     if not files:
-        raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with this version of `calibrate record`")
+        raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`")
     samples = [_read(path) for path in files]
     experts = sorted({expert for sample in samples for expert in sample})
     if len(experts) != 1:

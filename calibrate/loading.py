@@ -93,6 +93,8 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     device = pick_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # what is allocated without naming a device belongs there too
     quiet = _quiet if checkpoint.spec and checkpoint.spec.embedded else nullcontext
     try:
         with quiet():
@@ -148,13 +150,17 @@ def pick_device(device: str = "auto") -> str:
         raise InvalidOption(f"--device {device}: torch sees no GPU here; use --device cpu")
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= torch.cuda.device_count():
+        raise InvalidOption(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return device
 
 
 def weights_sha256(folder: Path) -> str:
     """One hash over names and contents of the denoisers' configuration and weights."""
     digest = hashlib.sha256()
-    parts = sorted(path for path in folder.glob("transformer*/*") if path.suffix in {".json", ".safetensors", ".bin"})
+    weights = {".json", ".safetensors", ".bin"}
+    folders = (child for child in folder.iterdir() if re.match(r"transformer|denoiser|dit", child.name))
+    parts = sorted(path for child in folders for path in child.glob("*") if path.suffix in weights)
     for path in parts:
         with path.open("rb") as stream:
             digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())

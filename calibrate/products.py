@@ -3,8 +3,7 @@
 Outputs are exact: they are kept in the model's dtype, on the device while all steps of all branches stay under
 ``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay
 under ``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers
-by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB),
-beside the one residual that is being reduced.
+by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB).
 """
 
 from collections.abc import Mapping
@@ -29,16 +28,18 @@ def random_signs(device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.from_numpy(generator.integers(0, 2, _SIGNS, dtype=np.int8) * 2 - 1).to(device)
 
 
-def sketch(value: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+def sketch(value: torch.Tensor, signs: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
     """A linear random projection to ``SKETCH_SIZE`` numbers that keeps inner products in the mean (count sketch).
 
     Element i is added with a random sign to cell i modulo ``SKETCH_SIZE``. The relative standard error of a squared
     norm is ``sqrt(2 / SKETCH_SIZE)``, 1.6 %; as the map is linear this holds for the error of a forecast itself,
-    however small it is beside the residuals.
+    however small it is beside the residuals. With ``minus`` it is that of the difference, formed in float32.
     """
     total = torch.zeros(SKETCH_SIZE, device=value.device)
+    others = None if minus is None else minus.reshape(-1).split(_SIGNS)
     for index, piece in enumerate(value.reshape(-1).split(_SIGNS)):
-        signed = piece.float() * signs.roll(index * _ROLL)[: piece.numel()]
+        difference = piece.float() if others is None else piece.float() - others[index].float()
+        signed = difference * signs.roll(index * _ROLL)[: piece.numel()]
         missing = -len(signed) % SKETCH_SIZE
         total += torch.nn.functional.pad(signed, (0, missing)).view(-1, SKETCH_SIZE).sum(0)
     return total
@@ -46,6 +47,8 @@ def sketch(value: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 def gram_matrix(rows: list[torch.Tensor]) -> torch.Tensor:
     """All inner products of the flat ``rows``, summed in float64: shape (rows, rows)."""
+    if rows[0].device.type == "mps":  # knows no float64
+        rows = [row.cpu() for row in rows]
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
     for begin in range(0, rows[0].numel(), _COLUMNS):
         piece = torch.stack([row[begin : begin + _COLUMNS] for row in rows]).double()
@@ -81,21 +84,26 @@ class Products:
         self._outputs[branch, step] = flat.cpu() if self._on_host else flat.clone()
 
     def add_residual(self, branch: str, step: int, hidden: torch.Tensor, entry: torch.Tensor | None) -> None:
-        flat = hidden.detach().float() if entry is None else hidden.detach().float() - entry.float()
-        flat = flat.reshape(-1)
-        if not self._sketched and flat.nbytes * (len(self._residuals) + 1) > RESIDUAL_BYTES:
+        hidden = hidden.detach()
+        if not self._sketched and 4 * hidden.numel() * (len(self._residuals) + 1) > RESIDUAL_BYTES:
             self._sketched = True
             self._residuals = {key: self._sketch(tensor) for key, tensor in self._residuals.items()}
-        self._residuals[branch, step] = self._sketch(flat) if self._sketched else flat.clone()
+        if self._sketched:
+            self._residuals[branch, step] = self._sketch(hidden, entry)
+            return
+        residual = hidden.reshape(-1).to(torch.float32, copy=True)
+        if entry is not None:
+            residual -= entry.detach().reshape(-1)
+        self._residuals[branch, step] = residual
 
     def add_sigma(self, step: int, sigma: float | None) -> None:
         if sigma is not None:
             self._sigmas[step] = sigma
 
-    def _sketch(self, value: torch.Tensor) -> torch.Tensor:
+    def _sketch(self, value: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
         if self._signs is None or self._signs.device != value.device:
             self._signs = random_signs(value.device)
-        return sketch(value, self._signs)
+        return sketch(value, self._signs, minus)
 
     def matrices(self, expert: str, over_ranks: Any = None) -> dict[str, np.ndarray]:
         """The arrays of a run's ``gram/<group>.npz`` for this denoiser, named as in :mod:`calibrate.gram`.

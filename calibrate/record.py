@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import platform
 import sys
@@ -53,6 +54,7 @@ def record(
     generate: Callable[[str, int], Any] | None = None,
     modules: Any = None,
     blocks: Sequence[str] | None = None,
+    gram: bool = False,
     cpu_offload: bool = False,
     allow_pickle: bool = False,
     progress: bool = True,
@@ -62,7 +64,8 @@ def record(
     ``model`` is an alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is
     (``dtype`` and ``device`` are then its own). With ``generate`` and ``modules`` it is only a name:
     ``generate(prompt, seed)`` runs one whole generation through ``modules`` (one module, or expert name -> module).
-    ``blocks`` names the block stack of a denoiser in which it cannot be found.
+    ``blocks`` names the block stack of a denoiser in which it cannot be found. ``gram`` also keeps the inner products
+    of all steps, which `calibrate plan` needs: outputs and residuals of a generation are held for them, within limits.
 
     Prompts that fail are noted in ``failures/`` and tried again by the next call; ``is_complete`` of the returned run
     tells. Under torchrun every rank records the groups that it gets hold of, and rank 0 returns when all are there.
@@ -104,7 +107,7 @@ def record(
             subject = pipeline_subject(pipeline, call, slug=checkpoint.slug, checkpoint=checkpoint.as_dict())
     from calibrate.recorder import Recorder
 
-    recorder = Recorder(subject.modules, subject.pipeline, blocks=blocks)
+    recorder = Recorder(subject.modules, subject.pipeline, blocks=blocks, gram=gram)
     return _record_all(subject, recorder, prompt_set, out, notes={"command": command}, progress=progress)
 
 
@@ -112,8 +115,11 @@ def _check_options(settings: Mapping[str, Any], num_prompts: int | None, dtype: 
     """Refuse before anything is loaded what no pipeline can take."""
     for name, value in {**settings, "num_prompts": num_prompts}.items():
         minimum = MIN_STEPS if name == "steps" else 1
-        if name != "guidance_scale" and value is not None and value < minimum:
-            flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name.replace('_', '-')}"
+        if name == "guidance_scale":
+            if value is not None and not math.isfinite(value):
+                raise InvalidOption(f"{flag} {value}: expected a finite number")
+        elif value is not None and value < minimum:
             raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
     if dtype not in DTYPES:
         raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -207,7 +213,7 @@ class _Loop:
         except _EXPECTED:
             raise  # says what to do about the model or the run, and would be the same for every prompt
         except Exception as error:
-            kind, message = _kind_of(error), " ".join(str(error).split())[:500]
+            kind, message = _kind_of(error), " ".join((str(error) or repr(error)).split())[:500]
         else:
             kind, message = ("", "") if recording.rows else ("no pairs", "the denoiser was called less than twice")
         self.outcomes.append(f"{kind}: {message}" if kind else None)
@@ -300,5 +306,8 @@ def _versions() -> dict[str, str]:
 def _device_name(subject: Subject) -> str:
     import torch
 
-    device = getattr(subject.pipeline, "_execution_device", None) or torch.device("cpu")
+    device = getattr(subject.pipeline, "_execution_device", None)
+    if device is None:
+        parameters = (parameter for module in subject.modules.values() for parameter in module.parameters())
+        device = next(parameters, torch.empty(0)).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

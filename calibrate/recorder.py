@@ -81,13 +81,13 @@ class _Clock:
     """Moments on the device's own time line: CUDA events, which do not wait, or the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
 
     def now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
@@ -105,7 +105,8 @@ class _RecordHandler:
         self._products = Products() if gram else None
         self._trajectories: dict[str, _RecordedTrajectory] = {}
         self._finished: list[_RecordedTrajectory] = []
-        self._moments: list[tuple[Any, Any, Any, Any]] = []
+        self._several = False
+        self._moments: list[tuple[_Clock, Any, Any, Any, Any]] = []
 
     def bind(self, hooks: StackHooks, locator: Locator) -> None:
         self._hooks, self._locator = hooks, locator
@@ -121,7 +122,7 @@ class _RecordHandler:
     def discard(self) -> None:
         """Forget what was seen since the last call."""
         self.reset()
-        self._finished, self._moments = [], []
+        self._finished, self._moments, self._several = [], [], False
         if self._products is not None:
             self._products.clear()
 
@@ -132,7 +133,8 @@ class _RecordHandler:
         group = lockstep_group(self._hooks.root)
         device = next(self._hooks.root.parameters()).device
         summed = None if group is None else lambda matrix: gathered(group, matrix.to(device)).sum(0)
-        found = self._products.matrices(self.expert, summed)
+        # Of several schedules in one generation no one plan could be made.
+        found = {} if self._several else self._products.matrices(self.expert, summed)
         self._products.clear()
         return found
 
@@ -142,7 +144,7 @@ class _RecordHandler:
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
         self.reset()
-        rows = [row for trajectory in self._finished for row in trajectory.rows]
+        rows = _counted_on(self._finished)
         numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
         tokens = torch.tensor([row.pop("tokens") for row in rows])
         group = lockstep_group(self._hooks.root)
@@ -164,7 +166,7 @@ class _RecordHandler:
     def _timing(self) -> dict[str, float]:
         if not self._moments:
             return {}
-        spans = [(self._watch.seconds(a, d), self._watch.seconds(b, c)) for a, b, c, d in self._moments]
+        spans = [(watch.seconds(a, d), watch.seconds(b, c)) for watch, a, b, c, d in self._moments]
         calls = len(spans)
         return {
             "call_seconds": sum(whole for whole, _ in spans) / calls,
@@ -177,6 +179,7 @@ class _RecordHandler:
     def start(self, args: tuple, kwargs: dict) -> _RecordedTrajectory:
         self._position = position = self._locator.locate(args, kwargs)
         if position.new_generation:
+            self._several |= any(trajectory.rows for trajectory in (*self._finished, *self._trajectories.values()))
             self._finished += self._trajectories.values()
             self._trajectories = {}
             if self._products is not None:
@@ -184,7 +187,8 @@ class _RecordHandler:
         trajectory = self._trajectories.setdefault(position.branch, _RecordedTrajectory())
         if not position.consecutive:
             trajectory.restart()
-        self._watch = _Clock(next(tensor for _, tensor in tensors((args, kwargs))).device)
+        devices = {tensor.device for _, tensor in tensors((args, kwargs))}
+        self._watch = _Clock(next((one for one in devices if one.type == "cuda"), next(iter(devices))))
         self._begun, self._row = self._watch.now(), {}
         self._left: Any = None
         return trajectory
@@ -218,7 +222,7 @@ class _RecordHandler:
         raise NotImplementedError("the recorder never skips")
 
     def finish(self, call: Call, output: Any) -> None:
-        self._moments.append((self._begun, self._entered, self._left, self._watch.now()))
+        self._moments.append((self._watch, self._begun, self._entered, self._left, self._watch.now()))
         place = self._hooks.time_embedding
         embedding = None if place is None else at(place, *call.head)
         if embedding is not None:
@@ -275,6 +279,22 @@ class _RecordHandler:
                 "tokens": row["tokens"],
             }
         )
+
+
+def _counted_on(trajectories: list[_RecordedTrajectory]) -> list[dict[str, Any]]:
+    """All rows; where a pipeline ran several schedules (chunks, stages), a branch's steps are counted on.
+
+    Between two schedules there is no pair, as there is none at the first step.
+    """
+    rows, taken = [], {}
+    for trajectory in trajectories:
+        if not trajectory.rows:
+            continue
+        branch = trajectory.rows[0]["branch"]
+        offset = taken.get(branch, 0)
+        rows += [row | {"step": row["step"] + offset} for row in trajectory.rows]
+        taken[branch] = offset + max(row["num_steps"] or row["step"] + 1 for row in trajectory.rows)
+    return rows
 
 
 def exit_figures(
@@ -390,7 +410,7 @@ class Recorder:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], pipeline: Any = None, blocks: Any = None, gram: bool = True
+        self, modules: Mapping[str, nn.Module], pipeline: Any = None, blocks: Any = None, gram: bool = False
     ) -> None:
         clock = None if pipeline is None else SchedulerClock(pipeline)
         self._parts: list[tuple[StackHooks, _RecordHandler]] = []

@@ -277,9 +277,7 @@ def local_search(
 # --- fitted weights
 
 
-def fit_weights(
-    problem: Problem, schedule: str, ridge: float | None = None, damping: float = 0.0
-) -> Weights:
+def fit_weights(problem: Problem, schedule: str, ridge: float | None = None, damping: float = 0.0) -> Weights:
     """Weights that minimise the mean squared error over samples, shrunk to linear extrapolation.
 
     Args:
@@ -335,9 +333,7 @@ def _cross_validated(problem: Problem, anchors: NDArray, step: NDArray, ridge: f
     return squared
 
 
-def _normal_equations(
-    problem: Problem, anchors: NDArray, step: NDArray, summed: bool = True
-) -> tuple[Array, Array]:
+def _normal_equations(problem: Problem, anchors: NDArray, step: NDArray, summed: bool = True) -> tuple[Array, Array]:
     """``G_SS`` and ``G_St`` of all anchor sets, each sample divided by its path's square; absent anchors are zero."""
     present = anchors != NONE
     gram = problem.gram / problem.scale[:, None, None] ** 2

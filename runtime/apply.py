@@ -70,6 +70,7 @@ class TeaCache:
         self.mismatches: list[str] = []
         self._target = target
         self._parts: list[tuple[StackHooks, CacheHandler]] = []
+        self._free: Callable[[], Any] | None = None
 
     def reset(self) -> None:
         """Forget the generation under way; the next denoiser call begins a new one. Statistics stay."""
@@ -82,7 +83,9 @@ class TeaCache:
             hooks.remove()
             handler.reset()
         self._parts.clear()
-        _stop_freeing(self._target)
+        if self._free is not None and self._target.__dict__.get("maybe_free_model_hooks") is self._free:
+            del self._target.__dict__["maybe_free_model_hooks"]
+        self._free = None
 
     def __enter__(self) -> "TeaCache":
         self.reset()
@@ -164,6 +167,10 @@ def apply_tea_cache(
         if other is not None:
             raise ApplyError(f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first")
     _check_choice(threshold=threshold, speedup=speedup, schedule=schedule)
+    if num_steps is not None and not isinstance(target, nn.Module):
+        raise InvalidSetting("num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out")
+    if compat and (start is not None or end is not None or max_skips not in (_FROM_ENTRY, None)):
+        raise InvalidSetting("start=, end= and max_skips= have no meaning beside compat=True, which fixes them")
     plan, source = (schedule if isinstance(schedule, coeffs.Plan) else None), None
     if schedule is None:
         source = _Source.of(entry, coefficients, domain, sign_rule, signal, target, modules, strict)
@@ -199,7 +206,12 @@ def apply_tea_cache(
         for expert in modules:
             policy(expert, "")  # a missing expert or an unusable polynomial shows before anything is hooked
     else:
-        _refuse_with_schedule(coefficients=coefficients, start=start, end=end, signal=signal)
+        cap = None if max_skips is _FROM_ENTRY else "lifted" if max_skips is None else max_skips
+        _refuse_with_schedule(
+            coefficients=coefficients, domain=domain, sign_rule=sign_rule, signal=signal,
+            start=start, end=end, max_skips=cap, compat=compat or None,
+            strict=None if plan is not None else strict or None,  # a plan states its noise levels
+        )  # fmt: skip
         FixedSchedule(schedule)
         label, mismatches = (source.label, source.mismatches) if source else (None, ())
         if source is None and entry is not None:
@@ -408,12 +420,7 @@ def _free_after_generation(pipeline: Any, handle: TeaCache) -> None:
         return type(pipeline).maybe_free_model_hooks(pipeline)
 
     if hasattr(pipeline, "maybe_free_model_hooks"):
-        pipeline.__dict__["maybe_free_model_hooks"] = free
-
-
-def _stop_freeing(target: Any) -> None:
-    if not isinstance(target, nn.Module):
-        target.__dict__.pop("maybe_free_model_hooks", None)
+        pipeline.__dict__["maybe_free_model_hooks"] = handle._free = free
 
 
 def _first(*values: Any) -> Any:

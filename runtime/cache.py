@@ -84,6 +84,7 @@ class CacheHandler:
         self._trajectories: dict[str, _CachedTrajectory] = {}
         self.siblings: list[CacheHandler] = []
         self.step = -1
+        self.schedule: object = None
 
     def bind(self, hooks: StackHooks, locator: Locator) -> None:
         refuse_inner_sharding(hooks.root, hooks.blocks)
@@ -97,6 +98,10 @@ class CacheHandler:
     def start(self, args: tuple, kwargs: dict) -> _CachedTrajectory:
         self._position = position = self._locator.locate(args, kwargs)
         if position.new_generation:
+            for other in self.siblings:  # an aborted generation may have left them in the middle
+                if other.schedule != position.schedule:
+                    other._trajectories.clear()
+            self.schedule = position.schedule
             self._on_generation(position.num_steps)
             self._lead = None
             self._trajectories.clear()
@@ -113,6 +118,7 @@ class CacheHandler:
             trajectory.restart()
         return trajectory
 
+    @torch.no_grad()
     def decide(self, call: Call, probe: Callable[[], torch.Tensor], changed: bool) -> bool:
         trajectory, where = call.trajectory, self._position
         led = self._led(where)
@@ -153,7 +159,7 @@ class CacheHandler:
         if comparable:
             before.copy_(signal)
         else:
-            trajectory.previous = signal.clone()
+            trajectory.previous = signal.detach().clone()
         group = lockstep_group(self._hooks.root)
         if group is None:
             return None if sums is None else ratio(*sums.tolist())
@@ -181,18 +187,20 @@ class CacheHandler:
     def signal(self, call: Call, value: torch.Tensor) -> None:
         raise NotImplementedError
 
+    @torch.no_grad()
     def leave(self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         if base is None:
-            return value.clone()
+            return value.detach().clone()
         # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where nobody else
         # needs the copy of the stack's input, the residual takes its place.
         out = base if call.observation is None and call.trajectory.wiring.is_sole(index) else None
-        return torch.sub(value.to(base.dtype), base, out=out)
+        return torch.sub(value.detach().to(base), base, out=out)
 
     def keep(self, call: Call, results: list[torch.Tensor]) -> None:
         if not self._of_output:
             self._add_anchor(call, results)
 
+    @torch.no_grad()
     def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
         if self._of_output:  # the output is replaced as a whole; what runs until then does not matter
             return base if base is not None else call.trajectory.wiring.exits[index].spec.make()
@@ -200,6 +208,7 @@ class CacheHandler:
         # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
         return forecast.clone() if base is None else (base + forecast).to(base.dtype)
 
+    @torch.no_grad()
     def finish(self, call: Call, output: Any) -> Any:
         replaced = self._output_for(call, output) if self._of_output else None
         where = self._position
@@ -238,6 +247,8 @@ class CacheHandler:
 
     @property
     def _level(self) -> float:
-        """Abscissa of forecasts: the noise level, or the step where the scheduler tells none."""
+        """Abscissa of forecasts: the noise level, or the step where the scheduler tells none; 0 where nobody asks."""
+        if self._forecast.kept == 1:
+            return 0.0
         sigma = self._locator.sigma(self._position.step)
         return float(-self._position.step) if sigma is None else sigma

@@ -26,6 +26,8 @@ class SchedulerClock:
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._timesteps: Any = None
+        self._sigmas: Any = None
+        self._levels: list[float] = []
         self._generation = 0
 
     @property
@@ -55,7 +57,10 @@ class SchedulerClock:
     def sigma(self, step: int) -> float | None:
         """Noise level of ``step``; ``None`` where the scheduler has no sigmas."""
         sigmas = getattr(self._scheduler, "sigmas", None)
-        return None if sigmas is None or step >= len(sigmas) else float(sigmas[step])
+        if sigmas is not self._sigmas:  # they may lie on the device: read once per schedule, not once per step
+            self._sigmas = sigmas
+            self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
+        return self._levels[step] if step < len(self._levels) else None
 
 
 class Locator:

@@ -102,8 +102,6 @@ class Gate:
         ['first', 'skipped', 'skipped', 'computed', 'skipped']
     """
 
-    needs_signal = True
-
     def __init__(self, polynomial: Polynomial, config: GateConfig) -> None:
         self.polynomial = (
             Polynomial(polynomial.coefficients_high_to_low, None, polynomial.sign_rule)
@@ -112,6 +110,11 @@ class Gate:
         )
         self.config = config
         self.reset()
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether any decision can depend on x."""
+        return self.config.threshold > 0
 
     def reset(self) -> None:
         """Forget the trajectory."""

@@ -373,9 +373,10 @@ class StackHooks:
         """Copies of the streams that enter the stack, since a block may change its input in place."""
         if call.observation is None:
             places = {found.base for found in call.trajectory.wiring.exits if found.base is not None}
-            call.bases = {place: at(place, args, kwargs).clone() for place in places}
+            call.bases = {place: at(place, args, kwargs).detach().clone() for place in places}
         else:
-            call.bases = {p: t.clone() for p, t in call_tensors(args, kwargs) if t.is_floating_point() and t.ndim > 1}
+            streams = [(p, t) for p, t in call_tensors(args, kwargs) if t.is_floating_point() and t.ndim > 1]
+            call.bases = {place: tensor.detach().clone() for place, tensor in streams}
 
     def _probe(self, call: Call, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
         """The modulated input: the first block's own forward, stopped at its first attention call."""
@@ -445,7 +446,7 @@ class StackHooks:
                 f"({type(found.module).__name__}), a skipped step brings {shape} there; its output is refused"
             )
         call.overridden += 1
-        both = replaced({"args": args, "kwargs": kwargs}, found.place, stored.to(value.dtype))
+        both = replaced({"args": args, "kwargs": kwargs}, found.place, stored.to(value))
         return both["args"], both["kwargs"]
 
 

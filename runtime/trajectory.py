@@ -166,7 +166,11 @@ class Tracker:
             name = info.context or f"branch{len(self._branches)}"
             self._branches.append(_Branch(name, self._ordinal, info.conditioning))
             return self._branches[-1], False
-        consecutive = branch.ordinal == self._ordinal - 1
+        # Pipelines hand over the same embeddings at every step. After one call with others this may be another branch;
+        # loops of one's own often make them anew, and are taken at their word.
+        known = branch.calls > 1 or info.context is not None or self._index is None
+        known = known or not branch.seen or not info.conditioning
+        consecutive = branch.ordinal == self._ordinal - 1 and (known or bool(branch.seen & info.conditioning))
         branch.visit(self._ordinal, info.conditioning)
         return branch, consecutive
 

@@ -55,6 +55,7 @@ class Recorder:
     modules: dict
     pipeline: object = None
     blocks: object = None
+    gram: bool = False
     outputs: list = field(default_factory=list)
 
     def __enter__(self):

@@ -27,7 +27,7 @@ UNSEEN = [f"another thing {number}" for number in range(3)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "run"
-    record(TinyPipeline(), prompts=TEXTS, steps=10, guidance_scale=2.0, out=path, progress=False)
+    record(TinyPipeline(), prompts=TEXTS, steps=10, guidance_scale=2.0, out=path, progress=False, gram=True)
     coeffs.save(draft_entry(load_run(path), degree=1), path / "entry.yaml")
     return path
 

@@ -26,7 +26,7 @@ def recorded(pipe, **options):
         outputs[next(order)].append(output[0].double().flatten())
 
     handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
-    with torch.inference_mode(), Recorder(denoisers(pipe), pipe, **options) as recorder:
+    with torch.inference_mode(), Recorder(denoisers(pipe), pipe, **{"gram": True, **options}) as recorder:
         recorder.start()
         image = pipe("a fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)).images
         found = recorder.finish()
@@ -166,7 +166,9 @@ def test_branches_that_are_no_guidance_add_up():
 
 @pytest.fixture
 def a_run(tmp_path):
-    return record(TinyPipeline(), prompts=["a fish", "a bird"], steps=STEPS, guidance_scale=2.0, out=tmp_path / "run")
+    return record(
+        TinyPipeline(), prompts=["a fish", "a bird"], steps=STEPS, guidance_scale=2.0, out=tmp_path / "run", gram=True
+    )
 
 
 def test_a_run_keeps_its_log(a_run):

@@ -39,6 +39,7 @@ _RECORDING_OPTIONS = (
     click.option("--device", default="auto", metavar="auto|cpu|cuda", show_default=True, help="Where the model runs."),
     click.option("--out", type=click.Path(file_okay=False), metavar="RUN", help="Run folder [runs/<model>-<hash>]."),
     click.option("--pipe-arg", "pipe_args", multiple=True, metavar="KEY=VALUE", help="Further pipeline argument."),
+    click.option("--gram", is_flag=True, help="Also keep the inner products of all steps, for `calibrate plan`."),
     click.option("--cpu-offload", is_flag=True, help="Keep on the GPU only the component that is running."),
     click.option("--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."),
 )

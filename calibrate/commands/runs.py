@@ -66,6 +66,13 @@ def raise_if_incomplete(recorded: Any) -> None:
     from calibrate.errors import Incomplete
 
     failures = recorded.failures()
+    told = {(failure["kind"], failure.get("message")) for failure in failures.values()}
+    if len(failures) == len(recorded.groups) and len(told) == 1:
+        kind, message = told.pop()
+        raise Incomplete(
+            f"{recorded.path}: every prompt failed alike ({kind}: {message}): look at the call's settings rather than "
+            "at the prompts"
+        )
     if failures:
         named = "; ".join(f"{name} ({failure['kind']})" for name, failure in list(failures.items())[:5])
         more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""

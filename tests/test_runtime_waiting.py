@@ -1,0 +1,145 @@
+"""How often the host waits for the device, what a refused apply leaves alone, and generations of several schedules.
+
+On a GPU every number that Python reads from a tensor makes the host wait. Here the reads are counted where Python asks
+for them, and those of the plain pipeline are subtracted.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from diffusers import DiffusionPipeline
+from torch.overrides import TorchFunctionMode
+
+from calibrate.log import load_run
+from calibrate.recorder import Recorder
+from runtime import ApplyError, InvalidSetting, apply_tea_cache, denoisers
+
+torch.set_num_threads(1)
+FOLDER = Path(__file__).parent.parent / "calibrate" / "embedded" / "tiny-longcat-image"
+STEPS = 6
+CALL = {"height": 32, "width": 32, "num_inference_steps": STEPS, "guidance_scale": 4.5, "output_type": "latent"}
+
+
+class Reads(TorchFunctionMode):
+    """Counts what brings a tensor's values to the host."""
+
+    NAMES = frozenset({"tolist", "item", "__float__", "__int__", "__bool__", "cpu", "numpy", "__index__"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    found = DiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def generate(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a handwritten digit seven", enable_prompt_rewrite=False, generator=generator, **CALL).images
+
+
+def reads(pipe) -> int:
+    with Reads() as counted:
+        generate(pipe)
+    return counted.found.total()
+
+
+def test_a_plan_never_waits_and_a_gate_once_per_step(pipe):
+    plain = reads(pipe)
+    with apply_tea_cache(pipe, schedule="C" * STEPS):
+        assert reads(pipe) == plain
+    with apply_tea_cache(pipe, schedule="C" * STEPS, forecast="linear"):
+        assert reads(pipe) - plain <= 1  # the noise levels, once per generation
+    with apply_tea_cache(pipe, coefficients=[1.0, 0.0], threshold=0.0):
+        assert reads(pipe) == plain
+    # Cond and uncond decide together, and neither the first nor the last step asks: one read for each other step.
+    with apply_tea_cache(pipe, coefficients=[1.0, 0.0], threshold=1e-9):
+        assert reads(pipe) - plain == STEPS - 2
+    with apply_tea_cache(pipe, coefficients=[1.0, 0.0], threshold=1e-9, branches="apart"):
+        assert reads(pipe) - plain == 2 * (STEPS - 2)
+
+
+def test_the_recorder_reads_once_a_generation_is_over(pipe):
+    plain = reads(pipe)
+    with Recorder(denoisers(pipe), pipe) as recorder:
+        recorder.start()
+        assert reads(pipe) - plain <= 1  # the noise levels
+        assert len(recorder.finish().rows) == 2 * (STEPS - 1)
+
+
+def test_a_refused_apply_leaves_the_applied_one_alone(pipe):
+    with apply_tea_cache(pipe, schedule="CS" * (STEPS // 2)) as cache:
+        with pytest.raises(ApplyError, match="already carries"):
+            apply_tea_cache(pipe, schedule="C" * STEPS)
+        generate(pipe)
+        assert cache.stats.pattern == "CS" * (STEPS // 2)
+        assert "maybe_free_model_hooks" in vars(pipe)
+    assert "maybe_free_model_hooks" not in vars(pipe)
+    other = apply_tea_cache(pipe, schedule="C" * STEPS)
+    cache.remove()  # once more, late
+    assert "maybe_free_model_hooks" in vars(pipe)
+    other.remove()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "CS", "max_skips": 1},
+        {"schedule": "CS", "compat": True},
+        {"schedule": "CS", "strict": True},
+        {"schedule": "CS", "domain": (0.0, 1.0)},
+        {"coefficients": [1.0, 0.0], "threshold": 0.1, "compat": True, "start": 2, "num_steps": 8},
+        {"coefficients": [1.0, 0.0], "threshold": 0.1, "compat": True, "max_skips": 2, "num_steps": 8},
+    ],
+    ids=str,
+)
+def test_settings_that_would_do_nothing_are_refused(settings):
+    with pytest.raises(InvalidSetting, match="no meaning beside"):
+        apply_tea_cache(zoo.build("flux"), **settings)
+
+
+def test_a_pipelines_scheduler_tells_the_number_of_steps(pipe):
+    with pytest.raises(InvalidSetting, match="bare denoiser"):
+        apply_tea_cache(pipe, schedule="CS", num_steps=2)
+
+
+@pytest.mark.parametrize("of", ["residual", "output"])
+def test_gradients_may_be_on(of):
+    """Caching is for inference, but a loop without ``no_grad`` must not break it, nor be kept alive by it."""
+    model = zoo.build("flux")
+    with apply_tea_cache(model, schedule="CCSC", forecast="linear", forecast_of=of) as cache:
+        for kwargs in zoo.trajectory("flux", total=4):
+            model(**kwargs)
+        kept = next(iter(cache._parts[0][1]._trajectories.values())).anchors
+        assert kept and not any(value.requires_grad for anchor in kept for value in anchor.values)
+
+
+def test_two_schedules_in_one_generation_are_counted_on(pipe):
+    """Chunked video and two-stage pipelines: one trajectory, no pair between the schedules, and a log that loads."""
+    with Recorder(denoisers(pipe), pipe) as recorder:
+        recorder.start()
+        generate(pipe)
+        once = len(recorder.finish().rows)
+        recorder.start()
+        generate(pipe)
+        generate(pipe)
+        rows = recorder.finish().rows
+    assert len(rows) == 2 * once
+    steps = [row["step"] for row in rows if row["branch"] == "cond"]
+    assert steps == [*range(1, STEPS), *range(STEPS + 1, 2 * STEPS)]
+    import pandas as pd
+
+    run = load_run(pd.DataFrame(rows).assign(prompt_id="one", seed=0))
+    assert len(run.frame) == len(rows)
