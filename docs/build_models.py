@@ -37,9 +37,8 @@ model is wired around it is learned by watching its first computed step.
 forced pattern of computed and skipped steps every output equals, bit for bit, a reference that runs *all* blocks and
 puts `stack input + residual of the last computed step` into the stack's exit by hand; and after `remove()` the model
 gives its old outputs bit for bit. It does not mean that a skipped step looks like a computed one: that is what
-thresholds are calibrated for. (Where tokens move or are cut between the last block and the exit, the bfloat16 pattern
-is run, but only the float32 one is compared with the reference.) The proof is `tests/test_runtime_classes.py`, on the
-real classes at a tiny size, with random weights of which none is zero.
+thresholds are calibrated for. The proof is `tests/test_runtime_classes.py`, on the real classes at a tiny size, with
+random weights of which none is zero.
 
 What a user must know:
 
