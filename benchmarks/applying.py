@@ -19,6 +19,8 @@ from calibrate.recorder import Recorder
 from runtime import apply_tea_cache
 from runtime.distance import l1_sums
 
+NEVER = 1e-12  # a threshold that every change exceeds: the gate measures and decides, and computes
+
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     model = build(shape)
@@ -37,6 +39,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     cases = {
         "plain": plain,
         "threshold 0": with_cache(coefficients=[1.0, 0.0], threshold=0.0),
+        "every step decided, none skipped": with_cache(coefficients=[1.0, 0.0], threshold=NEVER),
         "half skipped": with_cache(schedule=half),
         "half skipped, linear": with_cache(schedule=half, forecast="linear"),
         "only the first computed": with_cache(schedule="C" + "S" * (shape.steps - 1)),
@@ -103,7 +106,7 @@ def _with_diffusers(model: torch.nn.Module, shape: Shape, config: Any) -> Callab
 @torch.inference_mode()
 def parts(model: torch.nn.Module, shape: Shape, repeats: int = 30) -> dict[str, float]:
     """Milliseconds of the parts of one decision on tensors of this shape."""
-    cache = apply_tea_cache(model, coefficients=[1.0, 0.0], threshold=0.0)
+    cache = apply_tea_cache(model, coefficients=[1.0, 0.0], threshold=NEVER)
     _, handler = cache._parts[0]
     probes: list[float] = []
     decide = handler.decide

@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import alternate, peak_bytes, ratio, table, write
 from benchmarks.workloads import Shape, build, chosen, generate
 from calibrate.recorder import Recorder
+from runtime import denoisers
 
 
 class Estimator:
@@ -98,6 +99,39 @@ def measure(shape: Shape, rounds: int, steps: int | None = None) -> dict:
     }
 
 
+@torch.inference_mode()
+def measure_embedded(rounds: int, prompts: int, steps: int) -> dict:
+    """The embedded model through its whole pipeline, text encoder and decoder included."""
+    from calibrate.calling import prepare_call
+    from calibrate.loading import find_checkpoint, load_pipeline
+    from calibrate.prompts import load_prompts
+
+    checkpoint = find_checkpoint("tiny-longcat-image")
+    pipe = load_pipeline(checkpoint, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    call = prepare_call(type(pipe).__call__, checkpoint.spec, steps=steps)
+    texts = [prompt.prompt for prompt in load_prompts("tiny-longcat-image", count=prompts).prompts]
+
+    def plain() -> None:
+        for text in texts:
+            pipe(text, generator=torch.Generator().manual_seed(0), **call.arguments)
+
+    def recorded() -> None:
+        with Recorder(denoisers(pipe), pipe) as recorder:
+            for text in texts:
+                recorder.start()
+                pipe(text, generator=torch.Generator().manual_seed(0), **call.arguments)
+                assert recorder.finish().rows
+
+    seconds = alternate({"plain": plain, "record": recorded}, rounds)
+    return {
+        "steps": steps,
+        "prompts": prompts,
+        "seconds": seconds,
+        "record / plain": ratio(seconds, "record", "plain"),
+    }
+
+
 def _hidden_bytes(shape: Shape) -> int:
     tokens = int(np.prod(shape.tokens)) // (4 if shape.cls.startswith("Wan") else 1)
     width = shape.config["attention_head_dim"] * shape.config["num_attention_heads"]
@@ -124,8 +158,13 @@ def main(name: str | None, rounds: int, growth: bool) -> None:
     ]  # fmt: skip
     columns = ["shape", "steps", "record/plain", "estimator/plain", "tensors held", "peak tensors", "estimator MiB"]
     click.echo(table(columns, rows))
+    tiny = measure_embedded(rounds, prompts=3, steps=50)
+    click.echo(
+        f"embedded model, whole pipeline, {tiny['prompts']} prompts x {tiny['steps']} steps x 2 branches: "
+        f"record/plain {tiny['record / plain']['median']:.3f}"
+    )
     click.echo("tensors: of the stack's hidden size, per live trajectory; peak: measured on the GPU")
-    click.echo(f"{write('recording', {'cases': found})}")
+    click.echo(f"{write('recording', {'cases': found, 'embedded': tiny})}")
 
 
 if __name__ == "__main__":
