@@ -142,9 +142,7 @@ def test_fitted_weights_stay_linear_where_nothing_can_be_learned():
     _, problem = a_problem(8, samples=1)
     fitted = fit_weights(problem, "CCSCSSCS")
     assert fitted.ridge == np.inf
-    np.testing.assert_allclose(
-        problem.signed("CCSCSSCS", fitted), problem.signed("CCSCSSCS", "linear"), rtol=1e-9
-    )
+    np.testing.assert_allclose(problem.signed("CCSCSSCS", fitted), problem.signed("CCSCSSCS", "linear"), rtol=1e-9)
 
 
 def test_local_search_never_makes_it_worse_and_keeps_the_count():
