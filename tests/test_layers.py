@@ -30,13 +30,15 @@ def layer(files: str, allowed: str) -> Layer:
 LAYERS = {
     "coeffs": layer("coeffs/**/*.py", "coeffs yaml"),
     "runtime, pure": layer(
-        "runtime/gate.py runtime/stats.py runtime/errors.py runtime/trajectory.py", "coeffs runtime"
+        "runtime/gate.py runtime/stats.py runtime/errors.py runtime/trajectory.py runtime/forecast.py",
+        "coeffs runtime",
     ),
     "runtime, compatibility": layer("runtime/compat.py runtime/dynamo.py", "torch diffusers"),
     "runtime": layer("runtime/**/*.py", "coeffs runtime torch diffusers"),
     "calibrate, analysis": layer(
         "calibrate/log.py calibrate/fit.py calibrate/quality.py calibrate/replay.py calibrate/draft.py "
-        "calibrate/intervals.py calibrate/selection.py calibrate/score.py calibrate/verdict.py calibrate/tables.py",
+        "calibrate/intervals.py calibrate/selection.py calibrate/score.py calibrate/verdict.py calibrate/tables.py "
+        "calibrate/gram.py calibrate/schedules.py calibrate/yardstick.py",
         "calibrate coeffs runtime numpy scipy pandas",
     ),
     "calibrate, plots": layer(
@@ -56,7 +58,7 @@ LAYERS = {
     ),
 }
 # What the pure layers may take from runtime: the files without torch, and the package itself.
-PURE = {"runtime.gate", "runtime.stats", "runtime.errors", "runtime.trajectory"}
+PURE = {"runtime.gate", "runtime.stats", "runtime.errors", "runtime.trajectory", "runtime.forecast"}
 NEEDS_PURE = {"runtime, pure", "calibrate, analysis"}
 
 
