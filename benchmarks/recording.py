@@ -7,6 +7,7 @@ distances when the generation is over (vLLM-Omni's coefficient_estimator.py, rea
 here on the same hooks, so that only the bookkeeping differs.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import click
@@ -60,7 +61,21 @@ class Estimator:
         return sum(array.nbytes for array in self.signals + self.outputs)
 
 
-def measure(shape: Shape, rounds: int, steps: int | None = None) -> dict:
+def variants(shape: Shape) -> list[tuple[Shape, int]]:
+    """The shape, and it with half the steps, a quarter of the tokens, half the width: what grows with what."""
+    heads = shape.config["num_attention_heads"]
+    fewer = replace(shape, tokens=(*shape.tokens[:-2], shape.tokens[-2] // 2, shape.tokens[-1] // 2))
+    narrow = replace(shape, config={**shape.config, "num_attention_heads": heads // 2})
+    named = [
+        (shape, shape.steps, ""),
+        (shape, shape.steps // 2, ""),
+        (fewer, shape.steps, ", a quarter of the tokens"),
+    ]
+    named.append((narrow, shape.steps, ", half the width"))
+    return [(replace(one, title=one.title + words), steps) for one, steps, words in named]
+
+
+def measure(shape: Shape, steps: int, rounds: int) -> dict:
     model = build(shape)
     held = {}
 
@@ -86,7 +101,7 @@ def measure(shape: Shape, rounds: int, steps: int | None = None) -> dict:
     hidden = _hidden_bytes(shape)
     return {
         "shape": shape.title,
-        "steps": steps or shape.steps,
+        "steps": steps,
         "seconds": seconds,
         "record / plain": ratio(seconds, "record", "plain"),
         "estimator / plain": ratio(seconds, "estimator", "plain"),
@@ -141,13 +156,12 @@ def _hidden_bytes(shape: Shape) -> int:
 @click.command()
 @click.option("--shape", "name", help="One shape only (default: all that fit this machine).")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--growth/--no-growth", default=True, help="Also other numbers of steps, to show what grows.")
+@click.option("--growth/--no-growth", default=True, help="Also fewer steps, tokens and channels.")
 def main(name: str | None, rounds: int, growth: bool) -> None:
     """Time and memory of recording."""
     found = []
     for shape in chosen(name).values():
-        lengths = [None, shape.steps // 2] if growth else [None]
-        found += [measure(shape, rounds, steps) for steps in lengths]
+        found += [measure(*variant, rounds) for variant in (variants(shape) if growth else [(shape, shape.steps)])]
     rows = [
         [
             case["shape"], case["steps"], case["record / plain"]["median"], case["estimator / plain"]["median"],

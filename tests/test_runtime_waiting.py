@@ -79,6 +79,20 @@ def test_the_recorder_reads_once_a_generation_is_over(pipe):
         assert len(recorder.finish().rows) == 2 * (STEPS - 1)
 
 
+def test_what_the_recorder_holds_does_not_grow_with_the_steps():
+    """Of each trajectory the signal, the stack's input and output (three of its hidden size), and the small output."""
+    model, held = zoo.build("wan21"), []
+    for total in (4, 12):
+        with Recorder({"transformer": model}) as recorder:
+            recorder.start()
+            for kwargs in zoo.trajectory("wan21", total=total):
+                output = zoo.run(model, kwargs)[0]
+            held.append(recorder.held_bytes())
+    hidden = 4 * 2 * 4 * 4 * 24  # float32, frames x height x width of the tokens, channels
+    assert held[0] == held[1]
+    assert 3 * hidden <= held[0] - output.nbytes < 4 * hidden
+
+
 def test_a_refused_apply_leaves_the_applied_one_alone(pipe):
     with apply_tea_cache(pipe, schedule="CS" * (STEPS // 2)) as cache:
         with pytest.raises(ApplyError, match="already carries"):
