@@ -233,13 +233,22 @@ def test_class_is_exact(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", zoo.TINY)
 def test_pairs_equal_a_naive_recomputation(name: str) -> None:
+    check_pairs(name, torch.float32, relative=1e-5)
+
+
+@pytest.mark.parametrize("name", ["longcat_image", "flux", "qwen_image_zero_cond_t", "wan21", "krea2", "kandinsky5"])
+def test_pairs_of_bfloat16_models_too(name: str) -> None:
+    check_pairs(name, torch.bfloat16, relative=2e-3)
+
+
+def check_pairs(name: str, dtype: torch.dtype, relative: float) -> None:
     """The recorder's rows against float64 arithmetic on whole tensors that plain hooks stored."""
-    model = zoo.build(name)
+    model = zoo.build(name, dtype)
     naive = Naive(name, model)
     if any(truth.select == "moved" for truth in naive.truths):
-        naive.learn_order(next(zoo.trajectory(name)))
+        naive.learn_order(next(zoo.trajectory(name, dtype=dtype)))
     expected, before = [], None
-    for _, kwargs in zip(range(STEPS), zoo.trajectory(name), strict=False):
+    for _, kwargs in zip(range(STEPS), zoo.trajectory(name, dtype=dtype), strict=False):
         output = naive.run(kwargs)
         hidden = naive.left[0].double()
         if naive.truths[0].select != "joined" and hidden.shape != naive.entry(0).shape:
@@ -251,12 +260,12 @@ def test_pairs_equal_a_naive_recomputation(name: str) -> None:
         before = now
     with Recorder({"transformer": model}) as recorder:
         recorder.start()
-        recorded = outputs_of(name, model, torch.float32, STEPS)
+        recorded = outputs_of(name, model, dtype, STEPS)
         rows = recorder.finish().rows
-    assert_identical(recorded, outputs_of(name, model, torch.float32, STEPS))
+    assert_identical(recorded, outputs_of(name, model, dtype, STEPS))
     found = [[row["y_output"], row["y_hidden"], row["y_residual"]] for row in rows]
     assert len(found) == len(expected) >= STEPS - 2
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=relative, atol=0)
     assert all(row["x"] > 0 for row in rows), "the signal does not move"
 
 
