@@ -67,8 +67,8 @@ def attention_modules(block: nn.Module) -> list[nn.Module]:
     """The attention layers of ``block`` (itself, if it is one), outermost ones only."""
     if is_attention(block):
         return [block]
-    known = _outermost(block, lambda name, module: is_attention(module))
-    return known or _outermost(block, _looks_like_attention)
+    # Both together: some blocks have an attention of their own kind first and one of diffusers' classes after it.
+    return _outermost(block, lambda name, module: is_attention(module) or _looks_like_attention(name, module))
 
 
 def _outermost(block: nn.Module, accepts) -> list[nn.Module]:
@@ -85,7 +85,8 @@ def _looks_like_attention(name: str, module: nn.Module) -> bool:
     """An attention layer of a model of one's own: called so, and with the projections to show for it."""
     called_so = _ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)
     projections = sum(isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d) for child in module.modules())
-    return bool(called_so) and (projections >= 2 or isinstance(module, nn.MultiheadAttention))
+    wraps_one = any(is_attention(child) for child in module.modules())  # then that one is meant, behind its norm
+    return bool(called_so) and not wraps_one and (projections >= 2 or isinstance(module, nn.MultiheadAttention))
 
 
 def _lists(named: dict[str, nn.Module]) -> str:
