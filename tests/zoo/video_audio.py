@@ -3,6 +3,7 @@
 import torch
 
 from .spec import Step, TinyModel, table
+from .video_cross import LTX2
 
 
 def _ltx(step: Step) -> dict:
@@ -123,24 +124,6 @@ def _cosmos3_sound(step: Step) -> dict:
     )
 
 
-_LTX = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=8,
-    cross_attention_dim=16,
-    num_layers=3,
-    caption_channels=16,
-)
-_LTX2 = dict(
-    _LTX,
-    audio_in_channels=4,
-    audio_out_channels=4,
-    audio_num_attention_heads=2,
-    audio_attention_head_dim=4,
-    audio_cross_attention_dim=8,
-    rope_double_precision=False,
-)
 _KANDINSKY6 = dict(
     in_visual_dim=4,
     out_visual_dim=4,
@@ -180,7 +163,7 @@ MODELS = table(
     TinyModel(
         "ltx2",
         "LTX2VideoTransformer3DModel",
-        _LTX2,
+        LTX2,
         _ltx2,
         streams=2,
         pipelines=_LTX2_PIPELINES,
@@ -189,7 +172,7 @@ MODELS = table(
     TinyModel(
         "ltx2_tokens",
         "LTX2VideoTransformer3DModel",
-        dict(_LTX2, gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True),
+        dict(LTX2, gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True),
         _ltx2_tokens,
         streams=2,
         pipelines=_LTX2_PIPELINES,

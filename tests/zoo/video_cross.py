@@ -119,7 +119,7 @@ def _sana_wm_refiner(step: Step) -> dict:
     )
 
 
-_LTX = dict(
+LTX = dict(
     in_channels=4,
     out_channels=4,
     num_attention_heads=2,
@@ -128,8 +128,8 @@ _LTX = dict(
     num_layers=3,
     caption_channels=16,
 )
-_LTX2 = dict(
-    _LTX,
+LTX2 = dict(
+    LTX,
     audio_in_channels=4,
     audio_out_channels=4,
     audio_num_attention_heads=2,
@@ -166,7 +166,7 @@ _COSMOS_REMARK = (
 )
 
 MODELS = table(
-    TinyModel("ltx", "LTXVideoTransformer3DModel", _LTX, _ltx, pipelines="cache_context, guidance is batched"),
+    TinyModel("ltx", "LTXVideoTransformer3DModel", LTX, _ltx, pipelines="cache_context, guidance is batched"),
     TinyModel("cosmos", "CosmosTransformer3DModel", _COSMOS, _cosmos, remarks=_COSMOS_REMARK, stub=stub_torchvision),
     TinyModel(
         "cosmos_frames",
@@ -256,7 +256,7 @@ MODELS = table(
     TinyModel(
         "sana_wm_refiner",
         "SanaWMLTX2RefinerTransformer3DModel",
-        _LTX2,
+        LTX2,
         _sana_wm_refiner,
         pipelines="the second stage of sana_wm; without cache_context",
         remarks="video only; without its key/value cache",
