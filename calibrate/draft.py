@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 import coeffs
+from calibrate.errors import InvalidOption
 from calibrate.fit import FitResult, has_shape
+from calibrate.forecast_error import with_forecast_errors
 from calibrate.intervals import computed_intervals
-from calibrate.log import Run
+from calibrate.log import FORECAST_ERROR, Run
 from calibrate.replay import Search, polynomials, replay, summarise, threshold_grid
 from calibrate.selection import BETTER, BranchFit, fit_branches, recommended_branch
 
@@ -29,6 +31,8 @@ def draft_entry(
     target: str = "output",
     signal: str = "modulated_input",
     method: str = "auto",
+    forecast: str | None = None,
+    forecast_of: str | None = None,
     command: str | None = None,
 ) -> coeffs.Entry:
     """Fit a run and say how good it is, as a registry entry (version 0, a draft).
@@ -39,15 +43,38 @@ def draft_entry(
         signal: ``modulated_input`` or ``time_embedding``.
         method: Which fit is recommended: ``auto`` decides on held-out pairs, ``polyfit`` or ``constrained`` force one.
             The other one is kept as an alternative.
+        forecast: ``linear`` or ``quadratic``: skipped steps are forecast, and the target is the forecast's error.
+        forecast_of: ``output`` (default) or ``residual``, beside ``forecast``.
         command: The command line to store as the entry's origin.
 
     Raises:
         CalibrateError: For a run or options that cannot be fitted.
     """
-    return entry_of(run, fit_branches(run, degree, target, signal, method), target, signal, command)
+    run, target = forecasting(run, target, forecast, forecast_of)
+    fits = fit_branches(run, degree, target, signal, method)
+    return entry_of(run, fits, target, signal, forecast, forecast_of, command)
 
 
-def entry_of(run: Run, fits: list[BranchFit], target: str, signal: str, command: str | None = None) -> coeffs.Entry:
+def forecasting(run: Run, target: str, forecast: str | None, forecast_of: str | None) -> tuple[Run, str]:
+    """The run and the name of the target that a gate with this forecast is fitted on."""
+    if forecast is None:
+        if forecast_of is not None:
+            raise InvalidOption(f"--forecast-of {forecast_of} says of what; give --forecast linear beside it")
+        return run, target
+    if target != "output":
+        raise InvalidOption(f"--target {target}: with --forecast the target is the forecast's error; leave it out")
+    return with_forecast_errors(run, forecast, forecast_of or "output"), FORECAST_ERROR
+
+
+def entry_of(
+    run: Run,
+    fits: list[BranchFit],
+    target: str,
+    signal: str,
+    forecast: str | None = None,
+    forecast_of: str | None = None,
+    command: str | None = None,
+) -> coeffs.Entry:
     """The entry of fits made by :func:`fit_branches`."""
     manifest = run.manifest
     warnings, experts = _run_warnings(run), {}
@@ -73,6 +100,8 @@ def entry_of(run: Run, fits: list[BranchFit], target: str, signal: str, command:
         checkpoint=_record(coeffs.Checkpoint, manifest.get("checkpoint")),
         signal=signal,
         target=target,
+        forecast=forecast,
+        forecast_of=(forecast_of or "output") if forecast else None,
         sign_rule="clamp",
         protocol=_protocol(manifest.get("protocol")),
         experts=experts,

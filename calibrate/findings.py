@@ -16,6 +16,7 @@ import coeffs
 from calibrate.contest import GATE, branches_of, gate_config
 from calibrate.errors import InvalidOption
 from calibrate.fit import FitResult
+from calibrate.forecast_error import for_entry
 from calibrate.intervals import bootstrap
 from calibrate.log import Run, load_run
 from calibrate.quality import learning_curve
@@ -158,7 +159,8 @@ def load_findings(folder: str | os.PathLike) -> Findings:
     run = load_run(folder)
     if not (folder / "entry.yaml").exists():
         raise InvalidOption(f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first")
-    return Findings(run, coeffs.load(folder / "entry.yaml"), load_verification(folder), folder)
+    entry = coeffs.load(folder / "entry.yaml")
+    return Findings(for_entry(run, entry), entry, load_verification(folder), folder)
 
 
 def figures_table(entry: Entry) -> pd.DataFrame:

@@ -4,7 +4,8 @@
 
 ========================  =============================================================================================
 ``<expert>/branches``     names of the guidance branches, the conditional one first
-``<expert>/sigmas``       noise level of steps 0 .. T-1 and after the last; NaN where the scheduler tells none
+``<expert>/first_step``   0, or where in the schedule this expert of several begins
+``<expert>/sigmas``       noise level of its T steps and after the last; NaN where the scheduler tells none
 ``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
                           branch b, so that the cross terms of the branches are in it
 ``<expert>/residual``     the same of the stack's residuals
@@ -103,7 +104,7 @@ def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) ->
     files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
     if not files:
         raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`")
-    samples = [_read(path) for path in files]
+    samples = [read_gram(path) for path in files]
     experts = sorted({expert for sample in samples for expert in sample})
     if len(experts) != 1:
         raise NoPlan(f"{run.path}: denoisers {', '.join(experts)}; a plan is made for one denoiser, verify the gate")
@@ -144,6 +145,13 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
         factors = np.array([guidance_scale if name == "cond" else 1 - guidance_scale for name in branches])
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
     return np.einsum("ataw->tw", blocks)
+
+
+def branch_gram(gram: Array, branches: int) -> Array:
+    """Gram matrix of each branch on its own, shape (B, T, T), from that of all, shape (B T, B T)."""
+    steps = len(gram) // branches
+    blocks = np.asarray(gram, float).reshape(branches, steps, branches, steps)
+    return np.stack([blocks[i, :, i] for i in range(branches)])
 
 
 def at_steps(log: GramLog, num_steps: int) -> GramLog:
@@ -196,7 +204,7 @@ def interpolation_error(log: GramLog) -> float:
     return float(np.median(found)) / 4 if found else 0.0
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def read_gram(path: Path) -> dict[str, dict[str, Any]]:
     """``expert -> name -> array``. Raises RunFolderError for a damaged file."""
     found: dict[str, dict[str, Any]] = {}
     try:

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MEASURED_COLUMNS = ("x", "y_output", "y_hidden", "y_residual")
 TRAJECTORY = ["prompt_id", "seed", "expert", "branch"]
 SIGNAL_COLUMNS = {"modulated_input": "x", "time_embedding": "x_time_embedding"}
 TARGET_COLUMNS = {"output": "y_output", "hidden": "y_hidden", "residual": "y_residual"}
+FORECAST_ERROR = "forecast_error"  # not recorded: :mod:`calibrate.forecast_error` works it out from the Gram log
 
 
 class InvalidRun(RunFolderError, ValueError):
@@ -40,6 +41,7 @@ class Run:
         path: The run's folder; ``None`` for a bare table.
         rows: All recorded rows, the excluded ones too, in the same order: what a replay has to walk through.
         timing: ``expert -> (seconds per denoiser call, seconds of it in the block stack)``, means over all calls.
+        folders: All folders that were read; none for a bare table.
     """
 
     frame: pd.DataFrame
@@ -48,6 +50,7 @@ class Run:
     path: Path | None
     rows: pd.DataFrame
     timing: dict[str, tuple[float, float]] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
 
     @property
     def experts(self) -> list[str]:
@@ -70,7 +73,8 @@ class Run:
 
         ``branch`` ``None`` or ``"pooled"`` takes all branches, ``expert`` ``None`` all experts.
         """
-        x, y = column_of(signal, SIGNAL_COLUMNS, "signal"), column_of(target, TARGET_COLUMNS, "target")
+        targets = TARGET_COLUMNS | {name: f"y_{name}" for name in [FORECAST_ERROR] if f"y_{name}" in self.frame}
+        x, y = column_of(signal, SIGNAL_COLUMNS, "signal"), column_of(target, targets, "target")
         rows = self.frame
         if expert is not None:
             rows = rows[rows["expert"] == expert]
@@ -113,7 +117,8 @@ def load_run(source: str | os.PathLike | pd.DataFrame | Iterable[str | os.PathLi
     for other in folders[1:]:
         _require_same_protocol(folders[0], other)
     rows = pd.concat([_read_pairs(folder) for folder in folders], ignore_index=True)
-    return _run(rows, folders[0].manifest, folders[0].path, _read_timing(folders))
+    run = _run(rows, folders[0].manifest, folders[0].path, _read_timing(folders))
+    return replace(run, folders=tuple(folder.path for folder in folders))
 
 
 def column_of(name: str, columns: Mapping[str, str], kind: str) -> str:

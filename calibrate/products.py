@@ -117,11 +117,12 @@ class Products:
         branches = sorted({branch for branch, _ in self._outputs}, key=lambda name: (name != "cond", name))
         steps = sorted({step for _, step in self._outputs})
         keys = [(branch, step) for branch in branches for step in steps]
-        if steps != list(range(len(steps))) or not _alike(self._outputs, keys):
+        if not steps or steps != list(range(steps[0], steps[-1] + 1)) or not _alike(self._outputs, keys):
             return {}
         found = {
             f"{expert}/branches": np.array(branches),
-            f"{expert}/sigmas": np.array([self._sigmas.get(step, np.nan) for step in range(len(steps) + 1)]),
+            f"{expert}/first_step": np.array(steps[0]),
+            f"{expert}/sigmas": np.array([self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]),
         }
         sources: Mapping[str, dict] = {"output": self._outputs, "residual": self._residuals}
         for name, source in sources.items():

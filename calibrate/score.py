@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from calibrate.forecast_error import for_entry
 from calibrate.log import Run
 from calibrate.quality import r2, rmse, spearman
 from coeffs import Entry, Polynomial
@@ -69,6 +70,7 @@ def _score_one(candidate: Entry | Polynomial | Sequence[float], run: Run, expert
         classes = run.manifest.get("transformer_classes") or {}
         if candidate.transformer_class and classes and candidate.transformer_class not in classes.values():
             notes.append(f"made for {candidate.transformer_class}")
+        run = for_entry(run, candidate)
     elif isinstance(candidate, Polynomial):
         polynomial = candidate
     else:

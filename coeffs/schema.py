@@ -201,7 +201,11 @@ class Source(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Record):
-    """One version of one model's calibration. Construction checks everything and raises ``EntryError``."""
+    """One version of one model's calibration. Construction checks everything and raises ``EntryError``.
+
+    ``forecast`` and ``forecast_of`` say what a skipped step is made of under this entry's gate; nothing means reuse
+    of the residual. With the target ``forecast_error`` the polynomial predicts the error of that forecast.
+    """
 
     schema: int = SCHEMA
     model: Slug
@@ -215,7 +219,9 @@ class Entry(Record):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     signal: Literal["modulated_input", "time_embedding", "other"]
     signal_note: str | None = None
-    target: Literal["output", "hidden", "residual", "unknown"]
+    target: Literal["output", "hidden", "residual", "forecast_error", "unknown"]
+    forecast: Literal["reuse", "linear", "quadratic"] | None = None
+    forecast_of: Literal["residual", "output"] | None = None
     sign_rule: Literal["clamp", "signed", "abs"] = "clamp"
     protocol: Protocol = field(default_factory=Protocol)
     experts: dict[Name, Expert]
@@ -236,6 +242,9 @@ class Entry(Record):
                 f"{self.copied_from!r} with status {self.status}: only a copied entry says from whom, and must",
                 ("copied_from",),
             )
+        if self.target == "forecast_error" and (self.forecast in (None, "reuse") or self.forecast_of is None):
+            problem = f"{self.forecast!r} of {self.forecast_of!r}, but the target is the error of a forecast"
+            raise EntryError(f"{problem}: expected linear or quadratic, of output or residual", ("forecast",))
         if not self.experts:
             raise EntryError("no expert: expected at least transformer", ("experts",))
         for name, expert in self.experts.items():

@@ -27,6 +27,14 @@ FIT_OPTIONS = {"degree": 4, "target": "output", "signal": "modulated_input"}
     help="From whose change.",
 )
 @click.option(
+    "--forecast",
+    type=click.Choice(["linear", "quadratic"]),
+    help="For a gate that extrapolates skipped steps: predict the error of that forecast (needs a --gram run).",
+)
+@click.option(
+    "--forecast-of", type=click.Choice(["output", "residual"]), help="What --forecast is made of [default: output]."
+)
+@click.option(
     "--constrained/--free",
     "constrained",
     default=None,
@@ -58,7 +66,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     ``options`` are those of ``calibrate fit``; what is missing takes its default.
     """
     import coeffs
-    from calibrate.draft import entry_of
+    from calibrate.draft import entry_of, forecasting
     from calibrate.log import load_run
     from calibrate.score import score
     from calibrate.selection import fit_branches
@@ -70,9 +78,12 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     ]
     strangers = [_stranger(name, options.get("registry")) for name in options.get("strangers", ())]
     run = load_run(runs)
-    fits = fit_branches(run, **chosen, method=method)
-    command = " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in chosen.items())]) + flag
-    entry = entry_of(run, fits, chosen["target"], chosen["signal"], command)
+    forecast = {name: options.get(name) for name in ("forecast", "forecast_of")}
+    run, target = forecasting(run, chosen["target"], **forecast)
+    fits = fit_branches(run, **chosen | {"target": target}, method=method)
+    given = {**chosen, **{name.replace("_", "-"): value for name, value in forecast.items() if value}}
+    command = " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in given.items())]) + flag
+    entry = entry_of(run, fits, target, chosen["signal"], **forecast, command=command)
     tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
     if strangers:
         tables.append(score_table(score(strangers, run)))
