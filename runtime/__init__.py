@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.errors import ApplyError, InvalidSetting, RuntimeCacheError, UnsupportedModel, WiringError
 from runtime.forecast import Forecast
-from runtime.gate import Decision, FixedSchedule, Gate, GateConfig
+from runtime.gate import Decision, FixedSchedule, Gate, GateConfig, GuardedSchedule
 from runtime.stats import Stats
 
 _NEEDS_TORCH = {
@@ -29,6 +29,7 @@ __all__ = [
     "Forecast",
     "Gate",
     "GateConfig",
+    "GuardedSchedule",
     "InvalidSetting",
     "RuntimeCacheError",
     "Stats",

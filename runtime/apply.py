@@ -2,27 +2,23 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 import coeffs
-from coeffs.errors import EntryMismatch
-from coeffs.match import compare
-from coeffs.polynomial import Polynomial
 from runtime.cache import CacheHandler
 from runtime.clock import Locator, SchedulerClock
 from runtime.compat import enabled_cache, unwrapped
 from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
-from runtime.facts import class_name, facts_of
 from runtime.forecast import Forecast
-from runtime.gate import FixedSchedule, Gate, GateConfig, Policy
+from runtime.gate import FixedSchedule, Gate, GateConfig, GuardedSchedule, Policy
 from runtime.hooks import StackHooks
+from runtime.source import Source, loaded
+from runtime.speedup import best_for, threshold_for
 from runtime.stats import Stats
 
-SIGNALS = ("modulated_input", "time_embedding")
 LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _FROM_ENTRY: Any = "entry"
@@ -102,6 +98,7 @@ def apply_tea_cache(
     threshold: float | None = None,
     speedup: float | None = None,
     schedule: "str | coeffs.Plan | None" = None,
+    guard: float | None = None,
     coefficients: Sequence[float] | None = None,
     domain: tuple[float, float] | None = None,
     sign_rule: str | None = None,
@@ -131,6 +128,9 @@ def apply_tea_cache(
             handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
         schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips; or one of an entry's
             ``plans``, which brings its forecast. Other noise levels than it was made for are a mismatch.
+        guard: Beside a plan or schedule: compute a step that it skips once the changes that the entry's gate predicts
+            since the last computed step add up to this; its polynomial (or that of ``coefficients``) must be given.
+            It can only add computed steps, and costs the gate's measurement.
         coefficients: A polynomial of your own instead of an entry's, highest power first, with its ``domain`` and
             ``sign_rule`` (``clamp``, ``signed``, ``abs``) and the ``signal`` that it was fitted on
             (``modulated_input``, ``time_embedding``).
@@ -140,9 +140,10 @@ def apply_tea_cache(
         num_steps: Length of the schedule for a bare denoiser, which has no scheduler to ask.
         forecast: What a skipped step makes of computed ones: ``reuse`` the last, or extrapolate ``linear`` or
             ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
-            Default: the plan's own, else ``reuse``.
-        forecast_of: ``residual`` of the block stack (default), or the denoiser's ``output``, which is far smaller but
-            no longer follows the latents of the skipped step.
+            Default: the plan's own, for a gate its entry's, else ``reuse``.
+        forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
+            follows the latents of the skipped step. Default: with the default forecast the plan's or the entry's,
+            else ``residual``.
         branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
             their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
             ``compat``).
@@ -171,19 +172,27 @@ def apply_tea_cache(
         raise InvalidSetting("num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out")
     if compat and (start is not None or end is not None or max_skips not in (_FROM_ENTRY, None)):
         raise InvalidSetting("start=, end= and max_skips= have no meaning beside compat=True, which fixes them")
+    if guard is not None:
+        _check_guarded(threshold, schedule, entry, coefficients)
     plan, source = (schedule if isinstance(schedule, coeffs.Plan) else None), None
-    if schedule is None:
-        source = _Source.of(entry, coefficients, domain, sign_rule, signal, target, modules, strict)
-        if speedup is not None:
-            of_gate = (start, end, forecast, forecast_of, branches, compat or None)
-            gate_only = max_skips is not _FROM_ENTRY or any(setting is not None for setting in of_gate)
-            found = (threshold_for if gate_only else best_for)(source.entry, speedup)
-            plan, threshold = (found, None) if isinstance(found, coeffs.Plan) else (None, found)
+    if schedule is None or guard is not None:
+        source = Source.of(entry, coefficients, domain, sign_rule, signal, target, modules, strict)
+    if speedup is not None:
+        of_gate = (start, end, forecast, forecast_of, branches, compat or None)
+        gate_only = max_skips is not _FROM_ENTRY or any(setting is not None for setting in of_gate)
+        found = (threshold_for if gate_only else best_for)(source.entry, speedup)
+        plan, threshold = (found, None) if isinstance(found, coeffs.Plan) else (None, found)
+        if guard is not None and plan is None:
+            raise InvalidSetting(
+                f"guard= watches a plan, but for speedup {speedup} the gate is taken, which follows the signal "
+                "anyway: leave guard= out, or give one of the entry's plans as schedule="
+            )
     if plan is not None:
         schedule = plan.schedule
         if forecast is None:
             forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
             forecast_of = forecast_of or plan.forecast_of
+    label, mismatches = (source.label, source.mismatches) if source else (None, ())
     if schedule is None:
         config = GateConfig(
             threshold=threshold,
@@ -197,37 +206,42 @@ def apply_tea_cache(
                 "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
                 "count and end=0"
             )
-        label, signal, mismatches = source.label, source.signal, source.mismatches
-        stated_steps = source.entry.protocol.num_steps if source.entry is not None else None
+        if forecast is None and source.entry is not None:
+            forecast = source.entry.forecast
+            forecast_of = forecast_of or source.entry.forecast_of
 
         def policy(expert: str, branch: str) -> Policy:
             return Gate(source.polynomial(expert, branch), config)
-
-        for expert in modules:
-            policy(expert, "")  # a missing expert or an unusable polynomial shows before anything is hooked
     else:
+        own = {"coefficients": coefficients, "domain": domain, "sign_rule": sign_rule, "signal": signal}
         cap = None if max_skips is _FROM_ENTRY else "lifted" if max_skips is None else max_skips
-        _refuse_with_schedule(
-            coefficients=coefficients, domain=domain, sign_rule=sign_rule, signal=signal,
-            start=start, end=end, max_skips=cap, compat=compat or None,
-            strict=None if plan is not None else strict or None,  # a plan states its noise levels
-        )  # fmt: skip
-        FixedSchedule(schedule)
-        label, mismatches = (source.label, source.mismatches) if source else (None, ())
+        # A plan states its noise levels, and a guard has an entry: they can be strict.
+        lax = strict or None if plan is None and guard is None else None
+        own = own if guard is None else {}
+        _refuse_with_schedule(**own, start=start, end=end, max_skips=cap, compat=compat or None, strict=lax)
         if source is None and entry is not None:
-            label = _loaded(entry).label
-        signal, stated_steps = "modulated_input", None
+            label = loaded(entry).label
 
         def policy(expert: str, branch: str) -> Policy:
-            return FixedSchedule(schedule)
+            if guard is None:
+                return FixedSchedule(schedule)
+            return GuardedSchedule(schedule, source.polynomial(expert, branch), guard)
+
+    for expert in modules:
+        policy(expert, "")  # a missing expert or an unusable polynomial shows before anything is hooked
+    by_signal = schedule is None or guard is not None
+    signal = source.signal if by_signal else "modulated_input"
+    stated_steps = source.entry.protocol.num_steps if by_signal and source.entry is not None else None
 
     forecast = forecast if isinstance(forecast, Forecast) else Forecast(forecast or "reuse")
+    if schedule is not None and forecast.kind == "fitted":
+        forecast = _fitted_for(schedule, forecast)
     forecast_of = forecast_of or "residual"
     if forecast_of not in ("residual", "output"):
         raise InvalidSetting(f"forecast_of {forecast_of!r}: expected residual or output")
     policy_name = "gate" if schedule is None else "plan" if plan is not None else "schedule"
     settings = {"policy": policy_name, "entry": label, "signal": signal, "threshold": threshold}
-    settings |= {"schedule": schedule, "compat": compat}
+    settings |= {"schedule": schedule, "guard": guard, "compat": compat}
     handle = TeaCache(target, settings | {"forecast": forecast.kind, "forecast_of": forecast_of})
 
     handle.mismatches += mismatches
@@ -238,29 +252,33 @@ def apply_tea_cache(
 
     clock = None if isinstance(target, nn.Module) else SchedulerClock(target)
 
+    def differs(text: str, made: str, advice: str) -> None:
+        if strict:
+            raise InvalidSetting(f"{label or 'the plan'} was not {made}: {text}; {advice}")
+        if text not in handle.mismatches:
+            handle.mismatches.append(text)
+
     def check_steps(found: int | None) -> None:
         if plan is not None and plan.sigmas is not None and clock is not None:
             check_levels(plan.sigmas)
-        if stated_steps is None or found in (None, stated_steps):
-            return
-        text = f"num_steps: {stated_steps} in the entry, {found} here"
-        if strict:
-            raise InvalidSetting(f"{label} was not measured like this: {text}; calibrate at {found} steps")
-        if text not in handle.mismatches:
-            handle.mismatches.append(text)
+        if stated_steps is not None and found not in (None, stated_steps):
+            text = f"num_steps: {stated_steps} in the entry, {found} here"
+            differs(text, "measured like this", f"calibrate at {found} steps")
 
     def check_levels(stated: Sequence[float]) -> None:
         levels = [clock.sigma(step) for step in range(len(stated))]
         largest = max(map(abs, stated))
         off = [a is not None and abs(a - b) > LEVEL_TOLERANCE * largest for a, b in zip(levels, stated, strict=True)]
-        if not any(off):
-            return
-        step = off.index(True)
-        text = f"sigma of step {step}: {stated[step]:.4g} in the plan, {levels[step]:.4g} here"
-        if strict:
-            raise InvalidSetting(f"{label} was not planned for this schedule: {text}; plan at these settings")
-        if text not in handle.mismatches:
-            handle.mismatches.append(text)
+        if any(off):
+            step = off.index(True)
+            text = f"sigma of step {step}: {stated[step]:.4g} in the plan, {levels[step]:.4g} here"
+            differs(text, "planned for this schedule", "plan at these settings")
+
+    if schedule is None and source.field("forecast") is not None:  # its threshold is for this forecast's error
+        stated = f"{source.entry.forecast} of {source.entry.forecast_of or 'residual'}"
+        if stated != f"{forecast.kind} of {forecast_of}":
+            text = f"forecast: {stated} in the entry, {forecast.kind} of {forecast_of} here"
+            differs(text, "fitted for this forecast", "leave forecast= and forecast_of= out")
 
     def new_handler(expert: str) -> CacheHandler:
         return CacheHandler(
@@ -275,116 +293,8 @@ def apply_tea_cache(
             on_generation=check_steps,
         )
 
-    _install(handle, target, modules, new_handler, blocks, num_steps)
+    _install(handle, target, modules, new_handler, blocks, clock, num_steps)
     return handle
-
-
-def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
-    """The lowest verified threshold of ``entry`` that reaches ``speedup``, between table rows by interpolation.
-
-    Raises:
-        InvalidSetting: The entry has no measured speed-ups, or none as high.
-    """
-    if entry is None:
-        raise InvalidSetting("speedup= needs a registry entry with verified thresholds; give threshold= instead")
-    rows = sorted(
-        (row.speedup, row.threshold)
-        for row in entry.thresholds or ()
-        if row.kind == "verified" and row.speedup is not None
-    )
-    if not rows:
-        raise InvalidSetting(
-            f"{entry.label} has no verified speed-ups: run `calibrate verify` on it, or give threshold= instead"
-        )
-    if not 1 <= speedup <= rows[-1][0]:
-        raise InvalidSetting(
-            f"speedup {speedup}: {entry.label} was verified from 1 to {rows[-1][0]:.2f}; choose one of those"
-        )
-    rows.insert(0, (1.0, 0.0))
-    for (slower, low), (faster, high) in pairwise(rows):
-        if speedup <= faster:
-            share = (speedup - slower) / (faster - slower) if faster > slower else 1.0
-            return low + share * (high - low)
-    raise AssertionError("the last row is at least as fast")
-
-
-def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
-    """The gate's threshold or the plan of ``entry`` that verified best among those that reach ``speedup``.
-
-    Both are judged by what was measured at this speed-up or a higher one.
-
-    Raises:
-        InvalidSetting: Neither was verified at this speed-up.
-    """
-
-    def fidelity(figures: Any) -> float:
-        return next((figures[name] for name in ("psnr_db", "snr_db") if figures.get(name) is not None), float("-inf"))
-
-    plans = (entry and entry.plans) or ()
-    plans = [plan for plan in plans if ((plan.figures or {}).get("speedup") or 0) >= speedup >= 1]
-    plan = max(plans, key=lambda plan: fidelity(plan.figures), default=None)
-    try:
-        threshold = threshold_for(entry, speedup)
-    except InvalidSetting:
-        if plan is None:
-            raise
-        return plan
-    rows = [row for row in entry.thresholds if row.kind == "verified" and (row.speedup or 0) >= speedup]
-    gate = min(rows, key=lambda row: row.speedup).psnr_db
-    if plan is None or (gate is not None and gate >= fidelity(plan.figures)):
-        return threshold
-    return plan
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the polynomials come from: an entry, or coefficients of the caller's own."""
-
-    entry: "coeffs.Entry | None"
-    own: Polynomial | None
-    signal: str
-    mismatches: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, entry, coefficients, domain, sign_rule, signal, target, modules, strict) -> "_Source":
-        if coefficients is not None:
-            if entry is not None:
-                raise InvalidSetting("entry and coefficients given: expected one of them")
-            own = Polynomial(tuple(coefficients), domain, sign_rule or "clamp")
-            return cls(None, own, _checked_signal(signal or "modulated_input"))
-        _refuse_with_entry(domain=domain, sign_rule=sign_rule, signal=signal)
-        found = _loaded(entry) if entry is not None else _entry_for(target, modules, strict)
-        classes = {class_name(module) for module in modules.values()}
-        if entry is not None and found.transformer_class and found.transformer_class.split()[0] not in classes:
-            raise InvalidSetting(
-                f"{found.label} is for {found.transformer_class}, this model is {', '.join(sorted(classes))}: "
-                "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
-            )
-        differences = tuple(map(str, compare(found, facts_of(target, modules))[0]))
-        if strict and differences:
-            raise EntryMismatch(
-                f"{found.label} was not measured like this: {'; '.join(differences)}; leave strict out"
-            )
-        return cls(found, None, _checked_signal(found.signal), differences)
-
-    @property
-    def label(self) -> str | None:
-        return None if self.entry is None else self.entry.label
-
-    def field(self, name: str) -> Any:
-        return getattr(self.entry, name, None)
-
-    def polynomial(self, expert: str, branch: str) -> Polynomial:
-        """The polynomial of a branch of an expert: its own where the entry has one, else the recommended one."""
-        return self.own or self.entry.fit(expert, branch).polynomial(self.entry.sign_rule)
-
-
-def _entry_for(target: Any, modules: dict[str, nn.Module], strict: bool) -> "coeffs.Entry":
-    return coeffs.find(facts_of(target, modules), strict=strict).entry
-
-
-def _loaded(entry: "coeffs.Entry | str") -> "coeffs.Entry":
-    return entry if isinstance(entry, coeffs.Entry) else coeffs.load(entry)
 
 
 def _install(
@@ -393,9 +303,9 @@ def _install(
     modules: dict[str, nn.Module],
     new_handler: Callable[[str], CacheHandler],
     blocks: Sequence[str | nn.Module] | None,
+    clock: SchedulerClock | None,
     num_steps: int | None,
 ) -> None:
-    clock = None if isinstance(target, nn.Module) else SchedulerClock(target)
     try:
         for expert, module in modules.items():
             handler = new_handler(expert)
@@ -434,19 +344,25 @@ def _check_choice(**choices: Any) -> None:
         raise InvalidSetting(f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}")
 
 
+def _check_guarded(threshold: float | None, schedule: Any, entry: Any, coefficients: Any) -> None:
+    if threshold is not None:
+        raise InvalidSetting("guard= watches a plan and threshold= is the gate's own: give schedule= or speedup=")
+    if schedule is not None and entry is None and coefficients is None:
+        raise InvalidSetting(
+            "guard= needs a polynomial to judge changes by: give an entry beside schedule=, or coefficients=[...]"
+        )
+
+
+def _fitted_for(schedule: str, forecast: Forecast) -> Forecast:
+    """The fitted forecast with the schedule that its weights were made for."""
+    if forecast.schedule not in (None, schedule):
+        raise InvalidSetting(
+            f"forecast fitted for {forecast.schedule}, the schedule is {schedule}: give the one that it was fitted for"
+        )
+    return replace(forecast, schedule=schedule)
+
+
 def _refuse_with_schedule(**settings: Any) -> None:
     for name, value in settings.items():
         if value is not None:
             raise InvalidSetting(f"{name}= has no meaning beside schedule=, which fixes every step; leave it out")
-
-
-def _refuse_with_entry(**settings: Any) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            raise InvalidSetting(f"{name}= belongs to coefficients=; an entry brings its own")
-
-
-def _checked_signal(signal: str) -> str:
-    if signal not in SIGNALS:
-        raise InvalidSetting(f"signal {signal!r}: the runtime can watch {' or '.join(SIGNALS)}; use another entry")
-    return signal

@@ -21,8 +21,9 @@ from runtime.trajectory import Position
 
 @dataclass
 class _Anchor:
-    """What a computed step leaves behind: its noise level, one tensor per exit (or per output), and where each was."""
+    """What a computed step leaves behind: when it was, one tensor per exit (or per output), and where each was."""
 
+    step: int
     level: float
     values: list[torch.Tensor]
     devices: list[torch.device]
@@ -230,12 +231,13 @@ class CacheHandler:
         devices = [value.device for value in values]
         if self._offload:
             values = [value.to("cpu") for value in values]
-        call.trajectory.anchors.insert(0, _Anchor(self._level, values, devices))
+        call.trajectory.anchors.insert(0, _Anchor(self._position.step, self._level, values, devices))
 
     def _forecast_of(self, call: Call, index: int) -> torch.Tensor:
         anchors = call.trajectory.anchors
         device = anchors[0].devices[index]
-        weights = self._forecast.at(self._position.step, self._level, [anchor.level for anchor in anchors])
+        levels, steps = [anchor.level for anchor in anchors], [anchor.step for anchor in anchors]
+        weights = self._forecast.at(self._position.step, self._level, levels, steps)
         newest = anchors[0].values[index].to(device)
         if not any(weights[1:]):
             return newest if weights[0] == 1 else newest * weights[0]
@@ -248,7 +250,7 @@ class CacheHandler:
     @property
     def _level(self) -> float:
         """Abscissa of forecasts: the noise level, or the step where the scheduler tells none; 0 where nobody asks."""
-        if self._forecast.kept == 1:
+        if not self._forecast.asks_levels:
             return 0.0
         sigma = self._locator.sigma(self._position.step)
         return float(-self._position.step) if sigma is None else sigma

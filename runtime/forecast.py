@@ -21,10 +21,13 @@ class Forecast:
         kind: ``reuse``, ``linear`` or ``quadratic`` in sigma (in the step where sigmas are unknown), or ``fitted``.
         weights: For ``fitted``: step -> weights of the last computed residuals, the newest first. A step that is
             missing is reused.
+        schedule: For ``fitted``: the schedule (``"CCSC..."``) that the weights were made for. Where other steps than
+            its own were computed last, the newest residual is reused as it is.
     """
 
     kind: str = "reuse"
     weights: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in (*ORDERS, "fitted"):
@@ -33,6 +36,8 @@ class Forecast:
             raise InvalidSetting(
                 f"forecast {self.kind!r} with {len(self.weights)} weights: only fitted has them, and must"
             )
+        if self.schedule is not None and self.kind != "fitted":
+            raise InvalidSetting(f"forecast {self.kind!r} with a schedule: it follows any; only fitted has one")
 
     @property
     def kept(self) -> int:
@@ -41,11 +46,17 @@ class Forecast:
             return max(len(row) for row in self.weights.values())
         return ORDERS[self.kind] + 1
 
-    def at(self, step: int, level: float, anchors: Sequence[float]) -> list[float]:
+    @property
+    def asks_levels(self) -> bool:
+        """Whether weights follow from the noise levels."""
+        return ORDERS.get(self.kind, 0) > 0
+
+    def at(self, step: int, level: float, anchors: Sequence[float], steps: Sequence[int] = ()) -> list[float]:
         """Weights of the kept residuals, newest first, for ``step`` at noise level ``level``.
 
         Args:
             anchors: Noise levels of the kept residuals, newest first; fewer than :attr:`kept` lower the order.
+            steps: The steps that they were computed at; a forecast with a :attr:`schedule` compares them with it.
 
         Example:
             >>> Forecast("linear").at(2, level=0.4, anchors=[0.6, 0.8])
@@ -53,8 +64,16 @@ class Forecast:
         """
         if self.kind == "fitted":
             row = list(self.weights.get(step, (1.0,)))
-            return row if len(row) <= len(anchors) else [1.0] + [0.0] * (len(anchors) - 1)
+            usable = len(row) <= len(anchors) and self._planned(step, steps[: len(row)])
+            return row if usable else [1.0] + [0.0] * (len(anchors) - 1)
         return extrapolation(level, list(anchors)[: self.kept])
+
+    def _planned(self, step: int, steps: Sequence[int]) -> bool:
+        """Whether ``steps`` are the last that the schedule computes before ``step``."""
+        if self.schedule is None:
+            return True
+        computed = [before for before in range(step - 1, -1, -1) if self.schedule[before : before + 1] == "C"]
+        return computed[: len(steps)] == list(steps)
 
 
 def extrapolation(level: float, anchors: Sequence[float]) -> list[float]:

@@ -24,6 +24,21 @@ def test_weights_by_hand():
     assert fitted.at(4, level=0.0, anchors=[0.6, 0.8]) == [1.0]  # a step without weights is reused
 
 
+def test_fitted_weights_belong_to_the_planned_anchors():
+    """Planned at step 4: computed at 1 and 0. Weights are for these alone; for others the newest is reused."""
+    weights = {2: (1.5, -0.5), 3: (1.2,), 4: (1.6, -0.6)}
+    fitted, bare = Forecast("fitted", weights, schedule="CCSSSC"), Forecast("fitted", weights)
+    levels = [0.6, 0.8]
+    assert fitted.at(4, 0.0, levels, steps=[1, 0]) == bare.at(4, 0.0, levels, steps=[1, 0]) == [1.6, -0.6]
+    assert fitted.at(4, 0.0, levels, steps=[3, 1]) == [1.0, 0.0]  # step 3 was computed as well
+    assert bare.at(4, 0.0, levels, steps=[3, 1]) == [1.6, -0.6]
+    assert fitted.at(4, 0.0, levels, steps=[1, -1]) == [1.0, 0.0]
+    assert fitted.at(4, 0.0, levels[:1], steps=[1]) == [1.0]
+    assert fitted.at(3, 0.0, levels, steps=[1, -1]) == [1.2]  # the row of one looks at the newest alone
+    assert fitted.at(3, 0.0, levels, steps=[2, 1]) == [1.0, 0.0]
+    assert fitted.at(5, 0.0, levels, steps=[1, 0]) == [1.0]  # no weights: reused
+
+
 def test_solvers_that_visit_a_level_twice_lower_the_order():
     assert extrapolation(0.2, [0.4, 0.4, 0.6]) == pytest.approx([2.0, 0.0, -1.0])
 
@@ -78,3 +93,8 @@ def test_unknown_settings_are_refused(settings):
         apply_tea_cache(model, schedule="CS", **settings)
     with pytest.raises(InvalidSetting, match="only fitted"):
         Forecast("linear", {1: (1.0,)})
+    with pytest.raises(InvalidSetting, match="only fitted has one"):
+        Forecast("linear", schedule="CS")
+    other = Forecast("fitted", {1: (1.0,)}, schedule="CSC")
+    with pytest.raises(InvalidSetting, match="fitted for CSC, the schedule is CSS"):
+        apply_tea_cache(model, schedule="CSS", forecast=other)
