@@ -30,6 +30,7 @@ from calibrate.run import RunFolder
 Array = NDArray[np.float64]
 # Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
 LARGEST_INTERPOLATION_ERROR = 0.1
+SECOND_GUIDANCE = "guidance_scale_2"  # of pipelines with two experts (Wan 2.2)
 
 
 class NoPlan(RunFolderError, ValueError):
@@ -45,6 +46,7 @@ class GramLog:
         residual: Of the guided residuals, or ``None`` where steps differ in shape.
         sigmas: Noise levels, shape (T + 1,); NaN where unknown.
         prompt_ids: Prompt of each sample: what cross-validation leaves out together.
+        first_step: Where in the schedule this expert takes over; 0 for the only one.
         residual_error: Relative standard error of squared distances of residuals; 0 where exact.
     """
 
@@ -53,6 +55,7 @@ class GramLog:
     sigmas: Array
     prompt_ids: tuple[str, ...]
     expert: str = "transformer"
+    first_step: int = 0
     guidance_scale: float | None = None
     residual_error: float = 0.0
 
@@ -87,38 +90,62 @@ class GramLog:
 
 
 def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) -> GramLog:
-    """Read the Gram log of a run.
+    """The Gram log of a run with one denoiser; see :func:`load_grams`.
+
+    Raises:
+        NoPlan: Also for several experts.
+    """
+    logs = load_grams(source, guidance_scale)
+    if len(logs) > 1:
+        names = ", ".join(log.expert for log in logs)
+        raise NoPlan(f"{source}: experts {names} share the schedule; this works with one denoiser only")
+    return logs[0]
+
+
+def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -> list[GramLog]:
+    """Read the Gram log of a run: one per expert, in the order in which they take over the schedule.
 
     Args:
         guidance_scale: Plan for this guidance instead of the recorded one.
 
     Raises:
-        NoPlan: No Gram log, several experts, or groups that do not belong together.
+        NoPlan: No Gram log, groups that do not belong together, or experts that do not follow on each other.
         RunFolderError: Not a run.
     """
     run = RunFolder.open(source)
-    scale = guidance_scale
-    if scale is None:
-        scale = (run.manifest.get("protocol") or {}).get("guidance_scale")
+    protocol = run.manifest.get("protocol") or {}
+    scale = protocol.get("guidance_scale") if guidance_scale is None else guidance_scale
+    second = (protocol.get("call_arguments") or {}).get(SECOND_GUIDANCE)
     ids = {group.name: group.prompt.prompt_id for group in run.groups}
     files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
     if not files:
         raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`")
-    samples = [read_gram(path) for path in files]
-    experts = sorted({expert for sample in samples for expert in sample})
-    if len(experts) != 1:
-        raise NoPlan(f"{run.path}: denoisers {', '.join(experts)}; a plan is made for one denoiser, verify the gate")
-    expert = experts[0]
-    first = samples[0][expert]
-    parts = []
-    for path, sample in zip(files, samples, strict=True):
-        arrays = sample[expert]
-        if list(arrays["branches"]) != list(first["branches"]) or arrays["output"].shape != first["output"].shape:
-            raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
-        if all(np.isfinite(arrays[name]).all() for name in ("output", "residual") if name in arrays):
-            parts.append((ids[path.stem], arrays))
-    if not parts:
+    samples = {path: read_gram(path) for path in files}
+    first = samples[files[0]]
+    experts = sorted(first, key=lambda expert: int(first[expert].get("first_step", 0)))
+    usable = [path for path in files if _finite(samples[path])]
+    if not usable:
         raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
+    for path, sample in samples.items():
+        if _form(sample) != _form(first):
+            raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
+    logs, begin = [], 0
+    for expert in experts:
+        arrays = {ids[path.stem]: samples[path][expert] for path in usable}
+        # As the pipelines do: the later expert has a guidance of its own where the call gives one.
+        log = _log_of(expert, list(arrays.items()), scale if second is None or not logs else float(second))
+        if log.first_step != begin:
+            raise NoPlan(
+                f"{run.path}: {expert} begins at step {log.first_step}, expected {begin}; a plan needs experts that "
+                "follow on each other"
+            )
+        begin += log.num_steps
+        logs.append(log)
+    return logs
+
+
+def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float | None) -> GramLog:
+    first = parts[0][1]
     names = [str(name) for name in first["branches"]]
     residuals = [arrays.get("residual") for _, arrays in parts]
     return GramLog(
@@ -127,8 +154,26 @@ def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) ->
         sigmas=np.asarray(first["sigmas"], float),
         prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
         expert=expert,
+        first_step=int(first.get("first_step", 0)),
         guidance_scale=scale,
         residual_error=max(float(arrays["residual_error"]) for _, arrays in parts),
+    )
+
+
+def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
+    """What all samples of a run must have in common."""
+    return {
+        expert: ([str(name) for name in arrays["branches"]], arrays["output"].shape, int(arrays.get("first_step", 0)))
+        for expert, arrays in sample.items()
+    }
+
+
+def _finite(sample: dict[str, dict[str, Any]]) -> bool:
+    return all(
+        np.isfinite(arrays[name]).all()
+        for arrays in sample.values()
+        for name in ("output", "residual")
+        if name in arrays
     )
 
 

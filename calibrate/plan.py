@@ -18,11 +18,12 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import InvalidOption
-from calibrate.gram import GramLog, at_steps, load_gram
+from calibrate.gram import GramLog, NoPlan, at_steps, load_grams
 from calibrate.log import load_run
-from calibrate.policies import Setting, check_budget, uniform
+from calibrate.policies import Setting, check_budget
 from calibrate.run import RunFolder, write_atomically
-from calibrate.schedules import MOST_STEPS, Problem, Program, Weights, fit_weights, local_search
+from calibrate.schedules import MOST_STEPS, Weights, local_search
+from calibrate.stages import StagedProgram, Stages
 from calibrate.yardstick import Yard, Yardstick, as_figures
 
 CHOOSING_PROMPTS = 3
@@ -34,7 +35,8 @@ BASELINES = (UNIFORM, UNIFORM_LINEAR, FEWER_STEPS)
 PLAN = "plan"
 VERDICT = "plan: "
 PEAKS = (1.0, 2.0)
-DAMPINGS = (0.15, 0.3, 0.5)
+DAMPINGS = (0.1, 0.2, 0.3, 0.5)
+TIE_DB = 0.5  # so near, the few choosing prompts decide nothing and the log, which holds more prompts, does
 Say = Callable[[str], None]
 
 
@@ -46,6 +48,7 @@ class Candidate:
         forecast_of: ``residual`` or ``output``: what the runtime forecasts.
         weights: Of a fitted forecast: step -> weights of the last computed steps, newest first.
         signed: Its signed open-loop error in the guided output, mean over samples, as a fraction of the path.
+        additive: The sum of its steps' errors likewise.
         damping: Share of plain reuse in fitted weights.
     """
 
@@ -55,6 +58,7 @@ class Candidate:
     forecast_of: str
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     signed: float = float("nan")
+    additive: float = float("nan")
     damping: float = 0.0
 
     @property
@@ -73,13 +77,13 @@ class Candidate:
             parameters["weights"] = {str(step): list(row) for step, row in self.weights.items()}
         return Setting(policy or self.name, "schedule", self.schedule.count("C"), parameters)
 
-    def as_plan(self, log: GramLog, figures: Mapping[str, float | None]) -> coeffs.Plan:
+    def as_plan(self, logs: Sequence[GramLog], figures: Mapping[str, float | None]) -> coeffs.Plan:
         """The record of an entry."""
         skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
-        known = np.isfinite(log.sigmas).all()
+        sigmas = np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
         return coeffs.Plan(
             schedule=self.schedule,
-            sigmas=tuple(float(s) for s in log.sigmas) if known else None,
+            sigmas=tuple(float(s) for s in sigmas) if np.isfinite(sigmas).all() else None,
             forecast=self.forecast,
             forecast_of=self.forecast_of,
             weights=tuple(self.weights[step] for step in skipped) if self.weights else None,
@@ -106,57 +110,59 @@ class Planned:
 
 
 class Planner:
-    """Candidates for any budget up to ``most``, from one log; tables and programs are made once."""
+    """Candidates for any budget up to ``most``, from the logs of all experts; tables and programs are made once."""
 
-    def __init__(self, log: GramLog, most: int) -> None:
-        check_budget(most, log.num_steps)
-        self.log, self.most = log, most
-        self.problems = {what: Problem.of(log, what) for what in log.grams}
-        self.yard = Yard(self.problems["output"], most)
-        self._programs: dict[tuple[str, str, float], Program] = {}
+    def __init__(self, logs: Sequence[GramLog], most: int) -> None:
+        self.logs = list(logs)
+        kinds = [what for what in logs[0].grams if all(what in log.grams for log in logs)]
+        self.stages = {what: Stages.of(logs, what) for what in kinds}
+        self.num_steps, self.most = self.stages["output"].num_steps, most
+        check_budget(most, self.num_steps)
+        self.yard = Yard(self.stages["output"], most)
+        self._programs: dict[tuple[str, str, float, float], StagedProgram] = {}
 
-    def best(self, what: str, forecast: str, peak: float, computed: int) -> str:
+    def best(self, what: str, forecast: str, computed: int, *, peak: float = 1.0, damping: float = 0.0) -> str:
         """The best schedule by the costs of ``output`` or ``residual``."""
-        key = (what, forecast, peak)
+        key = (what, forecast, peak, damping)
         if key not in self._programs:
-            costs = self.problems[what].costs(forecast, peak)
-            self._programs[key] = Program(costs, self.most)
+            costs = self.stages[what].costs(forecast, peak, damping=damping)
+            self._programs[key] = StagedProgram(costs, self.most)
         return self._programs[key].best(computed)[0]
 
     def candidate(self, name: str, schedule: str, forecast: str, of: str, damping: float = 0.0) -> Candidate:
         """A candidate with its weights fitted and its error worked out."""
         weights: Mapping[int, tuple[float, ...]] = {}
         if forecast == "fitted":
-            weights = fit_weights(self.problems[of], schedule, damping=damping).rows
+            weights = self.stages[of].fit(schedule, damping)
             if not weights:
                 forecast = "reuse"  # every step is computed
         found = Candidate(name, schedule, forecast, of, weights, damping=damping)
-        return replace(found, signed=float(self.problems["output"].signed(schedule, found.how).mean()))
+        outputs = self.stages["output"]
+        signed, additive = (float(error(schedule, found.how).mean()) for error in (outputs.signed, outputs.additive))
+        return replace(found, signed=signed, additive=additive)
 
     def candidates(self, computed: int) -> list[Candidate]:
         """The schedules worth running at a budget, each once: both uniform baselines, then planned ones."""
-        steps = self.log.num_steps
-        check_budget(computed, steps)
-        even = uniform(steps, computed)
+        even = self.stages["output"].uniform(computed)
         found = [
             self.candidate(UNIFORM, even, "reuse", "residual"),
             self.candidate(UNIFORM_LINEAR, even, "linear", "residual"),
         ]
-        for what in self.problems:
+        for what in self.stages:
             of = "outputs" if what == "output" else "residuals"
             for forecast in ("reuse", "linear", "fitted"):
-                schedule = self.best(what, forecast, 1.0, computed)
+                schedule = self.best(what, forecast, computed)
                 found.append(self.candidate(f"planned, {forecast} {of}", schedule, forecast, what))
-        schedule = self.best("output", "fitted", 1.0, computed)
         for damping in DAMPINGS:
             name = f"planned, fitted outputs, damped {damping:g}"
+            schedule = self.best("output", "fitted", computed, damping=damping)
             found.append(self.candidate(name, schedule, "fitted", "output", damping))
         # The errors of outputs are those that reach the image; a residual's forecast follows the latents better.
         for peak in PEAKS:
-            schedule = self.best("output", "linear", peak, computed)
+            schedule = self.best("output", "linear", computed, peak=peak)
             found.append(self.candidate(f"planned for outputs, linear, peak {peak:g}", schedule, "linear", "residual"))
-        if steps <= MOST_STEPS["quadratic"]:
-            schedule = self.best("output", "quadratic", 1.0, computed)
+        if max(problem.num_steps for problem in self.stages["output"].problems) <= MOST_STEPS["quadratic"]:
+            schedule = self.best("output", "quadratic", computed)
             found.append(self.candidate("planned, quadratic outputs", schedule, "quadratic", "output"))
         found.append(self._searched(computed))
         distinct: dict[str, Candidate] = {}
@@ -178,12 +184,14 @@ class Planner:
 
     def _searched(self, computed: int) -> Candidate:
         """The best schedule for linearly forecast outputs, moved until the signed error no longer falls."""
-        problem = self.problems["output"]
+        stages = self.stages["output"]
 
         def value(schedule: str) -> float:
-            return float(problem.signed(schedule, "linear").mean() + 0.1 * problem.additive(schedule, "linear").mean())
+            if not stages.holds(schedule):
+                return np.inf
+            return float(stages.signed(schedule, "linear").mean() + 0.1 * stages.additive(schedule, "linear").mean())
 
-        schedule, _ = local_search(self.best("output", "linear", 1.0, computed), value)
+        schedule, _ = local_search(self.best("output", "linear", computed), value)
         return self.candidate("searched, linear outputs", schedule, "linear", "output")
 
 
@@ -233,18 +241,15 @@ def plan(
     """
     if (computed is None) == (speedup is None):
         raise InvalidOption("--computed and --speedup: give exactly one of them")
-    log = load_gram(source)
-    log = at_steps(log, steps or log.num_steps)
+    logs = _at_steps(load_grams(source), steps)
+    num_steps = sum(log.num_steps for log in logs)
     if computed is None:
-        timing = load_run(source).timing.get(log.expert)
-        if timing is None:
-            raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
-        computed = [budget_for(speedup, *timing, log.num_steps)]
+        computed = [budget_for(speedup, *_timing(source, logs), num_steps)]
     budgets = sorted(set(computed), reverse=True)
     for budget in budgets:
-        check_budget(budget, log.num_steps)
-    say(f"planning {', '.join(map(str, budgets))} of {log.num_steps} steps from {len(log.output)} samples")
-    planner = Planner(log, max(budgets))
+        check_budget(budget, num_steps)
+    say(f"planning {', '.join(map(str, budgets))} of {num_steps} steps from {len(logs[0].output)} samples")
+    planner = Planner(logs, max(budgets))
     shortlists = {budget: planner.shortlist(budget, candidates) for budget in budgets}
     if not runs:
         best = {b: min(found, key=lambda c: (c.name in BASELINES, c.signed)) for b, found in shortlists.items()}
@@ -254,9 +259,9 @@ def plan(
     from calibrate.verify import held_out_prompts
 
     case = open_case(source, model=model, registry=None, out=None, dtype=dtype, device=device)
-    if log.num_steps != case.num_steps:
-        arguments = {**case.arguments, "num_inference_steps": log.num_steps}
-        case = replace(case, arguments=arguments, num_steps=log.num_steps)
+    if num_steps != case.num_steps:
+        arguments = {**case.arguments, "num_inference_steps": num_steps}
+        case = replace(case, arguments=arguments, num_steps=num_steps)
     held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)
     if len(held_out.prompts) < 2:
         raise InvalidOption("one held-out prompt: expected one to choose by and at least one other to judge by")
@@ -281,8 +286,31 @@ def plan(
         planned.append(_planned(planner, budget, shortlists[budget], winner, figures))
     folder = RunFolder.open(source).path
     _keep(folder, planned, tried, judged)
-    coeffs.save(planned_entry(case.entry, log, planned), folder / "entry.yaml")
+    coeffs.save(planned_entry(case.entry, logs, planned), folder / "entry.yaml")
     return planned
+
+
+def _at_steps(logs: list[GramLog], steps: int | None) -> list[GramLog]:
+    """The logs for another number of steps, where that is sound."""
+    if len(logs) == 1:
+        return [at_steps(logs[0], steps or logs[0].num_steps)]
+    recorded = sum(log.num_steps for log in logs)
+    if steps not in (None, recorded):
+        names = ", ".join(log.expert for log in logs)
+        raise NoPlan(
+            f"{steps} steps from a log of {recorded} by {names}, who would take over elsewhere; record {steps}"
+        )
+    return logs
+
+
+def _timing(source: str | os.PathLike, logs: Sequence[GramLog]) -> tuple[float, float]:
+    """Seconds of a denoiser call and of its block stack, mean over the steps of all experts."""
+    known = load_run(source).timing
+    if any(log.expert not in known for log in logs):
+        raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
+    steps = [log.num_steps for log in logs]
+    call, stack = np.average([known[log.expert] for log in logs], axis=0, weights=steps)
+    return float(call), float(stack)
 
 
 def score(values: pd.Series) -> float:
@@ -318,9 +346,9 @@ def judged_figures(rows: pd.DataFrame) -> dict[str, float | None]:
     return {name: None if value is None or not np.isfinite(value) else float(value) for name, value in figures.items()}
 
 
-def planned_entry(entry: coeffs.Entry, log: GramLog, planned: Sequence[Planned]) -> coeffs.Entry:
+def planned_entry(entry: coeffs.Entry, logs: Sequence[GramLog], planned: Sequence[Planned]) -> coeffs.Entry:
     """The entry with these plans in place of earlier ones for the same steps, and a word where fewer steps wins."""
-    new = [p.winner.as_plan(log, p.figures | as_figures(p.yardstick)) for p in planned]
+    new = [p.winner.as_plan(logs, p.figures | as_figures(p.yardstick)) for p in planned]
     replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
     kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
     plans = sorted([*kept, *new], key=lambda plan: (len(plan.schedule), -plan.computed_steps))
@@ -368,7 +396,9 @@ def _winner(found: list[Candidate], rows: pd.DataFrame) -> Candidate:
     from calibrate.verdict import main_measure
 
     table = _values(rows, main_measure(rows))
-    return max((c for c in found if c.name in table), key=lambda c: score(table[c.name]))
+    scores = {c.name: score(table[c.name]) for c in found if c.name in table}
+    tied = [c for c in found if scores.get(c.name, -np.inf) >= max(scores.values()) - TIE_DB]
+    return min(tied, key=lambda c: c.additive)
 
 
 def _half_width(values: np.ndarray) -> float:
@@ -396,7 +426,8 @@ def _keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame, judged:
             "figures": one.figures,
             "yardstick": as_figures(one.yardstick),
             "candidates": [
-                {"name": c.name, "schedule": c.schedule, "signed": c.signed, "score": score(table[c.name])}
+                {name: getattr(c, name) for name in ("name", "schedule", "signed", "additive")}
+                | {"score": score(table[c.name])}
                 for c in one.candidates
                 if c.name in table
             ],

@@ -36,12 +36,14 @@ class Problem:
         levels: Abscissa of the forecasts, shape (T,).
         increments: What each step's output is multiplied with, shape (T,), signed.
         prompt_ids: Of each sample; samples of one prompt stay together in cross-validation.
+        path: Length of each sample's whole path, where this problem is one expert's part of it.
     """
 
     gram: Array
     levels: Array
     increments: Array
     prompt_ids: tuple[str, ...] = ()
+    path: Array | None = None
 
     @classmethod
     def of(cls, log: GramLog, what: str = "output") -> "Problem":
@@ -53,10 +55,14 @@ class Problem:
         return self.gram.shape[1]
 
     @cached_property
+    def length(self) -> Array:
+        """Length of each sample's path, ``sum_t |increment_t| |v_t|``, shape (samples,)."""
+        return np.sqrt(np.maximum(np.einsum("ptt->pt", self.gram), 0)) @ np.abs(self.increments)
+
+    @cached_property
     def scale(self) -> Array:
-        """Length of each sample's path, ``sum_t |increment_t| |v_t|``: errors are given as fractions of it."""
-        lengths = np.sqrt(np.maximum(np.einsum("ptt->pt", self.gram), 0))
-        return np.maximum(lengths @ np.abs(self.increments), 1e-300)
+        """What errors are given as fractions of: the length of the (whole) path."""
+        return np.maximum(self.length if self.path is None else self.path, 1e-300)
 
     @cached_property
     def folds(self) -> NDArray[np.int64]:
@@ -104,23 +110,26 @@ class Problem:
     # --- costs of all anchors at once
 
     @cached_property
-    def _errors(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64], Array]]:
+    def _errors(self) -> dict[tuple[str, float], tuple[NDArray[np.int64], NDArray[np.int64], Array]]:
         return {}
 
-    def _errors_of(self, forecast: str) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+    def _errors_of(self, forecast: str, damping: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
         """All sets of anchors, their steps, and ``|increment| |error| / path``, shape (samples, n)."""
-        if forecast not in self._errors:
+        if (forecast, damping) not in self._errors:
             anchors, step = _anchors(self.num_steps, KEPT[forecast])
             if forecast == "fitted":
-                squared = _out_of_fold(self, anchors, step)
+                squared = _out_of_fold(self, anchors, step, damping)
             else:
                 squared = _squared_errors(self.gram, anchors, step, _lagrange(self.levels, anchors, step))
             error = np.sqrt(np.maximum(squared, 0)) * np.abs(self.increments)[step] / self.scale[:, None]
-            self._errors[forecast] = anchors, step, error
-        return self._errors[forecast]
+            self._errors[forecast, damping] = anchors, step, error
+        return self._errors[forecast, damping]
 
-    def costs(self, forecast: str, peak: float = 1.0, sample: int | None = None) -> Array:
+    def costs(self, forecast: str, peak: float = 1.0, sample: int | None = None, damping: float = 0.0) -> Array:
         """Mean over samples of ``(|increment| |error| / path)^peak`` for all anchors and steps; or of one sample.
+
+        Args:
+            damping: Share of plain reuse in fitted weights.
 
         Returns:
             Shape ``(T + 1,) * (kept - 1) + (T, T)``: index older anchors plus one (0: none), the newest anchor, the
@@ -129,7 +138,7 @@ class Problem:
         steps, kept = self.num_steps, KEPT[forecast]
         if steps > MOST_STEPS[forecast]:
             raise InvalidOption(f"{forecast} over {steps} steps: planned up to {MOST_STEPS[forecast]} steps")
-        anchors, step, error = self._errors_of(forecast)
+        anchors, step, error = self._errors_of(forecast, damping)
         error = error if sample is None else error[sample : sample + 1]
         table = np.full((steps + 1,) * (kept - 1) + (steps, steps), np.inf)
         older = tuple(anchors[:, i] + 1 for i in range(kept - 1, 0, -1))
@@ -291,11 +300,15 @@ def fit_weights(problem: Problem, schedule: str, ridge: float | None = None, dam
     if ridge is None:
         ridge = _best_ridge(problem, anchors, step)
     weights = _ridge(*_normal_equations(problem, anchors, step), _lagrange(problem.levels, anchors, step), ridge)
-    weights = (1 - damping) * weights + damping * np.eye(KEPT["fitted"])[0]
+    weights = _damped(weights, damping)
     rows = {}
     for t, row, chosen in zip(step, weights, anchors, strict=True):
         rows[int(t)] = tuple(float(w) for w, a in zip(row, chosen, strict=True) if a != NONE)
     return Weights(rows, ridge)
+
+
+def _damped(weights: Array, damping: float) -> Array:
+    return (1 - damping) * weights + damping * np.eye(weights.shape[-1])[0]
 
 
 def _best_ridge(problem: Problem, anchors: NDArray, step: NDArray) -> float:
@@ -311,25 +324,25 @@ def _best_ridge(problem: Problem, anchors: NDArray, step: NDArray) -> float:
     return min(RIDGES[::-1], key=error)  # of equal ones the strongest
 
 
-def _out_of_fold(problem: Problem, anchors: NDArray, step: NDArray) -> Array:
+def _out_of_fold(problem: Problem, anchors: NDArray, step: NDArray, damping: float) -> Array:
     """Squared errors of fitted weights, shape (samples, n), each sample's from the other prompts' weights.
 
     One penalty for all: what is best on steps up to a tenth of the schedule after the anchor.
     """
     near = step - anchors[:, 0] <= max(2, problem.num_steps // 10)
-    return _cross_validated(problem, anchors, step, _best_ridge(problem, anchors[near], step[near]))
+    return _cross_validated(problem, anchors, step, _best_ridge(problem, anchors[near], step[near]), damping)
 
 
-def _cross_validated(problem: Problem, anchors: NDArray, step: NDArray, ridge: float) -> Array:
+def _cross_validated(problem: Problem, anchors: NDArray, step: NDArray, ridge: float, damping: float = 0.0) -> Array:
     linear = _lagrange(problem.levels, anchors, step)
     if not np.isfinite(ridge) or len(set(problem.folds)) < 2:
-        return _squared_errors(problem.gram, anchors, step, linear)
+        return _squared_errors(problem.gram, anchors, step, _damped(linear, damping))
     left, right = _normal_equations(problem, anchors, step, summed=False)
     squared = np.empty((len(problem.gram), len(step)))
     for fold in np.unique(problem.folds):
         out = problem.folds == fold
         weights = _ridge(left[~out].sum(0), right[~out].sum(0), linear, ridge)
-        squared[out] = _squared_errors(problem.gram[out], anchors, step, weights)
+        squared[out] = _squared_errors(problem.gram[out], anchors, step, _damped(weights, damping))
     return squared
 
 

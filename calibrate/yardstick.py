@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.policies import uniform
-from calibrate.schedules import Problem, Program, Weights, computed_of, schedule_cost
+from calibrate.schedules import Problem, Weights, computed_of
+from calibrate.stages import StagedProgram, Stages
 
 Array = NDArray[np.float64]
 HINDSIGHT_FORECASTS = ("reuse", "linear", "fitted")
@@ -55,34 +55,34 @@ class Yard:
     """Prepares the tables that all budgets share.
 
     Args:
-        problem: Of the outputs.
+        stages: Of the outputs.
         most: Largest number of computed steps.
     """
 
-    def __init__(self, problem: Problem, most: int, forecasts: Sequence[str] = HINDSIGHT_FORECASTS) -> None:
-        self.problem = problem
-        self.costs = {forecast: problem.costs(forecast) for forecast in forecasts}
-        self.programs = {forecast: Program(costs, most) for forecast, costs in self.costs.items()}
+    def __init__(self, stages: Stages, most: int, forecasts: Sequence[str] = HINDSIGHT_FORECASTS) -> None:
+        self.stages = stages
+        self.costs = {forecast: stages.costs(forecast) for forecast in forecasts}
+        self.programs = {forecast: StagedProgram(costs, most) for forecast, costs in self.costs.items()}
         self._samples = [
-            [Program(problem.costs(forecast, sample=sample), most) for forecast in forecasts]
-            for sample in range(len(problem.gram))
+            [StagedProgram(stages.costs(forecast, sample=sample), most) for forecast in forecasts]
+            for sample in range(stages.samples)
         ]
 
     def at(self, computed: int, plan: str, forecast: str | Weights) -> Yardstick:
         """The yardstick beside a plan with its forecast; ``fitted`` without weights means those of other prompts."""
-        even = uniform(self.problem.num_steps, computed)
+        even = self.stages.uniform(computed)
         if forecast == "fitted":
-            own = schedule_cost(self.costs[forecast], plan)
+            own = self.stages.cost(self.costs[forecast], plan)
         else:
-            own = float(self.problem.additive(plan, forecast).mean())
+            own = float(self.stages.additive(plan, forecast).mean())
         return Yardstick(
             computed=computed,
-            uniform=schedule_cost(self.costs["reuse"], even),
-            uniform_best=min(schedule_cost(costs, even) for costs in self.costs.values()),
+            uniform=self.stages.cost(self.costs["reuse"], even),
+            uniform_best=min(self.stages.cost(costs, even) for costs in self.costs.values()),
             plan=own,
             population=min(program.best(computed)[1] for program in self.programs.values()),
             hindsight=float(np.mean([min(p.best(computed)[1] for p in programs) for programs in self._samples])),
-            floor=float(projection_floor(self.problem, plan).mean()),
+            floor=float(sum(map(projection_floor, self.stages.problems, self.stages.parts(plan))).mean()),
         )
 
 

@@ -13,7 +13,7 @@ from calibrate import plan as planning
 from calibrate.cli import cli
 from calibrate.draft import draft_entry
 from calibrate.errors import InvalidOption
-from calibrate.gram import load_gram
+from calibrate.gram import load_gram, load_grams
 from calibrate.log import load_run
 from calibrate.plan import BASELINES, Planner, budget_for, fewer_steps_verdict, plan
 from calibrate.policies import uniform
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def test_candidates_compute_their_budget_and_hold_both_baselines(folder):
-    planner = Planner(load_gram(folder), 7)
+    planner = Planner(load_grams(folder), 7)
     for computed in (2, 4, 7):
         found = planner.candidates(computed)
         assert [c.name for c in found[:2]] == list(BASELINES[:2])
@@ -44,7 +44,7 @@ def test_candidates_compute_their_budget_and_hold_both_baselines(folder):
 
 
 def test_fitted_candidates_carry_a_row_of_weights_for_each_skipped_step(folder):
-    log = load_gram(folder)
+    log = load_grams(folder)
     fitted = next(c for c in Planner(log, 5).candidates(5) if c.forecast == "fitted")
     record_of_it = fitted.as_plan(log, {"speedup": 1.5, "nothing": float("nan")})
     assert record_of_it.weights_by_step == fitted.weights
@@ -53,7 +53,7 @@ def test_fitted_candidates_carry_a_row_of_weights_for_each_skipped_step(folder):
 
 
 def test_yardstick_is_nested(folder):
-    planner = Planner(load_gram(folder), 6)
+    planner = Planner(load_grams(folder), 6)
     yard = planner.yard
     for computed in (3, 5, 6):
         best = min(yard.programs, key=lambda name: yard.programs[name].best(computed)[1])
@@ -68,14 +68,14 @@ def test_yardstick_is_nested(folder):
 
 def test_hindsight_of_one_sample_is_the_plan_itself(folder):
     log = load_gram(folder).select([0])
-    yard = Yard(Planner(log, 4).problems["output"], 4)
+    yard = Yard(Planner([log], 4).stages["output"], 4)
     found = yard.at(4, yard.programs["linear"].best(4)[0], "linear")
     assert found.hindsight == pytest.approx(found.population)
 
 
 def test_damped_weights_lie_between_the_fitted_ones_and_reuse(folder):
     """Bug: fitted weights alone amplify what earlier forecasts did to the anchors, most of all at small budgets."""
-    found = Planner(load_gram(folder), 5).candidates(5)
+    found = Planner(load_grams(folder), 5).candidates(5)
     fitted = {c.damping: c for c in found if c.name.startswith("planned, fitted outputs")}
     assert set(fitted) == {0.0, *planning.DAMPINGS}
     for damping, candidate in fitted.items():
@@ -129,7 +129,7 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
 
 
 def test_plans_are_kept_by_budget(folder):
-    entry, log = coeffs.load(folder / "entry.yaml"), load_gram(folder)
+    entry, log = coeffs.load(folder / "entry.yaml"), load_grams(folder)
     planner = Planner(log, 6)
 
     def planned(computed, **figures):

@@ -45,9 +45,12 @@ class TinyPipeline:
         if hasattr(self.transformer, "_reset_stateful_cache"):
             self.transformer._reset_stateful_cache()
 
+    def denoiser(self, time):
+        return self.transformer
+
     @contextmanager
-    def _branch(self, name):
-        with self.transformer.cache_context(name):
+    def _branch(self, denoiser, name):
+        with denoiser.cache_context(name):
             yield
 
     @torch.no_grad()
@@ -59,11 +62,11 @@ class TinyPipeline:
         ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
         self.scheduler.set_timesteps(num_inference_steps)
         for time in self.scheduler.timesteps:
-            outputs = []
+            denoiser, outputs = self.denoiser(time), []
             for name, embedding in (("cond", text), ("uncond", torch.zeros_like(text))):
-                with self._branch(name):
+                with self._branch(denoiser, name):
                     outputs.append(
-                        self.transformer(
+                        denoiser(
                             hidden_states=latents, encoder_hidden_states=embedding, pooled_projections=embedding[:, 0],
                             timestep=time[None] / 1000, img_ids=ids, txt_ids=torch.zeros(6, 3), return_dict=False,
                         )[0]
@@ -73,3 +76,24 @@ class TinyPipeline:
         images = torch.sigmoid(self.vae.decode(latents)).float().numpy()
         self.maybe_free_model_hooks()
         return SimpleNamespace(images=np.full_like(images, np.nan) if self.corrupt else images)
+
+
+class TinyExperts(TinyPipeline):
+    """Two denoisers: the second takes over below ``boundary``, as in Wan 2.2."""
+
+    boundary = 800
+
+    def __init__(self):
+        super().__init__()
+        other = TinyPipeline().transformer
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(0.9)
+        self.transformer_2 = other
+
+    @property
+    def components(self):
+        return super().components | {"transformer_2": self.transformer_2}
+
+    def denoiser(self, time):
+        return self.transformer if time >= self.boundary else self.transformer_2
