@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from tiny_pipeline import TinyPipeline
@@ -75,14 +76,27 @@ def test_hindsight_of_one_sample_is_the_plan_itself(folder):
 
 def test_damped_weights_lie_between_the_fitted_ones_and_reuse(folder):
     """Bug: fitted weights alone amplify what earlier forecasts did to the anchors, most of all at small budgets."""
-    found = Planner(load_grams(folder), 5).candidates(5)
-    fitted = {c.damping: c for c in found if c.name.startswith("planned, fitted outputs")}
-    assert set(fitted) == {0.0, *planning.DAMPINGS}
-    for damping, candidate in fitted.items():
+    planner = Planner(load_grams(folder), 5)
+    found = [c for c in planner.candidates(5) if c.name.startswith("planned, fitted outputs")]
+    assert {c.damping for c in found} == {0.0, *planning.DAMPINGS}
+    for candidate in found:
+        plain = planner.stages["output"].fit(candidate.schedule)
         for step, (newest, *older) in candidate.weights.items():
-            plain = fitted[0.0].weights[step]
-            assert newest == pytest.approx(damping + (1 - damping) * plain[0])
-            assert older == pytest.approx([(1 - damping) * weight for weight in plain[1:]])
+            assert newest == pytest.approx(candidate.damping + (1 - candidate.damping) * plain[step][0])
+            assert older == pytest.approx([(1 - candidate.damping) * weight for weight in plain[step][1:]])
+
+
+def test_of_candidates_that_tie_the_log_decides():
+    """Bug: three choosing prompts told apart what differs by their luck."""
+    names = ["far", "near", "poor"]
+    found = [
+        planning.Candidate(n, "CS", "reuse", "output", additive=e) for n, e in zip(names, (0.3, 0.2, 0.1), strict=True)
+    ]
+    values = {"far": 40.0, "near": 39.6, "poor": 39.0}
+    rows = pd.DataFrame(
+        {"policy": names, "psnr_db": [values[n] for n in names], "identical": False, "broken": False, "prompt_id": "p"}
+    ).assign(seed=0)
+    assert planning._winner(found, rows).name == "near"
 
 
 def test_plans_without_runs_touch_nothing(folder):
