@@ -1,7 +1,8 @@
 """How often the host waits for the device, what a refused apply leaves alone, and generations of several schedules.
 
 On a GPU every number that Python reads from a tensor makes the host wait. Here the reads are counted where Python asks
-for them, and those of the plain pipeline are subtracted.
+for them, and those of the plain pipeline are subtracted. Where there must be none, models run on the meta device: its
+tensors hold nothing to read.
 """
 
 from collections import Counter
@@ -10,16 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
+import coeffs
 from calibrate.log import load_run
 from calibrate.recorder import Recorder
-from runtime import ApplyError, InvalidSetting, apply_tea_cache, denoisers
+from runtime import ApplyError, Forecast, InvalidSetting, apply_tea_cache, denoisers
+from runtime.leaves import mapped
 
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parent.parent / "calibrate" / "embedded" / "tiny-longcat-image"
 STEPS = 6
+PLAN = "CCSCSS"
+KINDS = ("reuse", "linear", "quadratic", Forecast("fitted", {2: (1.5, -0.5), 4: (1.4, -0.4), 5: (1.2,)}))
 CALL = {"height": 32, "width": 32, "num_inference_steps": STEPS, "guidance_scale": 4.5, "output_type": "latent"}
 
 
@@ -56,8 +61,12 @@ def reads(pipe) -> int:
     return counted.found.total()
 
 
-def test_a_plan_never_waits_and_a_gate_once_per_step(pipe):
-    plain = reads(pipe)
+@pytest.fixture(scope="module")
+def plain(pipe) -> int:
+    return reads(pipe)
+
+
+def test_a_plan_never_waits_and_a_gate_once_per_step(pipe, plain):
     with apply_tea_cache(pipe, schedule="C" * STEPS):
         assert reads(pipe) == plain
     with apply_tea_cache(pipe, schedule="C" * STEPS, forecast="linear"):
@@ -71,8 +80,62 @@ def test_a_plan_never_waits_and_a_gate_once_per_step(pipe):
         assert reads(pipe) - plain == 2 * (STEPS - 2)
 
 
-def test_the_recorder_reads_once_a_generation_is_over(pipe):
-    plain = reads(pipe)
+@pytest.mark.parametrize("of", ["residual", "output"])
+@pytest.mark.parametrize("kind", KINDS, ids=("reuse", "linear", "quadratic", "fitted"))
+def test_a_plan_with_a_forecast_never_waits(pipe, plain, kind, of):
+    """But for the noise levels, once per generation, where a forecast asks for them; a guard, where the plan skips."""
+    levels = kind in ("linear", "quadratic")
+    with apply_tea_cache(pipe, schedule=PLAN, forecast=kind, forecast_of=of) as cache:
+        assert reads(pipe) - plain == levels
+        assert cache.stats.pattern == PLAN
+    how = {"forecast": kind, "forecast_of": of, "coefficients": [1e-9]}
+    with apply_tea_cache(pipe, schedule=PLAN, **how, guard=1.0) as cache:
+        assert reads(pipe) - plain == levels + PLAN.count("S")
+        assert cache.stats.pattern == PLAN
+
+
+def test_a_plan_reads_its_own_noise_levels_once(pipe, plain):
+    """To compare them with the scheduler's and to extrapolate in them, by one and the same read."""
+    sigmas = tuple(pipe.scheduler.sigmas.tolist())[:STEPS]
+    plan = coeffs.Plan(schedule=PLAN, forecast="linear", forecast_of="output", sigmas=sigmas)
+    with apply_tea_cache(pipe, schedule=plan) as cache:
+        assert reads(pipe) - plain == 1
+        assert cache.stats.pattern == PLAN and not cache.mismatches
+
+
+@pytest.mark.parametrize("of", ["residual", "output"])
+@pytest.mark.parametrize("kind", KINDS, ids=("reuse", "linear", "quadratic", "fitted"))
+@pytest.mark.parametrize("name", ["flux", "wan21", "qwen_image"])
+def test_a_plan_runs_where_nothing_can_be_read(name, kind, of):
+    target = Unreadable(name)
+    with apply_tea_cache(target, schedule=PLAN, forecast=kind, forecast_of=of) as cache:
+        target.generate()
+    assert cache.stats.pattern == PLAN
+    watched = {"forecast": kind, "forecast_of": of, "guard": 1.0, "coefficients": [1e-9]}
+    unreadable = pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta")
+    with apply_tea_cache(target, schedule=PLAN, **watched), unreadable:
+        target.generate()
+
+
+class Unreadable:
+    """A denoiser on the meta device, with a scheduler whose count it advances itself."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._model = name, zoo.build(name).to("meta")
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    @property
+    def components(self) -> dict:
+        return {"transformer": self._model, "scheduler": self.scheduler}
+
+    def generate(self) -> None:
+        self.scheduler.set_timesteps(STEPS)
+        for step, kwargs in enumerate(zoo.trajectory(self._name, total=STEPS)):
+            self.scheduler._step_index = step
+            zoo.run(self._model, mapped(kwargs, lambda tensor: tensor.to("meta")))
+
+
+def test_the_recorder_reads_once_a_generation_is_over(pipe, plain):
     with Recorder(denoisers(pipe), pipe) as recorder:
         recorder.start()
         assert reads(pipe) - plain <= 1  # the noise levels
