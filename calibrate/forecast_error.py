@@ -98,6 +98,8 @@ def _errors_of(arrays: Mapping[str, Any], forecast: str, forecast_of: str) -> di
         return {}
     names = [str(name) for name in arrays["branches"]]
     grams = branch_gram(arrays[forecast_of], len(names))
+    if "joint" in arrays:  # one call for both, and one pair
+        names, grams = [str(arrays["joint"])], grams.sum(0, keepdims=True)
     sigmas = np.asarray(arrays["sigmas"], float)[: grams.shape[1]]
     levels = sigmas if np.isfinite(sigmas).all() else -np.arange(len(sigmas), dtype=float)
     return {name: forecast_errors(gram, levels, ORDERS[forecast]) for name, gram in zip(names, grams, strict=True)}

@@ -9,6 +9,8 @@
 ``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
                           branch b, so that the cross terms of the branches are in it
 ``<expert>/residual``     the same of the stack's residuals
+``<expert>/joint``        name that the branches have in the pairs, where one call holds both as halves of its batch
+``<expert>/guidance``     guidance scale measured there: along which combination of the halves the latents moved
 ``<expert>/residual_error``  relative standard error of a squared distance of residuals; 0 where they are exact
 ========================  =============================================================================================
 
@@ -148,6 +150,8 @@ def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float |
     first = parts[0][1]
     names = [str(name) for name in first["branches"]]
     residuals = [arrays.get("residual") for _, arrays in parts]
+    if scale is None and all("guidance" in arrays for _, arrays in parts):
+        scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
     return GramLog(
         output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
         residual=None if any(r is None for r in residuals) else np.stack([guided(r, names, scale) for r in residuals]),

@@ -184,6 +184,8 @@ class _RecordHandler:
             self._trajectories = {}
             if self._products is not None:
                 self._products.clear()
+        if self._products is not None:
+            self._products.add_latents(position.branch, position.step, kwargs.get("hidden_states", *args[:1]))
         trajectory = self._trajectories.setdefault(position.branch, _RecordedTrajectory())
         if not position.consecutive:
             trajectory.restart()
