@@ -142,11 +142,14 @@ class Planner:
         return replace(found, signed=signed, additive=additive)
 
     def candidates(self, computed: int) -> list[Candidate]:
-        """The schedules worth running at a budget, each once: both uniform baselines, then planned ones."""
+        """The schedules worth running at a budget, each once: uniform ones, both baselines first, then planned ones."""
         even = self.stages["output"].uniform(computed)
         found = [
             self.candidate(UNIFORM, even, "reuse", "residual"),
             self.candidate(UNIFORM_LINEAR, even, "linear", "residual"),
+            self.candidate("uniform, linear outputs", even, "linear", "output"),
+            self.candidate("uniform, fitted outputs", even, "fitted", "output"),
+            self.candidate("uniform, fitted outputs, damped 0.3", even, "fitted", "output", 0.3),
         ]
         for what in self.stages:
             of = "outputs" if what == "output" else "residuals"
@@ -172,10 +175,10 @@ class Planner:
         return list(distinct.values())
 
     def shortlist(self, computed: int, most: int) -> list[Candidate]:
-        """The baselines, the ``most`` others with the least signed error, the first of each kind of forecast."""
+        """The uniform ones, the ``most`` others with the least signed error, the first of each kind of forecast."""
         everything = self.candidates(computed)
-        base = [c for c in everything if c.name in BASELINES]
-        others = sorted((c for c in everything if c.name not in BASELINES), key=lambda c: c.signed)
+        base = [c for c in everything if c.name.startswith("uniform")]
+        others = sorted((c for c in everything if c not in base), key=lambda c: c.signed)
         kinds: dict[str, Candidate] = {}
         for candidate in others:
             for kind in (candidate.forecast, candidate.forecast_of, str(candidate.damping)):
@@ -234,7 +237,7 @@ def plan(
         computed: Numbers of computed steps; or ``speedup`` of the denoiser.
         steps: Plan for this many steps instead of the recorded number, where the log allows it.
         choosing: Held-out prompts on which the winner is chosen; ``num_prompts`` others judge it.
-        candidates: How many planned candidates of a budget are run, beside the uniform ones.
+        candidates: How many planned candidates of a budget are run at least, beside the uniform ones.
 
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be planned or run, and why.
