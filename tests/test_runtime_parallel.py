@@ -24,7 +24,7 @@ import runtime.cache
 import runtime.hooks
 from calibrate.recorder import Recorder, exit_figures, over_parts
 from coeffs.polynomial import Polynomial
-from runtime import apply_tea_cache
+from runtime import Forecast, apply_tea_cache
 from runtime.distance import l1_sums
 from runtime.errors import ApplyError
 from runtime.gate import Gate, GateConfig
@@ -36,6 +36,11 @@ STEPS = 8
 MODELS = ("flux", "longcat_image", "qwen_image", "qwen_image_zero_cond_t", "wan21")
 THRESHOLDS = [0.05 + 0.005 * index for index in range(190)]
 SCHEDULE = "CSCSSCSC"
+# Plans with every forecast; weights of the last computed steps for each step that is skipped.
+PLAN = "CCSCSSCS"
+PLANNED_MODELS = ("flux", "wan21")
+FITTED = Forecast("fitted", {2: (1.5, -0.5), 4: (1.4, -0.4), 5: (1.2,), 7: (1.6, -0.6)})
+FORECASTS = [(kind, of) for kind in ("linear", "quadratic", FITTED) for of in ("residual", "output")]
 FIGURES = ("x", "x_time_embedding", "y_output", "y_hidden", "y_residual", "mag_ratio", "mag_ratio_std", "cos_distance")
 
 
@@ -96,6 +101,26 @@ def forced_of(name: str, model: torch.nn.Module, **settings: Any) -> tuple[str, 
     with apply_tea_cache(model, schedule=SCHEDULE, **settings) as cache:
         outputs = outputs_of(name, model)
         return cache.stats.pattern, outputs
+
+
+def planned_of(name: str, model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Two CFG branches under plans with forecasts, without a guard and with one that some of the changes reach.
+
+    Patterns of the branches, and all outputs.
+    """
+    guard = 1.3 * sorted(measured_of(name, model)[1:])[STEPS // 2]
+    watched = {"guard": guard, "coefficients": [1.0, 0.0]}
+    found = []
+    for settings in ({}, watched):
+        for kind, of in FORECASTS:
+            with apply_tea_cache(model, schedule=PLAN, forecast=kind, forecast_of=of, **settings) as cache:
+                outputs = []
+                for both in zip(*(zoo.trajectory(name, total=STEPS, branch=branch) for branch in (0, 1)), strict=True):
+                    for kwargs in both:
+                        outputs.append(call(model, kwargs).clone())
+                        float(outputs[-1].sum())
+                found.append((" ".join(stats.pattern for stats in cache.stats.branches.values()), outputs))
+    return found
 
 
 def decisions(xs: list[float | None], threshold: float) -> str:
@@ -190,15 +215,31 @@ def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def planned(rank: int, world: int) -> dict[str, Any]:
+    """Plans with forecasts, alone and guarded; how often the ranks asked each other under a plan alone."""
+    found: dict[str, Any] = {}
+    for name in PLANNED_MODELS:
+        model = split_over(build(name), world)
+        found[name] = planned_of(name, model)
+        with counted_reductions() as asked, apply_tea_cache(model, schedule=PLAN, forecast=FITTED):
+            outputs_of(name, model)
+        found[name + " asked"] = len(asked)
+    return found
+
+
 def one_rank_reset(rank: int, world: int) -> dict[str, Any]:
-    """The last rank loses its memory in the middle of a generation: all must notice."""
+    """The last rank loses its memory in the middle of a generation: all must notice, also where a guard watches."""
     model = split_over(build("flux"), world)
-    with own_cache(model, 1e9) as cache:
-        for step, kwargs in enumerate(zoo.trajectory("flux", total=8)):
-            if step == 4 and rank == world - 1:
-                next(iter(cache._parts[0][1]._trajectories.values())).restart()
-            float(call(model, kwargs).sum())
-        return {"pattern": cache.stats.pattern}
+    patterns = []
+    watched = {"schedule": "C" + "S" * 7, "guard": 1e9, "coefficients": [1.0, 0.0]}
+    for cache in (own_cache(model, 1e9), None):
+        with cache or apply_tea_cache(model, **watched) as cache:
+            for step, kwargs in enumerate(zoo.trajectory("flux", total=8)):
+                if step == 4 and rank == world - 1:
+                    next(iter(cache._parts[0][1]._trajectories.values())).restart()
+                float(call(model, kwargs).sum())
+            patterns.append(cache.stats.pattern)
+    return {"patterns": patterns}
 
 
 def uneven_parts(rank: int, world: int) -> dict[str, Any]:
@@ -284,7 +325,15 @@ def parameters_sharded(rank: int, world: int) -> dict[str, Any]:
 
 
 SCENARIOS = {
-    2: (sequence_parallel, one_rank_reset, uneven_parts, tensor_parallel, guidance_parallel, parameters_sharded),
+    2: (
+        sequence_parallel,
+        planned,
+        one_rank_reset,
+        uneven_parts,
+        tensor_parallel,
+        guidance_parallel,
+        parameters_sharded,
+    ),
     4: (sequence_parallel, one_rank_reset, guidance_parallel),
 }
 
@@ -343,6 +392,7 @@ def alone() -> dict[str, dict[str, Any]]:
             "cached": cached_of(name, model, some_threshold(xs)),
             "forced": forced_of(name, model),
             "outputs_reused": forced_of(name, model, forecast_of="output"),
+            "planned": planned_of(name, model) if name in PLANNED_MODELS else None,
         }
     return found
 
@@ -421,7 +471,23 @@ def test_forced_skips_are_exact_in_both_orders(name: str, ranks: dict, alone: di
 
 
 def test_a_rank_that_forgot_takes_all_with_it(ranks: dict) -> None:
-    assert {rank["pattern"] for rank in ranks["one_rank_reset"]} == {"CSSSCSSS"}
+    assert all(rank["patterns"] == ["CSSSCSSS"] * 2 for rank in ranks["one_rank_reset"])
+
+
+@pytest.mark.parametrize("name", PLANNED_MODELS)
+def test_plans_forecast_alike_on_every_rank(name: str, ranks: dict, alone: dict) -> None:
+    """The whole model's patterns and outputs, guarded or not; a plan alone asks no other rank."""
+    patterns = [pattern for pattern, _ in alone[name]["planned"]]
+    assert set(patterns[: len(FORECASTS)]) == {f"{PLAN} {PLAN}"}
+    for guarded in patterns[len(FORECASTS) :]:
+        first, second = guarded.split()
+        assert first == second and "S" in first and first.count("C") > PLAN.count("C")
+        assert all(found == "C" for found, letter in zip(first, PLAN, strict=True) if letter == "C")
+    for rank in scenario(ranks, "planned"):
+        assert [pattern for pattern, _ in rank[name]] == patterns
+        for (_, found), (_, expected) in zip(rank[name], alone[name]["planned"], strict=True):
+            assert_close(found, expected)
+        assert rank[name + " asked"] == 0
 
 
 def test_a_shape_that_changes_on_one_rank_only(ranks: dict) -> None:
