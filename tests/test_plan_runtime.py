@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import zoo
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pipeline import TinyPipeline
@@ -210,6 +211,29 @@ def test_a_forced_step_makes_the_weights_wait_as_well(guard):
     assert cache.stats.pattern == "CCSCSS"
     torch.testing.assert_close(found[2], 2 * found[1])
     assert torch.equal(found[4], found[3]) and torch.equal(found[5], found[3])
+
+
+def test_weights_wait_in_the_second_expert_as_well():
+    """It takes over at step 3, which it computes against the plan: step 5 has 4 and 3 before it, planned 4 and 1."""
+
+    class Experts:
+        components = {"transformer": zoo.build("flux"), "transformer_2": zoo.build("flux", seed=1)}
+        scheduler = FlowMatchEulerDiscreteScheduler()
+
+    target, outputs = Experts(), []
+    target.scheduler.set_timesteps(7)
+    weights = {step: (1.5, -0.5) for step in (2, 3, 5, 6)}
+    with apply_tea_cache(
+        target, schedule="CCSSCSS", forecast=Forecast("fitted", weights), forecast_of="output"
+    ) as cache:
+        for step, kwargs in enumerate(zoo.trajectory("flux", total=7)):
+            target.scheduler._step_index = step
+            model = list(target.components.values())[step >= 3]
+            with model.cache_context("cond"):
+                outputs.append(zoo.run(model, kwargs)[0])
+    assert cache.stats.pattern == "CCSCCSS"
+    torch.testing.assert_close(outputs[2], 1.5 * outputs[1] - 0.5 * outputs[0])
+    assert torch.equal(outputs[5], outputs[4]) and torch.equal(outputs[6], outputs[4])
 
 
 @pytest.mark.parametrize(
