@@ -6,15 +6,28 @@ Thresholds are chosen on prompts that are not judged: replay proposes, real runs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from calibrate.draft import draft_entry
 from calibrate.errors import CalibrateError, InvalidOption
-from calibrate.log import Run
-from calibrate.policies import Setting, growing_interval, magcache_at, tune_threshold, uniform
+from calibrate.gram import NoPlan, load_grams
+from calibrate.log import FORECAST_ERROR, Run
+from calibrate.policies import (
+    Refused,
+    Setting,
+    forecast_parameters,
+    growing_interval,
+    magcache_at,
+    schedule_setting,
+    tune_threshold,
+    uniform,
+)
 from calibrate.replay import Search, polynomials
+from calibrate.stages import Stages
 from coeffs import Entry
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
@@ -22,20 +35,40 @@ from runtime.gate import GateConfig
 
 GATE = "fitted gate"
 APART_GATE = "fitted gate, branches apart"
+LINEAR_GATE = "fitted gate, linear forecast"
+CHANGE_GATE = "fitted gate of the change, linear forecast"
+PLAN = "plan"
 UNIFORM = "uniform skipping"
+FEWER_STEPS = "fewer steps"
+FEWER_STEPS_2 = "fewer steps, second-order solver"
 POLICIES = {
     "gate": GATE,
+    "gate-linear": LINEAR_GATE,
+    "gate-change-linear": CHANGE_GATE,
     "apart": APART_GATE,
-    "plan": "plan",
+    "plan": PLAN,
     "uniform": UNIFORM,
     "uniform-linear": "uniform skipping, linear forecast",
+    "uniform-linear-output": "uniform skipping, linear outputs",
+    "uniform-quadratic-output": "uniform skipping, quadratic outputs",
+    "uniform-fitted": "uniform skipping, fitted outputs",
     "growing": "growing interval",
-    "fewer-steps": "fewer steps",
+    "fewer-steps": FEWER_STEPS,
+    "fewer-steps-2": FEWER_STEPS_2,
     "magcache": "MagCache's rule",
     "published": "published sets",
     "first-block-cache": "FirstBlockCache",
     "mag-cache": "MagCache (diffusers)",
     "sea-cache": "SeaCache",
+}
+GATES = ("gate", "gate-linear", "gate-change-linear", "apart", "published")  # tuned, each with an entry
+GATE_FORECAST = ("linear", "output")  # of the gates that forecast
+UNIFORM_FORECASTS = {
+    "uniform": ("reuse", "residual"),
+    "uniform-linear": ("linear", "residual"),
+    "uniform-linear-output": ("linear", "output"),
+    "uniform-quadratic-output": ("quadratic", "output"),
+    "uniform-fitted": ("fitted", "output"),
 }
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
 _DIFFUSERS = {"first-block-cache": "FirstBlockCache", "mag-cache": "MagCache", "sea-cache": "SeaCache"}
@@ -67,6 +100,7 @@ def gate_setting(name: str, entry: Entry, budget: int, threshold: float) -> Sett
     """The gate with an entry, which is known by ``name``, at a threshold."""
     parameters: dict[str, Any] = {"entry": name, "threshold": float(f"{threshold:.6g}")}
     parameters["branches"] = branches_of(name, entry)
+    parameters |= forecast_parameters(entry.forecast, entry.forecast_of)
     if gate_config(entry).compat:
         parameters["compat"] = True
     return Setting(name, "gate", budget, parameters)
@@ -77,22 +111,53 @@ def branches_of(name: str, entry: Entry) -> str:
     return "apart" if name == APART_GATE or gate_config(entry).compat else "together"
 
 
-def fixed_settings(
-    policy: str, budgets: Sequence[int], num_steps: int, ratios: Sequence[float] | None
-) -> list[Setting]:
-    """Settings of the policies that need no tuning."""
-    name = POLICIES[policy]
-    if policy == "fewer-steps":
-        return [Setting(name, "fewer_steps", budget) for budget in budgets]
-    if policy == "magcache":
-        if not ratios:
+@dataclass
+class Schedules:
+    """Settings of the policies that need no tuning, at any budget.
+
+    Attributes:
+        run: What the weights of fitted forecasts come from.
+        ratios: MagCache's curve, where the entry has one.
+    """
+
+    num_steps: int
+    run: Run
+    ratios: Sequence[float] | None = None
+
+    def settings(self, policy: str, budgets: Sequence[int]) -> list[Setting]:
+        """The policy's settings, one per budget. Raises :class:`CalibrateError` for what it lacks."""
+        name = POLICIES[policy]
+        if policy == "fewer-steps":
+            return [Setting(name, "fewer_steps", budget) for budget in budgets]
+        if policy == "fewer-steps-2":
+            return [Setting(name, "fewer_steps", budget, {"solver_order": 2}) for budget in budgets]
+        if policy in UNIFORM_FORECASTS:
+            return [self._uniform(policy, budget) for budget in budgets]
+        if policy == "growing":
+            return [schedule_setting(name, growing_interval(self.num_steps, budget)) for budget in budgets]
+        if not self.ratios:
             raise InvalidOption("the entry holds no magnitude ratios of this schedule; fit a run of it first")
-        plans = [magcache_at(ratios, num_steps, budget) for budget in budgets]
-    else:
-        plan = growing_interval if policy == "growing" else uniform
-        plans = [plan(num_steps, budget) for budget in budgets]
-    more = {"forecast": "linear"} if policy == "uniform-linear" else {}
-    return [Setting(name, "schedule", b, {"schedule": plan, **more}) for b, plan in zip(budgets, plans, strict=True)]
+        plans = {budget: magcache_at(self.ratios, self.num_steps, budget) for budget in budgets}
+        return [schedule_setting(name, plan, budget=budget) for budget, plan in plans.items()]
+
+    def _uniform(self, policy: str, budget: int) -> Setting:
+        forecast, forecast_of = UNIFORM_FORECASTS[policy]
+        if forecast == "fitted":
+            schedule = self._stages.uniform(budget)
+            weights = self._stages.fit(schedule)
+        else:
+            schedule, weights = uniform(self.num_steps, budget), None
+        return schedule_setting(POLICIES[policy], schedule, forecast, forecast_of, weights)
+
+    @cached_property
+    def _stages(self) -> Stages:
+        """The run's Gram log of the outputs, which weights are fitted on."""
+        if self.run.path is None:
+            raise NoPlan("no run, and so no Gram log to fit weights on; verify the folder of one recorded with --gram")
+        stages = Stages.of(load_grams(self.run.path), "output")
+        if stages.num_steps != self.num_steps:
+            raise NoPlan(f"the Gram log is of {stages.num_steps} steps, here are {self.num_steps}; record this number")
+        return stages
 
 
 def planned_settings(entry: Entry, budgets: Sequence[int], num_steps: int) -> list[Setting]:
@@ -101,17 +166,9 @@ def planned_settings(entry: Entry, budgets: Sequence[int], num_steps: int) -> li
     if not plans:
         wanted = ",".join(map(str, budgets))
         raise InvalidOption(f"no plan in the entry for these budgets; make some: calibrate plan --computed {wanted}")
-    found = []
-    for plan in plans:
-        parameters: dict[str, Any] = {"schedule": plan.schedule}
-        if plan.forecast not in (None, "reuse"):
-            parameters["forecast"] = plan.forecast
-        if plan.forecast_of not in (None, "residual"):
-            parameters["forecast_of"] = plan.forecast_of
-        if plan.weights:
-            parameters["weights"] = {str(step): list(row) for step, row in plan.weights_by_step.items()}
-        found.append(Setting(POLICIES["plan"], "schedule", plan.computed_steps, parameters))
-    return found
+    return [
+        schedule_setting(PLAN, plan.schedule, plan.forecast, plan.forecast_of, plan.weights_by_step) for plan in plans
+    ]
 
 
 def tuned_gate(name: str, entry: Entry, budgets: Sequence[int], run: Run, measure: Measure) -> list[Setting]:
@@ -168,16 +225,53 @@ def tuned_diffusers(
     return found
 
 
+@dataclass(frozen=True)
+class Entrants:
+    """Every gate that enters, by policy name, and which do not (policy -> reason)."""
+
+    gates: dict[str, Entry]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
 def entrants(
-    entry: Entry, policies: Sequence[str], known: Sequence[Entry], transformer_class: str
-) -> dict[str, Entry]:
-    """Every gate that enters, by policy name."""
-    found = {GATE: entry}
+    entry: Entry, policies: Sequence[str], known: Sequence[Entry], transformer_class: str, run: Run
+) -> Entrants:
+    """The fitted gate and all others that were asked for; those that forecast are fitted here, on the run."""
+    found, refused = {GATE: entry}, {}
+    for policy, of_run in (("gate-linear", _linear_gate), ("gate-change-linear", _change_gate)):
+        if policy in policies:
+            try:
+                found[POLICIES[policy]] = of_run(entry, run)
+            except (CalibrateError, CoeffsError) as error:
+                refused[POLICIES[policy]] = str(error)
     if "apart" in policies and any(len(expert.branches) > 1 for expert in entry.experts.values()):
         found[APART_GATE] = entry
     if "published" in policies:
         found |= {f"{other.model}'s gate": other for other in published_entries(known, transformer_class, entry)}
-    return found
+    return Entrants(found, refused)
+
+
+def _linear_gate(entry: Entry, run: Run) -> Entry:
+    """A gate with the window of ``entry`` whose polynomial predicts the error of the forecast."""
+    forecast, forecast_of = GATE_FORECAST
+    if (entry.target, entry.forecast, entry.forecast_of) == (FORECAST_ERROR, *GATE_FORECAST):
+        raise Refused(f"the {GATE} is this one")
+    return _refitted(entry, run, forecast=forecast, forecast_of=forecast_of)
+
+
+def _change_gate(entry: Entry, run: Run) -> Entry:
+    """The same forecast under a polynomial of the change: shows what fitting the forecast's error is worth."""
+    forecast, forecast_of = GATE_FORECAST
+    change = _refitted(entry, run) if entry.target == FORECAST_ERROR else entry
+    return replace(change, forecast=forecast, forecast_of=forecast_of)
+
+
+def _refitted(entry: Entry, run: Run, **forecast: str) -> Entry:
+    if run.path is None:
+        raise Refused("no run to fit this gate on, only an entry; verify the run's folder")
+    degree = max(fit.degree for expert in entry.experts.values() for fit in expert.branches.values())
+    fitted = draft_entry(run, degree=min(max(degree, 1), 6), signal=entry.signal, **forecast)
+    return replace(fitted, start=entry.start, end=entry.end, max_skips=entry.max_skips)
 
 
 def published_entries(entries: Sequence[Entry], transformer_class: str | None, own: Entry) -> list[Entry]:
@@ -206,7 +300,7 @@ def published_entries(entries: Sequence[Entry], transformer_class: str | None, o
 
 
 def contest(
-    gates: Mapping[str, Entry],
+    entered: Entrants,
     run: Run,
     given: Sequence[Setting] | None,
     budgets: Sequence[int],
@@ -218,12 +312,14 @@ def contest(
     """All settings of a verification, policy by policy; what a model or a budget refuses is named, not fatal.
 
     Args:
-        gates: Policy name -> entry of every gate that enters (:func:`entrants`), the fitted one among them.
+        entered: The gates (:func:`entrants`), the fitted one among them.
         run: Recorded signals that replay may look at.
         given: The fitted gate's settings where its thresholds were given (:func:`given_gate`).
         measure: Real runs of the tuning prompts under a setting.
     """
+    gates = entered.gates
     ratios = _ratios(gates[GATE], num_steps)
+    schedules = Schedules(num_steps, run, (ratios or [])[1:])
     jobs: dict[str, Callable[[], list[Setting]]] = {
         GATE: lambda: list(given or tuned_gate(GATE, gates[GATE], budgets, run, measure))
     }
@@ -233,12 +329,12 @@ def contest(
             jobs[POLICIES[policy]] = lambda p=policy, o=options: tuned_diffusers(p, budgets, o, measure)
         elif policy == "plan":
             if gates[GATE].plans:
-                jobs[POLICIES[policy]] = lambda: planned_settings(gates[GATE], budgets, num_steps)
-        elif policy not in ("gate", "apart", "published"):
-            jobs[POLICIES[policy]] = lambda p=policy: fixed_settings(p, budgets, num_steps, (ratios or [])[1:])
+                jobs[PLAN] = lambda: planned_settings(gates[GATE], budgets, num_steps)
+        elif policy not in GATES:
+            jobs[POLICIES[policy]] = lambda p=policy: schedules.settings(p, budgets)
     for name, entry in gates.items():
         jobs.setdefault(name, lambda n=name, e=entry: tuned_gate(n, e, budgets, run, measure))
-    settings, refused = [], {}
+    settings, refused = [], dict(entered.refused)
     for name, job in jobs.items():
         say(name)
         try:

@@ -19,13 +19,17 @@ class InvalidBudget(CalibrateError, ValueError):
     """A number of computed steps that a schedule cannot have."""
 
 
+class Refused(CalibrateError):
+    """A policy that this model, this run or this version of diffusers does not take; says why."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to run the model: what it is called, how many steps it is meant to compute, and how.
 
     Attributes:
         kind: ``gate`` (a threshold with an entry), ``schedule`` (a plan), ``fewer_steps`` (a shorter schedule, nothing
-            cached) or the name of one of diffusers' own caches.
+            cached; with ``solver_order`` 2 another solver) or the name of one of diffusers' own caches.
         parameters: What the kind needs, as plain data; with the name it identifies the results.
     """
 
@@ -33,6 +37,43 @@ class Setting:
     kind: str
     budget: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def forecast_parameters(
+    forecast: str | None, forecast_of: str | None, weights: Mapping[int, Sequence[float]] | None = None
+) -> dict[str, Any]:
+    """A forecast as a setting's parameters. What the runtime does anyway is left out, so that one way to run is one
+    setting whoever describes it, and results keep their keys.
+
+    Args:
+        weights: Of a fitted forecast: step -> weights of the last computed steps; without any, nothing is forecast.
+    """
+    found: dict[str, Any] = {}
+    if forecast not in (None, "reuse") and (forecast != "fitted" or weights):
+        found["forecast"] = forecast
+    if forecast_of not in (None, "residual"):
+        found["forecast_of"] = forecast_of
+    if weights:
+        found["weights"] = {str(step): list(row) for step, row in weights.items()}
+    return found
+
+
+def schedule_setting(
+    policy: str,
+    schedule: str,
+    forecast: str | None = None,
+    forecast_of: str | None = None,
+    weights: Mapping[int, Sequence[float]] | None = None,
+    *,
+    budget: int | None = None,
+) -> Setting:
+    """A fixed schedule with the forecast of its skipped steps.
+
+    Args:
+        budget: What it was made for, where that is not the number of steps it computes.
+    """
+    parameters = {"schedule": schedule, **forecast_parameters(forecast, forecast_of, weights)}
+    return Setting(policy, "schedule", schedule.count("C") if budget is None else budget, parameters)
 
 
 def default_budgets(num_steps: int) -> list[int]:

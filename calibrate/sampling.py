@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from calibrate.errors import CalibrateError
-from calibrate.policies import Setting
+from calibrate.policies import Refused, Setting
 from calibrate.prompts import Prompt
+from calibrate.second_order import second_order
 from coeffs import Entry
 from runtime.apply import apply_tea_cache, denoisers
 from runtime.compat import hook_registry
@@ -22,10 +23,6 @@ from runtime.stack import find_blocks
 
 STEPS = "num_inference_steps"
 DIFFUSERS_CACHES = ("FirstBlockCache", "MagCache", "SeaCache")
-
-
-class Refused(CalibrateError):
-    """A policy that this model, or this version of diffusers, does not take; says why."""
 
 
 class NothingSampled(CalibrateError):
@@ -161,7 +158,8 @@ def _applied(pipeline: Any, setting: Setting, entries: Mapping[str, Entry]) -> I
     """Install a setting; what is yielded tells the patterns of the generation that followed."""
     options = dict(setting.parameters)
     if setting.kind == "fewer_steps":
-        yield dict
+        with second_order(pipeline) if options.get("solver_order") == 2 else nullcontext():
+            yield dict
     elif setting.kind in DIFFUSERS_CACHES:
         with _diffusers_cache(pipeline, setting.kind, options) as patterns:
             yield patterns

@@ -80,9 +80,10 @@ def verify(
     recorded = case.run or bench.signals()
     gate = given_gate(case.entry, sorted(set(thresholds)), recorded) if thresholds else None
     steps = sorted({s.budget for s in gate} if gate else set(budgets or default_budgets(case.num_steps)), reverse=True)
-    bench.entries = entrants(case.entry, chosen, coeffs.entries(registry), case.transformer_class)
+    gates = entrants(case.entry, chosen, coeffs.entries(registry), case.transformer_class, recorded)
+    bench.entries = gates.gates
     entered = contest(
-        bench.entries, recorded, gate, steps, case.num_steps, chosen, bench.tuning_count,
+        gates, recorded, gate, steps, case.num_steps, chosen, bench.tuning_count,
         lambda name: say(f"preparing {name}"),
     )  # fmt: skip
     results, refused = bench.results(entered)

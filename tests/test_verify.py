@@ -15,13 +15,29 @@ from tiny_pipeline import TinyPipeline
 import coeffs
 from calibrate import policies, verdict
 from calibrate.cli import cli
-from calibrate.contest import APART_GATE, GATE, POLICIES, UNIFORM, published_entries
+from calibrate.contest import (
+    APART_GATE,
+    CHANGE_GATE,
+    FEWER_STEPS_2,
+    GATE,
+    LINEAR_GATE,
+    PLAN,
+    POLICIES,
+    UNIFORM,
+    UNIFORM_FORECASTS,
+    Schedules,
+    entrants,
+    gate_setting,
+    published_entries,
+)
 from calibrate.draft import draft_entry
 from calibrate.errors import InvalidOption, InvalidPrompts
+from calibrate.gram import NoPlan, load_gram
 from calibrate.log import load_run
 from calibrate.perceptual import Lpips
 from calibrate.policies import InvalidBudget
 from calibrate.record import record
+from calibrate.schedules import Problem, fit_weights
 from calibrate.verification import load_verification
 from calibrate.verify import verify
 
@@ -176,8 +192,10 @@ def pipe():
 @pytest.fixture(scope="module")
 def fitted(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    record(pipe, prompts=TEXTS, steps=8, out=folder, progress=False)
-    coeffs.save(draft_entry(load_run(folder), degree=2), folder / "entry.yaml")
+    record(pipe, prompts=TEXTS, steps=8, out=folder, progress=False, gram=True)
+    plans = (coeffs.Plan(schedule="CCSCSCSS", forecast="linear", forecast_of="output"),)
+    entry = dataclasses.replace(draft_entry(load_run(folder), degree=2), plans=plans)
+    coeffs.save(entry, folder / "entry.yaml")
     return folder
 
 
@@ -188,9 +206,11 @@ def verified(pipe, fitted):
 
 def test_every_policy_runs_or_says_why_not(verified):
     ran, refused = set(verified.results["policy"]), verified.facts["refused"]
-    assert {GATE, UNIFORM, "fewer steps", "growing interval", "MagCache's rule", "FirstBlockCache"} <= ran
+    assert {GATE, LINEAR_GATE, CHANGE_GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
+    assert {UNIFORM, "fewer steps", "growing interval", "MagCache's rule"} <= ran
+    assert {POLICIES[key] for key in UNIFORM_FORECASTS} <= ran
     assert "SeaCache" in refused and len(refused["SeaCache"]) > 20
-    for policy in (UNIFORM, "fewer steps", "growing interval"):
+    for policy in (*map(POLICIES.get, UNIFORM_FORECASTS), "fewer steps", FEWER_STEPS_2, "growing interval"):
         rows = verified.results[verified.results["policy"] == policy]
         assert (rows["computed_steps"] == rows["budget"]).all()
 
@@ -330,7 +350,7 @@ def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(
 
     class Forgetful(TinyPipeline):
         @contextlib.contextmanager
-        def _branch(self, name):  # as pipelines that never announce their branches
+        def _branch(self, *_):  # as pipelines that never announce their branches
             yield
 
     forgetful = Forgetful()
@@ -387,6 +407,117 @@ def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
     shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify", "entry.yaml"))
     with pytest.raises(InvalidOption, match="calibrate fit"):
         verify(copy, model=pipe, prompts=UNSEEN, progress=False)
+
+
+# --- uniform skipping with every forecast
+
+
+def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_anyway(fitted):
+    schedules = Schedules(8, load_run(fitted))
+    found = {key: dict(schedules.settings(key, [4])[0].parameters) for key in UNIFORM_FORECASTS}
+    assert found["uniform"] == {"schedule": "CSCSCSCS"}
+    assert found["uniform-linear"] == {"schedule": "CSCSCSCS", "forecast": "linear"}
+    for forecast in ("linear", "quadratic"):
+        expected = {"schedule": "CSCSCSCS", "forecast": forecast, "forecast_of": "output"}
+        assert found[f"uniform-{forecast}-output"] == expected
+
+
+def test_fitted_uniform_weights_are_those_of_the_runs_gram_log(fitted):
+    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [3])[0]
+    expected = fit_weights(Problem.of(load_gram(fitted), "output"), policies.uniform(8, 3)).rows
+    assert {int(step): tuple(row) for step, row in setting.parameters["weights"].items()} == expected
+    assert setting.parameters["schedule"] == policies.uniform(8, 3) and len(expected) == 5
+
+
+def test_all_steps_computed_leave_nothing_to_forecast(fitted):
+    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [8])[0]
+    assert setting.parameters == {"schedule": "C" * 8, "forecast_of": "output"}
+
+
+def test_fitted_uniform_without_a_log_of_these_steps_says_why(fitted, tmp_path):
+    import shutil
+
+    run = load_run(fitted)
+    with pytest.raises(NoPlan, match="the Gram log is of 8 steps, here are 6"):
+        Schedules(6, run).settings("uniform-fitted", [3])
+    with pytest.raises(NoPlan, match="no run"):
+        Schedules(8, dataclasses.replace(run, path=None)).settings("uniform-fitted", [3])
+    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
+    with pytest.raises(NoPlan, match="calibrate record --gram"):
+        Schedules(8, load_run(tmp_path / "bare")).settings("uniform-fitted", [3])
+
+
+def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():
+    plan = coeffs.Plan(schedule="CSCS", forecast="reuse", forecast_of="residual")
+    described = policies.schedule_setting("x", plan.schedule, plan.forecast, plan.forecast_of, plan.weights_by_step)
+    assert (
+        described
+        == policies.schedule_setting("x", "CSCS")
+        == policies.Setting("x", "schedule", 2, {"schedule": "CSCS"})
+    )
+    fitted = policies.schedule_setting("x", "CSCS", "fitted", "output", {1: (1.0,), 3: (1.5, -0.5)})
+    assert fitted.parameters["weights"] == {"1": [1.0], "3": [1.5, -0.5]}
+
+
+# --- gates that forecast
+
+
+def gates_of(entry, run, *chosen):
+    return entrants(entry, ("gate", *chosen), [], "FluxTransformer2DModel", run)
+
+
+def test_gates_that_forecast_enter_with_the_window_of_the_fitted_one(fitted):
+    entry = dataclasses.replace(coeffs.load(fitted / "entry.yaml"), start=2, end=1, max_skips=3)
+    gates = gates_of(entry, load_run(fitted), "gate-linear", "gate-change-linear").gates
+    linear, change = gates[LINEAR_GATE], gates[CHANGE_GATE]
+    assert (linear.target, linear.forecast, linear.forecast_of) == ("forecast_error", "linear", "output")
+    assert (change.target, change.forecast, change.forecast_of) == ("output", "linear", "output")
+    assert change.experts == entry.experts and linear.experts != entry.experts
+    assert linear.fit().degree == entry.fit().degree == 2
+    assert all((gate.start, gate.end, gate.max_skips) == (2, 1, 3) for gate in (linear, change))
+
+
+def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_none(fitted):
+    entry = coeffs.load(fitted / "entry.yaml")
+    assert gate_setting(GATE, entry, 4, 0.1).parameters == {"entry": GATE, "threshold": 0.1, "branches": "together"}
+    linear = dataclasses.replace(entry, forecast="linear", forecast_of="output")
+    more = gate_setting(GATE, linear, 4, 0.1).parameters
+    assert (more["forecast"], more["forecast_of"]) == ("linear", "output")
+
+
+def test_a_gate_that_cannot_be_fitted_is_refused_with_the_reason(fitted, tmp_path):
+    import shutil
+
+    entry, run = coeffs.load(fitted / "entry.yaml"), load_run(fitted)
+    found = gates_of(entry, dataclasses.replace(run, path=None, folders=()), "gate-linear", "gate-change-linear")
+    assert "no run to fit this gate on" in found.refused[LINEAR_GATE] and set(found.gates) == {GATE, CHANGE_GATE}
+    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
+    found = gates_of(entry, load_run(tmp_path / "bare"), "gate-linear")
+    assert "calibrate record --gram" in found.refused[LINEAR_GATE] and set(found.gates) == {GATE}
+
+
+def test_an_entry_fitted_on_the_forecasts_error_is_the_linear_gate_itself(fitted):
+    run = load_run(fitted)
+    own = draft_entry(run, degree=2, forecast="linear", forecast_of="output")
+    found = gates_of(own, run, "gate-linear", "gate-change-linear")
+    assert found.refused == {LINEAR_GATE: "the fitted gate is this one"}
+    assert found.gates[CHANGE_GATE].target == "output" and found.gates[CHANGE_GATE].experts != own.experts
+
+
+def test_the_forecast_of_a_gate_reaches_the_runtime(verified, fitted, pipe):
+    """One result recomputed by hand, with the polynomial that the policy was fitted with."""
+    torch = pytest.importorskip("torch")
+    from runtime import apply_tea_cache
+
+    row = verified.results.query("policy == @LINEAR_GATE and budget == 4").iloc[0]
+    entry = gates_of(coeffs.load(fitted / "entry.yaml"), load_run(fitted), "gate-linear").gates[LINEAR_GATE]
+    with apply_tea_cache(pipe, entry, threshold=row["threshold"], forecast="linear", forecast_of="output") as cache:
+        cached = pipe(row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))).images[0]
+    uncached = pipe(row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))).images[0]
+    error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
+    assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
+    assert {found.pattern for found in cache.stats.branches.values()} == set(row["patterns"].values())
+    assert "S" in "".join(row["patterns"].values())
 
 
 # --- entrants, LPIPS, command line
