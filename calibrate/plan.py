@@ -20,7 +20,7 @@ import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.gram import GramLog, NoPlan, at_steps, load_grams
 from calibrate.log import load_run
-from calibrate.policies import Setting, check_budget
+from calibrate.policies import Setting, check_budget, schedule_setting
 from calibrate.run import RunFolder, write_atomically
 from calibrate.schedules import MOST_STEPS, Weights, local_search
 from calibrate.stages import StagedProgram, Stages
@@ -68,14 +68,7 @@ class Candidate:
 
     def setting(self, policy: str | None = None) -> Setting:
         """As the verification's bench runs it; the same schedule and forecast is the same result under any name."""
-        parameters: dict[str, Any] = {"schedule": self.schedule}
-        if self.forecast != "reuse":
-            parameters["forecast"] = self.forecast
-        if self.forecast_of != "residual":
-            parameters["forecast_of"] = self.forecast_of
-        if self.weights:
-            parameters["weights"] = {str(step): list(row) for step, row in self.weights.items()}
-        return Setting(policy or self.name, "schedule", self.schedule.count("C"), parameters)
+        return schedule_setting(policy or self.name, self.schedule, self.forecast, self.forecast_of, self.weights)
 
     def as_plan(self, logs: Sequence[GramLog], figures: Mapping[str, float | None]) -> coeffs.Plan:
         """The record of an entry."""
