@@ -135,7 +135,7 @@ class Planner:
         return replace(found, signed=signed, additive=additive)
 
     def candidates(self, computed: int) -> list[Candidate]:
-        """The schedules worth running at a budget, each once: uniform ones, both baselines first, then planned ones."""
+        """The schedules worth running at a budget, each once: uniform ones, baselines first, then planned ones."""
         even = self.stages["output"].uniform(computed)
         found = [
             self.candidate(UNIFORM, even, "reuse", "residual"),
