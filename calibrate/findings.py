@@ -21,7 +21,7 @@ from calibrate.intervals import bootstrap
 from calibrate.log import Run, load_run
 from calibrate.quality import learning_curve
 from calibrate.replay import Search, polynomials, replay, summarise
-from calibrate.verdict import Comparison
+from calibrate.verdict import Comparison, first_lines, judge_plan
 from calibrate.verification import Verification, load_verification
 from coeffs import Entry, Fit, Polynomial
 
@@ -126,7 +126,18 @@ class Findings:
 
     @property
     def comparisons(self) -> list[Comparison]:
+        """The fitted gate against every other policy."""
         return [] if self.verification is None else self.verification.comparisons
+
+    @cached_property
+    def plan_comparisons(self) -> list[Comparison]:
+        """The plan against every other policy; nothing where no plan took part."""
+        return [] if self.verification is None else judge_plan(self.verification.results)
+
+    @cached_property
+    def first_lines(self) -> list[str]:
+        """What the verification found, in words, worst news first; nothing without one."""
+        return [] if self.verification is None else first_lines(self.verification.results, self.verification.headline)
 
     def fit_headline(self, expert: str = "transformer") -> str:
         """What the fit is worth, in one sentence per branch: on unseen prompts, and against the schedule alone."""

@@ -7,7 +7,9 @@ styles repeat what colour says. Text and rules use one ink, which :func:`as_svg`
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -20,6 +22,10 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
 BRANCH_STYLES = {"cond": (BLUE, "o"), "uncond": (VERMILION, "s"), "pooled": (GREEN, "^")}
 SERIES_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v"), (SKY, "P"), (GREY, "X"))
 SERIES_LINES = ("-", "--", ":")
+# Policies of a kind share the colour; what is compared with all of them comes first. Others are grey.
+POLICY_COLORS = (("plan", VERMILION), ("fitted gate", BLUE), ("fewer steps", PURPLE), ("uniform skipping", GREEN))
+POLICY_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+POLICY_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (7, 3)))
 STYLE = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
@@ -65,6 +71,21 @@ def branch_style(branch: str) -> tuple[str, str]:
 def series_style(index: int) -> tuple[str, str, str]:
     """Colour, marker and line of the series at this place of a list; lines change when the colours start over."""
     return *SERIES_STYLES[index % len(SERIES_STYLES)], SERIES_LINES[index // len(SERIES_STYLES) % len(SERIES_LINES)]
+
+
+def policy_styles(policies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
+    """Colour, marker and line of each policy: one colour per kind, one marker and line within it.
+
+    They follow from the names alone where a policy is the first of its kind, so that figures agree with each other.
+    """
+    kinds: dict[str, list[str]] = {}
+    for policy in sorted(policies):
+        kinds.setdefault(next((c for name, c in POLICY_COLORS if policy.startswith(name)), GREY), []).append(policy)
+    return {
+        policy: (color, POLICY_MARKERS[i % len(POLICY_MARKERS)], POLICY_LINES[i % len(POLICY_LINES)])
+        for color, members in kinds.items()
+        for i, policy in enumerate(members)
+    }
 
 
 def save(figure_or_axes: Figure | Axes, path: Path) -> Path:

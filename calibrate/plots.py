@@ -12,7 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from calibrate.plot_style import BLUE, GREY, INK, STYLE, VERMILION, axes_or_new, branch_style, finish, series_style
+from calibrate.plot_style import (
+    BLUE,
+    GREY,
+    INK,
+    POLICY_LINES,
+    STYLE,
+    VERMILION,
+    axes_or_new,
+    branch_style,
+    finish,
+    policy_styles,
+    series_style,
+)
 from coeffs.polynomial import Polynomial
 
 SIGNAL_LABELS = {
@@ -34,6 +46,10 @@ MEASURE_LABELS = {
     "log_spectral_distance_db": "log-spectral distance (dB)",
     "lpips": "LPIPS against uncached",
 }
+
+
+LESS_IS_BETTER = ("latent_rel_l2", "log_spectral_distance_db", "lpips")
+LEADING = (VERMILION, BLUE)  # in front of the others
 
 
 def _branches(frame: pd.DataFrame) -> list[str]:
@@ -175,27 +191,58 @@ def replay_curve(table: pd.DataFrame, ax: Axes | None = None, *, verified: pd.Da
 
 
 def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psnr_db") -> Axes:
-    """Quality over computed steps, one line per policy, with its interval over prompts.
+    """Quality over computed steps, one line per policy, with its interval over prompts; the legend has the best first.
 
     Args:
         summary: Columns ``policy``, ``computed_steps``, ``{measure}`` and ``{measure}_low``, ``{measure}_high``.
     """
-    ax = axes_or_new(ax, (6.4, 5.2))
-    for index, (policy, rows) in enumerate(summary.groupby("policy", sort=False)):
-        rows, (color, marker, line) = rows.sort_values("computed_steps"), series_style(index)
-        mean, first = rows[measure].to_numpy(), index == 0
+    ranked = by_quality(summary, measure)
+    ax = axes_or_new(ax, (7.2, 4.6 + 0.12 * len(ranked)))
+    styles, places = policy_styles(ranked), np.linspace(-0.5, 0.5, len(ranked)) if len(ranked) > 1 else [0.0]
+    spread = _room(summary["computed_steps"])
+    for rank, (policy, place) in enumerate(zip(ranked, places, strict=True)):
+        rows, (color, marker, line) = (
+            summary[summary["policy"] == policy].sort_values("computed_steps"),
+            styles[policy],
+        )
+        mean, grey = rows[measure].to_numpy(), color == GREY
+        leading = color in LEADING and line == POLICY_LINES[0]  # the plan and the gate
         errors = np.array([mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean])
         ax.errorbar(
-            # A small shift keeps the intervals of neighbours apart; it is far below one step.
-            rows["computed_steps"] + 0.06 * (index - 2), mean, np.where(np.isfinite(errors), errors, 0),
-            color=color, marker=marker, linestyle=line, markersize=6 if first else 5, linewidth=2.4 if first else 1.4,
-            elinewidth=1, capsize=0, alpha=1 if first else 0.85, zorder=5 if first else 3, label=policy,
+            # Policies of equal steps stand side by side, so that none hides another's interval.
+            rows["computed_steps"] + spread * place, mean, np.where(np.isfinite(errors), errors, 0),
+            color=color, marker=marker, linestyle=line, markersize=6 if leading else 4.5,
+            linewidth=2.4 if leading else 0.9 if grey else 1.3, elinewidth=1.6 if leading else 0.9, capsize=0,
+            alpha=0.7 if grey else 1, zorder=5 if leading else 2 if grey else 3 + 1 / (2 + rank), label=policy,
         )  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     title = "Quality at equal work (mean, 95 % interval)"
     finish(ax, title, "computed steps", MEASURE_LABELS[measure], legend=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(-0.08, -0.14), ncols=2, labelcolor=INK, frameon=False, fontsize=8.5)
+    ax.legend(
+        loc="upper left", bbox_to_anchor=(-0.08, -0.14), ncols=2, labelcolor=INK, frameon=False, fontsize=8.5,
+        handlelength=3.2,
+    )  # fmt: skip
     return ax
+
+
+def by_quality(summary: pd.DataFrame, measure: str = "psnr_db") -> list[str]:
+    """The policies of a summary, the best first: by their mean distance from the line through all points.
+
+    Policies have points at different numbers of steps, so that their means alone do not compare.
+    """
+    finite = summary[np.isfinite(summary[measure])]
+    degree = min(1, finite["computed_steps"].nunique() - 1)
+    line = np.polyfit(finite["computed_steps"], finite[measure], degree) if len(finite) else [0.0]
+    rest = summary[measure] - np.polyval(line, summary["computed_steps"])
+    means = rest.groupby(summary["policy"], sort=False).mean()
+    return list(means.sort_values(ascending=measure in LESS_IS_BETTER, kind="stable").index)
+
+
+def _room(steps: pd.Series) -> float:
+    """How many steps wide policies may stand side by side: under one, and under the distance of the budgets."""
+    budgets = np.unique(np.round(steps))
+    gap = np.diff(budgets).min() if len(budgets) > 1 else 1.0
+    return float(min(0.8, 0.4 * gap))
 
 
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:

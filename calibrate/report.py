@@ -19,6 +19,7 @@ from calibrate import plots
 from calibrate.findings import Findings, figures_table, load_findings
 from calibrate.plot_style import BLUE, as_svg, save
 from calibrate.run import write_atomically
+from calibrate.verdict import Comparison
 
 Picture = Figure | Axes
 OTHER_SECTIONS = ("replay", "pareto", "patterns", "samples")  # figures outside the section on the fit
@@ -118,7 +119,8 @@ def report_figures(findings: Findings) -> dict[str, tuple[Picture, str]]:
         measure = findings.verification.summary["measure"].iloc[0]
         found["pareto"] = (
             plots.pareto(findings.verification.summary, measure=measure),
-            "Held-out prompts, same seeds: compare points above the same number of computed steps.",
+            "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little "
+            "apart. One colour per kind of policy, grey for other rules and caches; the best come first.",
         )
         patterns = findings.patterns()
         if patterns:
@@ -148,8 +150,7 @@ def _head(findings: Findings) -> str:
     lines = [f"<h1>{escape(entry.title or entry.label)}</h1>"]
     lines.append(f'<p class="sub">Step-cache calibration {escape(entry.label)}, {escape(_protocol(findings))}</p>')
     found = []
-    if findings.verification is not None:
-        found.append(f"<p><strong>{escape(findings.verification.headline)}</strong></p>")
+    found += [f"<p><strong>{escape(line)}</strong></p>" for line in findings.first_lines]
     for expert in findings.run.experts:
         name = f"Fit of {expert}" if len(findings.run.experts) > 1 else "Fit"
         found.append(f"<p>{escape(name)}: {escape(findings.fit_headline(expert))}</p>")
@@ -276,7 +277,8 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
         f"{escape(facts['device'])}; {facts['uncached_seconds']:.2f} s uncached. {escape(noise)} "
         f"{escape(drifted)}</p>",
         '<div class="figures">', figures["pareto"], figures.get("samples", ""), "</div>",
-        _comparisons(findings),
+        _comparisons(findings.plan_comparisons),
+        _comparisons(findings.comparisons),
         f"<details><summary>All figures</summary>{_table(header, rows)}</details>",
         f"<p><strong>NaN or infinity: {escape(', '.join(broken))}; in no mean.</strong></p>" if broken else "",
         f"<p>Refused by this model:</p><ul>{''.join(refused)}</ul>" if refused else "",
@@ -285,20 +287,21 @@ def _verification_section(findings: Findings, figures: dict[str, str]) -> str:
     ))  # fmt: skip
 
 
-def _comparisons(findings: Findings) -> str:
-    if not findings.comparisons:
+def _comparisons(comparisons: Sequence[Comparison]) -> str:
+    """One policy against every other one, as a table; nothing without comparisons."""
+    if not comparisons:
         return ""
-    words = {"better": "the gate beats it", "worse": "the gate does not beat it", "undecided": "no difference shown"}
+    words = {"better": "it is better", "worse": "it is worse", "undecided": "no difference shown"}
     rows = [
         [one.baseline, f"{one.difference:+.1f} dB", f"{one.low:+.1f} to {one.high:+.1f}",
          words.get(one.outcome, "too few prompts")]
-        for one in findings.comparisons
+        for one in sorted(comparisons, key=lambda one: one.difference)
     ]  # fmt: skip
-    first = findings.comparisons[0]
+    first = comparisons[0]
     return "\n".join((
-        f"<p>The {escape(first.policy)} against every other policy at equal computed steps, paired over "
-        f"{first.prompts} prompts (positive: the gate is better):</p>",
-        _table(["against", "difference", "95 % interval", "reading"], rows),
+        f"<p>The {escape(first.policy)} against every other policy at its own computed steps, paired over "
+        f"{first.prompts} prompts (positive: the {escape(first.policy)} is better):</p>",
+        _table(["against", "difference", "95 % interval", f"the {first.policy}"], rows),
     ))  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from calibrate.contest import FEWER_STEPS, FEWER_STEPS_2, GATE, PLAN, UNIFORM
 from calibrate.intervals import draw_prompts, student_interval
 from calibrate.tables import aligned
 
@@ -29,7 +30,7 @@ class Comparison:
     Attributes:
         difference: Mean over budgets and prompts of policy minus baseline, in dB; positive favours the policy.
         low, high: 95 % interval of it over prompts; NaN with fewer than three prompts.
-        by_budget: Columns budget, computed_steps, difference, low, high.
+        by_budget: Columns budget, computed_steps, difference, low, high, and the means of both: value, baseline_value.
         prompts: How many prompts entered.
     """
 
@@ -135,14 +136,17 @@ def compare(results: pd.DataFrame, policy: str, baseline: str) -> Comparison:
         if curve is None or not curve.index[0] - SLACK <= row.computed_steps <= curve.index[-1] + SLACK:
             continue
         baseline_value = float(np.interp(row.computed_steps, curve.index, curve))
-        rows.append((row.prompt_id, row.seed, row.budget, row.computed_steps, row.value - baseline_value))
-    table = pd.DataFrame(rows, columns=[*UNIT, "budget", "computed_steps", "difference"])
+        rows.append((row.prompt_id, row.seed, row.budget, row.computed_steps, row.value, baseline_value))
+    table = pd.DataFrame(rows, columns=[*UNIT, "budget", "computed_steps", "value", "baseline_value"])
+    table = table.assign(difference=table["value"] - table["baseline_value"])
     by_budget = []
     for budget, group in table.groupby("budget"):
-        interval = mean_interval(group.groupby("prompt_id")["difference"].mean().to_numpy())
-        by_budget.append((int(budget), float(group["computed_steps"].mean()), *interval))
+        means = group.groupby("prompt_id")[["difference", "value", "baseline_value"]].mean()
+        interval = mean_interval(means["difference"].to_numpy())
+        both = float(means["value"].mean()), float(means["baseline_value"].mean())
+        by_budget.append((int(budget), float(group["computed_steps"].mean()), *interval, *both))
     overall = mean_interval(table.groupby("prompt_id")["difference"].mean().to_numpy())
-    columns = ["budget", "computed_steps", "difference", "low", "high"]
+    columns = ["budget", "computed_steps", "difference", "low", "high", "value", "baseline_value"]
     return Comparison(
         policy, baseline, *overall, table["prompt_id"].nunique(), pd.DataFrame(by_budget, columns=columns)
     )
@@ -157,7 +161,7 @@ def judge(results: pd.DataFrame, policy: str) -> list[Comparison]:
 
 def deciding(comparisons: list[Comparison]) -> Comparison:
     """The comparison that decides: with uniform skipping, or the first there is."""
-    return next((c for c in comparisons if c.baseline == "uniform skipping"), comparisons[0])
+    return next((c for c in comparisons if c.baseline == UNIFORM), comparisons[0])
 
 
 def headline(comparisons: list[Comparison]) -> str:
@@ -169,6 +173,60 @@ def headline(comparisons: list[Comparison]) -> str:
     if best is not first and best.outcome == "worse":
         text += f"; {best.baseline} is the best policy found ({-best.difference:+.1f} dB over the {best.policy})"
     return text[0].upper() + text[1:] + "."
+
+
+def judge_plan(results: pd.DataFrame) -> list[Comparison]:
+    """The plan against every other policy; nothing where no plan took part."""
+    return judge(results, PLAN) if PLAN in set(results["policy"]) else []
+
+
+def first_lines(results: pd.DataFrame, found: str) -> list[str]:
+    """What a reader has to know before any figure: where fewer steps do it better, then what was found.
+
+    Args:
+        found: The verification's headline, on the fitted gate.
+    """
+    of_plan = judge_plan(results)
+    return [*fewer_steps_lines(results), found, *([headline(of_plan)] if of_plan else [])]
+
+
+def fewer_steps_lines(results: pd.DataFrame) -> list[str]:
+    """One sentence for the plan or the gate and each solver with fewer steps that is better somewhere: where, by what.
+
+    Nobody needs a cache where the same model with fewer steps and no cache comes nearer to the uncached result.
+    """
+    present, found = set(results["policy"]), []
+    for policy in (PLAN, GATE):
+        for solver in (FEWER_STEPS, FEWER_STEPS_2):
+            if {policy, solver} <= present:
+                found += _where_better(compare(results, policy, solver), int(results["num_steps"].iloc[0]))
+    return found
+
+
+def _where_better(found: Comparison, num_steps: int) -> list[str]:
+    """The sentence on the budgets at which the baseline is better, shown ones first; nothing where it never is."""
+    ahead = found.by_budget[found.by_budget["difference"] < 0].sort_values("computed_steps", ascending=False)
+    shown = ahead["high"] < 0
+    parts = [
+        f"{words} at {', '.join(_by_how_much(row, num_steps) for row in rows.to_dict('records'))}"
+        for words, rows in [
+            (f"is better than the {found.policy}", ahead[shown]),
+            (f"is ahead of the {found.policy}, though no difference is shown,", ahead[~shown]),
+        ]
+        if len(rows)
+    ]
+    if not parts:
+        return []
+    name = found.baseline + ("," if "," in found.baseline else "")
+    return [f"{name[0].upper()}{name[1:]} {'; it '.join(parts)}; over {found.prompts} prompts."]
+
+
+def _by_how_much(row: dict, num_steps: int) -> str:
+    steps = f"{row['computed_steps']:.3g} of {num_steps} steps"
+    figures = f"{row['baseline_value']:.1f} against {row['value']:.1f} dB, {-row['difference']:+.1f}"
+    if not np.isfinite(row["low"]):
+        return f"{steps} ({figures}, too few prompts for an interval)"
+    return f"{steps} ({figures}, 95 % interval {-row['high']:+.1f} to {-row['low']:+.1f})"
 
 
 def verdict_table(summary: pd.DataFrame) -> str:

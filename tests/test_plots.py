@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from calibrate import plot_style, plots
+from calibrate.contest import POLICIES
 from coeffs.polynomial import Polynomial
 
 
@@ -69,6 +70,61 @@ def test_the_drawn_curve_is_the_polynomials_prediction(pairs):
 
 def test_branches_without_a_fit_of_their_own_use_the_pooled_one(pairs):
     assert len(plots.residuals(pairs, {"pooled": FIT}).collections) == 2
+
+
+def policies_of(ax):
+    return [container.get_label() for container in ax.containers]
+
+
+def many(measure="psnr_db", better=1.0):
+    """Every policy at two budgets, each half a unit better than the next; the last one only at the larger budget."""
+    names = [*POLICIES.values()][::-1]
+    rows = [
+        {"policy": name, "computed_steps": float(steps), measure: better * (steps - i / 2),
+         f"{measure}_low": better * (steps - i / 2) - 1, f"{measure}_high": better * (steps - i / 2) + 1}
+        for i, name in enumerate(names) for steps in (20, 10) if steps == 20 or name != names[-1]
+    ]  # fmt: skip
+    return names, pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+@pytest.mark.parametrize(("measure", "better"), [("psnr_db", 1.0), ("lpips", -1.0)])
+def test_the_legend_of_the_pareto_plot_has_the_best_policy_first(measure, better):
+    names, summary = many(measure, better)
+    ax = plots.pareto(summary, measure=measure)
+    assert policies_of(ax) == names
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+
+
+def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
+    names, summary = many()
+    ax = plots.pareto(summary)
+    styles = plot_style.policy_styles(names)
+    assert len({(color, marker, str(line)) for color, marker, line in styles.values()}) == len(names) > 14
+    drawn = {container.get_label(): container for container in ax.containers}
+    for policy, rows in summary.groupby("policy"):
+        line, _, (bars,) = drawn[policy]
+        assert (line.get_color(), line.get_marker()) == styles[policy][:2]
+        low_high = np.array([segment[:, 1] for segment in bars.get_segments()])
+        expected = rows.sort_values("computed_steps")[["psnr_db_low", "psnr_db_high"]].to_numpy()
+        np.testing.assert_allclose(low_high, expected)
+        np.testing.assert_allclose(line.get_xdata(orig=False), sorted(rows["computed_steps"]), atol=0.41)
+    at_20 = [drawn[policy][0].get_xdata(orig=False)[-1] for policy in names]
+    assert len(set(at_20)) == len(names)  # none hides another's interval
+
+
+def test_plan_and_gate_stand_out_and_rules_of_others_are_grey():
+    names, summary = many()
+    drawn = {container.get_label(): container[0] for container in plots.pareto(summary).containers}
+    widths = {policy: line.get_linewidth() for policy, line in drawn.items()}
+    assert {policy for policy in names if widths[policy] == max(widths.values())} == {"plan", "fitted gate"}
+    assert drawn["plan"].get_color() != drawn["fitted gate"].get_color()
+    grey = {policy for policy, line in drawn.items() if line.get_color() == plot_style.GREY}
+    assert {"MagCache's rule", "SeaCache", "growing interval"} <= grey
+    assert not any(policy.startswith(("plan", "fitted gate", "uniform", "fewer")) for policy in grey)
+
+
+def test_bit_identical_samples_of_infinite_db_come_first():
+    assert plots.by_quality(SUMMARY) == ["uniform skipping", "fitted gate"]
 
 
 def test_difference_column_of_the_sample_grid():

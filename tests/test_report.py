@@ -5,13 +5,18 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 import coeffs
+from calibrate import plots
 from calibrate.cli import cli
+from calibrate.contest import FEWER_STEPS, GATE, PLAN
 from calibrate.findings import example_run, load_findings
 from calibrate.report import render, report_figures, write_report
+from calibrate.verification import load_verification, write_verification
 
 FIGURES = {
     "fit",
@@ -70,8 +75,50 @@ def test_all_plots_are_written_as_png_and_svg(run, page):
 def test_the_first_lines_say_what_was_found(run, page):
     found = load_findings(run)
     body = page[page.index("<main>") :]
-    assert 0 < body.index(found.verification.headline.split(" (")[0]) < 1500
-    assert "on unseen prompts" in body[:2500]
+    places = [body.index(line.split(" (")[0]) for line in found.first_lines]
+    assert found.verification.headline in found.first_lines
+    assert places == sorted(places) and 0 < places[0] < 500 and places[-1] < 2000
+    assert "on unseen prompts" in body[:3000]
+
+
+@pytest.fixture(scope="module")
+def beaten(run, tmp_path_factory):
+    """The run with a plan that took part: fewer steps is better by 2 dB at its first budget, worse at the others."""
+    folder = tmp_path_factory.mktemp("report") / "beaten"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report"))
+    found = load_verification(folder)
+    plan = found.results[found.results["policy"] == FEWER_STEPS].assign(policy=PLAN)
+    plan["psnr_db"] += np.where(plan["budget"] == plan["budget"].max(), -2.0, 3.0)
+    write_verification(dataclasses.replace(found, results=pd.concat([found.results, plan], ignore_index=True)))
+    return folder
+
+
+def test_where_fewer_steps_is_better_the_first_line_says_so_with_figures(beaten):
+    found = load_findings(beaten)
+    page = render(found, {"replay": (plots.curves({}), ""), "pareto": (plots.curves({}), "")})
+    body = re.sub(r"<[^>]*>", "", page[page.index('<div class="findings">') :]).replace("\xa0", " ")
+    line = found.first_lines[0]
+    assert body.startswith(line)
+    rows = found.verification.results.query("budget == budget.max()").groupby("policy")["psnr_db"].mean()
+    assert line.startswith("Fewer steps is better than the plan at ")
+    assert f"({rows[FEWER_STEPS]:.1f} against {rows[PLAN]:.1f} dB, +2.0, 95 % interval +2.0 to +2.0)" in line
+    assert line.count(" against ") == 1 and line.endswith("prompts.")  # its other budgets are not named
+    assert body.index(line) < body.index(found.verification.headline) < body.index("The plan beats")
+
+
+def test_the_plan_is_compared_with_every_other_policy(beaten):
+    found = load_findings(beaten)
+    others = set(found.verification.results["policy"]) - {PLAN}
+    assert {one.baseline for one in found.plan_comparisons} == others and GATE in others
+    of_fewer = next(one for one in found.plan_comparisons if one.baseline == FEWER_STEPS)
+    assert of_fewer.difference == pytest.approx((3 + 3 - 2) / 3)
+    page = render(found, {"replay": (plots.curves({}), ""), "pareto": (plots.curves({}), "")})
+    assert page.index("The plan against every other policy") < page.index("The fitted gate against every other policy")
+
+
+def test_without_a_plan_nothing_is_said_of_one(run):
+    found = load_findings(run)
+    assert found.plan_comparisons == [] and not any("the plan" in line.lower() for line in found.first_lines)
 
 
 def test_figures_of_the_embedded_model_are_labelled(page):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import types
 
@@ -18,6 +19,7 @@ from calibrate.cli import cli
 from calibrate.contest import (
     APART_GATE,
     CHANGE_GATE,
+    FEWER_STEPS,
     FEWER_STEPS_2,
     GATE,
     LINEAR_GATE,
@@ -164,6 +166,59 @@ def test_intervals_cover_the_true_difference():
 def test_too_few_prompts_give_no_interval_and_say_so():
     found = verdict.compare(pd.concat([results(GATE, 1, 2), results(UNIFORM, 0, 2)]), GATE, UNIFORM)
     assert found.outcome == "unknown" and "too few" in str(found)
+
+
+def with_solvers(plan, euler, second):
+    """Results of a gate, a plan and both solvers that differ by so many dB, budget by budget, without noise."""
+    parts = [results(GATE, 0.0, noise=0.0)]
+    for policy, offsets in ((PLAN, plan), (FEWER_STEPS, euler), (FEWER_STEPS_2, second)):
+        rows = results(policy, 0.0, noise=0.0)
+        rows["psnr_db"] += rows["budget"].map(dict(zip((7, 14), offsets, strict=True)))
+        parts.append(rows)
+    return pd.concat(parts)
+
+
+def test_budgets_at_which_fewer_steps_is_better_are_said_with_figures():
+    table = with_solvers(plan=(1.0, 2.0), euler=(1.5, -1.0), second=(-1.0, -1.0))
+    means = table.groupby(["policy", "budget"])["psnr_db"].mean()
+    plan, gate = verdict.fewer_steps_lines(table)
+    ours, theirs = means[PLAN, 7], means[FEWER_STEPS, 7]
+    assert plan == (
+        f"Fewer steps is better than the plan at 7 of 28 steps ({theirs:.1f} against {ours:.1f} dB, +0.5, "
+        "95 % interval +0.5 to +0.5); over 8 prompts."
+    )
+    assert gate.startswith("Fewer steps is better than the fitted gate at 7 of 28 steps") and " 14 of" not in gate
+
+
+def test_the_second_order_solver_is_said_too_and_nothing_where_none_is_better():
+    assert verdict.fewer_steps_lines(with_solvers((1, 1), (-1, -1), (-1, -1))) == []
+    (line, _) = verdict.fewer_steps_lines(with_solvers((1, 1), (-1, -1), (-1, 2)))
+    assert line.startswith("Fewer steps, second-order solver, is better than the plan at 14 of 28 steps (")
+
+
+def test_what_is_not_shown_is_not_called_better():
+    table = with_solvers((1, 1), (1.2, 1.2), (-1, -1)).reset_index(drop=True)
+    noise = np.tile([3.0, 3.0, -3.0, -3.0], 4)
+    table.loc[table["policy"] == FEWER_STEPS, "psnr_db"] += noise
+    line = verdict.fewer_steps_lines(table)[0]
+    assert "is better" not in line and "is ahead of the plan, though no difference is shown, at 14 of 28" in line
+    few = table[table["prompt_id"].isin(["p0", "p2"])]
+    assert "too few prompts for an interval" in verdict.fewer_steps_lines(few)[0]
+
+
+def test_first_lines_begin_with_fewer_steps_and_say_what_the_plan_is_worth():
+    table = pd.concat([with_solvers((1, 1), (2, 2), (0, 0)), results(UNIFORM, -3.0, noise=0.0)])
+    lines = verdict.first_lines(table, "The gate does this.")
+    assert lines[0].startswith("Fewer steps is better than the plan at 14 of 28 steps")
+    assert lines[-2] == "The gate does this." and lines[-1].startswith("The plan beats uniform skipping here (+4.0 dB")
+    assert verdict.first_lines(results(GATE, 0.0), "Found.") == ["Found."]
+
+
+def test_the_plan_is_judged_against_every_other_policy():
+    table = with_solvers((1, 1), (2, 2), (0, 0))
+    found = {one.baseline: one.difference for one in verdict.judge_plan(table)}
+    assert found == pytest.approx({GATE: 1.0, FEWER_STEPS: -1.0, FEWER_STEPS_2: 1.0})
+    assert verdict.judge_plan(results(GATE, 0.0)) == []
 
 
 def test_broken_samples_are_counted_and_enter_no_mean():
@@ -589,6 +644,21 @@ def test_commands_have_help_with_every_policy_and_an_example():
     assert "calibrate verify runs/" in text
     assert "calibrate report runs/" in CliRunner().invoke(cli, ["report", "--help"]).output
     assert set(POLICIES) >= {"gate", "uniform"}
+
+
+def test_the_help_names_every_policy():
+    text = re.sub(r"-\s+", "-", CliRunner().invoke(cli, ["verify", "--help"]).output)  # lines end at hyphens
+    assert set(POLICIES) <= set(re.split(r"[\s,]+", text))
+
+
+def test_the_command_says_first_where_fewer_steps_is_better(verified, fitted, monkeypatch):
+    table = with_solvers((1, 1), (2, 2), (0, 0))
+    shown = dataclasses.replace(verified, results=table, summary=verdict.summarize(table))
+    monkeypatch.setattr("calibrate.verify.verify", lambda *args, **options: shown)
+    lines = CliRunner().invoke(cli, ["verify", str(fitted)]).output.splitlines()
+    assert lines[: lines.index("")] == verdict.first_lines(table, shown.headline)
+    assert lines[0].startswith("Fewer steps is better than the plan at 14 of 28 steps (")
+    assert any(line.startswith("the plan does not beat fewer steps here") for line in lines)
 
 
 def test_command_line_errors_are_one_line_with_exit_code_2(tmp_path):

@@ -59,7 +59,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as cleanly as Ctrl-C
-    from calibrate.verdict import verdict_table
+    from calibrate.verdict import first_lines, judge_plan, verdict_table
     from calibrate.verify import verify as run_verification
 
     found = run_verification(
@@ -68,15 +68,17 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         say=lambda text: click.echo(text, err=True),
         **options,
     )
-    click.echo(verdict_table(found.summary))
+    for line in first_lines(found.results, found.headline):
+        click.echo(line)
+    click.echo(f"\n{verdict_table(found.summary)}")
     for name, count in found.facts["broken"].items():
         click.echo(f"broken: {name}: {count} samples with NaN or infinity, in no mean")
     for name, reason in found.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
     click.echo("")
-    for comparison in found.comparisons:
+    for comparison in (*found.comparisons, *judge_plan(found.results)):
         click.echo(f"{comparison}")
-    click.echo(f"\n{found.headline}\nverified thresholds: {found.folder.parent / 'entry.yaml'}")
+    click.echo(f"\nverified thresholds: {found.folder.parent / 'entry.yaml'}")
 
 
 @click.command()
