@@ -104,6 +104,7 @@ def load_pipeline(
                 use_safetensors=None if allow_pickle else True,
                 trust_remote_code=False,
                 local_files_only=True,
+                **_left_out(checkpoint.folder),
             )
         if cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
@@ -211,6 +212,11 @@ def _download(name: str, repository: str, allow_pickle: bool) -> Path:
             f"{_line(error)}. Check the name and the connection, log in with `hf auth login` if it is gated, or give "
             "a local folder"
         ) from None
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Components that were saved as none (Stable Diffusion 3 without its T5), which diffusers wants to be told."""
+    return {name: None for name, value in _model_index(folder).items() if value == [None, None]}
 
 
 def _refuse_code(folder: Path) -> None:

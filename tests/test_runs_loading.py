@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tiny_pipelines
 import torch
 from safetensors.torch import save_file
 
@@ -128,6 +129,13 @@ def test_incomplete_folder_is_one_line(folder):
     with pytest.raises(InvalidCheckpoint, match="diffusers cannot load it as LongCatImagePipeline") as caught:
         load_pipeline(find_checkpoint(folder), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_components_that_were_saved_as_none_are_left_out(tmp_path):
+    """Bug: Stable Diffusion 3 saved without its T5 is a whole checkpoint, but diffusers asks for the T5."""
+    tiny_pipelines.sd3().pipe.save_pretrained(tmp_path / "sd3")
+    pipe = load_pipeline(find_checkpoint(str(tmp_path / "sd3")), dtype="float32", device="cpu")
+    assert pipe.text_encoder_3 is None and type(pipe.transformer).__name__ == "SD3Transformer2DModel"
 
 
 def test_truncated_weights_are_one_line(tmp_path):
