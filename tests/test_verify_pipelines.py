@@ -19,7 +19,8 @@ from calibrate.record import record
 from calibrate.verify import verify
 
 STEPS = 6
-POLICIES = ("gate", "uniform", "fewer-steps", "fewer-steps-2")
+POLICIES = ("gate", "uniform", "uniform-fitted", "fewer-steps", "fewer-steps-2")
+FITTED = "uniform skipping, fitted outputs"
 
 
 @dataclass
@@ -101,7 +102,7 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
     folder = tmp_path / "run"
     record(
         kind.pipe, prompts=["a red cube", "two seas"], steps=STEPS, out=folder, progress=False, images=kind.images,
-        **kind.options,
+        gram=True, **kind.options,
     )  # fmt: skip
     coeffs.save(draft_entry(load_run(folder), degree=1), folder / "entry.yaml")
     found = verify(
@@ -109,9 +110,9 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
         images=kind.images,
     )  # fmt: skip
 
-    rows, cached = found.results, found.results["policy"].isin([GATE, UNIFORM])
+    rows, cached = found.results, found.results["policy"].isin([GATE, UNIFORM, FITTED])
     assert kind.refused in found.facts["refused"].pop(FEWER_STEPS_2, "") and found.facts["refused"] == {}
-    assert set(rows["policy"]) == {GATE, UNIFORM, FEWER_STEPS} | (set() if kind.refused else {FEWER_STEPS_2})
+    assert set(rows["policy"]) == {GATE, UNIFORM, FITTED, FEWER_STEPS} | (set() if kind.refused else {FEWER_STEPS_2})
     assert found.facts["floor"]["identical"] and not rows["broken"].any() and rows["prompt_id"].nunique() == 2
     assert set(found.summary["measure"]) == {kind.measure} and np.isfinite(rows[kind.measure]).all()
     with np.load(next((folder / "verify" / "reference").glob("*.npz"))) as kept:
@@ -121,6 +122,7 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
         patterns = [row.patterns[f"{expert}/{kind.branch}"] for expert in kind.experts]
         assert sum(map(len, patterns)) == STEPS and all(pattern.startswith("C") for pattern in patterns)
         assert row.computed_steps == "".join(patterns).count("C") < STEPS
+        assert row.policy != FITTED or row.computed_steps == row.budget  # each expert's first step is in the schedule
     verified = [row for row in coeffs.load(folder / "entry.yaml").thresholds if row.kind == "verified"]
     assert verified and all(np.isfinite(row.speedup) for row in verified)
     assert found.headline in " ".join(load_findings(folder).first_lines)
