@@ -199,7 +199,7 @@ def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psn
     ranked = by_quality(summary, measure)
     ax = axes_or_new(ax, (7.2, 4.6 + 0.12 * len(ranked)))
     styles, places = policy_styles(ranked), np.linspace(-0.5, 0.5, len(ranked)) if len(ranked) > 1 else [0.0]
-    spread = _room(summary["computed_steps"])
+    spread = min(0.08 * len(ranked), _room(summary["computed_steps"]))
     for rank, (policy, place) in enumerate(zip(ranked, places, strict=True)):
         rows, (color, marker, line) = (
             summary[summary["policy"] == policy].sort_values("computed_steps"),

@@ -50,20 +50,26 @@ class Comparison:
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
     def __str__(self) -> str:
+        other = _named(self.baseline)
         if not np.isfinite(self.low):
             return (
-                f"the {self.policy} and {self.baseline} differ by {self.difference:+.1f} dB here; "
+                f"the {self.policy} and {other} differ by {self.difference:+.1f} dB here; "
                 f"{self.prompts} prompts are too few for an interval"
             )
         found = (
             f"({self.difference:+.1f} dB, 95 % interval {self.low:+.1f} to {self.high:+.1f}, {self.prompts} prompts)"
         )
         verb = {
-            "better": f"the {self.policy} beats {self.baseline} here",
-            "worse": f"the {self.policy} does not beat {self.baseline} here",
-            "undecided": f"no difference between the {self.policy} and {self.baseline} is shown here",
+            "better": f"the {self.policy} beats {other} here",
+            "worse": f"the {self.policy} does not beat {other} here",
+            "undecided": f"no difference between the {self.policy} and {other} is shown here",
         }[self.outcome]
         return f"{verb} {found}"
+
+
+def _named(policy: str) -> str:
+    """The policy within a sentence."""
+    return f"the {policy}" if policy.startswith((PLAN, GATE)) else policy
 
 
 def main_measure(results: pd.DataFrame) -> str:
@@ -171,7 +177,9 @@ def headline(comparisons: list[Comparison]) -> str:
     first, best = deciding(comparisons), min(comparisons, key=lambda comparison: comparison.difference)
     text = str(first)
     if best is not first and best.outcome == "worse":
-        text += f"; {best.baseline} is the best policy found ({-best.difference:+.1f} dB over the {best.policy})"
+        text += (
+            f"; {_named(best.baseline)} is the best policy found ({-best.difference:+.1f} dB over the {best.policy})"
+        )
     return text[0].upper() + text[1:] + "."
 
 
