@@ -11,7 +11,7 @@ from typing import Any
 
 import coeffs
 from calibrate.calling import prepare_call
-from calibrate.errors import InvalidOption, InvalidPrompts
+from calibrate.errors import InvalidOption, InvalidPrompts, ModelNotFound
 from calibrate.loading import find_checkpoint, load_pipeline
 from calibrate.log import Run, load_run
 from calibrate.models import class_defaults, find_model
@@ -128,7 +128,12 @@ def _load(entry: Entry, manifest: Mapping, model: Any, wanted: Mapping, dtype: s
     name = model or (alias.alias if alias else None) or wanted.get("repository")
     if not name:
         raise InvalidOption(f"{entry.label}: it names no checkpoint; give the model with --model")
-    checkpoint = find_checkpoint(name)
+    try:
+        checkpoint = find_checkpoint(name)
+    except ModelNotFound as error:
+        if model:
+            raise
+        raise ModelNotFound(f"{name}: no weights of that name are known; give their folder with --model") from error
     weights = checkpoint.as_dict()
     for key in ("revision", "sha256"):
         if wanted.get(key) and weights.get(key) and wanted[key] != weights[key]:

@@ -142,6 +142,12 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     assert again[0].figures == first[0].figures
 
 
+def test_weights_that_only_the_recorder_knew_are_asked_for(folder):
+    """Bug: a run of a model from a folder remembers its name, not where it was, and said only that nobody knows it."""
+    result = CliRunner().invoke(cli, ["plan", str(folder), "--computed", "5"])
+    assert result.exit_code == 2 and "give their folder with --model" in result.stderr, result.output
+
+
 def test_plans_are_kept_by_budget(folder):
     entry, log = coeffs.load(folder / "entry.yaml"), load_grams(folder)
     planner = Planner(log, 6)
