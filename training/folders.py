@@ -1,0 +1,29 @@
+"""Writing and reading of finished model folders."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+ORIGIN_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
+
+
+def strip_local_origin(folder: Path) -> None:
+    """Remove from the configs where their parts were loaded from: it means nothing on another machine."""
+    for file in folder.rglob("*.json"):
+        if not file.name.endswith(("config.json", "model_index.json")):
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in content.items() if key not in ORIGIN_KEYS}
+        if kept != content:
+            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def load_finished(folder: Path, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
+    """Load a model folder; diffusers wants to be told about components that were saved as none (tiny-sd3's T5)."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    left_out = {name: None for name, value in index.items() if value == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **left_out)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
