@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from tiny_pipeline import TinyExperts
 
 import coeffs
+from calibrate.candidates import Planner
 from calibrate.draft import draft_entry
 from calibrate.errors import InvalidOption
 from calibrate.gram import GramLog, NoPlan, load_gram, load_grams
 from calibrate.log import load_run
-from calibrate.plan import Planner, plan
+from calibrate.plan import plan
 from calibrate.record import record
 from calibrate.schedules import FORECASTS, Problem, Weights, schedule_of
 from calibrate.stages import StagedProgram, Stages

@@ -19,7 +19,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option("--steps", type=click.IntRange(min=3), help="Plan for fewer steps than recorded, from the same log.")
 @click.option("--no-runs", is_flag=True, help="Only from the log; nothing is run, nothing goes into the entry.")
 @click.option("--candidates", type=click.IntRange(min=1), default=6, show_default=True, help="Planned ones to run.")
-@click.option("--choosing", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts to choose by.")
+@click.option("--choosing", type=click.IntRange(min=1), default=6, show_default=True, help="Prompts to choose by.")
 @click.option("--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Others to judge by.")
 @click.option("--model", metavar="NAME|FOLDER", help="Weights to run [default: the run's].")
 @click.option("--prompts", metavar="FILE|SET", help="Held-out prompts; recorded ones are left out.")
@@ -37,8 +37,8 @@ def plan(run: str, no_runs: bool, **options: Any) -> None:
         calibrate plan runs/flux1-dev-1a2b3c4d --computed 12,15,19,25
         calibrate plan runs/flux1-dev-1a2b3c4d --speedup 2.0 --no-runs
     """
-    from calibrate.plan import fewer_steps_verdict, plan_table
     from calibrate.plan import plan as make_plans
+    from calibrate.planned import fewer_steps_verdict, plan_table
 
     planned = make_plans(run, runs=not no_runs, say=lambda text: click.echo(text, err=True), **options)
     verdict = fewer_steps_verdict(planned)
