@@ -1,44 +1,54 @@
-"""Fewer steps with a better solver: a second-order one at exactly the noise levels of a pipeline's Euler scheduler."""
+"""Fewer steps with a better solver: a second-order one in place of a pipeline's Euler scheduler, with its shift."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from calibrate.policies import Refused
 
-LEVEL_TOLERANCE = 2e-6  # UniPC moves a first level of 1 by 1e-6, away from an infinite log ratio
+LEVEL_TOLERANCE = 1e-6
 
 
 class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
-    """Euler's schedule, every level and time of it, with UniPC's steps of order 2 (arXiv 2302.04867).
+    """Euler's schedule with the steps of DPM-Solver++ of order 2 (arXiv 2211.01095).
 
-    UniPC as diffusers builds it has other levels, even with the same shift: its default schedule starts from other
-    unshifted levels (SD3), its configuration lacks what pipelines work their mean shift out from (Qwen-Image), and it
-    cuts the times at which the denoiser is asked to whole numbers.
+    Levels that the pipeline gives (Flux, Qwen-Image, LongCat-Image) are kept to the bit, with their shift and times:
+    diffusers' own scheduler lacks what pipelines work their mean shift out from, and cuts times to whole numbers.
+    Where the scheduler is to choose (Stable Diffusion 3), Euler's own choice ends with a level of almost nothing, a
+    leap in the log ratio in which the solver works; it gets the evenly spaced levels that other pipelines give.
     """
 
     @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines look at its signature
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
-        solver = UniPCMultistepScheduler(
+        given = signature(super().set_timesteps).bind(*args, **kwargs).arguments
+        if given.get("sigmas") is None and given.get("timesteps") is None and not self._respaced:
+            steps = given["num_inference_steps"]
+            given["sigmas"] = np.linspace(1, 1 / steps, steps)
+        super().set_timesteps(**given)
+        solver = DPMSolverMultistepScheduler(
             num_train_timesteps=self.config.num_train_timesteps,
             solver_order=2,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
         )
-        solver.set_timesteps(sigmas=self.sigmas[:-1].double().cpu().numpy(), device=self.timesteps.device)
-        if solver.sigmas.shape != self.sigmas.shape or (
-            (solver.sigmas - self.sigmas.cpu()).abs().max() > LEVEL_TOLERANCE
-        ):
-            raise Refused("UniPCMultistepScheduler of this diffusers moves the noise levels")
+        solver.set_timesteps(len(self.timesteps), device=self.timesteps.device)
+        # Its log ratio is infinite at a level of 1.
+        solver.sigmas = self.sigmas.cpu().clamp(max=1 - LEVEL_TOLERANCE)
         solver.timesteps = self.timesteps
         self._solver = solver
+
+    @property
+    def _respaced(self) -> bool:
+        """Whether the configuration spaces levels by a rule of its own."""
+        return any(self.config[name] for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"))
 
     def step(
         self,
@@ -94,4 +104,6 @@ def _check(scheduler: Any) -> None:
     if scheduler.config.stochastic_sampling:
         raise Refused(f"{name} adds noise at every step (stochastic_sampling): a solver's order means nothing")
     if scheduler.config.invert_sigmas:
-        raise Refused(f"{name} counts noise levels upwards (invert_sigmas), which UniPCMultistepScheduler does not")
+        raise Refused(
+            f"{name} counts noise levels upwards (invert_sigmas), which DPMSolverMultistepScheduler does not"
+        )
