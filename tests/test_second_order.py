@@ -89,7 +89,7 @@ def gaussian_error(scheduler, steps):
 
 
 def test_the_order_is_two_where_the_solution_is_known():
-    """Halving the steps' size nearly quarters the error (the first and last step are of order 1); Euler's is halved."""
+    """Halving the steps nearly quarters the error (the first and last are of order 1); Euler's is halved."""
     pipe = SimpleNamespace(scheduler=Euler())
     own = [gaussian_error(pipe.scheduler, steps) for steps in (80, 160)]
     with second_order(pipe) as solver:
@@ -169,5 +169,5 @@ def test_other_schedulers_are_refused_in_one_line(scheduler, words):
 def test_times_of_single_tokens_are_refused():
     pipe = SimpleNamespace(scheduler=Euler())
     with second_order(pipe) as solver, pytest.raises(Refused, match="every token"):
-        solver.set_timesteps(sigmas=even)
+        solver.set_timesteps(4)
         solver.step(torch.ones(1, 2), solver.timesteps[0], torch.ones(1, 2), per_token_timesteps=torch.ones(1, 2))
