@@ -5,6 +5,7 @@ encoders trained end to end need no objective of their own.
 """
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -23,6 +24,8 @@ class LoopRecipe:
     steps: int
     batch: int
     learning_rate: float
+    # Steps at which warm-up and cosine start anew: a finished run can be prolonged without a second one from nothing.
+    restarts: tuple[int, ...] = ()
     warmup_steps: int = 100
     final_learning_rate_fraction: float = 0.02
     ema_decay: float = 0.999
@@ -44,9 +47,11 @@ def drop_captions(captions: torch.Tensor, empty: int, rate: float) -> torch.Tens
 
 
 def learning_rate(recipe: LoopRecipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to a small rest."""
-    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    """Linear warm-up, then a cosine down to a small rest, in every stretch between two restarts."""
+    edges = (0, *recipe.restarts, recipe.steps)
+    start, end = next(pair for pair in itertools.pairwise(edges) if step < pair[1])
+    warmup = min(1.0, (step - start + 1) / recipe.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / (end - start)))
     rest = recipe.final_learning_rate_fraction
     return recipe.learning_rate * warmup * (rest + (1 - rest) * cosine)
 

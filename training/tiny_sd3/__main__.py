@@ -4,6 +4,8 @@
 
 Data and captions are those of tiny-longcat-image: scikit-learn's handwritten digits in 13 colourings; nothing is
 downloaded. Transformer and text encoders are trained together.
+Cost: 21 CPU minutes on one thread.
+The folder has no T5: `DiffusionPipeline.from_pretrained` wants `text_encoder_3=None, tokenizer_3=None`.
 Seed: every random number follows from it; rounding, and with it the last digits of the weights, depends on the
 threads and the machine.
 

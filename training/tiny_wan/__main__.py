@@ -3,6 +3,9 @@
     python -m training.tiny_wan --seed 0 --out FOLDER
 
 Data: shapes in motion, rendered as they are needed; nothing is downloaded.
+Cost: about 40 CPU minutes on one thread: autoencoder 6, its decoder alone 5, transformer and text encoder 28.
+Reached with the defaults: background, direction and mostly the colour are obeyed, the shape is not. It is lost in the
+autoencoder already, whose pictures of circles, squares and triangles look alike; colours drift over the frames.
 Seed: every random number follows from it; rounding, and with it the last digits of the weights, depends on the
 threads and the machine.
 

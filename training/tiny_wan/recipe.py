@@ -43,7 +43,7 @@ class TransformerRecipe:
     patch_size: tuple[int, int, int] = (1, 2, 2)
 
 
-LOOP = LoopRecipe(steps=2600, batch=32, learning_rate=2e-3)
+LOOP = LoopRecipe(steps=5000, restarts=(2600,), batch=32, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)
