@@ -28,8 +28,8 @@ from calibrate.verdict import main_measure
 
 CHOOSING_PROMPTS = 6
 JUDGED_PROMPTS = 8
-FINALISTS = 4  # candidates of a budget that are run on all choosing prompts
-TIE_DB = 0.5  # so near, the few choosing prompts decide nothing and the log, which holds more prompts, does
+BY_RUNS, BY_LOG = 3, 2  # candidates of a budget that are run on all choosing prompts
+TIE_DB = 0.5
 Say = Callable[[str], None]
 
 
@@ -129,16 +129,27 @@ def _choose(
 
 
 def _finalists(found: list[Candidate], rows: pd.DataFrame) -> list[Candidate]:
-    """The best few by their runs."""
+    """The best few by their runs, and the best few of the others by the log, which holds more prompts."""
     scores = _scores(found, rows)
-    return sorted((c for c in found if c.name in scores), key=lambda c: -scores[c.name])[:FINALISTS]
+    ran = sorted((c for c in found if c.name in scores), key=lambda c: -scores[c.name])
+    chosen = ran[:BY_RUNS]
+    return chosen + sorted(ran[BY_RUNS:], key=lambda c: c.additive)[:BY_LOG]
 
 
 def _winner(found: list[Candidate], rows: pd.DataFrame) -> Candidate:
-    """The best by its runs; of those that tie with it the one with the least error in the log."""
+    """The best by its runs; of those that tie with it the one with the least error in the log.
+
+    A tie is a paired difference within one standard error over prompts; with fewer than three prompts, ``TIE_DB``.
+    """
     scores = _scores(found, rows)
-    tied = [c for c in found if scores.get(c.name, -np.inf) >= max(scores.values()) - TIE_DB]
-    return min(tied, key=lambda c: c.additive)
+    table = fidelity(rows, main_measure(rows))
+    best = max(scores, key=scores.get)
+
+    def ties(name: str) -> bool:
+        behind = (table[best] - table[name]).dropna()
+        return behind.mean() <= (behind.sem() if len(behind) > 2 else TIE_DB)
+
+    return min((c for c in found if c.name == best or (c.name in scores and ties(c.name))), key=lambda c: c.additive)
 
 
 def _scores(found: list[Candidate], rows: pd.DataFrame) -> dict[str, float]:
