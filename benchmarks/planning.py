@@ -11,6 +11,7 @@ Every difference is paired by prompt; intervals are of the mean, 95 %.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -19,16 +20,37 @@ import pandas as pd
 
 from benchmarks.common import RESULTS, surroundings
 
+ORDER = (
+    "plan",
+    "uniform skipping",
+    "uniform skipping, linear forecast",
+    "uniform skipping, linear outputs",
+    "uniform skipping, quadratic outputs",
+    "uniform skipping, fitted outputs",
+    "growing interval",
+    "MagCache's rule",
+    "fitted gate",
+    "fitted gate of the change, linear forecast",
+    "fitted gate, linear forecast",
+    "FirstBlockCache",
+    "MagCache (diffusers)",
+    "SeaCache",
+    "fewer steps",
+    "fewer steps, second-order solver",
+)
+NO_CACHE = ("plan", "fewer steps", "fewer steps, second-order solver")
+NEAR = 1.5  # steps that a gate may be off its budget and still be compared there
+
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
-@click.option("--name", required=True, help="Of the result file.")
-def main(run: str, name: str) -> None:
-    found = figures(run)
-    click.echo(markdown(found))
+@click.argument("run", required=False, type=click.Path(exists=True, file_okay=False))
+@click.option("--name", required=True, help="Of the result file; without RUN it is shown again.")
+def main(run: str | None, name: str) -> None:
     path = RESULTS / f"planning-{name}.json"
-    path.write_text(json.dumps({"surroundings": surroundings(), **found}, indent=1) + "\n")
-    click.echo(f"\n{path}", err=True)
+    if run is not None:
+        path.write_text(json.dumps({"surroundings": surroundings(), **figures(run)}, indent=1) + "\n")
+        click.echo(f"{path}\n", err=True)
+    click.echo(markdown(json.loads(path.read_text())))
 
 
 def figures(run: str) -> dict:
@@ -91,42 +113,59 @@ def _interval(difference: pd.Series, mean_interval) -> tuple[float, float, float
 
 
 def markdown(found: dict) -> str:
-    """The tables of a run: every policy at every budget, and the plan against its rivals."""
-    policies = list(dict.fromkeys(policy for one in found["budgets"] for policy in one["policies"]))
+    """One table: every policy at every budget, the plan against its rivals, and what the log foresaw."""
     budgets = found["budgets"]
-    lines = [f"| dB, mean (worst) | {' | '.join(str(one['computed']) for one in budgets)} |"]
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    for policy in policies:
-        lines.append(f"| {policy} | {' | '.join(_cell(one['policies'].get(policy), one) for one in budgets)} |")
-    lines += ["", f"| plan minus | {' | '.join(str(one['computed']) for one in budgets)} |"]
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    for policy in policies:
-        cells = [one.get("plan_minus", {}).get(policy) for one in budgets]
-        if any(cells):
-            texts = [f"{c['mean']:+.1f} ({c['low']:+.1f} to {c['high']:+.1f})" if c else "-" for c in cells]
-            lines.append(f"| {policy} | {' | '.join(texts)} |")
-    lines += [
-        "",
-        "| computed | winner | uniform reuse | plan | population | hindsight | floor | % of oracle (strict) |",
-    ]
-    lines.append("|---" * 8 + "|")
-    for one in budgets:
-        yard = one["yardstick"]
-        if yard:
-            names = ("uniform", "plan", "population", "hindsight", "floor")
-            keys = ["open_loop_" + n if n != "plan" else "open_loop_error" for n in names]
-            values = " | ".join(f"{100 * yard[key]:.2f}" for key in keys)
-            oracle = f"{yard['percent_of_oracle']:.0f} ({yard['percent_of_oracle_strict']:.0f})"
-            lines.append(f"| {one['computed']} | {one['winner']} | {values} | {oracle} |")
+
+    def row(name: str, cell: Callable[[dict], str]) -> str:
+        return f"| {name} | {' | '.join(map(cell, budgets))} |"
+
+    present = {policy for one in budgets for policy in one["policies"]}
+    lines = [row(f"computed of {found['steps']}", lambda one: str(one["computed"])), "|---" * (len(budgets) + 1) + "|"]
+    for policy in (name for name in ORDER if name in present):
+        shown = f"**{policy}**" if policy == "plan" else policy
+        lines.append(row(shown, lambda one, p=policy: _cell(one["policies"].get(p), one["computed"])))
+    if "plan" in present:
+        for rival in ("uniform skipping", "fewer steps"):
+            lines.append(row(f"plan minus {rival}", lambda one, r=rival: _difference(one["plan_minus"][r])))
+        lines.append(row("plan minus the best other cache", lambda one: _difference(one["plan_minus"][_best(one)])))
+        lines.append(row("which is", lambda one: _best(one).removeprefix("uniform skipping, ")))
+        lines.append(row("the plan's forecast", lambda one: one["winner"].removeprefix("planned, ")))
+        errors = ("open_loop_uniform", "open_loop_error", "open_loop_hindsight", "open_loop_floor")
+        lines.append(
+            row(
+                "% of the path: uniform reuse, plan, oracle, floor",
+                lambda one: ", ".join(f"{100 * one['yardstick'][key]:.1f}" for key in errors),
+            )
+        )
+        oracle = ("percent_of_oracle", "percent_of_oracle_strict")
+        lines.append(
+            row(
+                "% of the oracle (strict)",
+                lambda one: "{:.0f} ({:.0f})".format(*(one["yardstick"][k] for k in oracle)),
+            )
+        )
     return "\n".join(lines)
 
 
-def _cell(figures: dict | None, one: dict) -> str:
+def _best(one: dict) -> str:
+    """The best other cache at a budget, of those that compute about as many steps."""
+    near = {
+        policy: figures["mean"]
+        for policy, figures in one["policies"].items()
+        if policy not in NO_CACHE and abs(figures["computed_steps"] - one["computed"]) <= NEAR
+    }
+    return max(near, key=near.get)
+
+
+def _difference(figures: dict) -> str:
+    return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**figures)
+
+
+def _cell(figures: dict | None, computed: int) -> str:
     if figures is None:
         return "-"
     text = f"{figures['mean']:.1f} ({figures['worst']:.1f})"
-    off = abs(figures["computed_steps"] - one["computed"]) > 0.05
-    return f"{text} at {figures['computed_steps']:.1f}" if off else text
+    return f"{text} at {figures['computed_steps']:.1f}" if abs(figures["computed_steps"] - computed) > 0.05 else text
 
 
 if __name__ == "__main__":

@@ -19,25 +19,39 @@ from benchmarks.common import table, write
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.option("--model", help="Weights, where the run's are not known by name.")
+@click.option("--name", default="replay_vs_closed_loop", show_default=True, help="Of the result file.")
 @click.option("--computed", type=int, required=True, help="Computed steps of every schedule.")
 @click.option("--schedules", type=int, default=200, show_default=True)
 @click.option("--num-prompts", type=int, default=1, show_default=True)
-@click.option("--forecasts", default="linear,reuse", show_default=True, help="Forecasts of the outputs.")
+@click.option(
+    "--forecasts", default="linear,reuse", show_default=True, help="Of outputs; fitted ones on all recorded prompts."
+)
 @click.option("--keep", type=click.Path(dir_okay=False), help="File of finished runs, to continue from.")
-def main(run: str, computed: int, schedules: int, num_prompts: int, forecasts: str, keep: str | None) -> None:
+def main(
+    run: str,
+    model: str | None,
+    name: str,
+    computed: int,
+    schedules: int,
+    num_prompts: int,
+    forecasts: str,
+    keep: str | None,
+) -> None:
     from calibrate.case import open_case
     from calibrate.gram import load_gram
     from calibrate.metrics import latent_rel_l2
-    from calibrate.policies import Setting
+    from calibrate.policies import schedule_setting
     from calibrate.sampling import Sampler
-    from calibrate.schedules import Problem, random_schedules, rank_correlation
+    from calibrate.schedules import Problem, fit_weights, random_schedules, rank_correlation
 
-    case = open_case(run, model=None, registry=None, out=None, dtype=None, device="auto")
+    case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     log = load_gram(run)
     sampler = Sampler(case.pipeline, case.arguments, case.accepts)
     prompts = case.recorded_prompts[:num_prompts]
     references = [sampler(prompt).latents for prompt in prompts]
     problem = Problem.of(log.select([log.prompt_ids.index(prompt.prompt_id) for prompt in prompts]))
+    everyone = Problem.of(log)
     chosen = random_schedules(log.num_steps, computed, schedules)
     file = Path(keep) if keep else None
     done = {}
@@ -46,11 +60,12 @@ def main(run: str, computed: int, schedules: int, num_prompts: int, forecasts: s
     rows, figures = [], {}
     for forecast in forecasts.split(","):
         real = []
+        weights = {schedule: fit_weights(everyone, schedule) for schedule in chosen} if forecast == "fitted" else {}
         for number, schedule in enumerate(chosen):
             key = f"{forecast} {schedule}"
             if key not in done:
-                parameters = {"schedule": schedule, "forecast": forecast, "forecast_of": "output"}
-                setting = Setting("random", "schedule", computed, parameters)
+                rows_of = weights[schedule].rows if weights else None
+                setting = schedule_setting("random", schedule, forecast, "output", rows_of)
                 samples = [sampler.run(setting, prompt, entries={}) for prompt in prompts]
                 done[key] = [latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)]
                 if file:
@@ -58,8 +73,8 @@ def main(run: str, computed: int, schedules: int, num_prompts: int, forecasts: s
                         stream.write(json.dumps({"key": key, "errors": done[key]}) + "\n")
                 click.echo(f"{forecast} {number + 1}/{len(chosen)}", err=True)
             real.append(np.mean(done[key]))
-        signed = [problem.signed(schedule, forecast).mean() for schedule in chosen]
-        additive = [problem.additive(schedule, forecast).mean() for schedule in chosen]
+        signed = [problem.signed(schedule, weights.get(schedule, forecast)).mean() for schedule in chosen]
+        additive = [problem.additive(schedule, weights.get(schedule, forecast)).mean() for schedule in chosen]
         best = int(np.argmin(real))
         found = {
             "schedules": len(chosen),
@@ -74,7 +89,7 @@ def main(run: str, computed: int, schedules: int, num_prompts: int, forecasts: s
     click.echo(f"{computed} of {log.num_steps} steps, {len(prompts)} prompts; Spearman's rank correlation\n")
     click.echo(table(columns, rows))
     facts = {"model": case.entry.model, "steps": log.num_steps, "computed": computed, "prompts": len(prompts)}
-    click.echo(f"\n{write('replay_vs_closed_loop', {**facts, 'forecasts': figures})}")
+    click.echo(f"\n{write(name, {**facts, 'forecasts': figures})}")
 
 
 if __name__ == "__main__":
