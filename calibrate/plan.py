@@ -29,7 +29,6 @@ from calibrate.verdict import main_measure
 CHOOSING_PROMPTS = 6
 JUDGED_PROMPTS = 8
 BY_RUNS, BY_LOG = 3, 2  # candidates of a budget that are run on all choosing prompts
-TIE_DB = 0.5
 Say = Callable[[str], None]
 
 
@@ -137,19 +136,13 @@ def _finalists(found: list[Candidate], rows: pd.DataFrame) -> list[Candidate]:
 
 
 def _winner(found: list[Candidate], rows: pd.DataFrame) -> Candidate:
-    """The best by its runs; of those that tie with it the one with the least error in the log.
+    """The best by runs and log together, both in dB: a few prompts with feedback, and all recorded ones without.
 
-    A tie is a paired difference within one standard error over prompts; with fewer than three prompts, ``TIE_DB``.
+    The runs count by :func:`calibrate.planned.score`, the log by ``-20 log10`` of the additive open-loop error.
     """
     scores = _scores(found, rows)
-    table = fidelity(rows, main_measure(rows))
-    best = max(scores, key=scores.get)
-
-    def ties(name: str) -> bool:
-        behind = (table[best] - table[name]).dropna()
-        return behind.mean() <= (behind.sem() if len(behind) > 2 else TIE_DB)
-
-    return min((c for c in found if c.name == best or (c.name in scores and ties(c.name))), key=lambda c: c.additive)
+    ran = [c for c in found if c.name in scores]
+    return max(ran, key=lambda c: scores[c.name] - 20 * np.log10(max(c.additive, 1e-9)))
 
 
 def _scores(found: list[Candidate], rows: pd.DataFrame) -> dict[str, float]:
