@@ -114,6 +114,19 @@ def test_runs_and_log_choose_together():
     assert planning._winner(*runs_of(a=[45.0, 35.0], b=[36.4, 36.4])).name == "b"
 
 
+def test_a_damped_forecast_is_taken_where_it_costs_little():
+    """Bug: undamped weights won on six prompts and lost 8 dB on the one of twenty that feeds errors back."""
+    weights = {1: (1.2, -0.2)}
+    found = [
+        Candidate(f"damped {damping}", "CS", "fitted", "output", weights, additive=0.1, damping=damping)
+        for damping in (0.0, 0.1, 0.3, 0.5)
+    ]
+    values = dict(zip([c.name for c in found], ([50.0], [49.0], [48.1], [47.0]), strict=True))
+    _, rows = runs_of(**values)
+    assert planning._winner(found, rows).damping == 0.3
+    assert planning._winner(found[:1], rows).damping == 0.0
+
+
 def test_the_log_sends_candidates_to_the_final_as_well():
     """Bug: two screening prompts threw out what the log, with twenty, found best."""
     found, rows = runs_of(a=[44.0], b=[43.0], c=[42.0], d=[20.0])
