@@ -59,6 +59,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as cleanly as Ctrl-C
+    from calibrate.contest import GATE
     from calibrate.verdict import first_lines, judge_plan, verdict_table
     from calibrate.verify import verify as run_verification
 
@@ -76,8 +77,11 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     for name, reason in found.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
     click.echo("")
-    for comparison in (*found.comparisons, *judge_plan(found.results)):
+    for comparison in found.comparisons:
         click.echo(f"{comparison}")
+    for comparison in judge_plan(found.results):
+        if comparison.baseline != GATE:  # said above, at the gate's own steps: one question has one answer
+            click.echo(f"{comparison}")
     click.echo(f"\nverified thresholds: {found.folder.parent / 'entry.yaml'}")
 
 
