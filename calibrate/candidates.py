@@ -44,6 +44,11 @@ class Candidate:
     damping: float = 0.0
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether its schedule is the uniform one, and not planned."""
+        return self.name.startswith("uniform")
+
+    @property
     def how(self) -> str | Weights:
         """The forecast, with its weights where it has some."""
         return Weights(dict(self.weights), float("nan")) if self.weights else self.forecast
@@ -135,7 +140,7 @@ class Planner:
     def shortlist(self, computed: int, most: int) -> list[Candidate]:
         """The uniform ones, the ``most`` others with the least signed error, the first of each kind of forecast."""
         everything = self.candidates(computed)
-        base = [c for c in everything if c.name.startswith("uniform")]
+        base = [c for c in everything if c.is_uniform]
         others = sorted((c for c in everything if c not in base), key=lambda c: c.signed)
         kinds: dict[str, Candidate] = {}
         for candidate in others:

@@ -147,11 +147,14 @@ def _winner(found: list[Candidate], rows: pd.DataFrame) -> Candidate:
     scores = _scores(found, rows)
     ran = [c for c in found if c.name in scores]
     best = max(ran, key=lambda c: scores[c.name] - 20 * np.log10(max(c.additive, 1e-9)))
-    kind = (best.forecast, best.forecast_of)
-    damped = [
-        c for c in ran if (c.forecast, c.forecast_of) == kind and scores[best.name] - scores[c.name] <= DAMPING_COST_DB
-    ]
-    return max(damped, key=lambda c: (c.damping, c is best)) if best.forecast == "fitted" else best
+    if best.forecast != "fitted":
+        return best
+
+    def alike(one: Candidate) -> bool:
+        same = (one.forecast, one.forecast_of, one.is_uniform) == (best.forecast, best.forecast_of, best.is_uniform)
+        return same and scores[best.name] - scores[one.name] <= DAMPING_COST_DB
+
+    return max(filter(alike, ran), key=lambda c: (c.damping, c is best))
 
 
 def _scores(found: list[Candidate], rows: pd.DataFrame) -> dict[str, float]:

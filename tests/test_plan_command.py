@@ -125,6 +125,10 @@ def test_a_damped_forecast_is_taken_where_it_costs_little():
     _, rows = runs_of(**values)
     assert planning._winner(found, rows).damping == 0.3
     assert planning._winner(found[:1], rows).damping == 0.0
+    # Only the weights give way, not the planned schedule to the uniform one.
+    other = Candidate("uniform, damped 0.5", "CS", "fitted", "output", weights, additive=0.2, damping=0.5)
+    _, more = runs_of(**{other.name: [49.5]})
+    assert planning._winner([*found, other], pd.concat([rows, more])).damping == 0.3
 
 
 def test_the_log_sends_candidates_to_the_final_as_well():
