@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
+
+from calibrate.loading import find_checkpoint, load_pipeline
 
 ORIGIN_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
@@ -20,10 +21,8 @@ def strip_local_origin(folder: Path) -> None:
             file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def load_finished(folder: Path, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
-    """Load a model folder; diffusers wants to be told about components that were saved as none (tiny-sd3's T5)."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    left_out = {name: None for name, value in index.items() if value == [None, None]}
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **left_out)
+def load_finished(folder: Path) -> DiffusionPipeline:
+    """Load a model folder in the dtype that is shipped."""
+    pipeline = load_pipeline(find_checkpoint(str(folder)), dtype="bfloat16", device="cpu")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

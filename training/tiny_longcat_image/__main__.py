@@ -12,7 +12,6 @@ An interrupted run goes on where it was when the same command is given again. It
 `FOLDER.work`, which can be removed afterwards. Log lines go to stderr.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from diffusers import AutoencoderKL, LongCatImagePipeline
 from diffusers import LongCatImageTransformer2DModel as Transformer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from training.folders import strip_local_origin
+
 from .autoencoder import train_autoencoder
 from .denoiser import build_scheduler, prepare_data, train_denoiser
 from .recipe import Recipe
@@ -30,7 +31,6 @@ from .text import train_text_encoder, train_tokenizer
 logger = logging.getLogger(__name__)
 
 SHIPPED_DTYPE = torch.bfloat16
-ORIGIN_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 def make_text_part(work: Path, recipe: Recipe, seed: int) -> None:
@@ -67,15 +67,6 @@ def load_pipeline(work: Path, transformer: Transformer | None, dtype: torch.dtyp
     )
 
 
-def strip_local_origin(folder: Path) -> None:
-    """Remove from the configs where their parts were loaded from: it means nothing on another machine."""
-    for file in folder.rglob("*config.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in content.items() if key not in ORIGIN_KEYS}
-        if kept != content:
-            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
 def train(out: Path, seed: int, recipe: Recipe) -> None:
     """Train every part that is not finished yet and write the pipeline folder."""
     work = out.with_name(out.name + ".work")
@@ -84,8 +75,7 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     make_autoencoder(work, recipe, seed)
     # The parts are stored in bf16: the transformer is trained on what the shipped parts produce.
     data = prepare_data(load_pipeline(work, None, torch.float32))
-    training = train_denoiser(data, recipe.transformer, seed, work / "transformer.pt")
-    transformer = training.finished_model().to(SHIPPED_DTYPE)
+    transformer = train_denoiser(data, recipe, seed, work / "transformer.pt").to(SHIPPED_DTYPE)
     load_pipeline(work, transformer, SHIPPED_DTYPE).save_pretrained(out)
     strip_local_origin(out)
 

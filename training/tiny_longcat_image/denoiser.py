@@ -6,9 +6,7 @@ pads makes their softmax weight stand for all pads (`PadSampling`). The trained 
 """
 
 import copy
-import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from diffusers import LongCatImageTransformer2DModel as Transformer
 from diffusers.models.transformers import transformer_longcat_image as longcat
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 
-from .data import COLOURINGS, PHRASINGS_PER_SUBJECT, all_captions, caption_index, digit_masks, paint
-from .recipe import TransformerRecipe
+from training.loop import LoopRecipe, Training, draw_sigmas, drop_captions, run_training
 
-logger = logging.getLogger(__name__)
+from .data import COLOURINGS, PHRASINGS_PER_SUBJECT, all_captions, caption_index, digit_masks, paint
+from .recipe import Recipe, TransformerRecipe
 
 TEXT_SLOTS = 512
 LATENT_CHANNELS = 16
@@ -139,7 +137,7 @@ class Batch:
     noise: torch.Tensor
 
 
-def draw_batch(data: TrainingData, recipe: TransformerRecipe) -> Batch:
+def draw_batch(data: TrainingData, recipe: LoopRecipe) -> Batch:
     """Random digits in random colourings with one of their captions, some of them with the empty one."""
     colourings, pictures = data.latents.shape[:2]
     size = (recipe.batch,)
@@ -147,12 +145,10 @@ def draw_batch(data: TrainingData, recipe: TransformerRecipe) -> Batch:
     colouring = torch.randint(colourings, size)
     phrasing = torch.randint(PHRASINGS_PER_SUBJECT, size)
     captions = caption_index(data.labels[picture], colouring, phrasing)
-    empty = len(data.text_states) - 1
-    captions = torch.where(torch.rand(size) < recipe.empty_caption_rate, empty, captions)
-    # Half uniform, half logit-normal: the ends of the schedule are seen often enough as well.
-    sigma = torch.where(torch.rand(size) < 0.5, torch.rand(size), torch.sigmoid(torch.randn(size)))
+    captions = drop_captions(captions, len(data.text_states) - 1, recipe.empty_caption_rate)
+    sigma = draw_sigmas(recipe.batch)
     clean = data.latents[colouring, picture]
-    return Batch(clean, captions, sigma.clamp(0.002, 1.0), torch.randn_like(clean))
+    return Batch(clean, captions, sigma, torch.randn_like(clean))
 
 
 def flow_loss(transformer: Transformer, data: TrainingData, batch: Batch, slots: torch.Tensor) -> torch.Tensor:
@@ -170,89 +166,15 @@ def flow_loss(transformer: Transformer, data: TrainingData, batch: Batch, slots:
     return F.mse_loss(velocity, batch.noise - batch.clean)
 
 
-def learning_rate(recipe: TransformerRecipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to a small rest."""
-    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-    rest = recipe.final_learning_rate_fraction
-    return recipe.learning_rate * warmup * (rest + (1 - rest) * cosine)
-
-
-class DenoiserTraining:
-    """The state of a training run, able to save itself and go on later exactly where it was."""
-
-    def __init__(self, data: TrainingData, recipe: TransformerRecipe, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.data, self.recipe = data, recipe
-        self.sampling = PadSampling(data.leading_slots, recipe.sampled_pads, data.latents.shape[2])
-        self.model = build_transformer(recipe, data.text_states.shape[-1])
-        self.sampling.install(self.model)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-        )
-        self.step = 0
-        self.cpu_seconds = 0.0
-        self.smoothed_loss = 0.0
-
-    def train_step(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step)
-        batch = draw_batch(self.data, self.recipe)
-        loss = flow_loss(self.model, self.data, batch, self.sampling.draw_slots())
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.update_average()
-        self.smoothed_loss = loss.item() if self.step == 0 else 0.98 * self.smoothed_loss + 0.02 * loss.item()
-        self.step += 1
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Exponential moving average that forgets its random start within the first steps."""
-        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-
-    def save(self, file: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "cpu_seconds": self.cpu_seconds,
-            "smoothed_loss": self.smoothed_loss,
-        }
-        partial = file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(file)  # an interrupted save must not destroy the previous checkpoint
-
-    def load(self, file: Path) -> None:
-        state = torch.load(file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        self.step = state["step"]
-        self.cpu_seconds = state["cpu_seconds"]
-        self.smoothed_loss = state["smoothed_loss"]
-
-    def finished_model(self) -> Transformer:
-        """The averaged weights with the stock attention."""
-        model = copy.deepcopy(self.average)
-        set_attention(model, longcat.LongCatImageAttnProcessor())
-        return model
-
-
 @torch.no_grad()
-def caption_losses(training: DenoiserTraining, sigma: float = 0.9, count: int = 64) -> dict[str, float]:
+def caption_losses(
+    model: Transformer, data: TrainingData, sampling: PadSampling, sigma: float = 0.9, count: int = 64
+) -> dict[str, float]:
     """Loss at one noise level for the right caption, one with a wrong digit and the empty one.
 
     The gap between the first two says whether the digit in the prompt is obeyed long before the loss itself does.
     Also gives the right caption's loss over all 512 text slots, which pad sampling only approximates.
     """
-    data = training.data
     generator = torch.Generator().manual_seed(1)
     colourings, pictures = data.latents.shape[:2]
     picture = torch.randint(pictures, (count,), generator=generator)
@@ -264,36 +186,39 @@ def caption_losses(training: DenoiserTraining, sigma: float = 0.9, count: int = 
     right = caption_index(digit, colouring, phrasing)
     wrong = caption_index((digit + 3) % 10, colouring, phrasing)
     empty = torch.full_like(digit, len(data.text_states) - 1)
-    leading = training.sampling.leading_slots
-    spread_pads = torch.linspace(leading, TEXT_SLOTS - 1, training.sampling.sampled_pads).long()
+    leading = sampling.leading_slots
+    spread_pads = torch.linspace(leading, TEXT_SLOTS - 1, sampling.sampled_pads).long()
     sampled = torch.cat([torch.arange(leading), spread_pads])
 
     def loss(captions: torch.Tensor, model: Transformer, slots: torch.Tensor) -> float:
         return flow_loss(model, data, Batch(clean, captions, torch.full((count,), sigma), noise), slots).item()
 
     return {
-        "right": loss(right, training.average, sampled),
-        "wrong digit": loss(wrong, training.average, sampled),
-        "empty": loss(empty, training.average, sampled),
-        "right, 512 slots": loss(right, training.finished_model(), torch.arange(TEXT_SLOTS)),
+        "right": loss(right, model, sampled),
+        "wrong digit": loss(wrong, model, sampled),
+        "empty": loss(empty, model, sampled),
+        "right, 512 slots": loss(right, with_stock_attention(model), torch.arange(TEXT_SLOTS)),
     }
 
 
-def train_denoiser(data: TrainingData, recipe: TransformerRecipe, seed: int, checkpoint: Path) -> DenoiserTraining:
-    """Train to the end, going on from `checkpoint` where it exists."""
-    training = DenoiserTraining(data, recipe, seed)
-    if checkpoint.exists():
-        training.load(checkpoint)
-        logger.info("transformer: going on at step %d", training.step)
-    last_cpu = time.process_time()
-    while training.step < recipe.steps:
-        training.train_step()
-        if training.step % recipe.checkpoint_every == 0 or training.step == recipe.steps:
-            training.cpu_seconds += time.process_time() - last_cpu
-            last_cpu = time.process_time()
-            training.save(checkpoint)
-            losses = ", ".join(f"{name} {value:.3f}" for name, value in caption_losses(training).items())
-            minutes = training.cpu_seconds / 60
-            logger.info("transformer step %d: %.1f CPU min, loss %.4f", training.step, minutes, training.smoothed_loss)
-            logger.info("loss at sigma 0.9: %s", losses)
-    return training
+def with_stock_attention(model: Transformer) -> Transformer:
+    """A copy that attends with diffusers' own code."""
+    model = copy.deepcopy(model)
+    set_attention(model, longcat.LongCatImageAttnProcessor())
+    return model
+
+
+def train_denoiser(data: TrainingData, recipe: Recipe, seed: int, checkpoint: Path) -> Transformer:
+    """Train to the end, going on from `checkpoint` where it exists; the averaged weights with the stock attention."""
+    torch.manual_seed(seed)
+    sampling = PadSampling(data.leading_slots, recipe.transformer.sampled_pads, data.latents.shape[2])
+    model = build_transformer(recipe.transformer, data.text_states.shape[-1])
+    sampling.install(model)
+    training = Training(model, recipe.loop)
+    run_training(
+        training,
+        lambda model: flow_loss(model, data, draw_batch(data, recipe.loop), sampling.draw_slots()),
+        lambda average: caption_losses(average, data, sampling),
+        checkpoint,
+    )
+    return with_stock_attention(training.average)

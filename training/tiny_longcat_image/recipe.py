@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from training.loop import LoopRecipe
+
 
 @dataclass(frozen=True)
 class TextEncoderRecipe:
@@ -32,17 +34,11 @@ class TransformerRecipe:
     rope_axes: tuple[int, int, int] = (8, 12, 12)
     double_blocks: int = 2
     single_blocks: int = 4
-    steps: int = 6000
-    batch: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    final_learning_rate_fraction: float = 0.02
-    ema_decay: float = 0.999
-    # How often the caption is replaced by the empty one, which classifier-free guidance needs.
-    empty_caption_rate: float = 0.12
     # Pad positions drawn per step to stand for all of them (see `denoiser.PadSampling`).
     sampled_pads: int = 4
-    checkpoint_every: int = 250
+
+
+LOOP = LoopRecipe(steps=6000, batch=64, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)
@@ -50,3 +46,4 @@ class Recipe:
     text_encoder: TextEncoderRecipe = TextEncoderRecipe()
     autoencoder: AutoencoderRecipe = AutoencoderRecipe()
     transformer: TransformerRecipe = TransformerRecipe()
+    loop: LoopRecipe = LOOP
