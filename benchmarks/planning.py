@@ -56,6 +56,7 @@ def main(run: str | None, name: str) -> None:
 def figures(run: str) -> dict:
     """All figures of a run, by budget."""
     from calibrate.contest import PLAN
+    from calibrate.planned import fidelity
     from calibrate.verdict import main_measure, mean_interval
     from calibrate.verification import load_verification
 
@@ -64,15 +65,11 @@ def figures(run: str) -> dict:
         raise click.UsageError(f"{run}: not verified yet; run `calibrate verify {run}` first")
     results = verification.results
     measure = main_measure(results)
-    results = results.assign(
-        value=results[measure].fillna(100.0).clip(upper=100.0).where(~results["broken"].astype(bool), 0.0),
-        prompt=results["prompt_id"].astype(str) + "-" + results["seed"].astype(str),
-    )
     plans = {(row["steps"], row["computed"]): row for row in json.loads((Path(run) / "plan.json").read_text())}
     num_steps = int(results["num_steps"].iloc[0])
     budgets = []
     for budget, rows in sorted(results.groupby("budget"), reverse=True):
-        table = rows.pivot_table("value", "prompt", "policy")
+        table = fidelity(rows, measure)
         computed = rows.groupby("policy")["computed_steps"].mean()
         planned = plans.get((num_steps, int(budget)))
         one = {

@@ -76,7 +76,6 @@ class Planner:
     """Candidates for any budget up to ``most``, from the logs of all experts; tables and programs are made once."""
 
     def __init__(self, logs: Sequence[GramLog], most: int) -> None:
-        self.logs = list(logs)
         kinds = [what for what in logs[0].grams if all(what in log.grams for log in logs)]
         self.stages = {what: Stages.of(logs, what) for what in kinds}
         self.num_steps, self.most = self.stages["output"].num_steps, most

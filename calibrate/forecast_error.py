@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from calibrate.errors import InvalidOption
-from calibrate.gram import NoPlan, branch_gram, read_gram
+from calibrate.gram import NoPlan, branch_gram, levels_of, read_gram
 from calibrate.log import FORECAST_ERROR, Run
 from calibrate.run import RunFolder
 from coeffs import Entry
@@ -100,6 +100,5 @@ def _errors_of(arrays: Mapping[str, Any], forecast: str, forecast_of: str) -> di
     grams = branch_gram(arrays[forecast_of], len(names))
     if "joint" in arrays:  # one call for both, and one pair
         names, grams = [str(arrays["joint"])], grams.sum(0, keepdims=True)
-    sigmas = np.asarray(arrays["sigmas"], float)[: grams.shape[1]]
-    levels = sigmas if np.isfinite(sigmas).all() else -np.arange(len(sigmas), dtype=float)
+    levels = levels_of(arrays["sigmas"])
     return {name: forecast_errors(gram, levels, ORDERS[forecast]) for name, gram in zip(names, grams, strict=True)}

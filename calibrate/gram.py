@@ -68,8 +68,7 @@ class GramLog:
     @property
     def levels(self) -> Array:
         """Abscissa of forecasts, as in the runtime: the noise level, or minus the step where there is none."""
-        levels = self.sigmas[: self.num_steps]
-        return levels if np.isfinite(levels).all() else -np.arange(self.num_steps, dtype=float)
+        return levels_of(self.sigmas)
 
     @property
     def increments(self) -> Array:
@@ -193,7 +192,13 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
     if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
         factors = np.array([guidance_scale if name == "cond" else 1 - guidance_scale for name in branches])
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
-    return np.einsum("ataw->tw", blocks)
+    return branch_gram(gram, count).sum(0)
+
+
+def levels_of(sigmas: Array) -> Array:
+    """Abscissa of forecasts over T steps, from their noise levels and the end's: those, or minus the step."""
+    levels = np.asarray(sigmas, float)[:-1]
+    return levels if np.isfinite(levels).all() else -np.arange(len(levels), dtype=float)
 
 
 def branch_gram(gram: Array, branches: int) -> Array:

@@ -16,7 +16,7 @@ from calibrate.contest import FEWER_STEPS, PLAN
 from calibrate.gram import GramLog
 from calibrate.run import write_atomically
 from calibrate.tables import aligned
-from calibrate.verdict import main_measure, mean_interval
+from calibrate.verdict import capped, main_measure, mean_interval
 from calibrate.yardstick import Yardstick, as_figures
 
 VERDICT = "plan: "
@@ -40,8 +40,8 @@ class Planned:
 
 
 def fidelity(rows: pd.DataFrame, main: str) -> pd.DataFrame:
-    """The main measure by prompt (rows) and policy (columns); a broken sample counts 0, an identical one 100 dB."""
-    values = rows[main].where(~rows["identical"].astype(bool), 100.0).where(~rows["broken"].astype(bool), 0.0)
+    """The main measure by prompt (rows) and policy (columns); a broken sample counts 0."""
+    values = capped(rows, main).where(~rows["broken"].astype(bool), 0.0)
     keys = rows["prompt_id"].astype(str) + "-" + rows["seed"].astype(str)
     return rows.assign(value=values, key=keys).pivot_table("value", "key", "policy")
 
@@ -105,8 +105,7 @@ def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
     rows = [row for row in earlier if (row["steps"], row["computed"]) not in own]
     for one in planned:
         of = tried[tried["budget"] == one.computed]
-        main = next(name for name in ("psnr_db", "snr_db") if name in of)
-        table = fidelity(of, main)
+        table = fidelity(of, main_measure(of))
         rows.append({
             "steps": len(one.winner.schedule),
             "computed": one.computed,

@@ -90,7 +90,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def _capped(results: pd.DataFrame, measure: str) -> pd.Series:
+def capped(results: pd.DataFrame, measure: str) -> pd.Series:
     """The measure with bit-identical samples, whose dB are infinite (stored as missing), at ``CEILING_DB``."""
     if not measure.endswith("_db") or measure == "log_spectral_distance_db":
         return results[measure]
@@ -119,11 +119,11 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
             "measure": main,
         }
         if len(group):
-            values = _capped(group, main)
+            values = capped(group, main)
             row |= {"worst": float(values.min()), "worst_prompt": group.loc[values.idxmin(), "prompt"]}
             for measure in MEASURES:
                 if measure in group and group[measure].notna().any():
-                    of_prompt = _capped(group, measure).groupby(group["prompt_id"]).mean()
+                    of_prompt = capped(group, measure).groupby(group["prompt_id"]).mean()
                     mean, low, high = mean_interval(of_prompt.to_numpy())
                     row |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}
         rows.append(row)
@@ -133,7 +133,7 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
 def compare(results: pd.DataFrame, policy: str, baseline: str) -> Comparison:
     """Paired comparison at the policy's own computed steps; runs outside the baseline's range are left out."""
     results = results[~results["broken"]]
-    results = results.assign(value=_capped(results, main_measure(results)))
+    results = results.assign(value=capped(results, main_measure(results)))
     ours, theirs = (results[results["policy"] == name] for name in (policy, baseline))
     curves = {unit: rows.groupby("computed_steps")["value"].mean() for unit, rows in theirs.groupby(UNIT)}
     rows = []
