@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.common import alternate, peak_bytes, ratio, synchronize, table, write
 from benchmarks.workloads import Shape, build, calls, chosen, generate
-from calibrate.recorder import Recorder
+from calibrate.recording.recorder import Recorder
 from runtime import apply_tea_cache
-from runtime.distance import l1_sums
+from runtime.watch.distance import l1_sums
 
 NEVER = 1e-12  # a threshold that every change exceeds: the gate measures and decides, and computes
 
@@ -97,7 +97,9 @@ def _with_diffusers(model: torch.nn.Module, shape: Shape, config: Any) -> Callab
 
     try:
         run()
-    except Exception as refusal:  # any refusal of a class that it does not know is reported, not hidden
+    except (
+        Exception
+    ) as refusal:  # any refusal of a class that it does not know is reported, not hidden
         click.echo(f"{type(config).__name__}: {refusal}", err=True)
         return None
     return run
@@ -165,7 +167,10 @@ def main(name: str | None, rounds: int) -> None:
             f"ideal with half the steps skipped: {case['ideal_speedup']:.3f} (a skipped step costs "
             f"{case['rest_share']:.1%} of a call); reached: {case['share_of_ideal']:.1%}"
         )
-        click.echo(table(["part", "ms"], [[part, value] for part, value in case["parts_ms"].items()]) + "\n")
+        click.echo(
+            table(["part", "ms"], [[part, value] for part, value in case["parts_ms"].items()])
+            + "\n"
+        )
     click.echo(f"{write('applying', {'cases': found})}")
 
 

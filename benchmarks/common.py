@@ -17,7 +17,9 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(cases: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
+def alternate(
+    cases: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every case, ``rounds`` times, one after the other in turn, the order reversed every other round.
 
     Machines are noisy and drift: only ratios within a round are compared, never times of different minutes.
@@ -63,7 +65,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[_text(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     lines = [list(columns), ["-" * width for width in widths], *cells]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _text(cell: Any) -> str:
@@ -79,7 +84,9 @@ def write(name: str, figures: Mapping[str, Any]) -> Path:
 
 
 def surroundings() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or None,
@@ -98,5 +105,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
     )

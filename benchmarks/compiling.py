@@ -47,7 +47,10 @@ def main(name: str | None, rounds: int) -> None:
     found = [measure(shape, rounds) for shape in chosen(name).values()]
     for case in found:
         click.echo(case["shape"])
-        rows = [[label, figures["median"], 1 / figures["median"]] for label, figures in case["over_eager"].items()]
+        rows = [
+            [label, figures["median"], 1 / figures["median"]]
+            for label, figures in case["over_eager"].items()
+        ]
         click.echo(table(["case", "time/eager", "speed-up"], rows) + "\n")
     click.echo(f"{write('compiling', {'cases': found})}")
 

@@ -22,12 +22,18 @@ from benchmarks.common import RESULTS, surroundings, table
 @click.option("--num-prompts", type=int, default=8, show_default=True)
 @click.option("--name", required=True, help="Of the result file.")
 def main(
-    run: str, model: str | None, computed: int, guards: str, prompts: str | None, num_prompts: int, name: str
+    run: str,
+    model: str | None,
+    computed: int,
+    guards: str,
+    prompts: str | None,
+    num_prompts: int,
+    name: str,
 ) -> None:
-    from calibrate.case import open_case
-    from calibrate.metrics import compare
-    from calibrate.prompts import load_prompts
-    from calibrate.sampling import Sampler
+    from calibrate.model.prompts import load_prompts
+    from calibrate.trials.case import open_case
+    from calibrate.trials.measures import compare
+    from calibrate.trials.sampler import Sampler
     from runtime import apply_tea_cache
 
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
@@ -35,7 +41,11 @@ def main(
     chosen = chosen[:num_prompts]
     sampler = Sampler(case.pipeline, case.arguments, case.accepts)
     references = [sampler(prompt).media[0] for prompt in chosen]
-    plans = {plan.computed_steps: plan for plan in case.entry.plans if len(plan.schedule) == case.num_steps}
+    plans = {
+        plan.computed_steps: plan
+        for plan in case.entry.plans
+        if len(plan.schedule) == case.num_steps
+    }
 
     def measured(plan, guard: float | None) -> dict:
         fidelity, counts = [], []
@@ -44,23 +54,43 @@ def main(
                 fidelity.append(compare(sampler(prompt).media[0], reference)["psnr_db"])
                 counts += [branch.pattern.count("C") for branch in cache.stats.branches.values()]
         click.echo(f"{plan.computed_steps} computed, guard {guard}", err=True)
-        return {"computed": float(np.mean(counts)), "psnr_db": float(np.mean(fidelity)), "worst": float(min(fidelity))}
+        return {
+            "computed": float(np.mean(counts)),
+            "psnr_db": float(np.mean(fidelity)),
+            "worst": float(min(fidelity)),
+        }
 
-    alone = {count: measured(plan, None) for count, plan in sorted(plans.items()) if count >= computed}
+    alone = {
+        count: measured(plan, None) for count, plan in sorted(plans.items()) if count >= computed
+    }
     rows, figures = [], []
     for guard in map(float, guards.split(",")):
         one = measured(plans[computed], guard)
         # A plan of its own for as many steps, between the plans that there are.
         counts = list(alone)
-        rival = {key: float(np.interp(one["computed"], counts, [alone[c][key] for c in counts])) for key in one}
+        rival = {
+            key: float(np.interp(one["computed"], counts, [alone[c][key] for c in counts]))
+            for key in one
+        }
         figures.append({"guard": guard, **one, "plan_of_as_many": rival})
-        rows.append([guard, one["computed"], one["psnr_db"], one["worst"], rival["psnr_db"], rival["worst"]])
+        rows.append(
+            [guard, one["computed"], one["psnr_db"], one["worst"], rival["psnr_db"], rival["worst"]]
+        )
     unguarded = alone[computed]
-    click.echo(f"plan of {computed} alone: {unguarded['psnr_db']:.1f} dB, worst prompt {unguarded['worst']:.1f}\n")
+    click.echo(
+        f"plan of {computed} alone: {unguarded['psnr_db']:.1f} dB, worst prompt {unguarded['worst']:.1f}\n"
+    )
     click.echo(table(["guard", "computed", "dB", "worst", "plan of as many: dB", "worst"], rows))
-    facts = {"model": case.entry.model, "prompts": len(chosen), "plan": computed, "plans_alone": alone}
+    facts = {
+        "model": case.entry.model,
+        "prompts": len(chosen),
+        "plan": computed,
+        "plans_alone": alone,
+    }
     path = RESULTS / f"guarding-{name}.json"
-    path.write_text(json.dumps({"surroundings": surroundings(), **facts, "guarded": figures}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"surroundings": surroundings(), **facts, "guarded": figures}, indent=1) + "\n"
+    )
     click.echo(f"\n{path}", err=True)
 
 

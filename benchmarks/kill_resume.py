@@ -34,7 +34,9 @@ class Outcome:
     identical: bool
 
 
-def kill_and_resume(record: Callable[[Path], None], folder: Path, kills: int, seed: int = 0) -> Outcome:
+def kill_and_resume(
+    record: Callable[[Path], None], folder: Path, kills: int, seed: int = 0
+) -> Outcome:
     """Run ``record(path)`` undisturbed in one process, then in others that are killed ``kills`` times.
 
     Each process is killed after a random part of the time that the undisturbed one took. When the run is complete
@@ -46,11 +48,15 @@ def kill_and_resume(record: Callable[[Path], None], folder: Path, kills: int, se
     _run(record, reference)
     longest = time.monotonic() - begun
     seen: dict[str, tuple[int, int]] = {}
-    outcome = Outcome(kills=0, kills_during_recording=0, leftovers=0, lost=[], rewritten=[], identical=False)
+    outcome = Outcome(
+        kills=0, kills_during_recording=0, leftovers=0, lost=[], rewritten=[], identical=False
+    )
     while outcome.kills < kills:
         before = set(seen)
         if not _run(record, path, kill_after=generator.uniform(0, longest)):
-            for shard in generator.sample(sorted((path / "pairs").glob("*.parquet")), len(before) // 2 + 1):
+            for shard in generator.sample(
+                sorted((path / "pairs").glob("*.parquet")), len(before) // 2 + 1
+            ):
                 shard.unlink()
                 seen.pop(shard.name, None)
             continue
@@ -103,8 +109,8 @@ def _record_embedded(path: Path) -> None:
 
 
 def _coefficients(path: Path) -> list[dict[str, tuple[float, ...]]]:
-    from calibrate.log import load_run
-    from calibrate.selection import fit_branches
+    from calibrate.fitting.choice import fit_branches
+    from calibrate.runs.pairs import load_run
 
     fits = fit_branches(load_run(path), degree=4, target="output", signal="modulated_input")
     return [repr(fit) for fit in (fits.values() if isinstance(fits, dict) else fits)]
@@ -125,7 +131,9 @@ def main() -> None:
         folder = Path(name)
         outcome = kill_and_resume(_record_embedded, folder, options.kills, options.seed)
         same_fit = _coefficients(folder / RUN) == _coefficients(folder / "reference")
-    sys.stdout.write(f"{outcome}\ncoefficients identical: {same_fit}\n{time.monotonic() - begun:.0f} s\n")
+    sys.stdout.write(
+        f"{outcome}\ncoefficients identical: {same_fit}\n{time.monotonic() - begun:.0f} s\n"
+    )
     sys.exit(not (outcome.identical and same_fit and not outcome.lost and not outcome.rewritten))
 
 

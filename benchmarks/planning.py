@@ -48,24 +48,29 @@ NEAR = 1.5  # steps that a gate may be off its budget and still be compared ther
 def main(run: str | None, name: str) -> None:
     path = RESULTS / f"planning-{name}.json"
     if run is not None:
-        path.write_text(json.dumps({"surroundings": surroundings(), **figures(run)}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"surroundings": surroundings(), **figures(run)}, indent=1) + "\n"
+        )
         click.echo(f"{path}\n", err=True)
     click.echo(markdown(json.loads(path.read_text())))
 
 
 def figures(run: str) -> dict:
     """All figures of a run, by budget."""
-    from calibrate.contest import PLAN
-    from calibrate.planned import fidelity
-    from calibrate.verdict import main_measure, mean_interval
-    from calibrate.verification import load_verification
+    from calibrate.planning.results import fidelity
+    from calibrate.verifying.comparison import main_measure, mean_interval
+    from calibrate.verifying.lineup import PLAN
+    from calibrate.verifying.results import load_verification
 
     verification = load_verification(run)
     if verification is None:
         raise click.UsageError(f"{run}: not verified yet; run `calibrate verify {run}` first")
     results = verification.results
     measure = main_measure(results)
-    plans = {(row["steps"], row["computed"]): row for row in json.loads((Path(run) / "plan.json").read_text())}
+    plans = {
+        (row["steps"], row["computed"]): row
+        for row in json.loads((Path(run) / "plan.json").read_text())
+    }
     num_steps = int(results["num_steps"].iloc[0])
     budgets = []
     for budget, rows in sorted(results.groupby("budget"), reverse=True):
@@ -89,11 +94,19 @@ def figures(run: str) -> dict:
         }
         if PLAN in table:
             one["plan_minus"] = {
-                policy: dict(zip(("mean", "low", "high"), _interval(table[PLAN] - values, mean_interval), strict=True))
+                policy: dict(
+                    zip(
+                        ("mean", "low", "high"),
+                        _interval(table[PLAN] - values, mean_interval),
+                        strict=True,
+                    )
+                )
                 for policy, values in table.items()
                 if policy != PLAN
             }
-            one["worst_prompt_against_uniform"] = float(table[PLAN].min() - table["uniform skipping"].min())
+            one["worst_prompt_against_uniform"] = float(
+                table[PLAN].min() - table["uniform skipping"].min()
+            )
         budgets.append(one)
     return {
         "model": verification.facts["model"],
@@ -117,16 +130,30 @@ def markdown(found: dict) -> str:
         return f"| {name} | {' | '.join(map(cell, budgets))} |"
 
     present = {policy for one in budgets for policy in one["policies"]}
-    lines = [row(f"computed of {found['steps']}", lambda one: str(one["computed"])), "|---" * (len(budgets) + 1) + "|"]
+    lines = [
+        row(f"computed of {found['steps']}", lambda one: str(one["computed"])),
+        "|---" * (len(budgets) + 1) + "|",
+    ]
     for policy in (name for name in ORDER if name in present):
         shown = f"**{policy}**" if policy == "plan" else policy
-        lines.append(row(shown, lambda one, p=policy: _cell(one["policies"].get(p), one["computed"])))
+        lines.append(
+            row(shown, lambda one, p=policy: _cell(one["policies"].get(p), one["computed"]))
+        )
     if "plan" in present:
         for rival in ("uniform skipping", "fewer steps"):
-            lines.append(row(f"plan minus {rival}", lambda one, r=rival: _difference(one["plan_minus"][r])))
-        lines.append(row("plan minus the best other cache", lambda one: _difference(one["plan_minus"][_best(one)])))
+            lines.append(
+                row(f"plan minus {rival}", lambda one, r=rival: _difference(one["plan_minus"][r]))
+            )
+        lines.append(
+            row(
+                "plan minus the best other cache",
+                lambda one: _difference(one["plan_minus"][_best(one)]),
+            )
+        )
         lines.append(row("which is", lambda one: _best(one).removeprefix("uniform skipping, ")))
-        lines.append(row("the plan's forecast", lambda one: one["winner"].removeprefix("planned, ")))
+        lines.append(
+            row("the plan's forecast", lambda one: one["winner"].removeprefix("planned, "))
+        )
         errors = ("open_loop_uniform", "open_loop_error", "open_loop_hindsight", "open_loop_floor")
         lines.append(
             row(
@@ -162,7 +189,11 @@ def _cell(figures: dict | None, computed: int) -> str:
     if figures is None:
         return "-"
     text = f"{figures['mean']:.1f} ({figures['worst']:.1f})"
-    return f"{text} at {figures['computed_steps']:.1f}" if abs(figures["computed_steps"] - computed) > 0.05 else text
+    return (
+        f"{text} at {figures['computed_steps']:.1f}"
+        if abs(figures["computed_steps"] - computed) > 0.05
+        else text
+    )
 
 
 if __name__ == "__main__":

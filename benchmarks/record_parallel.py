@@ -20,8 +20,16 @@ REPOSITORY = Path(__file__).parents[1]
 
 def record(path: Path, ranks: int, options: list[str]) -> tuple[float, float]:
     """(seconds from the first claim to the last shard, seconds of the whole command)."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
     begun = time.monotonic()
     subprocess.run(
         [sys.executable, *launcher, "-m", "calibrate", "record", "--device", "cpu", "--out", str(path), *options],
@@ -47,7 +55,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for number in range(chosen.rounds):
             one, two = Path(name) / f"{number}-one", Path(name) / f"{number}-two"
-            (alone, alone_whole), (shared, shared_whole) = record(one, 1, options), record(two, 2, options)
+            (alone, alone_whole), (shared, shared_whole) = (
+                record(one, 1, options),
+                record(two, 2, options),
+            )
             ratios.append(shared / alone)
             whole_ratios.append(shared_whole / alone_whole)
             same &= pairs(one) == pairs(two)

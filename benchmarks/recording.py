@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.common import alternate, peak_bytes, ratio, table, write
 from benchmarks.workloads import Shape, build, chosen, generate
-from calibrate.recorder import Recorder
+from calibrate.recording.recorder import Recorder
 from runtime import denoisers
 
 
@@ -51,7 +51,8 @@ class Estimator:
     def pairs(self) -> list[tuple[float, float]]:
         def distances(kept: list[np.ndarray]) -> list[float]:
             return [
-                float(np.abs(now - before).sum() / (np.abs(before).sum() + 1e-6)) for before, now in pairwise(kept)
+                float(np.abs(now - before).sum() / (np.abs(before).sum() + 1e-6))
+                for before, now in pairwise(kept)
             ]
 
         return list(zip(distances(self.signals), distances(self.outputs), strict=True))
@@ -64,7 +65,9 @@ class Estimator:
 def variants(shape: Shape) -> list[tuple[Shape, int]]:
     """The shape, and it with half the steps, a quarter of the tokens, half the width: what grows with what."""
     heads = shape.config["num_attention_heads"]
-    fewer = replace(shape, tokens=(*shape.tokens[:-2], shape.tokens[-2] // 2, shape.tokens[-1] // 2))
+    fewer = replace(
+        shape, tokens=(*shape.tokens[:-2], shape.tokens[-2] // 2, shape.tokens[-1] // 2)
+    )
     narrow = replace(shape, config={**shape.config, "num_attention_heads": heads // 2})
     named = [
         (shape, shape.steps, ""),
@@ -117,9 +120,9 @@ def measure(shape: Shape, steps: int, rounds: int) -> dict:
 @torch.inference_mode()
 def measure_embedded(rounds: int, prompts: int, steps: int) -> dict:
     """The embedded model through its whole pipeline, text encoder and decoder included."""
-    from calibrate.calling import prepare_call
-    from calibrate.loading import find_checkpoint, load_pipeline
-    from calibrate.prompts import load_prompts
+    from calibrate.model.call import prepare_call
+    from calibrate.model.checkpoint import find_checkpoint, load_pipeline
+    from calibrate.model.prompts import load_prompts
 
     checkpoint = find_checkpoint("tiny-longcat-image")
     pipe = load_pipeline(checkpoint, device="cpu")
@@ -161,7 +164,10 @@ def main(name: str | None, rounds: int, growth: bool) -> None:
     """Time and memory of recording."""
     found = []
     for shape in chosen(name).values():
-        found += [measure(*variant, rounds) for variant in (variants(shape) if growth else [(shape, shape.steps)])]
+        found += [
+            measure(*variant, rounds)
+            for variant in (variants(shape) if growth else [(shape, shape.steps)])
+        ]
     rows = [
         [
             case["shape"], case["steps"], case["record / plain"]["median"], case["estimator / plain"]["median"],
@@ -170,14 +176,24 @@ def main(name: str | None, rounds: int, growth: bool) -> None:
         ]
         for case in found
     ]  # fmt: skip
-    columns = ["shape", "steps", "record/plain", "estimator/plain", "tensors held", "peak tensors", "estimator MiB"]
+    columns = [
+        "shape",
+        "steps",
+        "record/plain",
+        "estimator/plain",
+        "tensors held",
+        "peak tensors",
+        "estimator MiB",
+    ]
     click.echo(table(columns, rows))
     tiny = measure_embedded(rounds, prompts=3, steps=50)
     click.echo(
         f"embedded model, whole pipeline, {tiny['prompts']} prompts x {tiny['steps']} steps x 2 branches: "
         f"record/plain {tiny['record / plain']['median']:.3f}"
     )
-    click.echo("tensors: of the stack's hidden size, per live trajectory; peak: measured on the GPU")
+    click.echo(
+        "tensors: of the stack's hidden size, per live trajectory; peak: measured on the GPU"
+    )
     click.echo(f"{write('recording', {'cases': found, 'embedded': tiny})}")
 
 

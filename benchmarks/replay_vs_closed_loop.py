@@ -20,14 +20,21 @@ from benchmarks.common import table, write
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.option("--model", help="Weights, where the run's are not known by name.")
-@click.option("--name", default="replay_vs_closed_loop", show_default=True, help="Of the result file.")
+@click.option(
+    "--name", default="replay_vs_closed_loop", show_default=True, help="Of the result file."
+)
 @click.option("--computed", type=int, required=True, help="Computed steps of every schedule.")
 @click.option("--schedules", type=int, default=200, show_default=True)
 @click.option("--num-prompts", type=int, default=1, show_default=True)
 @click.option(
-    "--forecasts", default="linear,reuse", show_default=True, help="Of outputs; fitted ones on all recorded prompts."
+    "--forecasts",
+    default="linear,reuse",
+    show_default=True,
+    help="Of outputs; fitted ones on all recorded prompts.",
 )
-@click.option("--keep", type=click.Path(dir_okay=False), help="File of finished runs, to continue from.")
+@click.option(
+    "--keep", type=click.Path(dir_okay=False), help="File of finished runs, to continue from."
+)
 def main(
     run: str,
     model: str | None,
@@ -38,12 +45,12 @@ def main(
     forecasts: str,
     keep: str | None,
 ) -> None:
-    from calibrate.case import open_case
-    from calibrate.gram import load_gram
-    from calibrate.metrics import latent_rel_l2
-    from calibrate.policies import schedule_setting
-    from calibrate.sampling import Sampler
-    from calibrate.schedules import Problem, fit_weights, random_schedules, rank_correlation
+    from calibrate.planning.problem import Problem, fit_weights, random_schedules, rank_correlation
+    from calibrate.runs.gram_log import load_gram
+    from calibrate.trials.baselines import schedule_setting
+    from calibrate.trials.case import open_case
+    from calibrate.trials.measures import latent_rel_l2
+    from calibrate.trials.sampler import Sampler
 
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     log = load_gram(run)
@@ -60,21 +67,32 @@ def main(
     rows, figures = [], {}
     for forecast in forecasts.split(","):
         real = []
-        weights = {schedule: fit_weights(everyone, schedule) for schedule in chosen} if forecast == "fitted" else {}
+        weights = (
+            {schedule: fit_weights(everyone, schedule) for schedule in chosen}
+            if forecast == "fitted"
+            else {}
+        )
         for number, schedule in enumerate(chosen):
             key = f"{forecast} {schedule}"
             if key not in done:
                 rows_of = weights[schedule].rows if weights else None
                 setting = schedule_setting("random", schedule, forecast, "output", rows_of)
                 samples = [sampler.run(setting, prompt, entries={}) for prompt in prompts]
-                done[key] = [latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)]
+                done[key] = [
+                    latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)
+                ]
                 if file:
                     with file.open("a") as stream:
                         stream.write(json.dumps({"key": key, "errors": done[key]}) + "\n")
                 click.echo(f"{forecast} {number + 1}/{len(chosen)}", err=True)
             real.append(np.mean(done[key]))
-        signed = [problem.signed(schedule, weights.get(schedule, forecast)).mean() for schedule in chosen]
-        additive = [problem.additive(schedule, weights.get(schedule, forecast)).mean() for schedule in chosen]
+        signed = [
+            problem.signed(schedule, weights.get(schedule, forecast)).mean() for schedule in chosen
+        ]
+        additive = [
+            problem.additive(schedule, weights.get(schedule, forecast)).mean()
+            for schedule in chosen
+        ]
         best = int(np.argmin(real))
         found = {
             "schedules": len(chosen),
@@ -85,10 +103,24 @@ def main(
         }
         figures[forecast] = found
         rows.append([forecast, *found.values()])
-    columns = ["forecast of outputs", "schedules", "signed", "additive", "best real one, by signed", "by additive"]
-    click.echo(f"{computed} of {log.num_steps} steps, {len(prompts)} prompts; Spearman's rank correlation\n")
+    columns = [
+        "forecast of outputs",
+        "schedules",
+        "signed",
+        "additive",
+        "best real one, by signed",
+        "by additive",
+    ]
+    click.echo(
+        f"{computed} of {log.num_steps} steps, {len(prompts)} prompts; Spearman's rank correlation\n"
+    )
     click.echo(table(columns, rows))
-    facts = {"model": case.entry.model, "steps": log.num_steps, "computed": computed, "prompts": len(prompts)}
+    facts = {
+        "model": case.entry.model,
+        "steps": log.num_steps,
+        "computed": computed,
+        "prompts": len(prompts),
+    }
     click.echo(f"\n{write(name, {**facts, 'forecasts': figures})}")
 
 

@@ -83,7 +83,10 @@ def calls(shape: Shape, steps: int | None = None) -> Iterator[tuple[int, int, di
 def _JOINT_INPUTS(shape: Shape, new: Callable) -> tuple:
     height, width = shape.tokens
     tokens, channels = height * width, shape.config["in_channels"]
-    text = [new(1, shape.text_tokens, shape.config["joint_attention_dim"]) for _ in range(shape.branches)]
+    text = [
+        new(1, shape.text_tokens, shape.config["joint_attention_dim"])
+        for _ in range(shape.branches)
+    ]
     pooled = new(1, shape.config["pooled_projection_dim"])
     latents, image = new(1, tokens, channels), new(1, tokens, channels)
     ids = torch.zeros(tokens, 3, device=latents.device)

@@ -45,7 +45,7 @@ def cli() -> None:
     """
 
 
-for _area in ("runs", "analysis", "verify", "plan", "registry"):
+for _area in ("record", "fit", "verify", "plan", "registry"):
     for _command in import_module(f"calibrate.commands.{_area}").COMMANDS:
         cli.add_command(_command)
 

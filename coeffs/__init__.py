@@ -10,9 +10,20 @@ Imports the standard library and PyYAML only.
 
 from importlib import import_module
 
+from coeffs.entry.polynomial import Polynomial
+from coeffs.entry.schema import (
+    Candidate,
+    Checkpoint,
+    Counts,
+    Entry,
+    Expert,
+    Fit,
+    Plan,
+    Protocol,
+    Source,
+    Threshold,
+)
 from coeffs.errors import CoeffsError
-from coeffs.polynomial import Polynomial
-from coeffs.schema import Candidate, Checkpoint, Counts, Entry, Expert, Fit, Plan, Protocol, Source, Threshold
 from coeffs.store import dump, entries, load, loads, save
 
 # What only matters once a pipeline is loaded or an entry released is imported when it is asked for.

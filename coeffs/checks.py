@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from coeffs.engines.common import falling_ranges, negative_ranges
-from coeffs.schema import Candidate, Entry
+from coeffs.engines.setting import falling_ranges, negative_ranges
+from coeffs.entry.schema import Candidate, Entry
 
 _MACHINE_PATH = re.compile(r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)")
 _HELD_OUT = ("r2_held_out", "rmse_held_out")
@@ -44,7 +44,9 @@ def _measured_problems(entry: Entry) -> list[Problem]:
     if not any(expert.branches or expert.mag_ratios for expert in entry.experts.values()):
         found.append(Problem("no coefficients and no mag_ratios", True))
     if not entry.thresholds:
-        found.append(Problem("no thresholds: nobody can tell what the coefficients are worth", True))
+        found.append(
+            Problem("no thresholds: nobody can tell what the coefficients are worth", True)
+        )
     elif not any(row.kind == "verified" for row in entry.thresholds):
         found.append(Problem("no verified threshold: run `calibrate verify`", False))
     return found
@@ -60,7 +62,12 @@ def _fit_problems(name: str, fit: Candidate, entry: Entry) -> list[Problem]:
     if negative:
         low, high = negative[0]
         text = f"{name}: negative on its domain (x {low:.3g} to {high:.3g}), so that engines' sign rules disagree"
-        found.append(Problem(f"{text}: fit with `calibrate fit RUN --constrained`" if measured else text, measured))
+        found.append(
+            Problem(
+                f"{text}: fit with `calibrate fit RUN --constrained`" if measured else text,
+                measured,
+            )
+        )
     if falling := falling_ranges(polynomial, fit.domain):
         low, high = falling[0]
         found.append(Problem(f"{name}: falls with x from {low:.3g} to {high:.3g}", False))
@@ -78,4 +85,6 @@ def _paths(entry: Entry) -> list[str]:
     texts |= {f"warnings[{place}]": text for place, text in enumerate(entry.warnings)}
     arguments = entry.protocol.call_arguments.items()
     texts |= {f"protocol.call_arguments.{name}": value for name, value in arguments}
-    return [name for name, text in texts.items() if isinstance(text, str) and _MACHINE_PATH.search(text)]
+    return [
+        name for name, text in texts.items() if isinstance(text, str) and _MACHINE_PATH.search(text)
+    ]

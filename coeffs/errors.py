@@ -22,14 +22,20 @@ class EntryError(CoeffsError, ValueError):
     """
 
     def __init__(
-        self, problem: str, path: tuple[str | int, ...] = (), file: str | None = None, line: int | None = None
+        self,
+        problem: str,
+        path: tuple[str | int, ...] = (),
+        file: str | None = None,
+        line: int | None = None,
     ):
         super().__init__(problem)
         self.problem, self.path, self.file, self.line = problem, tuple(path), file, line
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).lstrip(".")
+        key = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path
+        ).lstrip(".")
         text = ": ".join(part for part in (place, key, self.problem) if part)
         return "".join(character if character.isprintable() else " " for character in text)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coeffs.entry.schema import Entry
 from coeffs.errors import AmbiguousEntry, EntryError, EntryMismatch, EntryNotFound
-from coeffs.schema import Entry
 from coeffs.store import entries
 
 _STATUS_ORDER = ("measured", "published", "copied")
@@ -16,7 +16,13 @@ _PROTOCOL = (
     *("num_frames", "dtype", "quantization", "lora"),
 )
 _ALIASES = {"steps": "num_steps", "guidance": "guidance_scale"}
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,11 @@ class Facts:
             values["height"], values["width"] = size
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown or not values.get("transformer_class"):
-            problem = f"unknown {', '.join(sorted(unknown))}" if unknown else "transformer_class is missing"
+            problem = (
+                f"unknown {', '.join(sorted(unknown))}"
+                if unknown
+                else "transformer_class is missing"
+            )
             raise EntryError(
                 f"facts: {problem}; expected {', '.join(field.name for field in dataclasses.fields(cls))}"
             )
@@ -86,7 +96,9 @@ class Match:
         return "; ".join(lines)
 
 
-def find(facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *, strict: bool = False) -> Match:
+def find(
+    facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *, strict: bool = False
+) -> Match:
     """The best entry for a pipeline.
 
     Entries of its transformer class are compared. Another checkpoint's numbers are never chosen, nor are numbers
@@ -100,7 +112,9 @@ def find(facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *
         EntryMismatch: With ``strict``, if any setting differs.
     """
     facts = Facts.of(facts)
-    of_class = [entry for entry in entries(registry) if entry.transformer_class == facts.transformer_class]
+    of_class = [
+        entry for entry in entries(registry) if entry.transformer_class == facts.transformer_class
+    ]
     if not of_class:
         raise EntryNotFound(
             f"no entry for {facts.transformer_class}: measure one with `calibrate --model ...`, or pass an entry or "
@@ -113,10 +127,16 @@ def find(facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *
             f"no entry for {facts.checkpoint}: {facts.transformer_class} has entries of other checkpoints ({known}); "
             "name one if you mean to use it"
         )
-    usable = [entry for entry in same if entry.status != "copied" and entry.signal != "other" and _has_fit(entry)]
+    usable = [
+        entry
+        for entry in same
+        if entry.status != "copied" and entry.signal != "other" and _has_fit(entry)
+    ]
     if not usable:
         said = ", ".join(
-            f"{entry.label} (copied from {entry.copied_from})" if entry.status == "copied" else entry.label
+            f"{entry.label} (copied from {entry.copied_from})"
+            if entry.status == "copied"
+            else entry.label
             for entry in same
         )
         raise AmbiguousEntry(
@@ -133,7 +153,9 @@ def find(facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *
     return Match(best, mismatches, unknown, others)
 
 
-def compare(entry: Entry, facts: Facts | Mapping[str, Any]) -> tuple[tuple[Mismatch, ...], tuple[str, ...]]:
+def compare(
+    entry: Entry, facts: Facts | Mapping[str, Any]
+) -> tuple[tuple[Mismatch, ...], tuple[str, ...]]:
     """The settings in which a pipeline differs from an entry, and those that the entry does not state."""
     facts = Facts.of(facts)
     pairs = [("pipeline_class", entry.pipeline_class, facts.pipeline_class)]
@@ -156,7 +178,9 @@ def _unambiguous(usable: list[Entry], facts: Facts) -> Entry:
         return (
             _same_checkpoint(entry, facts) is not True,
             _STATUS_ORDER.index(entry.status),
-            sum(map(len, compare(entry, facts))),  # what is not stated is no better than what differs
+            sum(
+                map(len, compare(entry, facts))
+            ),  # what is not stated is no better than what differs
         )
 
     first = min(map(rank, usable))

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from coeffs.entry.schema import SCHEMA
 from coeffs.errors import EntryError
-from coeffs.schema import SCHEMA
 
 
 def _from_0(data: dict) -> dict:
@@ -12,7 +12,11 @@ def _from_0(data: dict) -> dict:
     moved = {"coefficients_high_to_low", "degree", "method", "domain", "counts", "figures"}
     fit = {key: value for key, value in data.items() if key in moved}
     rest = {key: value for key, value in data.items() if key not in moved}
-    return {**rest, "schema": 1, "experts": {"transformer": {"recommended": "pooled", "branches": {"pooled": fit}}}}
+    return {
+        **rest,
+        "schema": 1,
+        "experts": {"transformer": {"recommended": "pooled", "branches": {"pooled": fit}}},
+    }
 
 
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {0: _from_0}
@@ -25,7 +29,9 @@ def migrate(data: Any) -> Any:
         EntryError: If the schema number is missing or not one of the known ones.
     """
     if not isinstance(data, dict):
-        raise EntryError("expected a mapping with the keys of an entry (schema, model, status, ...)")
+        raise EntryError(
+            "expected a mapping with the keys of an entry (schema, model, status, ...)"
+        )
     number = data.get("schema")
     if number is None:
         raise EntryError(f"missing key schema: expected schema: {SCHEMA} as first line")
@@ -34,5 +40,8 @@ def migrate(data: Any) -> Any:
         number = data["schema"]
     if number != SCHEMA or isinstance(number, bool):
         known = f"{min(MIGRATIONS)} to {SCHEMA}"
-        raise EntryError(f"{str(number)[:40]}: this version reads schema {known}; upgrade the toolkit", ("schema",))
+        raise EntryError(
+            f"{str(number)[:40]}: this version reads schema {known}; upgrade the toolkit",
+            ("schema",),
+        )
     return data

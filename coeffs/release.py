@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from coeffs.entry.schema import Entry
 from coeffs.errors import CoeffsError, EntryError, PublishError
-from coeffs.schema import Entry
 from coeffs.store import Layer, dump, in_folder, in_layer, layers, user_registry, write_atomically
 
 CHECKSUMS = "CHECKSUMS"
@@ -41,7 +41,9 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
             try:
-                write_checksums(root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)})
+                write_checksums(
+                    root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)}
+                )
             except (OSError, CoeffsError):
                 path.unlink()
                 raise
@@ -59,13 +61,17 @@ def read_checksums(root: Path) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         match = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
         if not match:
-            raise EntryError(f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number)
+            raise EntryError(
+                f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number
+            )
         found[match[2]] = match[1]
     return found
 
 
 def write_checksums(root: Path, checksums: dict[str, str]) -> None:
-    write_atomically(root / CHECKSUMS, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)))
+    write_atomically(
+        root / CHECKSUMS, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums))
+    )
 
 
 @contextlib.contextmanager
@@ -99,11 +105,18 @@ def _layer_problems(layer: Layer) -> list[str]:
         name = item.path.relative_to(layer.root).as_posix()
         expected = recorded.pop(name, None)
         if expected is None:
-            found.append(f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`")
+            found.append(
+                f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`"
+            )
         elif checksum(item.path) != expected:
-            found.append(f"{item.path}: changed after its release; restore it and publish a new version instead")
+            found.append(
+                f"{item.path}: changed after its release; restore it and publish a new version instead"
+            )
         try:
             item.entry()
         except CoeffsError as error:
             found.append(str(error))
-    return found + [f"{layer.root / name}: listed in {CHECKSUMS} but missing; restore it" for name in sorted(recorded)]
+    return found + [
+        f"{layer.root / name}: listed in {CHECKSUMS} but missing; restore it"
+        for name in sorted(recorded)
+    ]

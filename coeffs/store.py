@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from coeffs import yamlio
+from coeffs.entry import yamlio
+from coeffs.entry.fields import plain
+from coeffs.entry.schema import Entry, from_plain
 from coeffs.errors import AmbiguousEntry, CoeffsError, EntryError, EntryNotFound, PublishError
 from coeffs.migrate import migrate
-from coeffs.records import plain
-from coeffs.schema import Entry, from_plain
 
 ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
@@ -55,7 +55,8 @@ class Released:
         entry = load_file(self.path)
         if entry.label != self.label:
             raise EntryError(
-                f"{entry.label} lies at {self.model}/v{self.version}.yaml: move or correct it", file=str(self.path)
+                f"{entry.label} lies at {self.model}/v{self.version}.yaml: move or correct it",
+                file=str(self.path),
             )
         return entry
 
@@ -66,7 +67,9 @@ def loads(text: str | bytes, file: str | None = None) -> Entry:
     Raises:
         EntryError: With ``file``, the line and the key of what is wrong.
     """
-    from coeffs import yamlread  # here, because it imports PyYAML and `import coeffs` is to cost little
+    from coeffs.entry import (
+        yamlread,  # here, because it imports PyYAML and `import coeffs` is to cost little
+    )
 
     try:
         return from_plain(migrate(yamlread.parse(text)))
@@ -163,12 +166,21 @@ def layers(registry: str | Path | None = None) -> list[Layer]:
         EntryNotFound: If a folder that was named (argument or environment) is none.
     """
     named = [("--registry", Path(registry))] if registry is not None else []
-    named += [(ENVIRONMENT, Path(part)) for part in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if part]
+    named += [
+        (ENVIRONMENT, Path(part))
+        for part in os.environ.get(ENVIRONMENT, "").split(os.pathsep)
+        if part
+    ]
     for origin, root in named:
         if not root.is_dir():
-            raise EntryNotFound(f"registry {root} (from {origin}) is not a folder: create it or correct the name")
+            raise EntryNotFound(
+                f"registry {root} (from {origin}) is not a folder: create it or correct the name"
+            )
     user = user_registry()
-    return [Layer(*part) for part in (*named, *([("user", user)] if user.is_dir() else []), ("shipped", SHIPPED))]
+    return [
+        Layer(*part)
+        for part in (*named, *([("user", user)] if user.is_dir() else []), ("shipped", SHIPPED))
+    ]
 
 
 def released(registry: str | Path | None = None) -> list[Released]:
@@ -196,7 +208,11 @@ def in_folder(layer: Layer, model: str) -> Iterator[Released]:
 
 def _subfolders(folder: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
-        return [item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith(".")]
+        return [
+            item.name
+            for item in os.scandir(folder)
+            if item.is_dir() and not item.name.startswith(".")
+        ]
     return []
 
 
@@ -218,7 +234,9 @@ def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
         return load_file(name_or_path)
     match = _NAME.fullmatch(name_or_path.lower())
     if match is None:
-        raise EntryNotFound(f"{name_or_path!r} is no entry name: expected model, model@v2 or a path to a YAML file")
+        raise EntryNotFound(
+            f"{name_or_path!r} is no entry name: expected model, model@v2 or a path to a YAML file"
+        )
     model, version = match["model"], match["version"]
     files = released(registry)
     exact = _of_model(files, model, version)
@@ -242,15 +260,25 @@ def _of_model(files: list[Released], model: str, version: str | None) -> Release
         return next((item for item in mine if item.version == int(version)), None)
     order = [layer.root for layer in dict.fromkeys(item.layer for item in mine)]
     first = min(mine, key=lambda item: order.index(item.layer.root), default=None)
-    return max((item for item in mine if item.layer == first.layer), key=lambda item: item.version) if first else None
+    return (
+        max((item for item in mine if item.layer == first.layer), key=lambda item: item.version)
+        if first
+        else None
+    )
 
 
 def _published(files: list[Released], model: str, version: str | None) -> Entry:
     """The only published set that a short name can mean, or an error that names the candidates."""
     stem = model.rpartition("/")[2]
     names = sorted({item.model for item in files if "/" in item.model})
-    candidates = [name for name in names if name.rpartition("/")[2].startswith(stem)] if "/" not in model else []
-    own = [entry for entry in _newest(files, candidates, model, version) if entry.status == "measured"]
+    candidates = (
+        [name for name in names if name.rpartition("/")[2].startswith(stem)]
+        if "/" not in model
+        else []
+    )
+    own = [
+        entry for entry in _newest(files, candidates, model, version) if entry.status == "measured"
+    ]
     if len(own) == 1:
         return own[0]
     if len(candidates) == 1 and candidates[0].endswith(f"/{model}"):
@@ -271,12 +299,19 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
     import difflib
 
     every = sorted({item.model for item in files})
-    close = difflib.get_close_matches(model, every, 3, 0.5) or [name for name in every if stem in name][:3]
+    close = (
+        difflib.get_close_matches(model, every, 3, 0.5)
+        or [name for name in every if stem in name][:3]
+    )
     hint = f"did you mean {', '.join(close)}?" if close else "see `calibrate list`"
-    raise EntryNotFound(f"no entry {model!r} in {', '.join(dict.fromkeys(item.layer.name for item in files))}: {hint}")
+    raise EntryNotFound(
+        f"no entry {model!r} in {', '.join(dict.fromkeys(item.layer.name for item in files))}: {hint}"
+    )
 
 
-def _newest(files: list[Released], candidates: list[str], model: str, version: str | None) -> list[Entry]:
+def _newest(
+    files: list[Released], candidates: list[str], model: str, version: str | None
+) -> list[Entry]:
     found = [_of_model(files, name, version) for name in candidates if name.endswith(f"/{model}")]
     return [item.entry() for item in found if item is not None]
 

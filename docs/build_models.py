@@ -20,7 +20,7 @@ from zoo.uncovered import UNCOVERED  # noqa: E402
 
 import coeffs  # noqa: E402
 from runtime import apply_tea_cache  # noqa: E402
-from runtime.hooks import StackHooks  # noqa: E402
+from runtime.watch.hooks import StackHooks  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 # Compiled in tests/test_runtime_compile.py, which is to name the same models.
@@ -112,7 +112,11 @@ def remarks(models: list[TinyModel]) -> str:
         notes.append("with a key-value cache the first steps of each mode are computed")
     if any(tiny.streams > 1 for tiny in models):
         notes.append("two streams leave the stack, each with its own residual")
-    notes += [f"{tiny.name}: {tiny.remarks}" if len(models) > 1 else tiny.remarks for tiny in models if tiny.remarks]
+    notes += [
+        f"{tiny.name}: {tiny.remarks}" if len(models) > 1 else tiny.remarks
+        for tiny in models
+        if tiny.remarks
+    ]
     return "; ".join(dict.fromkeys(notes)).replace("|", "\\|")
 
 
@@ -135,7 +139,9 @@ def render() -> str:
             ", ".join(f"`{path}`" for path in lists),
             ", ".join(f"`{path}`" for path in dict.fromkeys(signals)),
             "yes" if all(times) else "some" if any(times) else "no",
-            ", ".join(f"`{path}`" for path in dict.fromkeys(path for found in exits for path in found)),
+            ", ".join(
+                f"`{path}`" for path in dict.fromkeys(path for found in exits for path in found)
+            ),
             "fp32, bf16",
             context_words(named.get(cls)),
             "tested" if compiled else "",

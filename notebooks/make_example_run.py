@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 import coeffs
-from calibrate.draft import draft_entry
-from calibrate.findings import example_run
-from calibrate.log import load_run
-from calibrate.record import record
-from calibrate.verify import verify
+from calibrate.fitting.draft import draft_entry
+from calibrate.reporting.run_data import example_run
+from calibrate.runs.pairs import load_run
+from calibrate.recording.record import record
+from calibrate.verifying.verify import verify
 
 POLICIES = ("gate", "apart", "uniform", "growing", "fewer-steps", "magcache", "first-block-cache", "sea-cache")
 SHOWN_SAMPLES = 3

@@ -9,9 +9,15 @@ print(cache.stats)
 
 from typing import Any
 
-from runtime.errors import ApplyError, InvalidSetting, RuntimeCacheError, UnsupportedModel, WiringError
-from runtime.forecast import Forecast
-from runtime.gate import Decision, FixedSchedule, Gate, GateConfig, GuardedSchedule
+from runtime.decide.forecast import Forecast
+from runtime.decide.gate import Decision, FixedSchedule, Gate, GateConfig, GuardedSchedule
+from runtime.errors import (
+    ApplyError,
+    InvalidSetting,
+    RuntimeCacheError,
+    UnsupportedModel,
+    WiringError,
+)
 from runtime.stats import Stats
 
 _NEEDS_TORCH = {
@@ -19,7 +25,7 @@ _NEEDS_TORCH = {
     "apply_tea_cache": "runtime.apply",
     "compile_blocks": "runtime.compile",
     "denoisers": "runtime.apply",
-    "rel_l1": "runtime.distance",
+    "rel_l1": "runtime.watch.distance",
 }
 
 __all__ = [

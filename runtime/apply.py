@@ -9,15 +9,15 @@ from torch import nn
 
 import coeffs
 from runtime.cache import CacheHandler
-from runtime.clock import Locator, SchedulerClock
-from runtime.compat import enabled_cache, unwrapped
+from runtime.compat.diffusers_private import enabled_cache, unwrapped
+from runtime.decide.forecast import Forecast
+from runtime.decide.gate import FixedSchedule, Gate, GateConfig, GuardedSchedule, Policy
 from runtime.errors import ApplyError, InvalidSetting, UnsupportedModel
-from runtime.forecast import Forecast
-from runtime.gate import FixedSchedule, Gate, GateConfig, GuardedSchedule, Policy
-from runtime.hooks import StackHooks
-from runtime.source import Source, loaded
+from runtime.settings import Source, loaded
 from runtime.speedup import best_for, threshold_for
 from runtime.stats import Stats
+from runtime.watch.hooks import StackHooks
+from runtime.watch.scheduler import Locator, SchedulerClock
 
 LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
@@ -79,7 +79,10 @@ class TeaCache:
             hooks.remove()
             handler.reset()
         self._parts.clear()
-        if self._free is not None and self._target.__dict__.get("maybe_free_model_hooks") is self._free:
+        if (
+            self._free is not None
+            and self._target.__dict__.get("maybe_free_model_hooks") is self._free
+        ):
             del self._target.__dict__["maybe_free_model_hooks"]
         self._free = None
 
@@ -166,12 +169,18 @@ def apply_tea_cache(
     for module in modules.values():
         other = enabled_cache(module)
         if other is not None:
-            raise ApplyError(f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first")
+            raise ApplyError(
+                f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first"
+            )
     _check_choice(threshold=threshold, speedup=speedup, schedule=schedule)
     if num_steps is not None and not isinstance(target, nn.Module):
-        raise InvalidSetting("num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out")
+        raise InvalidSetting(
+            "num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
+        )
     if compat and (start is not None or end is not None or max_skips not in (_FROM_ENTRY, None)):
-        raise InvalidSetting("start=, end= and max_skips= have no meaning beside compat=True, which fixes them")
+        raise InvalidSetting(
+            "start=, end= and max_skips= have no meaning beside compat=True, which fixes them"
+        )
     if guard is not None:
         _check_guarded(threshold, schedule, entry, coefficients)
     plan, source = (schedule if isinstance(schedule, coeffs.Plan) else None), None
@@ -197,7 +206,11 @@ def apply_tea_cache(
         config = GateConfig(
             threshold=threshold,
             start=_first(start, source.field("start"), 1),
-            end=_first(end, source.field("end"), 0 if isinstance(target, nn.Module) and num_steps is None else 1),
+            end=_first(
+                end,
+                source.field("end"),
+                0 if isinstance(target, nn.Module) and num_steps is None else 1,
+            ),
             max_skips=source.field("max_skips") if max_skips is _FROM_ENTRY else max_skips,
             compat=compat,
         )
@@ -213,12 +226,19 @@ def apply_tea_cache(
         def policy(expert: str, branch: str) -> Policy:
             return Gate(source.polynomial(expert, branch), config)
     else:
-        own = {"coefficients": coefficients, "domain": domain, "sign_rule": sign_rule, "signal": signal}
+        own = {
+            "coefficients": coefficients,
+            "domain": domain,
+            "sign_rule": sign_rule,
+            "signal": signal,
+        }
         cap = None if max_skips is _FROM_ENTRY else "lifted" if max_skips is None else max_skips
         # A plan states its noise levels, and a guard has an entry: they can be strict.
         lax = strict or None if plan is None and guard is None else None
         own = own if guard is None else {}
-        _refuse_with_schedule(**own, start=start, end=end, max_skips=cap, compat=compat or None, strict=lax)
+        _refuse_with_schedule(
+            **own, start=start, end=end, max_skips=cap, compat=compat or None, strict=lax
+        )
         if source is None and entry is not None:
             label = loaded(entry).label
 
@@ -228,10 +248,14 @@ def apply_tea_cache(
             return GuardedSchedule(schedule, source.polynomial(expert, branch), guard)
 
     for expert in modules:
-        policy(expert, "")  # a missing expert or an unusable polynomial shows before anything is hooked
+        policy(
+            expert, ""
+        )  # a missing expert or an unusable polynomial shows before anything is hooked
     by_signal = schedule is None or guard is not None
     signal = source.signal if by_signal else "modulated_input"
-    stated_steps = source.entry.protocol.num_steps if by_signal and source.entry is not None else None
+    stated_steps = (
+        source.entry.protocol.num_steps if by_signal and source.entry is not None else None
+    )
 
     forecast = forecast if isinstance(forecast, Forecast) else Forecast(forecast or "reuse")
     if schedule is not None and forecast.kind == "fitted":
@@ -268,13 +292,18 @@ def apply_tea_cache(
     def check_levels(stated: Sequence[float]) -> None:
         levels = [clock.sigma(step) for step in range(len(stated))]
         largest = max(map(abs, stated))
-        off = [a is not None and abs(a - b) > LEVEL_TOLERANCE * largest for a, b in zip(levels, stated, strict=True)]
+        off = [
+            a is not None and abs(a - b) > LEVEL_TOLERANCE * largest
+            for a, b in zip(levels, stated, strict=True)
+        ]
         if any(off):
             step = off.index(True)
             text = f"sigma of step {step}: {stated[step]:.4g} in the plan, {levels[step]:.4g} here"
             differs(text, "planned for this schedule", "plan at these settings")
 
-    if schedule is None and source.field("forecast") is not None:  # its threshold is for this forecast's error
+    if (
+        schedule is None and source.field("forecast") is not None
+    ):  # its threshold is for this forecast's error
         stated = f"{source.entry.forecast} of {source.entry.forecast_of or 'residual'}"
         if stated != f"{forecast.kind} of {forecast_of}":
             text = f"forecast: {stated} in the entry, {forecast.kind} of {forecast_of} here"
@@ -341,12 +370,16 @@ def _check_choice(**choices: Any) -> None:
     given = [name for name, value in choices.items() if value is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
-        raise InvalidSetting(f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}")
+        raise InvalidSetting(
+            f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}"
+        )
 
 
 def _check_guarded(threshold: float | None, schedule: Any, entry: Any, coefficients: Any) -> None:
     if threshold is not None:
-        raise InvalidSetting("guard= watches a plan and threshold= is the gate's own: give schedule= or speedup=")
+        raise InvalidSetting(
+            "guard= watches a plan and threshold= is the gate's own: give schedule= or speedup="
+        )
     if schedule is not None and entry is None and coefficients is None:
         raise InvalidSetting(
             "guard= needs a polynomial to judge changes by: give an entry beside schedule=, or coefficients=[...]"
@@ -365,4 +398,6 @@ def _fitted_for(schedule: str, forecast: Forecast) -> Forecast:
 def _refuse_with_schedule(**settings: Any) -> None:
     for name, value in settings.items():
         if value is not None:
-            raise InvalidSetting(f"{name}= has no meaning beside schedule=, which fixes every step; leave it out")
+            raise InvalidSetting(
+                f"{name}= has no meaning beside schedule=, which fixes every step; leave it out"
+            )

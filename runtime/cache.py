@@ -7,16 +7,16 @@ from zlib import crc32
 
 import torch
 
-from runtime.clock import Locator
-from runtime.distance import l1_sums, ratio
+from runtime.decide.forecast import Forecast
+from runtime.decide.gate import Decision, Policy
+from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
-from runtime.forecast import Forecast
-from runtime.gate import Decision, Policy
-from runtime.hooks import Call, StackHooks, Trajectory
-from runtime.leaves import at, mapped, tensors
-from runtime.ranks import agree, await_gathered, lockstep_group, refuse_inner_sharding
 from runtime.stats import Stats
-from runtime.trajectory import Position
+from runtime.watch.distance import l1_sums, ratio
+from runtime.watch.hooks import Call, StackHooks, Trajectory
+from runtime.watch.places import at, mapped, tensors
+from runtime.watch.ranks import agree, await_gathered, lockstep_group, refuse_inner_sharding
+from runtime.watch.scheduler import Locator
 
 
 @dataclass
@@ -113,7 +113,9 @@ class CacheHandler:
                 if other.step < position.step - 1:
                     other._trajectories.clear()
         if position.branch not in self._trajectories:
-            self._trajectories[position.branch] = _CachedTrajectory(self._new_policy(position.branch))
+            self._trajectories[position.branch] = _CachedTrajectory(
+                self._new_policy(position.branch)
+            )
         trajectory = self._trajectories[position.branch]
         if not position.consecutive:
             trajectory.restart()
@@ -123,12 +125,20 @@ class CacheHandler:
     def decide(self, call: Call, probe: Callable[[], torch.Tensor], changed: bool) -> bool:
         trajectory, where = call.trajectory, self._position
         led = self._led(where)
-        if led is None or lockstep_group(self._hooks.root) is not None:  # there every rank takes part in every round
+        if (
+            led is None or lockstep_group(self._hooks.root) is not None
+        ):  # there every rank takes part in every round
             known = trajectory.policy.known(step=where.step, num_steps=where.num_steps)
-            x = self._change(call, probe, measured=known is None) if trajectory.policy.needs_signal else None
+            x = (
+                self._change(call, probe, measured=known is None)
+                if trajectory.policy.needs_signal
+                else None
+            )
             decision = trajectory.policy.step(x, step=where.step, num_steps=where.num_steps)
         else:
-            trajectory.previous = None  # not looked at, so it must not become the reference of a later step
+            trajectory.previous = (
+                None  # not looked at, so it must not become the reference of a later step
+            )
         if led is None:
             self._lead = (where.step, where.branch, decision)
         else:
@@ -138,7 +148,9 @@ class CacheHandler:
         elif decision.skip and not trajectory.anchors:
             decision = Decision("first")
         if not decision.skip:
-            del trajectory.anchors[self._forecast.kept - 1 :]  # frees what the stack's own memory can use
+            del trajectory.anchors[
+                self._forecast.kept - 1 :
+            ]  # frees what the stack's own memory can use
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
@@ -150,12 +162,16 @@ class CacheHandler:
         step, branch, decision = self._lead
         return decision if step == where.step and branch != where.branch else None
 
-    def _change(self, call: Call, probe: Callable[[], torch.Tensor], measured: bool) -> float | None:
+    def _change(
+        self, call: Call, probe: Callable[[], torch.Tensor], measured: bool
+    ) -> float | None:
         """Relative L1 change of the signal since the previous step; the signal becomes the next reference."""
         signal = probe() if self._signal == "modulated_input" else self._time_embedding(call)
         trajectory = call.trajectory
         before = trajectory.previous
-        comparable = before is not None and before.shape == signal.shape and before.dtype == signal.dtype
+        comparable = (
+            before is not None and before.shape == signal.shape and before.dtype == signal.dtype
+        )
         sums = l1_sums(signal, before) if comparable and measured else None
         if comparable:
             before.copy_(signal)
@@ -189,7 +205,9 @@ class CacheHandler:
         raise NotImplementedError
 
     @torch.no_grad()
-    def leave(self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    def leave(
+        self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None
+    ) -> torch.Tensor:
         if base is None:
             return value.detach().clone()
         # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where nobody else
@@ -203,7 +221,9 @@ class CacheHandler:
 
     @torch.no_grad()
     def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
-        if self._of_output:  # the output is replaced as a whole; what runs until then does not matter
+        if (
+            self._of_output
+        ):  # the output is replaced as a whole; what runs until then does not matter
             return base if base is not None else call.trajectory.wiring.exits[index].spec.make()
         forecast = self._forecast_of(call, index)
         # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
@@ -225,13 +245,17 @@ class CacheHandler:
         if lockstep_group(self._hooks.root) is not None:
             await_gathered(tensor for _, tensor in tensors(output))
         places = iter(range(sum(1 for _ in tensors(output))))
-        return mapped(output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype, copy=True))
+        return mapped(
+            output, lambda tensor: self._forecast_of(call, next(places)).to(tensor.dtype, copy=True)
+        )
 
     def _add_anchor(self, call: Call, values: list[torch.Tensor]) -> None:
         devices = [value.device for value in values]
         if self._offload:
             values = [value.to("cpu") for value in values]
-        call.trajectory.anchors.insert(0, _Anchor(self._position.step, self._level, values, devices))
+        call.trajectory.anchors.insert(
+            0, _Anchor(self._position.step, self._level, values, devices)
+        )
 
     def _forecast_of(self, call: Call, index: int) -> torch.Tensor:
         anchors = call.trajectory.anchors

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from runtime.apply import denoisers
-from runtime.compat import inner_forward, set_inner_forward
+from runtime.compat.diffusers_private import inner_forward, set_inner_forward
 from runtime.errors import ApplyError
-from runtime.stack import find_blocks
+from runtime.watch.blocks import find_blocks
 
 
 class _CompiledForward:
@@ -59,7 +59,11 @@ class CompiledBlocks:
 
 
 def compile_blocks(
-    target: Any, *, blocks: Sequence[str | nn.Module] | None = None, fullgraph: bool = True, **options: Any
+    target: Any,
+    *,
+    blocks: Sequence[str | nn.Module] | None = None,
+    fullgraph: bool = True,
+    **options: Any,
 ) -> CompiledBlocks:
     """Compile the blocks of a pipeline's denoisers, or of a bare denoiser, each on its own.
 
@@ -80,7 +84,11 @@ def compile_blocks(
         UnsupportedModel: There is no block stack.
     """
     modules = denoisers(target)
-    found = [(root, path, block) for root in modules.values() for path, block in find_blocks(root, blocks)]
+    found = [
+        (root, path, block)
+        for root in modules.values()
+        for path, block in find_blocks(root, blocks)
+    ]
     for root, path, block in found:
         _refuse(root, path, block)
     handle = CompiledBlocks()
@@ -108,8 +116,12 @@ def _refuse(root: nn.Module, path: str, block: nn.Module) -> None:
             "load the model anew and call compile_blocks() instead"
         )
     if isinstance(inner_forward(block), _CompiledForward):
-        raise ApplyError(f"{name} is compiled by compile_blocks() already; remove() that handle first")
-    moving = next((part for part, module in block.named_modules() if hasattr(module, "_hf_hook")), None)
+        raise ApplyError(
+            f"{name} is compiled by compile_blocks() already; remove() that handle first"
+        )
+    moving = next(
+        (part for part, module in block.named_modules() if hasattr(module, "_hf_hook")), None
+    )
     if moving is not None:
         raise ApplyError(
             f"{name}{'.' * bool(moving)}{moving} moves its weights while it runs (sequential CPU offload), which is "

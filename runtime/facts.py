@@ -26,7 +26,11 @@ def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 def class_name(module: nn.Module) -> str:
     """The denoiser's own class, also where FSDP has put one of its own in front of it."""
-    return next(cls.__name__ for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    return next(
+        cls.__name__
+        for cls in type(module).__mro__
+        if not cls.__module__.startswith("torch.distributed.")
+    )
 
 
 def repository_of(pipeline: Any) -> str | None:
@@ -48,7 +52,11 @@ def shift_of(scheduler: Any) -> float | None:
 def quantization_of(module: nn.Module) -> str | None:
     """Name of the quantisation method of a denoiser's weights, if any."""
     config = getattr(getattr(module, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    method = (
+        config.get("quant_method")
+        if isinstance(config, Mapping)
+        else getattr(config, "quant_method", None)
+    )
     return str(getattr(method, "value", method)) if method is not None else None
 
 

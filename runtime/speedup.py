@@ -14,7 +14,9 @@ def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
         InvalidSetting: The entry has no measured speed-ups, or none as high.
     """
     if entry is None:
-        raise InvalidSetting("speedup= needs a registry entry with verified thresholds; give threshold= instead")
+        raise InvalidSetting(
+            "speedup= needs a registry entry with verified thresholds; give threshold= instead"
+        )
     rows = sorted(
         (row.speedup, row.threshold)
         for row in entry.thresholds or ()
@@ -46,7 +48,10 @@ def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
     """
 
     def fidelity(figures: Any) -> float:
-        return next((figures[name] for name in ("psnr_db", "snr_db") if figures.get(name) is not None), float("-inf"))
+        return next(
+            (figures[name] for name in ("psnr_db", "snr_db") if figures.get(name) is not None),
+            float("-inf"),
+        )
 
     plans = (entry and entry.plans) or ()
     plans = [plan for plan in plans if ((plan.figures or {}).get("speedup") or 0) >= speedup >= 1]
@@ -57,7 +62,9 @@ def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
         if plan is None:
             raise
         return plan
-    rows = [row for row in entry.thresholds if row.kind == "verified" and (row.speedup or 0) >= speedup]
+    rows = [
+        row for row in entry.thresholds if row.kind == "verified" and (row.speedup or 0) >= speedup
+    ]
     gate = min(rows, key=lambda row: row.speedup).psnr_db
     if plan is None or (gate is not None and gate >= fidelity(plan.figures)):
         return threshold

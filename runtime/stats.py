@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from runtime.gate import Decision
+from runtime.decide.gate import Decision
 
 
 @dataclass
@@ -67,7 +67,9 @@ class Stats:
         if not self.branches:
             return ""
         first = next(iter(self.branches))[1]
-        return "".join(stats.pattern for (_, branch), stats in self.branches.items() if branch == first)
+        return "".join(
+            stats.pattern for (_, branch), stats in self.branches.items() if branch == first
+        )
 
     def begin(self, expert: str, schedule: Hashable | None = None) -> None:
         """``expert`` begins a generation, or its part of the one that another expert began on the same schedule."""

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from calibrate.run import PAIR_COLUMNS, encode_pairs
+from calibrate.runs.folder import PAIR_COLUMNS, encode_pairs
 
 TRUTH = (2.0, -0.3, 0.5, 0.02)  # highest power first, on x in about [0.02, 0.3]
 
@@ -52,7 +52,9 @@ def make_run(path: Path, frame: pd.DataFrame, **manifest) -> Path:
         name = f"{index:05d}-{prompt}-{seed}"
         (path / "pairs" / f"{name}.parquet").write_bytes(encode_pairs(rows.to_dict("records")))
         experts = rows["expert"].unique()
-        timing = {expert: {"call_seconds": 0.5, "stack_seconds": 0.4, "calls": 40} for expert in experts}
+        timing = {
+            expert: {"call_seconds": 0.5, "stack_seconds": 0.4, "calls": 40} for expert in experts
+        }
         (path / "timing" / f"{name}.json").write_text(json.dumps(timing))
     prompts = frame[["prompt_id", "seed"]].drop_duplicates().to_dict("records")
     content = {

@@ -12,11 +12,15 @@ if __name__ == "__main__":
 import torch
 from recording_stub import Denoiser, generate_with, install
 
-import runtime.compat
+import runtime.compat.diffusers_private
 
 
 def record_rank(
-    folder: Path, groups: int, seconds: float = 0.02, loses: int | None = None, together: bool = False
+    folder: Path,
+    groups: int,
+    seconds: float = 0.02,
+    loses: int | None = None,
+    together: bool = False,
 ) -> None:
     """Record ``groups`` prompts of ``seconds`` each into ``folder/run``, and say in ``folder/<rank>.json`` which.
 
@@ -30,7 +34,9 @@ def record_rank(
     generate, lost = generate_with(denoiser), folder / "lost"
 
     if together:
-        runtime.compat.lockstep_group = lambda module: torch.distributed.group.WORLD
+        runtime.compat.diffusers_private.lockstep_group = lambda module: (
+            torch.distributed.group.WORLD
+        )
         store = f"file://{folder}/rendezvous"
         world = int(os.environ["WORLD_SIZE"])
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -52,7 +58,9 @@ def record_rank(
         time.sleep(seconds)
 
     prompts = [f"prompt {i}" if i != 2 else "bad" for i in range(groups)]
-    run = record("toy", generate=call, modules=denoiser, prompts=prompts, out=folder / "run", progress=False)
+    run = record(
+        "toy", generate=call, modules=denoiser, prompts=prompts, out=folder / "run", progress=False
+    )
     missing = sorted({group.name for group in run.groups} - run.finished())
     (folder / f"{rank}.json").write_text(json.dumps({"recorded": seen, "missing": missing}))
     if together:

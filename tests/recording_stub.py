@@ -74,7 +74,15 @@ class Recorder:
         for step in range(1, len(self.outputs)):
             previous, current = self.outputs[step - 1 : step + 1]
             y = float((current - previous).abs().sum() / previous.abs().sum())
-            values = ("x", "x_time_embedding", "y_output", "y_hidden", "y_residual", "mag_ratio", "mag_ratio_std")
+            values = (
+                "x",
+                "x_time_embedding",
+                "y_output",
+                "y_hidden",
+                "y_residual",
+                "mag_ratio",
+                "mag_ratio_std",
+            )
             rows.append(
                 {"branch": "cond", "expert": EXPERT, "step": step, "num_steps": len(self.outputs)}
                 | {"timestep": 1000.0 - step, "sigma": 1.0 / step, "cos_distance": y}
@@ -86,7 +94,7 @@ class Recorder:
 
 
 def install():
-    """Put the stub in the place of ``calibrate.recorder`` in this process."""
-    module = types.ModuleType("calibrate.recorder")
+    """Put the stub in the place of ``calibrate.recording.recorder`` in this process."""
+    module = types.ModuleType("calibrate.recording.recorder")
     module.Recorder = Recorder
-    sys.modules["calibrate.recorder"] = module
+    sys.modules["calibrate.recording.recorder"] = module

@@ -19,11 +19,19 @@ def load(path: Path):
 def test_the_page_is_current():
     builder = load(DOCS / "build_models.py")
     page = builder.render()
-    assert (DOCS / "models.md").read_text(encoding="utf-8") == page, "run: python docs/build_models.py"
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == page, (
+        "run: python docs/build_models.py"
+    )
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert set(rows) == {tiny.cls for tiny in zoo.TINY.values()} and len(rows) == len(set(rows))
 
 
 def test_the_classes_called_compiled_are_those_that_are_tested():
-    tested = re.search(r"^DEEP = \{(.*?)^\}", (DOCS.parent / "tests/test_runtime_compile.py").read_text(), re.S | re.M)
-    assert sorted(load(DOCS / "build_models.py").COMPILED) == sorted(re.findall(r'^    "(\w+)"', tested[1], re.M))
+    tested = re.search(
+        r"^DEEP = \{(.*?)^\}",
+        (DOCS.parent / "tests/test_runtime_compile.py").read_text(),
+        re.S | re.M,
+    )
+    assert sorted(load(DOCS / "build_models.py").COMPILED) == sorted(
+        re.findall(r'^    "(\w+)"', tested[1], re.M)
+    )

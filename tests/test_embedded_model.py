@@ -56,17 +56,23 @@ def strings_in(value: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "file", [*sorted(FOLDER.rglob("*config.json")), FOLDER / "model_index.json"], ids=lambda f: f.parent.name
+    "file",
+    [*sorted(FOLDER.rglob("*config.json")), FOLDER / "model_index.json"],
+    ids=lambda f: f.parent.name,
 )
 def test_configs_hold_no_local_paths(file):
     texts = strings_in(json.loads(file.read_text(encoding="utf-8")))
-    assert not [text for text in texts if text.startswith(("/", "~", ".")) or "name_or_path" in text]
+    assert not [
+        text for text in texts if text.startswith(("/", "~", ".")) or "name_or_path" in text
+    ]
 
 
 def test_loads_as_the_real_classes_in_bf16(pipeline):
     assert type(pipeline) is LongCatImagePipeline
     assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
-    blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
+    blocks = len(pipeline.transformer.transformer_blocks) + len(
+        pipeline.transformer.single_transformer_blocks
+    )
     assert blocks >= 6
 
 
@@ -119,5 +125,8 @@ def test_draws_the_digit_and_the_colours_asked_for(pipeline, reader):
     readings = reader.read(pictures)
     pairs = list(zip(captions, readings, strict=True))
     assert sum(reading.digit == caption.digit for caption, reading in pairs) >= 6
-    colours = [(reading.ink, reading.paper) == expected_names(caption.colouring) for caption, reading in pairs]
+    colours = [
+        (reading.ink, reading.paper) == expected_names(caption.colouring)
+        for caption, reading in pairs
+    ]
     assert sum(colours) >= 6

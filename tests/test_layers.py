@@ -30,22 +30,22 @@ def layer(files: str, allowed: str) -> Layer:
 LAYERS = {
     "coeffs": layer("coeffs/**/*.py", "coeffs yaml"),
     "runtime, pure": layer(
-        "runtime/gate.py runtime/stats.py runtime/errors.py runtime/trajectory.py runtime/forecast.py",
-        "coeffs runtime",
+        "runtime/decide/*.py runtime/stats.py runtime/errors.py", "coeffs runtime"
     ),
-    "runtime, compatibility": layer("runtime/compat.py runtime/dynamo.py", "torch diffusers"),
+    "runtime, compatibility": layer("runtime/compat/*.py", "torch diffusers"),
     "runtime": layer("runtime/**/*.py", "coeffs runtime torch diffusers"),
     "calibrate, analysis": layer(
-        "calibrate/log.py calibrate/fit.py calibrate/quality.py calibrate/replay.py calibrate/draft.py "
-        "calibrate/intervals.py calibrate/selection.py calibrate/score.py calibrate/verdict.py calibrate/tables.py "
-        "calibrate/gram.py calibrate/schedules.py calibrate/yardstick.py",
+        "calibrate/fitting/*.py calibrate/runs/pairs.py calibrate/runs/gram_log.py calibrate/text.py "
+        "calibrate/planning/problem.py calibrate/verifying/comparison.py",
         "calibrate coeffs runtime numpy scipy pandas",
     ),
     "calibrate, plots": layer(
-        "calibrate/plots.py calibrate/plot_style.py", "calibrate coeffs matplotlib numpy pandas"
+        "calibrate/reporting/plots.py calibrate/reporting/style.py",
+        "calibrate coeffs matplotlib numpy pandas",
     ),
     "calibrate, recorder": layer(
-        "calibrate/recorder.py calibrate/models.py", "calibrate coeffs runtime torch diffusers yaml"
+        "calibrate/recording/recorder.py calibrate/model/table.py",
+        "calibrate coeffs runtime torch diffusers yaml",
     ),
     "calibrate, command line": layer(
         "calibrate/cli.py calibrate/__init__.py calibrate/__main__.py calibrate/commands/*.py",
@@ -58,7 +58,7 @@ LAYERS = {
     ),
 }
 # What the pure layers may take from runtime: the files without torch, and the package itself.
-PURE = {"runtime.gate", "runtime.stats", "runtime.errors", "runtime.trajectory", "runtime.forecast"}
+PURE = {"runtime.decide", "runtime.stats", "runtime.errors"}
 NEEDS_PURE = {"runtime, pure", "calibrate, analysis"}
 
 
@@ -72,11 +72,20 @@ def imports(source: str, package: str = "") -> Iterator[tuple[str, int]]:
             if isinstance(child, ast.Import):
                 yield from ((alias.name, child.lineno) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                parents = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+                parents = (
+                    package.split(".")[: len(package.split(".")) - child.level + 1]
+                    if child.level
+                    else []
+                )
                 module = ".".join([*parents, *filter(None, [child.module])])
                 yield from ((f"{module}.{alias.name}", child.lineno) for alias in child.names)
-            elif isinstance(child, ast.Call) and _name(child.func) in ("import_module", "__import__"):
-                yield from ((a.value, child.lineno) for a in child.args[:1] if isinstance(a, ast.Constant))
+            elif isinstance(child, ast.Call) and _name(child.func) in (
+                "import_module",
+                "__import__",
+            ):
+                yield from (
+                    (a.value, child.lineno) for a in child.args[:1] if isinstance(a, ast.Constant)
+                )
             yield from walk(child)
 
     yield from walk(ast.parse(source))
@@ -95,7 +104,9 @@ def violations(name: str, source: str, package: str = "") -> list[str]:
             continue
         if top not in allowed:
             found.append(f"line {line}: {module} (allowed: {', '.join(sorted(allowed))})")
-        elif name in NEEDS_PURE and top == "runtime" and ".".join(module.split(".")[:2]) not in PURE:
+        elif (
+            name in NEEDS_PURE and top == "runtime" and ".".join(module.split(".")[:2]) not in PURE
+        ):
             found.append(f"line {line}: {module} is no pure file of runtime")
     return found
 
@@ -106,7 +117,10 @@ def private_diffusers(source: str) -> list[str]:
         f"line {line}: {module}"
         for module, line in imports(source)
         if module.startswith("diffusers")
-        and (any(part.startswith("_") for part in module.split(".")) or module.startswith("diffusers.hooks.hooks"))
+        and (
+            any(part.startswith("_") for part in module.split("."))
+            or module.startswith("diffusers.hooks.hooks")
+        )
     ]
 
 
@@ -144,28 +158,32 @@ def test_only_one_file_knows_what_diffusers_does_not_publish() -> None:
     offenders = {
         path: private_diffusers((ROOT / path).read_text(encoding="utf-8"))
         for path in FILES
-        if path != "runtime/compat.py"
+        if path != "runtime/compat/diffusers_private.py"
     }
     assert not {path: found for path, found in offenders.items() if found}
-    assert private_diffusers((ROOT / "runtime/compat.py").read_text(encoding="utf-8"))
+    assert private_diffusers(
+        (ROOT / "runtime/compat/diffusers_private.py").read_text(encoding="utf-8")
+    )
 
 
 def test_only_one_file_knows_what_torch_does_not_publish() -> None:
-    for path in set(FILES) - {"runtime/dynamo.py"}:
+    for path in set(FILES) - {"runtime/compat/torch_private.py"}:
         for module, line in imports((ROOT / path).read_text(encoding="utf-8")):
             parts = module.split(".")
-            assert not (parts[0] == "torch" and any(part.startswith("_") for part in parts)), f"{path}:{line} {module}"
+            assert not (parts[0] == "torch" and any(part.startswith("_") for part in parts)), (
+                f"{path}:{line} {module}"
+            )
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
         ("coeffs", "import numpy"),
-        ("coeffs", "def f():\n    from runtime.gate import Gate"),
+        ("coeffs", "def f():\n    from runtime.decide.gate import Gate"),
         ("coeffs", "class A:\n    def f(self):\n        import torch.nn as nn"),
-        ("coeffs", "import importlib\nimportlib.import_module('calibrate.fit')"),
+        ("coeffs", "import importlib\nimportlib.import_module('calibrate.fitting.least_squares')"),
         ("runtime, pure", "import torch"),
-        ("runtime, pure", "from runtime.hooks import StackHooks"),
+        ("runtime, pure", "from runtime.watch.hooks import StackHooks"),
         ("runtime", "try:\n    from calibrate import fit\nexcept ImportError:\n    pass"),
         ("runtime", "import numpy as np"),
         ("runtime, compatibility", "import coeffs"),
@@ -183,7 +201,9 @@ def test_the_check_itself_can_fail(name: str, source: str) -> None:
 def test_the_private_name_check_can_fail() -> None:
     assert private_diffusers("def f():\n    from diffusers.hooks._common import _ALL")
     assert private_diffusers("from diffusers.hooks.hooks import StateManager")
-    assert not private_diffusers("from diffusers.hooks import HookRegistry, ModelHook\nimport diffusers")
+    assert not private_diffusers(
+        "from diffusers.hooks import HookRegistry, ModelHook\nimport diffusers"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,11 +214,16 @@ def test_the_private_name_check_can_fail() -> None:
         ("import runtime; runtime.Gate, runtime.Stats", HEAVY | {"calibrate"}),
         ("import calibrate", HEAVY),
         ("import calibrate.cli", HEAVY),
-        ("import sys; sys.argv = ['calibrate', '--help']; from calibrate.cli import main; main()", HEAVY),
+        (
+            "import sys; sys.argv = ['calibrate', '--help']; from calibrate.cli import main; main()",
+            HEAVY,
+        ),
     ],
 )
 def test_cheap_imports_stay_cheap(code: str, absent: set[str]) -> None:
     """In a process of its own; ``SystemExit`` is how the command line ends."""
     script = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\nprint('\\n', *sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert absent.isdisjoint(done.stdout.splitlines()[-1].split())

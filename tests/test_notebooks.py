@@ -19,10 +19,17 @@ def code_of(notebook):
 def test_notebook_runs(name, tmp_path):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     client = NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(FOLDER.parent)}}
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER.parent)}},
     )
     client.execute()
-    assert any("image/png" in output.get("data", {}) for cell in code_of(notebook) for output in cell.outputs)
+    assert any(
+        "image/png" in output.get("data", {})
+        for cell in code_of(notebook)
+        for output in cell.outputs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +39,9 @@ def test_notebook_was_committed_with_its_output(name):
     counts = [cell.execution_count for cell in code_of(notebook)]
     assert counts == list(range(1, len(counts) + 1))
     assert all(cell.outputs for cell in code_of(notebook))
-    assert not any(output.output_type == "error" for cell in code_of(notebook) for output in cell.outputs)
+    assert not any(
+        output.output_type == "error" for cell in code_of(notebook) for output in cell.outputs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,8 +49,16 @@ def test_notebook_only_calls_the_package(name):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     for cell in code_of(notebook):
         tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert not [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ]
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert all(module.split(".")[0] in ("calibrate", "coeffs", "runtime") for module in modules)
+                modules = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom)
+                    else [alias.name for alias in node.names]
+                )
+                assert all(
+                    module.split(".")[0] in ("calibrate", "coeffs", "runtime") for module in modules
+                )

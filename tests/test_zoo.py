@@ -25,7 +25,9 @@ def model_of(name, dtype):
 
 
 def equal(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for a, b in zip(left, right, strict=True)
+    )
 
 
 def test_every_class_has_a_tiny_model_or_a_reason():
@@ -74,7 +76,10 @@ def test_each_named_block_runs_once_and_in_order(name):
     tiny, model = zoo.TINY[name], model_of(name, torch.float32)
     blocks = {block: path for path in tiny.blocks for block in model.get_submodule(path)}
     called = []
-    hooks = [block.register_forward_pre_hook(lambda block, args: called.append(block)) for block in blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args: called.append(block))
+        for block in blocks
+    ]
     try:
         zoo.run(model, zoo.inputs(name, 0))
     finally:
@@ -85,7 +90,9 @@ def test_each_named_block_runs_once_and_in_order(name):
     assert tuple(dict.fromkeys(blocks[block] for block in called)) == tiny.blocks
     assert len(blocks) >= 3 or "one_block" in name
     for path in tiny.blocks:
-        assert [block for block in called if blocks[block] == path] == [b for b in busy if blocks[b] == path]
+        assert [block for block in called if blocks[block] == path] == [
+            b for b in busy if blocks[b] == path
+        ]
 
 
 @each
@@ -99,7 +106,9 @@ def test_the_time_moves_as_stated(name):
 def test_conditioning_is_fixed_and_latents_drift():
     first, second, third = list(zoo.trajectory("flux"))[:3]
     assert torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
-    near, far = ((kwargs["hidden_states"] - first["hidden_states"]).norm() for kwargs in (second, third))
+    near, far = (
+        (kwargs["hidden_states"] - first["hidden_states"]).norm() for kwargs in (second, third)
+    )
     assert 0 < near < far
 
 
@@ -113,13 +122,20 @@ def test_steps_in_order_share_a_cache_and_trajectories_do_not():
     first, second = zoo.inputs("flux2_kv", 0), zoo.inputs("flux2_kv", 1)
     assert first["kv_cache"] is second["kv_cache"]
     assert zoo.inputs("flux2_kv", 0)["kv_cache"] is not first["kv_cache"]
-    assert next(zoo.trajectory("flux2_kv"))["kv_cache"] is not next(zoo.trajectory("flux2_kv"))["kv_cache"]
+    assert (
+        next(zoo.trajectory("flux2_kv"))["kv_cache"]
+        is not next(zoo.trajectory("flux2_kv"))["kv_cache"]
+    )
 
 
 def test_the_cached_path_computes_what_the_full_one_does():
     """Qwen-Image 2.1's keys of clean tokens do not depend on the step, so both paths agree."""
     model = zoo.build("qwen_image21_kv")
-    cached = [zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_kv", TOTAL)]
-    full = [zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_edit", TOTAL)]
+    cached = [
+        zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_kv", TOTAL)
+    ]
+    full = [
+        zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_edit", TOTAL)
+    ]
     for left, right in zip(cached, full, strict=True):
         torch.testing.assert_close(left, right)

@@ -18,7 +18,12 @@ class TinyDecoder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(4, 3 * 16, generator=generator) / 2)
 
     def decode(self, latents):
-        return (latents @ self.weight).view(1, 4, 4, 4, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(1, 16, 16, 3)
+        return (
+            (latents @ self.weight)
+            .view(1, 4, 4, 4, 4, 3)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(1, 16, 16, 3)
+        )
 
 
 class TinyPipeline:
@@ -54,7 +59,9 @@ class TinyPipeline:
             yield
 
     @torch.no_grad()
-    def __call__(self, prompt, num_inference_steps=8, guidance_scale=2.0, generator=None, output_type="pil"):
+    def __call__(
+        self, prompt, num_inference_steps=8, guidance_scale=2.0, generator=None, output_type="pil"
+    ):
         number = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
         text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(number))
         latents = torch.randn(1, 16, 4, generator=generator)

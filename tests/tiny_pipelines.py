@@ -43,7 +43,9 @@ class Case:
     @property
     def experts(self) -> dict[str, torch.nn.Module]:
         names = ("transformer", "transformer_2")
-        return {name: module for name in names if (module := self.pipe.components.get(name)) is not None}
+        return {
+            name: module for name in names if (module := self.pipe.components.get(name)) is not None
+        }
 
     @property
     def transformer(self) -> torch.nn.Module:
@@ -93,8 +95,16 @@ class Reference:
 
     def _called(self, expert: str) -> Callable:
         def hook(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else kwargs["class_labels"]
-            known = [i for i, t in enumerate(self.texts) if t.shape == text.shape and torch.equal(t, text)]
+            text = (
+                kwargs["encoder_hidden_states"]
+                if "encoder_hidden_states" in kwargs
+                else kwargs["class_labels"]
+            )
+            known = [
+                i
+                for i, t in enumerate(self.texts)
+                if t.shape == text.shape and torch.equal(t, text)
+            ]
             if not known:
                 self.texts.append(text.clone())
             branch = known[0] if known else len(self.texts) - 1
@@ -157,7 +167,9 @@ def autoencoder(channels: int, **config: Any) -> Any:
 def longcat_image() -> Case:
     """Two calls per step, named by ``cache_context``."""
     transformer = zoo.build("longcat_image", in_channels=64, joint_attention_dim=32)
-    pipe = diffusers.LongCatImagePipeline(flow_match(), autoencoder(16), None, None, None, transformer)
+    pipe = diffusers.LongCatImagePipeline(
+        flow_match(), autoencoder(16), None, None, None, transformer
+    )
 
     def encode(prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The embedding of a prompt, as the text encoder would give: the pipeline takes no embeddings alone."""
@@ -181,7 +193,9 @@ def longcat_image() -> Case:
 def flux(scheduler: Any = None) -> Case:
     """Two calls per step, named by ``cache_context``, with true guidance."""
     transformer = zoo.build("flux", in_channels=16)
-    pipe = diffusers.FluxPipeline(scheduler or flow_match(), autoencoder(4), None, None, None, None, transformer)
+    pipe = diffusers.FluxPipeline(
+        scheduler or flow_match(), autoencoder(4), None, None, None, None, transformer
+    )
     arguments = dict(
         prompt_embeds=embeds(1, 6, 32),
         pooled_prompt_embeds=embeds(1, 32, seed=2),
@@ -258,7 +272,11 @@ def wan21() -> Case:
 
 def wan22() -> Case:
     """Two experts: the first works above the boundary of 0.875, the second below it."""
-    return _wan(transformer=zoo.build("wan21"), transformer_2=zoo.build("wan21", seed=1), boundary_ratio=0.875)
+    return _wan(
+        transformer=zoo.build("wan21"),
+        transformer_2=zoo.build("wan21", seed=1),
+        boundary_ratio=0.875,
+    )
 
 
 def chroma() -> Case:
@@ -297,10 +315,20 @@ def lumina2() -> Case:
 def sd3(scheduler: Any = None) -> Case:
     """One batched call per step; skip-layer guidance adds a call of half the batch."""
     components = dict.fromkeys(
-        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+        [
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "text_encoder_3",
+            "tokenizer_3",
+        ]
     )
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=zoo.build("sd3"), scheduler=scheduler or flow_match(), vae=autoencoder(4), **components
+        transformer=zoo.build("sd3"),
+        scheduler=scheduler or flow_match(),
+        vae=autoencoder(4),
+        **components,
     )
     arguments = dict(
         prompt_embeds=embeds(1, 6, 32),
@@ -359,8 +387,12 @@ def stable_audio() -> Case:
             sampling_rate=16,
         ).eval()
         projection = StableAudioProjectionModel(4, 4, 0, 32).eval()
-    scheduler = diffusers.EDMDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction")
-    pipe = diffusers.StableAudioPipeline(vae, None, projection, None, zoo.build("stable_audio"), scheduler)
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        solver_order=2, prediction_type="v_prediction"
+    )
+    pipe = diffusers.StableAudioPipeline(
+        vae, None, projection, None, zoo.build("stable_audio"), scheduler
+    )
     arguments = dict(
         prompt_embeds=embeds(1, 3, 4),
         negative_prompt_embeds=embeds(1, 3, 4, seed=2),
@@ -370,13 +402,22 @@ def stable_audio() -> Case:
         num_inference_steps=STEPS,
         guidance_scale=3.0,
     )
-    return Case(quiet(pipe), arguments, ("branch0",), output="audios", exit="proj_out", latent={"output_type": "pt"})
+    return Case(
+        quiet(pipe),
+        arguments,
+        ("branch0",),
+        output="audios",
+        exit="proj_out",
+        latent={"output_type": "pt"},
+    )
 
 
 def dit() -> Case:
     """A scheduler without a step counter (DDIM), batched guidance."""
     vae = autoencoder(4)
-    pipe = diffusers.DiTPipeline(zoo.build("dit", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler())
+    pipe = diffusers.DiTPipeline(
+        zoo.build("dit", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler()
+    )
     arguments = dict(class_labels=[3], guidance_scale=3.0, num_inference_steps=STEPS)
     return Case(quiet(pipe), arguments, ("branch0",), latent={"output_type": "np"})
 

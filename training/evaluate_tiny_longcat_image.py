@@ -21,8 +21,18 @@ from PIL import Image
 
 from training.folders import load_finished
 from training.tiny_longcat_image.autoencoder import reconstruction_psnr
-from training.tiny_longcat_image.data import IMAGE_SIZE, Caption, digit_masks, evenly_ordered_captions
-from training.tiny_longcat_image.reading import DigitReader, Reading, expected_names, nearest_neighbours
+from training.tiny_longcat_image.data import (
+    IMAGE_SIZE,
+    Caption,
+    digit_masks,
+    evenly_ordered_captions,
+)
+from training.tiny_longcat_image.reading import (
+    DigitReader,
+    Reading,
+    expected_names,
+    nearest_neighbours,
+)
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "calibrate" / "embedded" / "tiny-longcat-image"
 REQUIRED_ACCURACY = 0.9
@@ -39,7 +49,12 @@ def own_arguments(pipeline: DiffusionPipeline) -> dict[str, bool]:
 
 
 def sample(
-    pipeline: DiffusionPipeline, captions: list[Caption], steps: int, guidance: float, batch: int, first_seed: int
+    pipeline: DiffusionPipeline,
+    captions: list[Caption],
+    steps: int,
+    guidance: float,
+    batch: int,
+    first_seed: int,
 ) -> np.ndarray:
     """One picture per caption, [N, 32, 32, 3] in 0..1; picture k has seed `first_seed` + k whatever the batch size."""
     pictures = []
@@ -72,7 +87,9 @@ def write_grid(file: Path, pictures: np.ndarray) -> None:
         row, column = (index // GRID_COLUMNS) * IMAGE_SIZE, (index % GRID_COLUMNS) * IMAGE_SIZE
         canvas[row : row + IMAGE_SIZE, column : column + IMAGE_SIZE] = picture
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
-    image.resize((image.width * GRID_ZOOM, image.height * GRID_ZOOM), Image.Resampling.NEAREST).save(file)
+    image.resize(
+        (image.width * GRID_ZOOM, image.height * GRID_ZOOM), Image.Resampling.NEAREST
+    ).save(file)
 
 
 def report(captions: list[Caption], readings: list[Reading]) -> bool:
@@ -90,21 +107,37 @@ def report(captions: list[Caption], readings: list[Reading]) -> bool:
 
     click.echo("\ndigit  right  samples  read instead")
     for digit in range(10):
-        read = Counter(got[0] for want, got in zip(expected, found, strict=True) if want[0] == digit)
-        wrong = ", ".join(f"{other} ({count})" for other, count in read.most_common() if other != digit)
+        read = Counter(
+            got[0] for want, got in zip(expected, found, strict=True) if want[0] == digit
+        )
+        wrong = ", ".join(
+            f"{other} ({count})" for other, count in read.most_common() if other != digit
+        )
         click.echo(f"{digit:>5}  {read[digit]:>5}  {read.total():>7}  {wrong}".rstrip())
     return min(accuracies) >= REQUIRED_ACCURACY
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=EMBEDDED)
-@click.option("--samples", type=click.IntRange(1, 260), default=100, show_default=True, help="Number of samples.")
+@click.argument(
+    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=EMBEDDED
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 260),
+    default=100,
+    show_default=True,
+    help="Number of samples.",
+)
 @click.option("--steps", default=28, show_default=True, help="Inference steps.")
 @click.option("--guidance", default=4.5, show_default=True, help="Guidance scale.")
 @click.option("--batch", default=10, show_default=True, help="Pictures per pipeline call.")
 @click.option("--first-seed", default=0, show_default=True, help="Seed of the first picture.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
-@click.option("--grid", type=click.Path(dir_okay=False, path_type=Path), help="Write all samples into this PNG.")
+@click.option(
+    "--grid",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all samples into this PNG.",
+)
 def main(
     folder: Path,
     samples: int,
@@ -126,11 +159,15 @@ def main(
     reader = DigitReader()
     passed = report(captions, reader.read(pictures))
     others = DigitReader(nearest_neighbours()).read(pictures)
-    agreed = sum(caption.digit == reading.digit for caption, reading in zip(captions, others, strict=True))
+    agreed = sum(
+        caption.digit == reading.digit for caption, reading in zip(captions, others, strict=True)
+    )
     click.echo(f"\ndigits read right by nearest neighbours instead: {agreed}/{samples}")
     psnr = reconstruction_psnr(pipeline.vae, digit_masks()[0])
     click.echo(f"autoencoder PSNR: {psnr:.1f} dB")
-    click.echo(f"reader's cross-validated accuracy on real digits: {reader.accuracy_on_real_digits():.1%}")
+    click.echo(
+        f"reader's cross-validated accuracy on real digits: {reader.accuracy_on_real_digits():.1%}"
+    )
     sys.exit(0 if passed else 1)
 
 

@@ -30,7 +30,12 @@ STRIP_ZOOM = 2
 
 
 def sample(
-    pipeline: DiffusionPipeline, captions: list[Caption], steps: int, guidance: float, batch: int, first_seed: int
+    pipeline: DiffusionPipeline,
+    captions: list[Caption],
+    steps: int,
+    guidance: float,
+    batch: int,
+    first_seed: int,
 ) -> np.ndarray:
     """One clip per caption, [N, 9, 32, 32, 3] in 0..1; clip k has seed `first_seed` + k whatever the batch size."""
     clips = []
@@ -61,14 +66,18 @@ def write_strip(file: Path, clips: np.ndarray) -> None:
     """One row per clip, its frames side by side."""
     canvas = clips.transpose(0, 2, 1, 3, 4).reshape(len(clips) * FRAME_SIZE, FRAMES * FRAME_SIZE, 3)
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
-    image.resize((image.width * STRIP_ZOOM, image.height * STRIP_ZOOM), Image.Resampling.NEAREST).save(file)
+    image.resize(
+        (image.width * STRIP_ZOOM, image.height * STRIP_ZOOM), Image.Resampling.NEAREST
+    ).save(file)
 
 
 def accuracies(captions: list[Caption], readings: list[Reading]) -> dict[str, float]:
     """The share of clips in which each attribute is right, and all of them at once."""
     pairs = list(zip(captions, readings, strict=True))
     names = ("shape", "colour", "direction", "background")
-    right = {name: [getattr(want, name) == getattr(got, name) for want, got in pairs] for name in names}
+    right = {
+        name: [getattr(want, name) == getattr(got, name) for want, got in pairs] for name in names
+    }
     result = {name: sum(flags) / len(pairs) for name, flags in right.items()}
     result["all four"] = sum(all(flags) for flags in zip(*right.values(), strict=True)) / len(pairs)
     return result
@@ -83,14 +92,22 @@ def reader_accuracies(captions: list[Caption]) -> dict[str, float]:
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--samples", type=click.IntRange(1, 288), default=96, show_default=True, help="Number of samples.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 288),
+    default=96,
+    show_default=True,
+    help="Number of samples.",
+)
 @click.option("--steps", default=30, show_default=True, help="Inference steps.")
 @click.option("--guidance", default=4.5, show_default=True, help="Guidance scale.")
 @click.option("--batch", default=12, show_default=True, help="Clips per pipeline call.")
 @click.option("--first-seed", default=0, show_default=True, help="Seed of the first clip.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @click.option(
-    "--strip", type=click.Path(dir_okay=False, path_type=Path), help="Write the first 24 clips into this PNG."
+    "--strip",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the first 24 clips into this PNG.",
 )
 def main(
     folder: Path,
@@ -115,13 +132,21 @@ def main(
     for name, value in reached.items():
         click.echo(f"{name} right: {round(value * samples)}/{samples} = {value:.1%}")
     pairs = zip(captions, readings, strict=True)
-    confused = Counter((want.direction, got.direction) for want, got in pairs if want.direction != got.direction)
+    confused = Counter(
+        (want.direction, got.direction) for want, got in pairs if want.direction != got.direction
+    )
     for (want, got), count in confused.most_common():
         click.echo(f"direction {want!r} read as {got!r}: {count}")
     click.echo(f"autoencoder PSNR: {reconstruction_psnr(pipeline.vae):.1f} dB")
-    on_rendered = ", ".join(f"{name} {value:.1%}" for name, value in reader_accuracies(captions).items())
+    on_rendered = ", ".join(
+        f"{name} {value:.1%}" for name, value in reader_accuracies(captions).items()
+    )
     click.echo(f"reader on rendered clips: {on_rendered}")
-    sys.exit(0 if min(reached[name] for name in ("colour", "direction", "background")) >= REQUIRED_ACCURACY else 1)
+    sys.exit(
+        0
+        if min(reached[name] for name in ("colour", "direction", "background")) >= REQUIRED_ACCURACY
+        else 1
+    )
 
 
 if __name__ == "__main__":

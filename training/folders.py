@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from calibrate.loading import find_checkpoint, load_pipeline
+from calibrate.model.checkpoint import find_checkpoint, load_pipeline
 
 ORIGIN_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 

@@ -78,14 +78,18 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.update_average()
-        self.smoothed_loss = loss.item() if self.step == 0 else 0.98 * self.smoothed_loss + 0.02 * loss.item()
+        self.smoothed_loss = (
+            loss.item() if self.step == 0 else 0.98 * self.smoothed_loss + 0.02 * loss.item()
+        )
         self.step += 1
 
     @torch.no_grad()
     def update_average(self) -> None:
         """Exponential moving average that forgets its random start within the first steps."""
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        torch._foreach_lerp_(
+            list(self.average.parameters()), list(self.model.parameters()), 1 - decay
+        )
 
     def save(self, file: Path) -> None:
         state = {
@@ -128,11 +132,21 @@ def run_training(
     last_cpu = time.process_time()
     while training.step < training.recipe.steps:
         training.train_step(batch_loss)
-        if training.step % training.recipe.checkpoint_every == 0 or training.step == training.recipe.steps:
+        if (
+            training.step % training.recipe.checkpoint_every == 0
+            or training.step == training.recipe.steps
+        ):
             training.cpu_seconds += time.process_time() - last_cpu
             last_cpu = time.process_time()
             training.save(checkpoint)
-            probed = ", ".join(f"{name} {value:.3f}" for name, value in probe(training.average).items())
+            probed = ", ".join(
+                f"{name} {value:.3f}" for name, value in probe(training.average).items()
+            )
             minutes = training.cpu_seconds / 60
-            logger.info("transformer step %d: %.1f CPU min, loss %.4f", training.step, minutes, training.smoothed_loss)
+            logger.info(
+                "transformer step %d: %.1f CPU min, loss %.4f",
+                training.step,
+                minutes,
+                training.smoothed_loss,
+            )
             logger.info("averaged model: %s", probed)

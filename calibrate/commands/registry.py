@@ -16,29 +16,47 @@ ENGINES = click.Choice(
 )
 STATUSES = click.Choice(["measured", "published", "copied"])
 registry_option = click.option(
-    "--registry", metavar="FOLDER", type=click.Path(file_okay=False), help="Registry folder that is asked first."
+    "--registry",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False),
+    help="Registry folder that is asked first.",
 )
-out_option = click.option("--out", metavar="FILE", type=click.Path(dir_okay=False), help="Write there, not to stdout.")
+out_option = click.option(
+    "--out", metavar="FILE", type=click.Path(dir_okay=False), help="Write there, not to stdout."
+)
 
 
 @click.command("list")
-@click.option("--model", metavar="TEXT", help="Only where name, title, checkpoint or class contains TEXT.")
+@click.option(
+    "--model", metavar="TEXT", help="Only where name, title, checkpoint or class contains TEXT."
+)
 @click.option("--engine", metavar="NAME", help="Only sets published by this engine.")
 @click.option("--status", type=STATUSES, help="Only this status.")
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+)
 @registry_option
-def list_entries(model: str | None, engine: str | None, status: str | None, form: str, registry: str | None) -> None:
+def list_entries(
+    model: str | None, engine: str | None, status: str | None, form: str, registry: str | None
+) -> None:
     """List the entries of all registries.
 
     \b
     Example:
         calibrate list --model longcat
     """
-    from coeffs import store, tables
+    from coeffs import describe as tables
+    from coeffs import store
 
     readable, broken = store.readable(registry)
     found = tables.matching(readable, model=model, engine=engine, status=status)
-    click.echo({"table": tables.as_table, "json": tables.as_json, "csv": tables.as_csv}[form](found))
+    click.echo(
+        {"table": tables.as_table, "json": tables.as_json, "csv": tables.as_csv}[form](found)
+    )
     for error in broken:
         click.echo(f"not readable: {error}", err=True)
     if form == "table":
@@ -57,7 +75,7 @@ def show(entry: str, as_yaml: bool, registry: str | None) -> None:
         calibrate show vllm-omni/longcat-image
     """
     import coeffs
-    from coeffs import tables
+    from coeffs import describe as tables
 
     found = coeffs.load(entry, registry)
     click.echo(coeffs.dump(found).rstrip("\n") if as_yaml else tables.described(found))
@@ -75,7 +93,7 @@ def diff(first: str, second: str, registry: str | None) -> None:
         calibrate diff vllm-omni/longcat-image sglang/longcat-image-pr36767
     """
     import coeffs
-    from coeffs import tables
+    from coeffs import describe as tables
 
     click.echo(tables.difference(coeffs.load(first, registry), coeffs.load(second, registry)))
 
@@ -102,7 +120,9 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
     if not entries:
         problems = release.problems(registry)
         fatal = len(problems)
-        click.echo("\n".join(problems) or f"{len(store.released(registry))} entries, all as released")
+        click.echo(
+            "\n".join(problems) or f"{len(store.released(registry))} entries, all as released"
+        )
     if fatal:
         raise CheckFailed(f"{fatal} problem{'s' if fatal > 1 else ''}, see above")
 
@@ -111,13 +131,22 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
 @click.argument("entry")
 @click.option("--to", "engine", type=ENGINES, required=True, help="The engine that will read it.")
 @click.option(
-    "--threshold", type=float, help="Travels with the coefficients; needed unless the entry has exactly one."
+    "--threshold",
+    type=float,
+    help="Travels with the coefficients; needed unless the entry has exactly one.",
 )
-@click.option("--schedule", metavar="CCSC...", help="A fixed plan for cache-dit-mask: C computes, S skips.")
+@click.option(
+    "--schedule", metavar="CCSC...", help="A fixed plan for cache-dit-mask: C computes, S skips."
+)
 @out_option
 @registry_option
 def export(
-    entry: str, engine: str, threshold: float | None, schedule: str | None, out: str | None, registry: str | None
+    entry: str,
+    engine: str,
+    threshold: float | None,
+    schedule: str | None,
+    out: str | None,
+    registry: str | None,
 ):
     """Write an entry in the form that an engine takes, or refuse what the engine cannot express.
 
@@ -128,17 +157,24 @@ def export(
     import coeffs
     from coeffs.engines import export_entry
 
-    _put(export_entry(coeffs.load(entry, registry), engine, threshold=threshold, schedule=schedule), out)
+    _put(
+        export_entry(coeffs.load(entry, registry), engine, threshold=threshold, schedule=schedule),
+        out,
+    )
 
 
 @click.command("import")
 @click.argument("file", type=click.File("r", encoding="utf-8"))
 @click.option("--from", "engine", type=ENGINES, required=True, help="The engine whose form it is.")
-@click.option("--like", metavar="ENTRY", help="Keep the facts of this entry; the form replaces its numbers.")
+@click.option(
+    "--like", metavar="ENTRY", help="Keep the facts of this entry; the form replaces its numbers."
+)
 @click.option("--model", metavar="NAME", help="Name of the new entry.")
 @click.option("--transformer-class", metavar="CLASS", help="Class of the denoiser.")
 @click.option(
-    "--signal", type=click.Choice(["modulated_input", "time_embedding", "other"]), help="Fitted on which signal."
+    "--signal",
+    type=click.Choice(["modulated_input", "time_embedding", "other"]),
+    help="Fitted on which signal.",
 )
 @click.option("--copied-from", metavar="NAME", help="The numbers are another model's: whose.")
 @out_option

@@ -24,17 +24,49 @@ class _Numbers(click.ParamType):
 
 @click.command()
 @click.argument("source", metavar="RUN|ENTRY")
-@click.option("--model", metavar="NAME|FOLDER", help="Weights to run [default: those of the run or the entry].")
 @click.option(
-    "--prompts", metavar="FILE|SET", help="Held-out prompts; recorded ones are left out [default: the model's]."
+    "--model",
+    metavar="NAME|FOLDER",
+    help="Weights to run [default: those of the run or the entry].",
 )
-@click.option("--num-prompts", type=click.IntRange(min=1), default=10, show_default=True, help="The first N of them.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first prompt.")
 @click.option(
-    "--image", "images", multiple=True, type=click.Path(exists=True), help="Image to edit, or a folder; repeat."
+    "--prompts",
+    metavar="FILE|SET",
+    help="Held-out prompts; recorded ones are left out [default: the model's].",
 )
-@click.option("--budgets", type=_Numbers(int), metavar="N,N,...", help="Computed steps to compare at [default: five].")
-@click.option("--thresholds", type=_Numbers(float), metavar="T,T,...", help="Thresholds of the fitted gate instead.")
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="The first N of them.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the first prompt.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(exists=True),
+    help="Image to edit, or a folder; repeat.",
+)
+@click.option(
+    "--budgets",
+    type=_Numbers(int),
+    metavar="N,N,...",
+    help="Computed steps to compare at [default: five].",
+)
+@click.option(
+    "--thresholds",
+    type=_Numbers(float),
+    metavar="T,T,...",
+    help="Thresholds of the fitted gate instead.",
+)
 @click.option(
     "--policies",
     metavar="P,P,...",
@@ -43,12 +75,33 @@ class _Numbers(click.ParamType):
     "first-block-cache, mag-cache, sea-cache [default: all].",
 )
 @click.option(
-    "--lpips-weights", type=click.Path(), metavar="FILE", help="AlexNet weights: adds LPIPS to the measures."
+    "--lpips-weights",
+    type=click.Path(),
+    metavar="FILE",
+    help="AlexNet weights: adds LPIPS to the measures.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: as recorded]")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda", show_default=True, help="Where the model runs.")
-@click.option("--out", type=click.Path(file_okay=False), metavar="FOLDER", help="Where an entry's verification goes.")
-@click.option("--registry", type=click.Path(file_okay=False), metavar="FOLDER", help="Registry to look entries up in.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: as recorded]"
+)
+@click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda",
+    show_default=True,
+    help="Where the model runs.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Where an entry's verification goes.",
+)
+@click.option(
+    "--registry",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Registry to look entries up in.",
+)
 def verify(source: str, policies: str | None, **options: Any) -> None:
     """Compare real cached runs with uncached ones on held-out prompts, and with baselines at equal computed steps.
 
@@ -58,10 +111,12 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     Example:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as cleanly as Ctrl-C
-    from calibrate.contest import GATE
-    from calibrate.verdict import first_lines, judge_plan, verdict_table
-    from calibrate.verify import verify as run_verification
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a scheduler's notice ends it as cleanly as Ctrl-C
+    from calibrate.verifying.comparison import first_lines, judge_plan, verdict_table
+    from calibrate.verifying.lineup import GATE
+    from calibrate.verifying.verify import verify as run_verification
 
     found = run_verification(
         source,
@@ -80,7 +135,9 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     for comparison in found.comparisons:
         click.echo(f"{comparison}")
     for comparison in judge_plan(found.results):
-        if comparison.baseline != GATE:  # said above, at the gate's own steps: one question has one answer
+        if (
+            comparison.baseline != GATE
+        ):  # said above, at the gate's own steps: one question has one answer
             click.echo(f"{comparison}")
     click.echo(f"\nverified thresholds: {found.folder.parent / 'entry.yaml'}")
 
@@ -94,9 +151,9 @@ def report(run: str) -> None:
     Example:
         calibrate report runs/flux1-dev-1a2b3c4d
     """
-    from calibrate.report import write_report
+    from calibrate.reporting.report import report
 
-    click.echo(f"report: {write_report(run)}")
+    click.echo(f"report: {report(run)}")
 
 
 COMMANDS = [verify, report]

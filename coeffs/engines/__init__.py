@@ -4,9 +4,9 @@ from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 
-from coeffs.engines.common import Carried, Request, stripped
+from coeffs.engines.setting import Carried, Request, stripped
+from coeffs.entry.schema import Entry, Expert, Fit, Plan, Source, Threshold
 from coeffs.errors import EngineError
-from coeffs.schema import Entry, Expert, Fit, Plan, Source, Threshold
 
 ENGINES = {
     "vllm-omni": "vllm_omni",
@@ -20,7 +20,9 @@ ENGINES = {
 }
 
 
-def export_entry(entry: Entry, engine: str, *, threshold: float | None = None, schedule: str | None = None) -> str:
+def export_entry(
+    entry: Entry, engine: str, *, threshold: float | None = None, schedule: str | None = None
+) -> str:
     """An entry in the form that ``engine`` takes, with a comment that names it.
 
     Args:
@@ -50,15 +52,24 @@ def import_entry(text: str, engine: str, *, like: Entry | None = None, **facts: 
         return carried.entry
     if like is not None:
         return _onto(like, carried)
-    facts = {"signal": carried.signal or "other", "status": "published", "target": "unknown", "engine": engine} | facts
+    facts = {
+        "signal": carried.signal or "other",
+        "status": "published",
+        "target": "unknown",
+        "engine": engine,
+    } | facts
     if not facts.get("model"):
         raise EngineError(f"{engine} does not say which model this is: give --model")
-    names = dict.fromkeys([*(carried.coefficients or ()), *(carried.mag_ratios or ())]) or {"transformer": None}
+    names = dict.fromkeys([*(carried.coefficients or ()), *(carried.mag_ratios or ())]) or {
+        "transformer": None
+    }
     return Entry(
         **facts,
         sign_rule=carried.sign_rule or "clamp",
         experts={name: _expert(Expert(), name, carried) for name in names},
-        thresholds=() if carried.threshold is None else (Threshold(threshold=carried.threshold, kind="reported"),),
+        thresholds=()
+        if carried.threshold is None
+        else (Threshold(threshold=carried.threshold, kind="reported"),),
         start=carried.start,
         end=carried.end,
         max_skips=carried.max_skips,
@@ -68,13 +79,27 @@ def import_entry(text: str, engine: str, *, like: Entry | None = None, **facts: 
 
 
 def _onto(entry: Entry, carried: Carried) -> Entry:
-    names = dict.fromkeys([*entry.experts, *(carried.coefficients or ()), *(carried.mag_ratios or ())])
-    changed: dict = {"experts": {name: _expert(entry.experts.get(name, Expert()), name, carried) for name in names}}
-    if carried.threshold is not None and carried.threshold not in {row.threshold for row in entry.thresholds}:
+    names = dict.fromkeys(
+        [*entry.experts, *(carried.coefficients or ()), *(carried.mag_ratios or ())]
+    )
+    changed: dict = {
+        "experts": {
+            name: _expert(entry.experts.get(name, Expert()), name, carried) for name in names
+        }
+    }
+    if carried.threshold is not None and carried.threshold not in {
+        row.threshold for row in entry.thresholds
+    }:
         changed["thresholds"] = (Threshold(threshold=carried.threshold, kind="reported"),)
-    if carried.schedule is not None and carried.schedule not in {plan.schedule for plan in entry.plans or ()}:
+    if carried.schedule is not None and carried.schedule not in {
+        plan.schedule for plan in entry.plans or ()
+    }:
         changed["plans"] = (*(entry.plans or ()), Plan(schedule=carried.schedule))
-    changed |= {name: value for name in ("start", "end", "max_skips") if (value := getattr(carried, name)) is not None}
+    changed |= {
+        name: value
+        for name in ("start", "end", "max_skips")
+        if (value := getattr(carried, name)) is not None
+    }
     return replace(entry, **changed)
 
 

@@ -7,10 +7,10 @@ outside ``start_percent`` to ``end_percent`` of the schedule compute.
 
 import re
 
-from coeffs.engines.common import Carried, Request, comment, flow, number_list, setting, steps
+from coeffs.engines.setting import Carried, Request, comment, flow, number_list, setting, steps
 from coeffs.engines.text import read_item
+from coeffs.entry.schema import Entry
 from coeffs.errors import EngineError
-from coeffs.schema import Entry
 
 TABLE = "SUPPORTED_MODELS_COEFFICIENTS"
 FAMILIES = {
@@ -58,7 +58,11 @@ def read(text: str) -> Carried:
     }
     if match := _INPUTS.search(text):
         threshold, first, last = map(_float, match.groups())
-        carried |= {"threshold": threshold, "start": first or None, "end": round(1.0 - last, 12) or None}
+        carried |= {
+            "threshold": threshold,
+            "start": first or None,
+            "end": round(1.0 - last, 12) or None,
+        }
     return Carried(**carried)
 
 
@@ -82,7 +86,9 @@ def _model_type(entry: Entry, family: str) -> str:
 
 
 def _projected(entry: Entry) -> bool:
-    return entry.transformer_class == "WanTransformer3DModel" and "projected" in (entry.signal_note or "")
+    return entry.transformer_class == "WanTransformer3DModel" and "projected" in (
+        entry.signal_note or ""
+    )
 
 
 def _percents(entry: Entry) -> tuple[float, float]:
@@ -106,5 +112,7 @@ def _end(entry: Entry) -> float:
 
 def _num_steps(entry: Entry) -> int:
     if entry.protocol.num_steps is None:
-        raise EngineError(f"{entry.label}: always computes a number of steps, but of how many is not known")
+        raise EngineError(
+            f"{entry.label}: always computes a number of steps, but of how many is not known"
+        )
     return entry.protocol.num_steps

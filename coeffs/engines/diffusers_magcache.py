@@ -4,10 +4,10 @@ One list of ratios for all guidance branches, index = step, interpolated to the 
 a threshold of its own kind; TeaCache's is not carried over.
 """
 
-from coeffs.engines.common import Carried, Request, comment, described, flow, number_list
+from coeffs.engines.setting import Carried, Request, comment, described, flow, number_list
 from coeffs.engines.text import read_calls
+from coeffs.entry.schema import Entry
 from coeffs.errors import EngineError
-from coeffs.schema import Entry
 
 SUFFIX = "_mag_cache"
 
@@ -31,7 +31,9 @@ def write(request: Request) -> str:
 def _ratios(entry: Entry, expert: str) -> tuple[str, tuple[float, ...]]:
     found = entry.experts[expert].mag_ratios
     if not found:
-        raise EngineError(f"{entry.label} has no mag_ratios for {expert}: record it again, they come with the pairs")
+        raise EngineError(
+            f"{entry.label} has no mag_ratios for {expert}: record it again, they come with the pairs"
+        )
     recommended = entry.experts[expert].recommended
     order = [recommended, "cond", *found]
     branch = next(name for name in order if name in found)

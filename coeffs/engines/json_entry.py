@@ -2,12 +2,12 @@
 
 import json
 
-from coeffs.engines.common import Carried, Request
+from coeffs.engines.setting import Carried, Request
 from coeffs.engines.text import read_json
+from coeffs.entry.fields import plain
+from coeffs.entry.schema import from_plain
 from coeffs.errors import EngineError, EntryError
 from coeffs.migrate import migrate
-from coeffs.records import plain
-from coeffs.schema import from_plain
 
 
 def write(request: Request) -> str:

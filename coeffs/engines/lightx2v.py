@@ -7,7 +7,7 @@ kept. Keys that it does not know are carried along, so the comment can travel in
 
 import json
 
-from coeffs.engines.common import Carried, Request, number, number_list, setting, window
+from coeffs.engines.setting import Carried, Request, number, number_list, setting, window
 from coeffs.engines.text import read_json
 from coeffs.errors import EngineError
 
@@ -35,7 +35,10 @@ def write(request: Request) -> str:
     if entry.transformer_class == WAN:
         projected = "projected" in (entry.signal_note or "")
         _, said = window(entry, {"": (5, 0) if projected else (1, 1)}, "lightx2v")
-        form |= {"coefficients": [coefficients, []] if projected else [[], coefficients], "use_ret_steps": projected}
+        form |= {
+            "coefficients": [coefficients, []] if projected else [[], coefficients],
+            "use_ret_steps": projected,
+        }
     else:
         _, said = window(entry, {"": (1, 1)}, "lightx2v")
         form |= {"coefficients": coefficients}

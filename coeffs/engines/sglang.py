@@ -5,7 +5,7 @@ are step indices (negative from the end) or fractions of the schedule. Two-exper
 under ``high`` and ``low``, which diffusers calls ``transformer`` and ``transformer_2``.
 """
 
-from coeffs.engines.common import Carried, Request, comment, flow, number, number_list, setting
+from coeffs.engines.setting import Carried, Request, comment, flow, number, number_list, setting
 from coeffs.engines.text import read_calls
 from coeffs.errors import EngineError
 
@@ -29,8 +29,12 @@ def write(request: Request) -> str:
     else:
         unknown = set(lists) - set(EXPERTS)
         if unknown:
-            raise EngineError(f"{entry.label}: expert {', '.join(sorted(unknown))}, sglang knows {', '.join(EXPERTS)}")
-        inner = ", ".join(f'"{EXPERTS[name]}": {coefficients}' for name, coefficients in lists.items())
+            raise EngineError(
+                f"{entry.label}: expert {', '.join(sorted(unknown))}, sglang knows {', '.join(EXPERTS)}"
+            )
+        inner = ", ".join(
+            f'"{EXPERTS[name]}": {coefficients}' for name, coefficients in lists.items()
+        )
         lines += [f"coefficients={lists['transformer']}", f"expert_coefficients={{{inner}}}"]
     body = "".join(f"    {line},\n" for line in lines)
     return f"{comment(found.notes)}TeaCacheParams(\n{body})\n"
@@ -69,7 +73,9 @@ def read(text: str) -> Carried:
 def _edge(value: object) -> int | float:
     number(value, "start_skipping")
     if value < 0:
-        raise EngineError(f"start_skipping {value}: counted from the end, expected it from the start")
+        raise EngineError(
+            f"start_skipping {value}: counted from the end, expected it from the start"
+        )
     return value
 
 
@@ -78,5 +84,7 @@ def _end(value: object) -> int | float:
     if isinstance(value, float):
         return round(1.0 - value, 12) if value < 1 else 0
     if value >= 0:
-        raise EngineError(f"end_skipping {value}: an index from the start; expected it from the end, e.g. -1")
+        raise EngineError(
+            f"end_skipping {value}: an index from the start; expected it from the end, e.g. -1"
+        )
     return -value

@@ -4,7 +4,7 @@ import ast
 import json
 from typing import Any
 
-from coeffs import yamlread
+from coeffs.entry import yamlread
 from coeffs.errors import EngineError, EntryError
 
 
@@ -31,7 +31,11 @@ def read_calls(text: str, name: str) -> list[tuple[str | None, dict[str, Any]]]:
     """Every call of ``name`` in Python text: the variable it is assigned to, and its keyword arguments as literals."""
     found = []
     for node in ast.walk(_parsed(text)):
-        if isinstance(node, ast.Assign) and _is_call(node.value, name) and isinstance(node.targets[0], ast.Name):
+        if (
+            isinstance(node, ast.Assign)
+            and _is_call(node.value, name)
+            and isinstance(node.targets[0], ast.Name)
+        ):
             found.append((node.targets[0].id, _arguments(node.value)))
         elif isinstance(node, ast.Expr) and _is_call(node.value, name):
             found.append((None, _arguments(node.value)))
@@ -52,7 +56,9 @@ def read_item(text: str, name: str) -> tuple[str, Any]:
 
 def _check_size(text: str) -> None:
     if len(text) > yamlread.MAX_BYTES:
-        raise EngineError(f"more than {yamlread.MAX_BYTES} characters: expected one engine's setting")
+        raise EngineError(
+            f"more than {yamlread.MAX_BYTES} characters: expected one engine's setting"
+        )
 
 
 def _parsed(text: str) -> ast.AST:
@@ -68,14 +74,18 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 
 def _arguments(call: ast.Call) -> dict[str, Any]:
-    return {keyword.arg: _literal(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+    return {
+        keyword.arg: _literal(keyword.value) for keyword in call.keywords if keyword.arg is not None
+    }
 
 
 def _literal(node: ast.AST) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError):
-        raise EngineError("an expression where a plain value was expected: write numbers out") from None
+        raise EngineError(
+            "an expression where a plain value was expected: write numbers out"
+        ) from None
 
 
 def _checked(form: Any, required: set[str], known: set[str] | None) -> dict:
@@ -84,7 +94,9 @@ def _checked(form: Any, required: set[str], known: set[str] | None) -> dict:
     if missing := required - set(form):
         raise EngineError(f"missing {', '.join(sorted(missing))}")
     if known is not None and (unknown := set(form) - known):
-        raise EngineError(f"unknown {', '.join(sorted(unknown))[:200]}: expected {', '.join(sorted(known))}")
+        raise EngineError(
+            f"unknown {', '.join(sorted(unknown))[:200]}: expected {', '.join(sorted(known))}"
+        )
     return form
 
 

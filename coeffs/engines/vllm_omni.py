@@ -6,7 +6,16 @@ Keys it does not know are kept aside, so that the comment can travel inside the 
 
 import json
 
-from coeffs.engines.common import Carried, Request, number, number_list, padded, setting, stripped, window
+from coeffs.engines.setting import (
+    Carried,
+    Request,
+    number,
+    number_list,
+    padded,
+    setting,
+    stripped,
+    window,
+)
 from coeffs.engines.text import read_json
 
 SIGN_RULE = "abs"
@@ -26,7 +35,9 @@ def write(request: Request) -> str:
 
 
 def read(text: str) -> Carried:
-    form = read_json(text, required={"coefficients"}, known={"_comment", "rel_l1_thresh", "coefficients"})
+    form = read_json(
+        text, required={"coefficients"}, known={"_comment", "rel_l1_thresh", "coefficients"}
+    )
     coefficients = number_list(form["coefficients"], "coefficients")
     threshold = form.get("rel_l1_thresh")
     return Carried(

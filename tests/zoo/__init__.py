@@ -46,13 +46,17 @@ _FAMILIES = (
     video_audio,
     audio,
 )
-TINY: dict[str, TinyModel] = {name: model for family in _FAMILIES for name, model in family.MODELS.items()}
+TINY: dict[str, TinyModel] = {
+    name: model for family in _FAMILIES for name, model in family.MODELS.items()
+}
 assert len(TINY) == sum(len(family.MODELS) for family in _FAMILIES), "two families share a name"
 
 _shared: dict[tuple, dict[str, Any]] = {}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> nn.Module:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> nn.Module:
     """The tiny model in eval mode; `overrides` replace init arguments. The global random state is left alone."""
     tiny = TINY[name]
     if tiny.stub:
@@ -69,7 +73,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overri
 @contextmanager
 def _marked_memory() -> Iterator[None]:
     """Let torch.empty return NaN, so that parameters which a class leaves uninitialised can be told from the rest."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -122,7 +129,12 @@ def inputs(
 
 
 def trajectory(
-    name: str, total: int = 8, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32, branch: int = 0
+    name: str,
+    total: int = 8,
+    seed: int = 0,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    branch: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """The inputs of all steps of one trajectory, which shares its key/value cache with no other."""
     shared: dict[str, Any] = {}

@@ -161,9 +161,13 @@ _FLUX3 = dict(
     timestep_channels=16,
     axes_dims_rope=(4, 4, 4, 4),
 )
-_CHROMA = dict(_INIT, **_ROPE, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1)
+_CHROMA = dict(
+    _INIT, **_ROPE, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1
+)
 _BRIA = dict(_INIT, **_ROPE, pooled_projection_dim=None)
-_FLUX_PIPELINES = "cache_context in flux only; the 13 others (img2img, fill, control, kontext, ...) without"
+_FLUX_PIPELINES = (
+    "cache_context in flux only; the 13 others (img2img, fill, control, kontext, ...) without"
+)
 _CLASS = "FluxTransformer2DModel"
 
 MODELS = table(
@@ -186,7 +190,12 @@ MODELS = table(
         remarks="head and tail are the same block",
     ),
     TinyModel(
-        "flux_controlnet", _CLASS, _FLUX, _flux_controlnet, _DUAL, remarks="residuals are added between the blocks"
+        "flux_controlnet",
+        _CLASS,
+        _FLUX,
+        _flux_controlnet,
+        _DUAL,
+        remarks="residuals are added between the blocks",
     ),
     TinyModel(
         "flux2",

@@ -30,7 +30,9 @@ def _hunyuan_dit(step: Step) -> dict:
         text_embedding_mask=torch.ones(step.batch, 4),
         encoder_hidden_states_t5=step.fixed(step.batch, 4, 8, salt=2),
         text_embedding_mask_t5=torch.ones(step.batch, 4),
-        image_meta_size=torch.tensor([[1024.0, 1024.0, 16.0, 16.0, 0.0, 0.0]]).repeat(step.batch, 1),
+        image_meta_size=torch.tensor([[1024.0, 1024.0, 16.0, 16.0, 0.0, 0.0]]).repeat(
+            step.batch, 1
+        ),
         style=torch.zeros(step.batch, dtype=torch.long),
         image_rotary_emb=[torch.ones(16, 8), torch.zeros(16, 8)],
     )
@@ -118,10 +120,20 @@ _SANA = dict(
 _DIT_REMARK = "blocks embed the time themselves; after the stack the model calls block 0's embedding once more"
 
 MODELS = table(
-    TinyModel("pixart", "PixArtTransformer2DModel", _PIXART, _pixart, remarks="one time embedding for all blocks"),
+    TinyModel(
+        "pixart",
+        "PixArtTransformer2DModel",
+        _PIXART,
+        _pixart,
+        remarks="one time embedding for all blocks",
+    ),
     TinyModel("dit", "DiTTransformer2DModel", _DIT, _class_label, remarks=_DIT_REMARK),
     TinyModel(
-        "transformer_2d", "Transformer2DModel", _DIT, _class_label, remarks="DiT mode (patches). " + _DIT_REMARK
+        "transformer_2d",
+        "Transformer2DModel",
+        _DIT,
+        _class_label,
+        remarks="DiT mode (patches). " + _DIT_REMARK,
     ),
     TinyModel(
         "hunyuan_dit",
@@ -181,7 +193,15 @@ MODELS = table(
     TinyModel(
         "prx",
         "PRXTransformer2DModel",
-        dict(in_channels=4, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=3, axes_dim=[8, 8]),
+        dict(
+            in_channels=4,
+            context_in_dim=16,
+            hidden_size=32,
+            mlp_ratio=2.0,
+            num_heads=2,
+            depth=3,
+            axes_dim=[8, 8],
+        ),
         _prx,
         ("blocks",),
         remarks="text gives keys and values only",

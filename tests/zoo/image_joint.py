@@ -223,7 +223,12 @@ MODELS = table(
         pipelines="cache_context in both",
         remarks="the text refiner has blocks of its own",
     ),
-    TinyModel("cogview3_plus", "CogView3PlusTransformer2DModel", dict(_COGVIEW, pos_embed_max_size=8), _cogview),
+    TinyModel(
+        "cogview3_plus",
+        "CogView3PlusTransformer2DModel",
+        dict(_COGVIEW, pos_embed_max_size=8),
+        _cogview,
+    ),
     TinyModel(
         "cogview4",
         "CogView4Transformer2DModel",
@@ -248,8 +253,14 @@ MODELS = table(
         _glm,
         remarks="editing calls the model once per reference image (time 0, empty text) before the first step",
     ),
-    TinyModel("joyimage_edit", "JoyImageEditTransformer3DModel", _JOYIMAGE, _joyimage, ("double_blocks",)),
     TinyModel(
-        "joyimage_edit_plus", "JoyImageEditPlusTransformer3DModel", _JOYIMAGE, _joyimage_plus, ("double_blocks",)
+        "joyimage_edit", "JoyImageEditTransformer3DModel", _JOYIMAGE, _joyimage, ("double_blocks",)
+    ),
+    TinyModel(
+        "joyimage_edit_plus",
+        "JoyImageEditPlusTransformer3DModel",
+        _JOYIMAGE,
+        _joyimage_plus,
+        ("double_blocks",),
     ),
 )

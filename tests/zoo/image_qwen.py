@@ -57,7 +57,9 @@ def _qwen21_edit(step: Step) -> dict:
         encoder_hidden_states=step.fixed(step.batch, 6, 16, salt=1),
         encoder_hidden_states_mask=torch.ones(step.batch, 6, dtype=torch.bool),
         img_shapes=[[(1, 2, 2), (1, 4, 4)]] * step.batch,
-        img_mask=torch.tensor([[False, False, True, False, False, False] + [True] * 4]).expand(step.batch, -1),
+        img_mask=torch.tensor([[False, False, True, False, False, False] + [True] * 4]).expand(
+            step.batch, -1
+        ),
     )
 
 
@@ -94,7 +96,9 @@ _QWEN21 = dict(
     context_in_dim=16,
     axes_dims_rope=(4, 6, 6),
 )
-_NUCLEUS = dict(_QWEN, axes_dims_rope=(8, 4, 4), capacity_factors=2.0, num_experts=4, moe_intermediate_dim=16)
+_NUCLEUS = dict(
+    _QWEN, axes_dims_rope=(8, 4, 4), capacity_factors=2.0, num_experts=4, moe_intermediate_dim=16
+)
 _QWEN_CLASS = "QwenImageTransformer2DModel"
 _QWEN_PIPELINES = "cache_context in all 9"
 _QWEN21_CLASS = "QwenImage21Transformer2DModel"

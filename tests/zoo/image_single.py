@@ -24,15 +24,23 @@ def _z_image(step: Step) -> dict:
 
 def _z_image_controlnet(step: Step) -> dict:
     """Sixteen image tokens are padded to 32, then come 32 of text: a residual spans both."""
-    return dict(_z_image(step), controlnet_block_samples={0: 0.3 * step.latents(step.batch, 64, 16, salt=20)})
+    return dict(
+        _z_image(step),
+        controlnet_block_samples={0: 0.3 * step.latents(step.batch, 64, 16, salt=20)},
+    )
 
 
 def _z_image_omni(step: Step) -> dict:
     """Lists of images per sample: a reference (seen by an image encoder too), then the noisy target."""
     samples = range(step.batch)
     return dict(
-        x=[[step.fixed(16, 1, 8, 8, salt=40 + i), step.latents(16, 1, 8, 8, salt=i)] for i in samples],
-        cap_feats=[[step.fixed(16, 16, salt=50 + i), step.fixed(16, 16, salt=60 + i)] for i in samples],
+        x=[
+            [step.fixed(16, 1, 8, 8, salt=40 + i), step.latents(16, 1, 8, 8, salt=i)]
+            for i in samples
+        ],
+        cap_feats=[
+            [step.fixed(16, 16, salt=50 + i), step.fixed(16, 16, salt=60 + i)] for i in samples
+        ],
         siglip_feats=[[step.fixed(4, 4, 12, salt=70 + i), None] for i in samples],
         image_noise_mask=[[0, 1]] * step.batch,
         t=step.rising(),
@@ -242,7 +250,9 @@ MODELS = table(
         rises=True,
         remarks="time is a token of the sequence [text, time, image] and modulates the output only",
     ),
-    TinyModel("omnigen_edit", "OmniGenTransformer2DModel", _OMNIGEN, _omnigen_edit, _LAYERS, rises=True),
+    TinyModel(
+        "omnigen_edit", "OmniGenTransformer2DModel", _OMNIGEN, _omnigen_edit, _LAYERS, rises=True
+    ),
     TinyModel(
         "ernie_image",
         "ErnieImageTransformer2DModel",

@@ -16,7 +16,8 @@ def stub_torchvision() -> None:
 
     if not hasattr(transformer_cosmos, "transforms"):
         transformer_cosmos.transforms = SimpleNamespace(
-            functional=SimpleNamespace(resize=_resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
+            functional=SimpleNamespace(resize=_resize),
+            InterpolationMode=SimpleNamespace(NEAREST="nearest"),
         )
 
 

@@ -4,7 +4,8 @@ _UNET_PART = "a part of a UNet, not a denoiser: its few blocks are one of many a
 
 UNCOVERED: dict[str, str] = {
     "DreamLiteTransformer2DModel": _UNET_PART + " (DreamLite)",
-    "DualTransformer2DModel": _UNET_PART + " (two Transformer2DModels side by side, Versatile Diffusion)",
+    "DualTransformer2DModel": _UNET_PART
+    + " (two Transformer2DModels side by side, Versatile Diffusion)",
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive token decoder; nothing is denoised",
     "PriorTransformer": "predicts an image embedding (unCLIP priors); the decoder after it, a UNet, is the cost",
     "TransformerTemporalModel": _UNET_PART + " (motion modules)",

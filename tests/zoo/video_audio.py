@@ -64,7 +64,8 @@ def _kandinsky6_audio(step: Step) -> dict:
 def _kandinsky6_sr(step: Step) -> dict:
     condition = step.fixed(step.batch, 1, 8, 8, 5, salt=3)
     return dict(
-        hidden_states=torch.cat([step.latents(step.batch, 1, 8, 8, 4), condition], dim=-1), timestep=step.falling()
+        hidden_states=torch.cat([step.latents(step.batch, 1, 8, 8, 4), condition], dim=-1),
+        timestep=step.falling(),
     )
 
 
@@ -172,7 +173,13 @@ MODELS = table(
     TinyModel(
         "ltx2_tokens",
         "LTX2VideoTransformer3DModel",
-        dict(LTX2, gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True),
+        dict(
+            LTX2,
+            gated_attn=True,
+            cross_attn_mod=True,
+            audio_gated_attn=True,
+            audio_cross_attn_mod=True,
+        ),
         _ltx2_tokens,
         streams=2,
         pipelines=_LTX2_PIPELINES,

@@ -35,7 +35,11 @@ def _cosmos_frames(step: Step) -> dict:
     mask = torch.zeros(step.batch, 1, 2, 8, 8, dtype=step.dtype)
     mask[:, :, 0] = 1
     return dict(
-        _cosmos(step), hidden_states=step.latents(step.batch, 4, 2, 8, 8), timestep=times, condition_mask=mask, fps=16
+        _cosmos(step),
+        hidden_states=step.latents(step.batch, 4, 2, 8, 8),
+        timestep=times,
+        condition_mask=mask,
+        fps=16,
     )
 
 
@@ -103,7 +107,11 @@ def _sana_wm(step: Step) -> dict:
         encoder_hidden_states=step.fixed(step.batch, 1, 8, 16, salt=1),
         encoder_attention_mask=torch.ones(step.batch, 8, dtype=torch.long),
         camera_conditions=step.fixed(step.batch, 3, 20, salt=4),
-        cam_pos_embeds={"absmap": step.fixed(step.batch, 3, 3, 4, 4, salt=5), "P": rays, "P_inv": inverse},
+        cam_pos_embeds={
+            "absmap": step.fixed(step.batch, 3, 3, 4, 4, salt=5),
+            "P": rays,
+            "P_inv": inverse,
+        },
         chunk_plucker=step.fixed(step.batch, 6, 3, 4, 4, salt=2),
     )
 
@@ -162,12 +170,26 @@ _SANA_VIDEO = dict(
     rope_max_seq_len=32,
 )
 _COSMOS_REMARK = (
-    "torchvision is stubbed (nearest resize of the padding mask); extra_pos_emb is added inside every block"
+    "torchvision is stubbed (nearest resize of the padding mask); "
+    "extra_pos_emb is added inside every block"
 )
 
 MODELS = table(
-    TinyModel("ltx", "LTXVideoTransformer3DModel", LTX, _ltx, pipelines="cache_context, guidance is batched"),
-    TinyModel("cosmos", "CosmosTransformer3DModel", _COSMOS, _cosmos, remarks=_COSMOS_REMARK, stub=stub_torchvision),
+    TinyModel(
+        "ltx",
+        "LTXVideoTransformer3DModel",
+        LTX,
+        _ltx,
+        pipelines="cache_context, guidance is batched",
+    ),
+    TinyModel(
+        "cosmos",
+        "CosmosTransformer3DModel",
+        _COSMOS,
+        _cosmos,
+        remarks=_COSMOS_REMARK,
+        stub=stub_torchvision,
+    ),
     TinyModel(
         "cosmos_frames",
         "CosmosTransformer3DModel",
@@ -234,7 +256,9 @@ MODELS = table(
         _sana_video_i2v,
         remarks="timestep is (batch, 1, frames, rows, columns) of tokens",
     ),
-    TinyModel("sana_video_controlnet", "SanaVideoTransformer3DModel", _SANA_VIDEO, _sana_video_controlnet),
+    TinyModel(
+        "sana_video_controlnet", "SanaVideoTransformer3DModel", _SANA_VIDEO, _sana_video_controlnet
+    ),
     TinyModel(
         "sana_wm",
         "SanaWMTransformer3DModel",

@@ -189,11 +189,15 @@ _CONSISID = dict(
     LFE_num_scale=1,
 )
 _HUNYUAN_CLASS = "HunyuanVideoTransformer3DModel"
-_HUNYUAN_PIPELINES = "cache_context in hunyuan_video; not in image2video, skyreels_image2video, framepack"
+_HUNYUAN_PIPELINES = (
+    "cache_context in hunyuan_video; not in image2video, skyreels_image2video, framepack"
+)
 _COGVIDEOX_PIPELINES = 'cache_context("cond_uncond") in all 4, guidance is batched'
 
 MODELS = table(
-    TinyModel("hunyuan_video", _HUNYUAN_CLASS, _HUNYUAN, _hunyuan, _DUAL, pipelines=_HUNYUAN_PIPELINES),
+    TinyModel(
+        "hunyuan_video", _HUNYUAN_CLASS, _HUNYUAN, _hunyuan, _DUAL, pipelines=_HUNYUAN_PIPELINES
+    ),
     TinyModel(
         "hunyuan_video_token_replace",
         _HUNYUAN_CLASS,
@@ -214,7 +218,13 @@ MODELS = table(
     TinyModel(
         "hunyuan_video_framepack",
         "HunyuanVideoFramepackTransformer3DModel",
-        dict(_HUNYUAN, patch_size=2, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True),
+        dict(
+            _HUNYUAN,
+            patch_size=2,
+            has_image_proj=True,
+            image_proj_dim=16,
+            has_clean_x_embedder=True,
+        ),
         _framepack,
         _DUAL,
         remarks="history tokens first; they are cut off between the stack and norm_out",
@@ -228,12 +238,17 @@ MODELS = table(
         remarks="all-zero image_embeds mean text-to-video",
     ),
     TinyModel(
-        "hunyuan_video15_i2v", "HunyuanVideo15Transformer3DModel", dict(_HUNYUAN15, task_type="i2v"), _hunyuan15_i2v
+        "hunyuan_video15_i2v",
+        "HunyuanVideo15Transformer3DModel",
+        dict(_HUNYUAN15, task_type="i2v"),
+        _hunyuan15_i2v,
     ),
     TinyModel(
         "motif_video",
         "MotifVideoTransformer3DModel",
-        dict(_MOTIF, enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True),
+        dict(
+            _MOTIF, enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True
+        ),
         _motif,
         _DUAL,
         pipelines="cache_context in both",
@@ -250,7 +265,13 @@ MODELS = table(
             "stream so far becomes their text, so what leaves block 1 of the list is not what enters block 2"
         ),
     ),
-    TinyModel("cogvideox", "CogVideoXTransformer3DModel", _COGVIDEOX, _cogvideox, pipelines=_COGVIDEOX_PIPELINES),
+    TinyModel(
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _COGVIDEOX,
+        _cogvideox,
+        pipelines=_COGVIDEOX_PIPELINES,
+    ),
     TinyModel(
         "cogvideox_rotary",
         "CogVideoXTransformer3DModel",

@@ -72,7 +72,11 @@ def _animate_2(step: Step) -> dict:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
     frames = 3 if step.index else 2
-    latents = step.latents(step.batch, 4, frames, 4, 4) if step.index else step.fixed(step.batch, 4, 2, 4, 4, salt=2)
+    latents = (
+        step.latents(step.batch, 4, frames, 4, 4)
+        if step.index
+        else step.fixed(step.batch, 4, 2, 4, 4, salt=2)
+    )
     condition = step.fixed(step.batch, 8, frames, 4, 4, salt=3)
     grid = torch.tensor([[2, 2, 2]]).expand(step.batch, -1)
     kwargs = dict(
@@ -85,7 +89,13 @@ def _animate_2(step: Step) -> dict:
     )
     if step.index == 0:
         return dict(kwargs, kv_cache_mode="extract", offset_grid_sizes=grid)
-    return dict(kwargs, kv_cache_mode="cached", reference_grid_sizes=grid, origin_len=5, origin_area=[32, 32])
+    return dict(
+        kwargs,
+        kv_cache_mode="cached",
+        reference_grid_sizes=grid,
+        origin_len=5,
+        origin_area=[32, 32],
+    )
 
 
 def _skyreels_df(step: Step) -> dict:
@@ -178,7 +188,9 @@ _WAN_PIPELINES = "cache_context in wan, wan_i2v and lucy_edit; not in wan_video2
 MODELS = table(
     TinyModel("wan21", "WanTransformer3DModel", _INIT, _wan, _BLOCKS, pipelines=_WAN_PIPELINES),
     TinyModel("wan_one_block", "WanTransformer3DModel", dict(_INIT, num_layers=1), _wan, _BLOCKS),
-    TinyModel("wan21_i2v", "WanTransformer3DModel", _I2V, _wan_i2v, _BLOCKS, pipelines=_WAN_PIPELINES),
+    TinyModel(
+        "wan21_i2v", "WanTransformer3DModel", _I2V, _wan_i2v, _BLOCKS, pipelines=_WAN_PIPELINES
+    ),
     TinyModel(
         "wan22_ti2v",
         "WanTransformer3DModel",

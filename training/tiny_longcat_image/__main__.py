@@ -52,13 +52,17 @@ def make_autoencoder(work: Path, recipe: Recipe, seed: int) -> None:
     (work / "vae.done").touch()
 
 
-def load_pipeline(work: Path, transformer: Transformer | None, dtype: torch.dtype) -> LongCatImagePipeline:
+def load_pipeline(
+    work: Path, transformer: Transformer | None, dtype: torch.dtype
+) -> LongCatImagePipeline:
     """Put the parts together; the transformer's training reads the others through the pipeline's own methods."""
     tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
     return LongCatImagePipeline(
         scheduler=build_scheduler(),
         vae=AutoencoderKL.from_pretrained(work / "vae", dtype=dtype).eval(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(work / "text_encoder", dtype=dtype).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            work / "text_encoder", dtype=dtype
+        ).eval(),
         tokenizer=tokenizer,
         # Prompt rewriting, the processor's only use, works with the tokenizer's chat template. A real
         # Qwen2VLProcessor needs torchvision, and a missing component makes a plain from_pretrained fail.
@@ -82,7 +86,12 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
 
 @click.command()
 @click.option("--seed", default=0, show_default=True, help="Seed of every random number.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder that receives the pipeline.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that receives the pipeline.",
+)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 def main(seed: int, out: Path, threads: int) -> None:
     """Train tiny-longcat-image from nothing on scikit-learn's handwritten digits."""

@@ -35,7 +35,9 @@ def random_pictures(masks: torch.Tensor, count: int) -> torch.Tensor:
     """Draw digits, each in a colouring of its own."""
     digits = torch.randint(len(masks), (count,)).tolist()
     colourings = torch.randint(len(COLOURINGS), (count,)).tolist()
-    return torch.cat([paint(masks[d : d + 1], COLOURINGS[c]) for d, c in zip(digits, colourings, strict=True)])
+    return torch.cat(
+        [paint(masks[d : d + 1], COLOURINGS[c]) for d, c in zip(digits, colourings, strict=True)]
+    )
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
@@ -44,7 +46,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
     vae = build_autoencoder(recipe)
     masks, _ = digit_masks()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05
+    )
 
     for step in range(recipe.steps):
         pictures = random_pictures(masks, recipe.batch)
@@ -72,7 +76,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
 def normalise_latents(vae: AutoencoderKL, masks: torch.Tensor) -> None:
     """Measure the latents' mean and deviation and write them into the config, where the pipeline looks."""
     latents = torch.cat([vae.encode(paint(masks[:200], c)).latent_dist.mode() for c in COLOURINGS])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    vae.register_to_config(
+        scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
+    )
 
 
 @torch.no_grad()
@@ -82,6 +88,10 @@ def reconstruction_psnr(vae: AutoencoderKL, masks: torch.Tensor, count: int = 20
     errors = []
     for colouring in COLOURINGS:
         pictures = paint(masks[:count], colouring)
-        decoded = vae.decode(vae.encode(pictures.to(dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
+        decoded = (
+            vae.decode(vae.encode(pictures.to(dtype)).latent_dist.mode())
+            .sample.float()
+            .clamp(-1, 1)
+        )
         errors.append(F.mse_loss(decoded, pictures) / 4)  # pictures span -1..1
     return float(-10 * torch.log10(torch.stack(errors).mean()))

@@ -38,7 +38,10 @@ class Colouring:
         return PAPER_RGB[self.paper] if self.paper else PLAIN_PAPER_RGB
 
 
-COLOURINGS = (*(Colouring(ink, paper) for ink in INK_RGB for paper in PAPER_RGB), Colouring(None, None))
+COLOURINGS = (
+    *(Colouring(ink, paper) for ink in INK_RGB for paper in PAPER_RGB),
+    Colouring(None, None),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def all_captions() -> list[Caption]:
     ]
 
 
-def caption_index(digit: torch.Tensor, colouring: torch.Tensor, phrasing: torch.Tensor) -> torch.Tensor:
+def caption_index(
+    digit: torch.Tensor, colouring: torch.Tensor, phrasing: torch.Tensor
+) -> torch.Tensor:
     """Positions in `all_captions()` of the captions with these digits, colourings and phrasings."""
     return (digit * len(COLOURINGS) + colouring) * PHRASINGS_PER_SUBJECT + phrasing
 

@@ -29,7 +29,11 @@ LATENT_CHANNELS = 16
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler settings of LongCat-Image."""
     return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
     )
 
 
@@ -46,7 +50,11 @@ def build_transformer(recipe: TransformerRecipe, text_size: int) -> Transformer:
         pooled_projection_dim=text_size,
         axes_dims_rope=list(recipe.rope_axes),
     )
-    modulations = (longcat.AdaLayerNormZero, longcat.AdaLayerNormZeroSingle, longcat.AdaLayerNormContinuous)
+    modulations = (
+        longcat.AdaLayerNormZero,
+        longcat.AdaLayerNormZeroSingle,
+        longcat.AdaLayerNormContinuous,
+    )
     zeroed = [module.linear for module in transformer.modules() if isinstance(module, modulations)]
     for linear in [*zeroed, transformer.proj_out]:
         torch.nn.init.zeros_(linear.weight)
@@ -92,9 +100,16 @@ class BiasedAttnProcessor(longcat.LongCatImageAttnProcessor):
         self.key_bias = key_bias
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        image_rotary_emb=None,
     ) -> torch.Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.key_bias, image_rotary_emb)
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, self.key_bias, image_rotary_emb
+        )
 
 
 class PadSampling:
@@ -105,13 +120,18 @@ class PadSampling:
         self.sampled_pads = sampled_pads
         pads = TEXT_SLOTS - leading_slots
         self.key_bias = torch.zeros(1, 1, 1, leading_slots + sampled_pads + image_tokens)
-        self.key_bias[..., leading_slots : leading_slots + sampled_pads] = math.log(pads / sampled_pads)
+        self.key_bias[..., leading_slots : leading_slots + sampled_pads] = math.log(
+            pads / sampled_pads
+        )
 
     def install(self, transformer: Transformer) -> None:
         set_attention(transformer, BiasedAttnProcessor(self.key_bias))
 
     def draw_slots(self) -> torch.Tensor:
-        pads = self.leading_slots + torch.randperm(TEXT_SLOTS - self.leading_slots)[: self.sampled_pads]
+        pads = (
+            self.leading_slots
+            + torch.randperm(TEXT_SLOTS - self.leading_slots)[: self.sampled_pads]
+        )
         return torch.cat([torch.arange(self.leading_slots), pads.sort().values])
 
 
@@ -151,7 +171,9 @@ def draw_batch(data: TrainingData, recipe: LoopRecipe) -> Batch:
     return Batch(clean, captions, sigma, torch.randn_like(clean))
 
 
-def flow_loss(transformer: Transformer, data: TrainingData, batch: Batch, slots: torch.Tensor) -> torch.Tensor:
+def flow_loss(
+    transformer: Transformer, data: TrainingData, batch: Batch, slots: torch.Tensor
+) -> torch.Tensor:
     """Mean squared error of the predicted velocity, noise minus clean latents."""
     text_ids, image_ids = position_ids(batch.clean.shape[1])
     sigma = batch.sigma[:, None, None]
@@ -168,7 +190,11 @@ def flow_loss(transformer: Transformer, data: TrainingData, batch: Batch, slots:
 
 @torch.no_grad()
 def caption_losses(
-    model: Transformer, data: TrainingData, sampling: PadSampling, sigma: float = 0.9, count: int = 64
+    model: Transformer,
+    data: TrainingData,
+    sampling: PadSampling,
+    sigma: float = 0.9,
+    count: int = 64,
 ) -> dict[str, float]:
     """Loss at one noise level for the right caption, one with a wrong digit and the empty one.
 
@@ -191,7 +217,9 @@ def caption_losses(
     sampled = torch.cat([torch.arange(leading), spread_pads])
 
     def loss(captions: torch.Tensor, model: Transformer, slots: torch.Tensor) -> float:
-        return flow_loss(model, data, Batch(clean, captions, torch.full((count,), sigma), noise), slots).item()
+        return flow_loss(
+            model, data, Batch(clean, captions, torch.full((count,), sigma), noise), slots
+        ).item()
 
     return {
         "right": loss(right, model, sampled),
@@ -211,7 +239,9 @@ def with_stock_attention(model: Transformer) -> Transformer:
 def train_denoiser(data: TrainingData, recipe: Recipe, seed: int, checkpoint: Path) -> Transformer:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights with the stock attention."""
     torch.manual_seed(seed)
-    sampling = PadSampling(data.leading_slots, recipe.transformer.sampled_pads, data.latents.shape[2])
+    sampling = PadSampling(
+        data.leading_slots, recipe.transformer.sampled_pads, data.latents.shape[2]
+    )
     model = build_transformer(recipe.transformer, data.text_states.shape[-1])
     sampling.install(model)
     training = Training(model, recipe.loop)

@@ -12,7 +12,15 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
-from .data import IMAGE_SIZE, INK_RGB, PAPER_RGB, PLAIN_INK_RGB, PLAIN_PAPER_RGB, Colouring, digit_masks
+from .data import (
+    IMAGE_SIZE,
+    INK_RGB,
+    PAPER_RGB,
+    PLAIN_INK_RGB,
+    PLAIN_PAPER_RGB,
+    Colouring,
+    digit_masks,
+)
 
 # Ink may be read as white or black and paper as any ink: a picture can be wrong in any way.
 NAMED_RGB = {**INK_RGB, **PAPER_RGB}
@@ -30,7 +38,9 @@ class Reading:
 
 def nearest_name(colour: np.ndarray) -> str:
     """The named colour with the smallest Euclidean distance in RGB."""
-    return min(NAMED_RGB, key=lambda name: float(np.linalg.norm(colour - np.array(NAMED_RGB[name]))))
+    return min(
+        NAMED_RGB, key=lambda name: float(np.linalg.norm(colour - np.array(NAMED_RGB[name])))
+    )
 
 
 def expected_names(colouring: Colouring) -> tuple[str, str]:
@@ -64,7 +74,11 @@ def ink_coverage(picture: np.ndarray) -> np.ndarray:
 def features(coverage: np.ndarray) -> np.ndarray:
     """Coverage [N, 32, 32] averaged down to one row of 16x16 values per picture."""
     block = IMAGE_SIZE // READING_SIZE
-    return coverage.reshape(-1, READING_SIZE, block, READING_SIZE, block).mean(axis=(2, 4)).reshape(len(coverage), -1)
+    return (
+        coverage.reshape(-1, READING_SIZE, block, READING_SIZE, block)
+        .mean(axis=(2, 4))
+        .reshape(len(coverage), -1)
+    )
 
 
 def support_vector_machine() -> ClassifierMixin:
@@ -84,11 +98,15 @@ class DigitReader:
         masks, labels = digit_masks()
         self._features = features(masks[:, 0].numpy())
         self._labels = labels.numpy()
-        self._classifier = (classifier or support_vector_machine()).fit(self._features, self._labels)
+        self._classifier = (classifier or support_vector_machine()).fit(
+            self._features, self._labels
+        )
 
     def accuracy_on_real_digits(self) -> float:
         """Cross-validated accuracy: what a perfect model could at most expect to score."""
-        return float(cross_val_score(clone(self._classifier), self._features, self._labels, cv=5).mean())
+        return float(
+            cross_val_score(clone(self._classifier), self._features, self._labels, cv=5).mean()
+        )
 
     def read(self, pictures: np.ndarray) -> list[Reading]:
         """Read RGB pictures [N, 32, 32, 3] in 0..1."""

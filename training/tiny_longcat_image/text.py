@@ -56,9 +56,13 @@ def train_tokenizer() -> Qwen2Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    fixed_text = (PROMPT_PREFIX + PROMPT_SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
+    fixed_text = (
+        (PROMPT_PREFIX + PROMPT_SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
+    )
     corpus = [caption.text for caption in all_captions()] + [fixed_text]
-    trainer = trainers.BpeTrainer(vocab_size=600, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(corpus, trainer)
 
     learnt = json.loads(bpe.to_str())["model"]
@@ -76,7 +80,9 @@ def train_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_text_encoder(tokenizer: Qwen2Tokenizer, recipe: TextEncoderRecipe) -> Qwen2_5_VLForConditionalGeneration:
+def build_text_encoder(
+    tokenizer: Qwen2Tokenizer, recipe: TextEncoderRecipe
+) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained Qwen2.5-VL of minimal size; its vision tower exists only because the class demands one."""
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
@@ -114,7 +120,10 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer, recipe: TextEncoderRecipe) -> 
 
 
 def pad_states(
-    encoder: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, prompts: list[str], slots: int
+    encoder: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    prompts: list[str],
+    slots: int,
 ) -> torch.Tensor:
     """Hidden states of the last pad of each prompt, laid out as the pipeline does: prefix, padded prompt, suffix."""
     prefix, suffix = tokenizer(PROMPT_PREFIX)["input_ids"], tokenizer(PROMPT_SUFFIX)["input_ids"]
@@ -127,7 +136,12 @@ def pad_states(
     )
     rows = len(prompts)
     input_ids = torch.cat(
-        [torch.tensor(prefix).expand(rows, -1), padded.input_ids.long(), torch.tensor(suffix).expand(rows, -1)], 1
+        [
+            torch.tensor(prefix).expand(rows, -1),
+            padded.input_ids.long(),
+            torch.tensor(suffix).expand(rows, -1),
+        ],
+        1,
     )
     mask = torch.cat(
         [
@@ -164,20 +178,30 @@ def train_text_encoder(
     """Train the language model so that linear probes read digit, ink and paper off a noisy pad state."""
     torch.manual_seed(seed)
     encoder = build_text_encoder(tokenizer, recipe).train()
-    probes = torch.nn.ModuleList(torch.nn.Linear(recipe.hidden_size, classes) for classes in PROBE_CLASSES)
+    probes = torch.nn.ModuleList(
+        torch.nn.Linear(recipe.hidden_size, classes) for classes in PROBE_CLASSES
+    )
     # The final norm stays at 1, or its gain would grow until the noise no longer matters.
     trained = [
         parameter
         for name, parameter in encoder.named_parameters()
         if "visual" not in name and not name.endswith("language_model.norm.weight")
     ]
-    optimizer = torch.optim.AdamW([*trained, *probes.parameters()], lr=recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        [*trained, *probes.parameters()], lr=recipe.learning_rate, weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=0.1
+    )
     captions: list[Caption | None] = [*all_captions(), *[None] * 12]
 
     for step in range(recipe.steps):
-        batch = [captions[index] for index in torch.randint(len(captions), (recipe.batch,)).tolist()]
-        states = pad_states(encoder, tokenizer, [c.text if c else "" for c in batch], TRAINING_SLOTS)
+        batch = [
+            captions[index] for index in torch.randint(len(captions), (recipe.batch,)).tolist()
+        ]
+        states = pad_states(
+            encoder, tokenizer, [c.text if c else "" for c in batch], TRAINING_SLOTS
+        )
         states = states + recipe.probe_noise * torch.randn_like(states)
         labels = torch.tensor([probe_labels(caption) for caption in batch])
         logits = [probe(states) for probe in probes]
@@ -191,16 +215,26 @@ def train_text_encoder(
             logger.info("text encoder step %d: loss %.3f", step, loss.item())
 
     encoder.eval()
-    logger.info("text encoder: probes read digit, ink, paper: %s", probe_accuracy(encoder, tokenizer, probes))
+    logger.info(
+        "text encoder: probes read digit, ink, paper: %s",
+        probe_accuracy(encoder, tokenizer, probes),
+    )
     return encoder
 
 
 @torch.no_grad()
 def probe_accuracy(
-    encoder: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, probes: torch.nn.ModuleList
+    encoder: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    probes: torch.nn.ModuleList,
 ) -> list[float]:
     """Accuracy of the probes on every sixth caption at the pipeline's full 512 slots."""
     captions = all_captions()[::6]
-    states = torch.cat([pad_states(encoder, tokenizer, [caption.text], 512) for caption in captions])
+    states = torch.cat(
+        [pad_states(encoder, tokenizer, [caption.text], 512) for caption in captions]
+    )
     labels = torch.tensor([probe_labels(caption) for caption in captions])
-    return [(probe(states).argmax(-1) == labels[:, i]).float().mean().item() for i, probe in enumerate(probes)]
+    return [
+        (probe(states).argmax(-1) == labels[:, i]).float().mean().item()
+        for i, probe in enumerate(probes)
+    ]

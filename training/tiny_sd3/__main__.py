@@ -29,7 +29,9 @@ from .text import train_tokenizer
 logger = logging.getLogger(__name__)
 
 SHIPPED_DTYPE = torch.bfloat16
-VAE_FOLDER = Path(__file__).resolve().parents[2] / "calibrate" / "embedded" / "tiny-longcat-image" / "vae"
+VAE_FOLDER = (
+    Path(__file__).resolve().parents[2] / "calibrate" / "embedded" / "tiny-longcat-image" / "vae"
+)
 
 
 def train(out: Path, seed: int, recipe: Recipe) -> None:
@@ -56,7 +58,12 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
 
 @click.command()
 @click.option("--seed", default=0, show_default=True, help="Seed of every random number.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder that receives the pipeline.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that receives the pipeline.",
+)
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(seed: int, out: Path, threads: int) -> None:
     """Train tiny-sd3 on scikit-learn's handwritten digits."""

@@ -81,10 +81,13 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
 
-    def encode(self, input_ids: torch.Tensor, absent_t5_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, input_ids: torch.Tensor, absent_t5_slots: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt states and pooled projections as `StableDiffusion3Pipeline.encode_prompt` puts them together."""
         outputs = [
-            encoder(input_ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)
+            encoder(input_ids, output_hidden_states=True)
+            for encoder in (self.text_encoder, self.text_encoder_2)
         ]
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         states = F.pad(states, (0, self.transformer.config.joint_attention_dim - states.shape[-1]))
@@ -92,7 +95,11 @@ class Denoiser(nn.Module):
         return states, torch.cat([output.text_embeds for output in outputs], -1)
 
     def forward(
-        self, latents: torch.Tensor, sigma: torch.Tensor, input_ids: torch.Tensor, absent_t5_slots: int = 1
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        input_ids: torch.Tensor,
+        absent_t5_slots: int = 1,
     ) -> torch.Tensor:
         states, pooled = self.encode(input_ids, absent_t5_slots)
         return self.transformer(
@@ -111,13 +118,20 @@ class LastKeyCountsManyTimes:
         self.score = math.log(times)
 
     def __call__(
-        self, attn, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask=None
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask=None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, tokens = hidden_states.shape[:2]
 
         def joint(project, project_text, norm, norm_text) -> torch.Tensor:
             parts = [project(hidden_states), project_text(encoder_hidden_states)]
-            parts = [part.view(rows, -1, attn.heads, part.shape[-1] // attn.heads).transpose(1, 2) for part in parts]
+            parts = [
+                part.view(rows, -1, attn.heads, part.shape[-1] // attn.heads).transpose(1, 2)
+                for part in parts
+            ]
             if norm is not None:
                 parts = [norm(parts[0]), norm_text(parts[1])]
             return torch.cat(parts, 2)
@@ -127,7 +141,11 @@ class LastKeyCountsManyTimes:
         value = joint(attn.to_v, attn.add_v_proj, None, None)
         bias = query.new_zeros(1, 1, 1, key.shape[2])
         bias[..., -1] = self.score
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        mixed = (
+            F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         image, text = mixed[:, :tokens], mixed[:, tokens:]
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
@@ -158,10 +176,16 @@ class TrainingData:
 def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingData:
     """Encode every digit in every colouring and tokenize every caption as the pipeline does."""
     masks, labels = digit_masks()
-    latents = torch.stack([encode_pictures(vae, paint(masks, colouring)) for colouring in COLOURINGS])
+    latents = torch.stack(
+        [encode_pictures(vae, paint(masks, colouring)) for colouring in COLOURINGS]
+    )
     texts = [caption.text for caption in all_captions()] + [""]
     tokens = tokenizer(
-        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     return TrainingData(latents, labels, tokens.input_ids)
 
@@ -173,7 +197,12 @@ def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def flow_loss(
-    model: Denoiser, clean: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, input_ids: torch.Tensor, slots=1
+    model: Denoiser,
+    clean: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    input_ids: torch.Tensor,
+    slots=1,
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity, noise minus clean latents."""
     share = sigma[:, None, None, None]
@@ -191,11 +220,19 @@ def random_batch_loss(model: Denoiser, data: TrainingData, recipe: Recipe) -> to
     captions = caption_index(data.labels[picture], colouring, phrasing)
     captions = drop_captions(captions, len(data.input_ids) - 1, recipe.loop.empty_caption_rate)
     clean = data.latents[colouring, picture]
-    return flow_loss(model, clean, draw_sigmas(recipe.loop.batch), torch.randn_like(clean), data.input_ids[captions])
+    return flow_loss(
+        model,
+        clean,
+        draw_sigmas(recipe.loop.batch),
+        torch.randn_like(clean),
+        data.input_ids[captions],
+    )
 
 
 @torch.no_grad()
-def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9, count: int = 64) -> dict[str, float]:
+def caption_losses(
+    model: Denoiser, data: TrainingData, sigma: float = 0.9, count: int = 64
+) -> dict[str, float]:
     """Loss at one noise level for the right caption, one with a wrong digit and the empty one.
 
     The gap between the first two says whether the digit in the prompt is obeyed long before the loss itself does.
@@ -221,7 +258,9 @@ def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9, coun
         "right": loss(right, model),
         "wrong digit": loss(wrong, model),
         "empty": loss(empty, model),
-        f"right, {ABSENT_T5_SLOTS} zero states": loss(right, with_stock_attention(model), ABSENT_T5_SLOTS),
+        f"right, {ABSENT_T5_SLOTS} zero states": loss(
+            right, with_stock_attention(model), ABSENT_T5_SLOTS
+        ),
     }
 
 

@@ -37,7 +37,9 @@ def train_tokenizer(slots: int) -> CLIPTokenizer:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, recipe: TextEncoderRecipe) -> CLIPTextModelWithProjection:
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, recipe: TextEncoderRecipe
+) -> CLIPTextModelWithProjection:
     """An untrained text encoder of minimal size."""
     config = CLIPTextConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,

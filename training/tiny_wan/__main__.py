@@ -60,7 +60,9 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     make_autoencoder(work, recipe, seed)
     tokenizer = build_tokenizer(recipe.text_encoder.slots)
     # The parts are stored in bf16: the transformer is trained on what the shipped encoder produces.
-    model = train_denoiser(load_autoencoder(work / "vae"), tokenizer, recipe, seed, work / "transformer.pt")
+    model = train_denoiser(
+        load_autoencoder(work / "vae"), tokenizer, recipe, seed, work / "transformer.pt"
+    )
     make_refined_decoder(work, recipe, seed)
     model.to(SHIPPED_DTYPE)
     pipeline = WanPipeline(
@@ -76,7 +78,12 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
 
 @click.command()
 @click.option("--seed", default=0, show_default=True, help="Seed of every random number.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder that receives the pipeline.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that receives the pipeline.",
+)
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(seed: int, out: Path, threads: int) -> None:
     """Train tiny-wan on rendered shapes in motion."""

@@ -37,7 +37,9 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderKLWan:
     )
     # With a deviation of 1 the noise would drown the latents' first traces of the shape, and the KL term would then
     # keep them out for good.
-    torch.nn.init.constant_(vae.quant_conv.bias[recipe.latent_channels :], recipe.first_log_variance)
+    torch.nn.init.constant_(
+        vae.quant_conv.bias[recipe.latent_channels :], recipe.first_log_variance
+    )
     return vae
 
 
@@ -57,24 +59,36 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     for index in range(latents.shape[2]):
         vae._conv_idx = [0]
         chunk = latents[:, :, index : index + 1]
-        frames.append(vae.decoder(chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
+        frames.append(
+            vae.decoder(
+                chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0
+            )
+        )
     vae.clear_cache()
     return unpatchify(torch.cat(frames, 2), vae.config.patch_size)
 
 
-def reconstruction_loss(decoded: torch.Tensor, clips: torch.Tensor, recipe: AutoencoderRecipe) -> torch.Tensor:
+def reconstruction_loss(
+    decoded: torch.Tensor, clips: torch.Tensor, recipe: AutoencoderRecipe
+) -> torch.Tensor:
     """Squared and absolute error, with most of the weight on the shapes."""
     error = decoded - clips
-    return (shape_weight(clips, recipe.shape_weight) * (error.square() + recipe.l1_weight * error.abs())).mean()
+    return (
+        shape_weight(clips, recipe.shape_weight) * (error.square() + recipe.l1_weight * error.abs())
+    ).mean()
 
 
 class Descent:
     """AdamW with a one-cycle schedule over a fixed number of steps."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, steps: int) -> None:
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], learning_rate: float, steps: int
+    ) -> None:
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, steps, pct_start=0.05)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, learning_rate, steps, pct_start=0.05
+        )
 
     def step(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
@@ -97,7 +111,12 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKLWan:
         kl = posterior.kl().mean() / latents[0].numel()
         descent.step(reconstruction_loss(decoded, clips, recipe) + recipe.kl_weight * kl)
         if step % 50 == 0 or step == recipe.steps - 1:
-            logger.info("autoencoder step %d: mse %.5f kl %.2f", step, F.mse_loss(decoded, clips).item(), kl.item())
+            logger.info(
+                "autoencoder step %d: mse %.5f kl %.2f",
+                step,
+                F.mse_loss(decoded, clips).item(),
+                kl.item(),
+            )
 
     vae.eval()
     normalise_latents(vae)

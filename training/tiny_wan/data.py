@@ -13,7 +13,16 @@ SHAPES = ("circle", "square", "triangle")
 COLOURS = tuple(INK_RGB)
 BACKGROUNDS = tuple(PAPER_RGB)
 # Counter-clockwise in steps of 45 degrees, as seen on the screen.
-DIRECTIONS = ("right", "up and right", "up", "up and left", "left", "down and left", "down", "down and right")
+DIRECTIONS = (
+    "right",
+    "up and right",
+    "up",
+    "up and left",
+    "left",
+    "down and left",
+    "down",
+    "down and right",
+)
 RADII = (3.5, 5.0)
 SPEEDS = (1.0, 1.6)  # pixels per frame
 # Chosen so that shapes of one radius have similar areas; the triangle reaches farthest from its centre.
@@ -113,4 +122,6 @@ def render(caption: Caption, count: int) -> torch.Tensor:
 def random_clips(count: int) -> torch.Tensor:
     """One clip each of captions drawn at random."""
     captions = all_captions()
-    return torch.cat([render(captions[index], 1) for index in torch.randint(len(captions), (count,)).tolist()])
+    return torch.cat(
+        [render(captions[index], 1) for index in torch.randint(len(captions), (count,)).tolist()]
+    )

@@ -21,11 +21,16 @@ from .text import build_text_encoder
 def build_scheduler() -> UniPCMultistepScheduler:
     """The scheduler settings of Wan 2.1 at its lower resolution."""
     return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        num_train_timesteps=1000,
     )
 
 
-def build_transformer(recipe: TransformerRecipe, text_size: int, latent_channels: int) -> Transformer:
+def build_transformer(
+    recipe: TransformerRecipe, text_size: int, latent_channels: int
+) -> Transformer:
     """An untrained transformer whose blocks start as identities and whose output starts at zero (as DiT does)."""
     transformer = Transformer(
         patch_size=recipe.patch_size,
@@ -41,7 +46,10 @@ def build_transformer(recipe: TransformerRecipe, text_size: int, latent_channels
     # Cross attention has no gate: its output is zeroed instead.
     linears = [transformer.proj_out, transformer.condition_embedder.time_proj]
     linears += [block.attn2.to_out[0] for block in transformer.blocks]
-    tables = [transformer.scale_shift_table, *(block.scale_shift_table for block in transformer.blocks)]
+    tables = [
+        transformer.scale_shift_table,
+        *(block.scale_shift_table for block in transformer.blocks),
+    ]
     for parameter in [*tables, *(p for linear in linears for p in linear.parameters())]:
         nn.init.zeros_(parameter)
     return transformer
@@ -60,9 +68,14 @@ class Denoiser(nn.Module):
         input_ids, mask = tokens.unbind(-1)
         return self.text_encoder(input_ids, mask).last_hidden_state * mask[..., None]
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         return self.transformer(
-            hidden_states=latents, timestep=sigma * 1000, encoder_hidden_states=self.encode(tokens), return_dict=False
+            hidden_states=latents,
+            timestep=sigma * 1000,
+            encoder_hidden_states=self.encode(tokens),
+            return_dict=False,
         )[0]
 
 
@@ -80,15 +93,23 @@ def tokenize(tokenizer: T5TokenizerFast, texts: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prepare_data(vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, clips_per_caption: int) -> TrainingData:
+def prepare_data(
+    vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, clips_per_caption: int
+) -> TrainingData:
     """Render and encode clips of every caption and tokenize the captions as the pipeline does."""
     captions = all_captions()
-    latents = torch.stack([encode_clips(vae, render(caption, clips_per_caption)) for caption in captions])
+    latents = torch.stack(
+        [encode_clips(vae, render(caption, clips_per_caption)) for caption in captions]
+    )
     return TrainingData(latents, tokenize(tokenizer, [*(caption.text for caption in captions), ""]))
 
 
 def flow_loss(
-    model: Denoiser, clean: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, tokens: torch.Tensor
+    model: Denoiser,
+    clean: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    tokens: torch.Tensor,
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity, noise minus clean latents."""
     share = sigma[:, None, None, None, None]
@@ -103,7 +124,9 @@ def random_batch_loss(model: Denoiser, data: TrainingData, recipe: Recipe) -> to
     caption = torch.randint(captions, size)
     clean = data.latents[caption, torch.randint(clips, size)]
     shown = drop_captions(caption, captions, recipe.loop.empty_caption_rate)
-    return flow_loss(model, clean, draw_sigmas(recipe.loop.batch), torch.randn_like(clean), data.tokens[shown])
+    return flow_loss(
+        model, clean, draw_sigmas(recipe.loop.batch), torch.randn_like(clean), data.tokens[shown]
+    )
 
 
 # Captions that differ in one word, to see which words are obeyed.
@@ -129,7 +152,9 @@ def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9) -> d
     rows["empty"] = len(captions)
     sigmas = torch.full((len(clean),), sigma)
     return {
-        name: flow_loss(model, clean, sigmas, noise, data.tokens[row].expand(len(clean), -1, -1)).item()
+        name: flow_loss(
+            model, clean, sigmas, noise, data.tokens[row].expand(len(clean), -1, -1)
+        ).item()
         for name, row in rows.items()
     }
 
@@ -141,7 +166,9 @@ def train_denoiser(
     torch.manual_seed(seed)
     data = prepare_data(vae, tokenizer, recipe.clips_per_caption)
     text_encoder = build_text_encoder(tokenizer, recipe.text_encoder)
-    transformer = build_transformer(recipe.transformer, recipe.text_encoder.hidden_size, vae.config.z_dim)
+    transformer = build_transformer(
+        recipe.transformer, recipe.text_encoder.hidden_size, vae.config.z_dim
+    )
     training = Training(Denoiser(transformer, text_encoder), recipe.loop)
     run_training(
         training,

@@ -71,7 +71,9 @@ def read_clip(clip: np.ndarray) -> Reading:
     covered = [shape_coverage(frame, colour, background) for frame in clip]
     centres = [centre(frame) for frame in covered]
     misfits = {
-        shape: sum(misfit(shape, frame, middle) for frame, middle in zip(covered, centres, strict=True))
+        shape: sum(
+            misfit(shape, frame, middle) for frame, middle in zip(covered, centres, strict=True)
+        )
         for shape in SHAPES
     }
     return Reading(

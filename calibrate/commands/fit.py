@@ -1,0 +1,137 @@
+"""The command that fits: everything a recorded run says, on the CPU."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+FIT_OPTIONS = {"degree": 4, "target": "output", "signal": "modulated_input"}
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN [RUN2 ...]")
+@click.option(
+    "--degree", type=click.IntRange(1, 6), default=4, show_default=True, help="Of the polynomial."
+)
+@click.option(
+    "--target",
+    type=click.Choice(["output", "hidden", "residual"]),
+    default="output",
+    show_default=True,
+    help="Whose change is predicted.",
+)
+@click.option(
+    "--signal",
+    type=click.Choice(["modulated_input", "time_embedding"]),
+    default="modulated_input",
+    show_default=True,
+    help="From whose change.",
+)
+@click.option(
+    "--forecast",
+    type=click.Choice(["linear", "quadratic"]),
+    help="For a gate that extrapolates skipped steps: predict the error of that forecast (needs a --gram run).",
+)
+@click.option(
+    "--forecast-of",
+    type=click.Choice(["output", "residual"]),
+    help="What --forecast is made of [default: output].",
+)
+@click.option(
+    "--constrained/--free",
+    "constrained",
+    default=None,
+    help="Recommend the fit that is never negative and never falls, or the plain one [default: the better one].",
+)
+@click.option(
+    "--score",
+    "strangers",
+    multiple=True,
+    metavar="ENTRY",
+    help="Also score an entry, or numbers such as 1,2,3 (highest power first); repeat for several.",
+)
+@click.option(
+    "--speedup",
+    type=float,
+    metavar="FACTOR",
+    help="Also find the threshold for this expected speed-up.",
+)
+@click.option(
+    "--registry",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Registry to look entries up in.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draft entry [default: RUN/entry.yaml].",
+)
+def fit(runs: tuple[str, ...], **options: Any) -> None:
+    """Fit recorded runs, replay thresholds, and write a draft entry. Runs of one protocol are fitted together.
+
+    \b
+    Example:
+        calibrate fit runs/flux1-dev-1a2b3c4d --score ali-vilab/flux1-dev --speedup 1.8
+    """
+    fit_and_report(runs, options)
+
+
+def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str, Any]) -> Path:
+    """Fit, print the tables, and write the draft entry, whose path is returned.
+
+    ``options`` are those of ``calibrate fit``; what is missing takes its default.
+    """
+    import coeffs
+    from calibrate.fitting.choice import fit_branches
+    from calibrate.fitting.draft import entry_of, forecasting
+    from calibrate.fitting.score import score
+    from calibrate.runs.pairs import load_run
+    from calibrate.text import candidate_table, fit_table, replay_table, score_table
+
+    chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
+    method, flag = {
+        None: ("auto", ""),
+        True: ("constrained", " --constrained"),
+        False: ("polyfit", " --free"),
+    }[options.get("constrained")]
+    strangers = [_stranger(name, options.get("registry")) for name in options.get("strangers", ())]
+    run = load_run(runs)
+    forecast = {name: options.get(name) for name in ("forecast", "forecast_of")}
+    run, target = forecasting(run, chosen["target"], **forecast)
+    fits = fit_branches(run, **chosen | {"target": target}, method=method)
+    given = {
+        **chosen,
+        **{name.replace("_", "-"): value for name, value in forecast.items() if value},
+    }
+    command = (
+        " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in given.items())])
+        + flag
+    )
+    entry = entry_of(run, fits, target, chosen["signal"], **forecast, command=command)
+    tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
+    if strangers:
+        tables.append(score_table(score(strangers, run)))
+    tables.append(replay_table(run, entry, fits, options.get("speedup")))
+    path = coeffs.save(entry, options.get("out") or run.path / "entry.yaml")
+
+    click.echo("\n\n".join(tables) + "\n")
+    for warning in entry.warnings:
+        click.echo(f"warning: {warning}")
+    click.echo(f"draft entry: {path}")
+    return path
+
+
+def _stranger(name: str, registry: str | None) -> Any:
+    """An entry by name or path, or a bare list of coefficients."""
+    import coeffs
+
+    try:
+        return [float(part) for part in name.strip("[]").split(",")]
+    except ValueError:
+        return coeffs.load(name, registry)
+
+
+COMMANDS = [fit]

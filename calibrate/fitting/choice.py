@@ -1,0 +1,152 @@
+"""Which fit of each branch is recommended, and which branch an engine with a single slot gets, with the reasons."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from calibrate.errors import InvalidOption
+from calibrate.fitting.held_out import compare_branches, figures, learning_curve, rival_figures
+from calibrate.fitting.intervals import Bootstrap, bootstrap
+from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial, has_shape
+from calibrate.runs.pairs import Run
+
+METHODS = ("auto", "polyfit", "constrained")
+BETTER = 0.01  # a held-out RMSE has to be this much lower to count as better
+POOLING_LOSS = 0.10
+TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class BranchFit:
+    """The fits of one branch, or of all branches pooled.
+
+    Attributes:
+        pairs: The fitted pairs, columns x and y as the signal and target chosen.
+        chosen: The recommended fit.
+        other: The one that was not; None where both are the same.
+        figures: By method, see :func:`calibrate.fitting.held_out.figures` and
+            :func:`~calibrate.fitting.held_out.rival_figures`.
+        resampled: ``chosen`` refitted on resampled prompts; None with fewer than three prompts.
+        enough: How many prompts are, see :func:`calibrate.fitting.held_out.learning_curve`; None where
+            more would help.
+        why: Why ``chosen`` was.
+        excluded: Recorded rows left out as non-finite.
+    """
+
+    expert: str
+    branch: str
+    pairs: pd.DataFrame
+    chosen: FitResult
+    other: FitResult | None
+    figures: dict[str, dict[str, float | None]]
+    resampled: Bootstrap | None
+    enough: int | None
+    why: str
+    excluded: int
+
+    @property
+    def chosen_figures(self) -> dict[str, float | None]:
+        return self.figures[self.chosen.method]
+
+
+def fit_branches(
+    run: Run,
+    degree: int = 4,
+    target: str = "output",
+    signal: str = "modulated_input",
+    method: str = "auto",
+) -> list[BranchFit]:
+    """Both fits of every expert and branch, and of the branches pooled where there are several."""
+    if method not in METHODS:
+        raise InvalidOption(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    fits = []
+    for expert in run.experts:
+        branches = run.branches(expert)
+        for branch in [*branches, "pooled"] if len(branches) > 1 else branches:
+            pairs = run.pairs(signal, target, expert, branch)
+            if pairs.empty:
+                raise InvalidOption(
+                    f"{expert}/{branch}: no finite pairs of {signal} and {target}, which this model or log lacks; "
+                    "choose another --signal or --target"
+                )
+            recorded = run.rows["expert"].eq(expert) & (
+                run.rows["branch"].eq(branch) | (branch == "pooled")
+            )
+            fits.append(
+                _fit_one(expert, branch, pairs, degree, method, int(recorded.sum()) - len(pairs))
+            )
+    return fits
+
+
+def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
+    """Which of an expert's fits an engine with one slot gets, and what that costs where it is worth a warning.
+
+    Pooled, unless its held-out RMSE on the first (conditional) branch is more than a tenth above that branch's own.
+    """
+    main, *others = own
+    if not others:
+        return main, None
+    pooled = own["pooled"]
+    table = compare_branches(pooled.pairs, pooled.chosen.degree, pooled.chosen.method)
+    if table["rmse_held_out"].isna().any():
+        return "pooled", None
+    error = table.set_index(["branch", "fitted_on"])["rmse_held_out"]
+    losses = {
+        name: error[name, "pooled"] / max(error[name, name], TINY) - 1
+        for name in own
+        if name != "pooled"
+    }
+    if max(losses.values()) <= POOLING_LOSS:
+        return "pooled", None
+    recommended = main if losses[main] > POOLING_LOSS else "pooled"
+    lost = ", ".join(f"{name} {100 * loss:+.0f} %" for name, loss in losses.items())
+    return recommended, (
+        f"one polynomial for all branches costs held-out RMSE ({lost}): use one per branch; "
+        f"engines with one slot get {recommended}"
+    )
+
+
+def _fit_one(
+    expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
+) -> BranchFit:
+    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
+    free, shaped = fit_polynomial(x, y, degree), fit_constrained(x, y, degree)
+    same = free.coefficients_high_to_low == shaped.coefficients_high_to_low
+    fits = [free, shaped] if not same else [shaped] if method == "constrained" else [free]
+    by_method = {one.method: one for one in fits}
+    rivals = rival_figures(pairs)
+    of_method = {name: figures(pairs, one) | rivals for name, one in by_method.items()}
+    if same:
+        why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
+        chosen = next(iter(by_method))
+    else:
+        chosen, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
+    other = next((one for name, one in by_method.items() if name != chosen), None)
+    best = by_method[chosen]
+    _, enough = learning_curve(pairs, best.degree, best.method)
+    return BranchFit(
+        expert, branch, pairs, best, other, of_method, bootstrap(pairs, best), enough, why, excluded
+    )
+
+
+def _choose(plain: FitResult, of_method: dict[str, dict]) -> tuple[str, str]:
+    """The recommended method and why, where the plain fit lacks the shape."""
+    free, shaped = of_method["polyfit"], of_method["constrained"]
+    kind, key = (
+        ("in-sample", "rmse") if free["rmse_held_out"] is None else ("held-out", "rmse_held_out")
+    )
+    change = shaped[key] / max(free[key], TINY) - 1
+    if not has_shape(plain)[0]:
+        return "constrained", (
+            "the free fit is negative on part of its domain, where engines disagree on what that means; "
+            f"non-negative and non-decreasing instead: {kind} RMSE {100 * change:+.1f} %"
+        )
+    if change <= -BETTER:
+        return (
+            "constrained",
+            f"rises everywhere, and {kind} RMSE {100 * change:+.1f} % against the free fit",
+        )
+    return "polyfit", (
+        "non-negative on its domain, so that all sign rules agree; it falls in places, "
+        f"but a fit that rises everywhere has {kind} RMSE {100 * change:+.1f} %"
+    )

@@ -1,0 +1,224 @@
+"""Prompt sets: the shipped ones by name, and files of one's own (text, or JSON lines)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import InvalidPrompts
+from calibrate.model.protocol import canonical_sha256
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_FIELDS = {"prompt", "negative_prompt", "image", "seed"}
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One generation to record.
+
+    ``prompt_id`` hashes the content (text, negative text, images) and not the position, so that the same prompt keeps
+    its name in every run: a held-out split by ``prompt_id`` never has one prompt on both sides, and runs recorded
+    apart can be fitted together.
+    """
+
+    prompt_id: str
+    prompt: str
+    negative_prompt: str | None = None
+    image: tuple[str, ...] = ()  # names in the run's inputs/ folder, by content
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the manifest; one image is a name, several are a list."""
+        image = self.image[0] if len(self.image) == 1 else list(self.image) or None
+        return {
+            "prompt_id": self.prompt_id,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "image": image,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Prompts in order, and where the images that they name are found."""
+
+    prompts: tuple[Prompt, ...]
+    sha256: (
+        str  # over the whole set before any --num-prompts, so that asking for more continues a run
+    )
+    name: str
+    images: dict[str, Path] = field(default_factory=dict)
+
+    def first(self, count: int | None) -> "PromptSet":
+        """The first ``count`` prompts; all of them for None."""
+        if count is None:
+            return self
+        if not 1 <= count <= len(self.prompts):
+            raise InvalidPrompts(
+                f"--num-prompts {count}: {self.name} has {len(self.prompts)}; ask for 1 to that many"
+            )
+        return replace(self, prompts=self.prompts[:count])
+
+
+def shipped_sets() -> dict[str, Path]:
+    """Name -> file of every prompt set that comes with the package."""
+    folder = Path(str(files("calibrate") / "data" / "prompts"))
+    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
+
+
+def load_prompts(
+    source: str | os.PathLike | Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    images: Iterable[str | os.PathLike] = (),
+    count: int | None = None,
+) -> PromptSet:
+    """Read a shipped set (by name; ``default`` for None), a ``.txt`` or ``.jsonl`` file, or a list of texts.
+
+    Only the first ``count`` prompts are kept; all of them for None. The prompt at position i gets the seed
+    ``seed + i`` unless its line names one. ``images`` (files or folders) go round the prompts that name no image of
+    their own.
+    """
+    source = "default" if source is None else source
+    if isinstance(source, (str, os.PathLike)):
+        path = shipped_sets().get(str(source), Path(source))
+        lines, name = _read(path), path.name
+    else:
+        lines, name = (
+            [(f"prompt {i}", {"prompt": text}, Path()) for i, text in enumerate(source, 1)],
+            "the given list",
+        )
+    if not lines:
+        raise InvalidPrompts(f"{name}: no prompt in it; expected at least one")
+    shared = [_image_name(path) for path in _image_files(images)]
+    known, prompts, seen = dict(shared), [], {}
+    for index, (where, item, folder) in enumerate(lines):
+        text = item.get("prompt")
+        if not isinstance(text, str):
+            raise InvalidPrompts(f'{where}: no text under \'prompt\'; expected {{"prompt": "..."}}')
+        own = _own_images(where, item.get("image"), folder)
+        known.update(own)
+        names = tuple(name for name, _ in own)
+        if shared and not names:
+            names = (shared[index % len(shared)][0],)
+        prompt = _prompt(where, item, text, names, default_seed=seed + index)
+        key = (prompt.prompt_id, prompt.seed)
+        if key in seen:
+            raise InvalidPrompts(
+                f"{where}: the same prompt with the same seed as {seen[key]}; give it another seed"
+            )
+        seen[key] = where
+        prompts.append(prompt)
+    digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
+    return PromptSet(prompts=tuple(prompts), sha256=digest, name=name, images=known).first(count)
+
+
+def _prompt(
+    where: str, item: dict, text: str, images: tuple[str, ...], default_seed: int
+) -> Prompt:
+    negative, seed = item.get("negative_prompt"), item.get("seed")
+    if negative is not None and not isinstance(negative, str):
+        raise InvalidPrompts(f"{where}: 'negative_prompt' is {negative!r}; expected text")
+    seed = default_seed if seed is None else seed
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
+        raise InvalidPrompts(
+            f"{where}: the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1"
+        )
+    prompt_id = canonical_sha256([text, negative, list(images)])[:12]
+    return Prompt(
+        prompt_id=prompt_id, prompt=text, negative_prompt=negative, image=images, seed=seed
+    )
+
+
+def _read(path: Path) -> list[tuple[str, dict, Path]]:
+    """(file:line, fields, folder that relative image paths start from) of every line that is not blank."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        shipped = ", ".join(shipped_sets())
+        raise InvalidPrompts(
+            f"{path}: {error.strerror}; expected a .txt or .jsonl file or one of the shipped sets ({shipped})"
+        ) from None
+    items = []
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InvalidPrompts(
+                f"{where}: not UTF-8 text ({error.reason} at byte {error.start})"
+            ) from None
+        if text:
+            item = _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
+            items.append((where, item, path.parent))
+    return items
+
+
+def _json_fields(where: str, text: str) -> dict:
+    try:
+        item = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidPrompts(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(item, dict):
+        raise InvalidPrompts(
+            f'{where}: {type(item).__name__} found; expected an object such as {{"prompt": "..."}}'
+        )
+    unknown = ", ".join(sorted(set(item) - _FIELDS))
+    if unknown:
+        raise InvalidPrompts(
+            f"{where}: unknown field {unknown}; expected {', '.join(sorted(_FIELDS))}"
+        )
+    return item
+
+
+def _own_images(where: str, value: Any, folder: Path) -> list[tuple[str, Path]]:
+    paths = [value] if isinstance(value, str) else value or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise InvalidPrompts(
+            f"{where}: 'image' is {value!r}; expected a file name or a list of them"
+        )
+    try:
+        return [_image_name(folder / path) for path in paths]
+    except InvalidPrompts as error:
+        raise InvalidPrompts(f"{where}: {error}") from None
+
+
+def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
+    """Files as they are, folders as the images in them by name."""
+    found = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            inside = sorted(
+                path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+            )
+            if not inside:
+                raise InvalidPrompts(
+                    f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}"
+                )
+            found += inside
+        else:
+            found.append(source)
+    return found
+
+
+def _image_name(path: Path) -> tuple[str, Path]:
+    """(name by content, file) of an image that can be decoded."""
+    from PIL import Image
+
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise InvalidPrompts(f"{path}: not an image; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+    try:
+        raw = path.read_bytes()
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it cannot be decoded as an image"
+        raise InvalidPrompts(f"{path}: {reason}") from None
+    return hashlib.sha256(raw).hexdigest()[:16] + suffix, path

@@ -1,0 +1,58 @@
+"""Which process this is among those of one launch, and which of them have to work together."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+def rank() -> int:
+    """This process's number under torchrun or accelerate, else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes the launch has, else 1."""
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def restarts() -> int:
+    """How often torchrun has started this job's processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class Party:
+    """The ranks that run every forward of a denoiser together; its first one chooses what is recorded, and writes.
+
+    Usually a party of one. Under context or tensor parallelism (``enable_parallelism`` of diffusers) it is the whole
+    group: a rank that went for a prompt of its own would wait for ever in the first collective.
+    """
+
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        from runtime.compat.diffusers_private import lockstep_group
+
+        groups = [
+            group for module in modules.values() if (group := lockstep_group(module)) is not None
+        ]
+        self._group = groups[0] if groups else None
+        self.leads = True
+        if self._group is not None:
+            import torch.distributed
+
+            self._distributed = torch.distributed
+            self.leads = torch.distributed.get_rank(self._group) == 0
+
+    def announce(self, index: int | None) -> None:
+        """Tell the others which group comes next; None ends their part."""
+        if self._group is not None:
+            self._broadcast(index)
+
+    def follow(self) -> int | None:
+        """The group that the leading rank announces next, or None."""
+        return self._broadcast(None)
+
+    def _broadcast(self, index: int | None) -> int | None:
+        box = [index]
+        self._distributed.broadcast_object_list(
+            box, src=self._distributed.get_global_rank(self._group, 0), group=self._group
+        )
+        return box[0]

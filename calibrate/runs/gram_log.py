@@ -1,0 +1,273 @@
+"""The Gram log of a run: inner products of all steps of each trajectory, read and combined. No tensors, no model.
+
+``gram/<group>.npz`` holds, for each expert (``transformer``):
+
+========================  =============================================================================================
+``<expert>/branches``     names of the guidance branches, the conditional one first
+``<expert>/first_step``   0, or where in the schedule this expert of several begins
+``<expert>/sigmas``       noise level of its T steps and after the last; NaN where the scheduler tells none
+``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
+                          branch b, so that the cross terms of the branches are in it
+``<expert>/residual``     the same of the stack's residuals
+``<expert>/joint``        name that the branches have in the pairs, where one call holds both as halves of its batch
+``<expert>/guidance``     guidance scale measured there: along which combination of the halves the latents moved
+``<expert>/residual_error``  relative standard error of a squared distance of residuals; 0 where they are exact
+========================  =============================================================================================
+
+With guidance g the sampler follows ``g cond + (1 - g) uncond``, and the Gram matrix of that follows from the blocks. A
+pipeline that rescales the guided prediction (LongCat-Image's guidance renormalisation) is described up to that scale.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate.errors import RunFolderError
+from calibrate.runs.folder import RunFolder
+
+Array = NDArray[np.float64]
+# Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
+LARGEST_INTERPOLATION_ERROR = 0.1
+SECOND_GUIDANCE = "guidance_scale_2"  # of pipelines with two experts (Wan 2.2)
+
+
+class NoPlan(RunFolderError, ValueError):
+    """A log from which nothing can be planned; says why and what to do."""
+
+
+@dataclass(frozen=True)
+class GramLog:
+    """What planning needs of a run.
+
+    Attributes:
+        output: Gram matrices of the guided outputs, shape (samples, T, T).
+        residual: Of the guided residuals, or ``None`` where steps differ in shape.
+        sigmas: Noise levels, shape (T + 1,); NaN where unknown.
+        prompt_ids: Prompt of each sample: what cross-validation leaves out together.
+        first_step: Where in the schedule this expert takes over; 0 for the only one.
+        residual_error: Relative standard error of squared distances of residuals; 0 where exact.
+    """
+
+    output: Array
+    residual: Array | None
+    sigmas: Array
+    prompt_ids: tuple[str, ...]
+    expert: str = "transformer"
+    first_step: int = 0
+    guidance_scale: float | None = None
+    residual_error: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        return self.output.shape[1]
+
+    @property
+    def levels(self) -> Array:
+        """Abscissa of forecasts, as in the runtime: the noise level, or minus the step where there is none."""
+        return levels_of(self.sigmas)
+
+    @property
+    def increments(self) -> Array:
+        """What each step's output is multiplied with: the step in sigma, or 1 where sigmas are unknown."""
+        if np.isfinite(self.sigmas).all():
+            return np.diff(self.sigmas)
+        return np.ones(self.num_steps)
+
+    @property
+    def grams(self) -> dict[str, Array]:
+        """``output`` and, where it is known, ``residual``."""
+        return {"output": self.output} | ({} if self.residual is None else {"residual": self.residual})
+
+    def select(self, samples: Any) -> "GramLog":
+        """Only these samples."""
+        chosen = np.arange(len(self.output))[samples]
+        residual = None if self.residual is None else self.residual[chosen]
+        ids = tuple(self.prompt_ids[i] for i in chosen)
+        return replace(self, output=self.output[chosen], residual=residual, prompt_ids=ids)
+
+
+def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) -> GramLog:
+    """The Gram log of a run with one denoiser; see :func:`load_grams`.
+
+    Raises:
+        NoPlan: Also for several experts.
+    """
+    logs = load_grams(source, guidance_scale)
+    if len(logs) > 1:
+        names = ", ".join(log.expert for log in logs)
+        raise NoPlan(f"{source}: experts {names} share the schedule; this works with one denoiser only")
+    return logs[0]
+
+
+def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -> list[GramLog]:
+    """Read the Gram log of a run: one per expert, in the order in which they take over the schedule.
+
+    Args:
+        guidance_scale: Plan for this guidance instead of the recorded one.
+
+    Raises:
+        NoPlan: No Gram log, groups that do not belong together, or experts that do not follow on each other.
+        RunFolderError: Not a run.
+    """
+    run = RunFolder.open(source)
+    protocol = run.manifest.get("protocol") or {}
+    scale = protocol.get("guidance_scale") if guidance_scale is None else guidance_scale
+    second = (protocol.get("call_arguments") or {}).get(SECOND_GUIDANCE)
+    ids = {group.name: group.prompt.prompt_id for group in run.groups}
+    files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
+    if not files:
+        raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`")
+    samples = {path: read_gram(path) for path in files}
+    first = samples[files[0]]
+    experts = sorted(first, key=lambda expert: int(first[expert].get("first_step", 0)))
+    usable = [path for path in files if _finite(samples[path])]
+    if not usable:
+        raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
+    for path, sample in samples.items():
+        if _form(sample) != _form(first):
+            raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
+    logs, begin = [], 0
+    for expert in experts:
+        arrays = {ids[path.stem]: samples[path][expert] for path in usable}
+        # As the pipelines do: the later expert has a guidance of its own where the call gives one.
+        log = _log_of(expert, list(arrays.items()), scale if second is None or not logs else float(second))
+        if log.first_step != begin:
+            raise NoPlan(
+                f"{run.path}: {expert} begins at step {log.first_step}, expected {begin}; a plan needs experts that "
+                "follow on each other"
+            )
+        begin += log.num_steps
+        logs.append(log)
+    return logs
+
+
+def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float | None) -> GramLog:
+    first = parts[0][1]
+    names = [str(name) for name in first["branches"]]
+    residuals = [arrays.get("residual") for _, arrays in parts]
+    if scale is None and all("guidance" in arrays for _, arrays in parts):
+        scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
+    return GramLog(
+        output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
+        residual=None if any(r is None for r in residuals) else np.stack([guided(r, names, scale) for r in residuals]),
+        sigmas=np.asarray(first["sigmas"], float),
+        prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
+        expert=expert,
+        first_step=int(first.get("first_step", 0)),
+        guidance_scale=scale,
+        residual_error=max(float(arrays["residual_error"]) for _, arrays in parts),
+    )
+
+
+def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
+    """What all samples of a run must have in common."""
+    return {
+        expert: ([str(name) for name in arrays["branches"]], arrays["output"].shape, int(arrays.get("first_step", 0)))
+        for expert, arrays in sample.items()
+    }
+
+
+def _finite(sample: dict[str, dict[str, Any]]) -> bool:
+    return all(
+        np.isfinite(arrays[name]).all()
+        for arrays in sample.values()
+        for name in ("output", "residual")
+        if name in arrays
+    )
+
+
+def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Array:
+    """Gram matrix of the guided prediction, shape (T, T), from that of the branches, shape (B T, B T).
+
+    Two branches ``cond`` and ``uncond`` are combined as ``g cond + (1 - g) uncond``. Other branches are taken as
+    independent: their squared errors add up.
+    """
+    count = len(branches)
+    steps = len(gram) // count
+    blocks = np.asarray(gram, float).reshape(count, steps, count, steps)
+    if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
+        factors = np.array([guidance_scale if name == "cond" else 1 - guidance_scale for name in branches])
+        return np.einsum("a,atbu,b->tu", factors, blocks, factors)
+    return branch_gram(gram, count).sum(0)
+
+
+def levels_of(sigmas: Array) -> Array:
+    """Abscissa of forecasts over T steps, from their noise levels and the end's: those, or minus the step."""
+    levels = np.asarray(sigmas, float)[:-1]
+    return levels if np.isfinite(levels).all() else -np.arange(len(levels), dtype=float)
+
+
+def branch_gram(gram: Array, branches: int) -> Array:
+    """Gram matrix of each branch on its own, shape (B, T, T), from that of all, shape (B T, B T)."""
+    steps = len(gram) // branches
+    blocks = np.asarray(gram, float).reshape(branches, steps, branches, steps)
+    return np.stack([blocks[i, :, i] for i in range(branches)])
+
+
+def at_steps(log: GramLog, num_steps: int) -> GramLog:
+    """The log as a schedule of another length would have given it, by interpolation of the outputs in sigma.
+
+    The new noise levels follow the recorded schedule, read at fractions of its length. Interpolation is linear, so
+    that the new Gram matrix is ``A G A'``.
+
+    Raises:
+        NoPlan: More steps than were recorded, unknown sigmas, or outputs too curved to be interpolated.
+    """
+    steps = log.num_steps
+    if num_steps == steps:
+        return log
+    if num_steps > steps or num_steps < 3:
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record more steps")
+    if not np.isfinite(log.sigmas).all():
+        raise NoPlan(f"{num_steps} steps from a log of {steps}: no sigmas in it; record {num_steps} steps")
+    error = interpolation_error(log)
+    if error > LARGEST_INTERPOLATION_ERROR:
+        raise NoPlan(
+            f"{num_steps} steps from a log of {steps}: outputs are not smooth enough in sigma (interpolated steps are "
+            f"off by {error:.2g} of a step's change, at most {LARGEST_INTERPOLATION_ERROR}); record {num_steps} steps"
+        )
+    # The last recorded level belongs to step T-1; beyond it lies the end, where nothing is computed.
+    places = np.arange(num_steps) * (steps - 1) / (num_steps - 1)
+    matrix = np.zeros((num_steps, steps))
+    below = np.minimum(places.astype(int), steps - 2)
+    share = places - below
+    matrix[np.arange(num_steps), below] = 1 - share
+    matrix[np.arange(num_steps), below + 1] = share
+    sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
+    residual = None if log.residual is None else matrix @ log.residual @ matrix.T
+    return replace(log, output=matrix @ log.output @ matrix.T, residual=residual, sigmas=sigmas)
+
+
+def interpolation_error(log: GramLog) -> float:
+    """How far a step's output lies from the line between its neighbours, relative to the change of one step (median).
+
+    Interpolating half a step from two recorded ones is off by about a quarter of that.
+    """
+    levels, found = log.levels, []
+    for step in range(1, log.num_steps - 1):
+        weight = (levels[step] - levels[step + 1]) / (levels[step - 1] - levels[step + 1])
+        line = np.array([-weight, 1.0, weight - 1])
+        change = np.array([-1.0, 1.0, 0.0])
+        block = log.output[:, step - 1 : step + 2, step - 1 : step + 2]
+        off, moved = (np.einsum("i,pij,j->p", v, block, v).clip(0) for v in (line, change))
+        found.append(np.sqrt(off / np.maximum(moved, 1e-300)))
+    return float(np.median(found)) / 4 if found else 0.0
+
+
+def read_gram(path: Path) -> dict[str, dict[str, Any]]:
+    """``expert -> name -> array``. Raises RunFolderError for a damaged file."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                expert, _, name = key.partition("/")
+                found.setdefault(expert, {})[name] = arrays[key]
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise RunFolderError(f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})") from None
+    except Exception as error:  # zipfile and zlib have errors of their own
+        raise RunFolderError(f"{path}: damaged ({type(error).__name__}); remove it and record anew") from None
+    return found

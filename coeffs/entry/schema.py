@@ -1,0 +1,389 @@
+"""The entry: what a calibration is worth and where it comes from, as frozen dataclasses.
+
+The annotations below are the one definition of the format; ``schema.json`` is the same for editors.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from coeffs.entry import fields as records
+from coeffs.entry.fields import Limits, Pattern, Record, finite_number, json_record, json_type
+from coeffs.entry.polynomial import Polynomial
+from coeffs.errors import EntryError, InvalidPolynomial
+
+SCHEMA = 1
+CONTROL_X = 0.1
+
+_SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
+Slug = Annotated[
+    str,
+    Pattern(
+        f"{_SEGMENT}(?:/{_SEGMENT})?", "a name such as longcat-image or vllm-omni/longcat-image"
+    ),
+]
+Name = Annotated[
+    str, Pattern(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", "a name of letters, digits and _.-")
+]
+Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}", "64 hexadecimal digits")]
+Schedule = Annotated[
+    str, Pattern(r"[CS]{1,10000}", "letters C (compute) and S (skip), one per step")
+]
+Count = Annotated[int, Limits(0, 10**12)]
+Steps = Annotated[int, Limits(1, 10_000)]
+Pixels = Annotated[int, Limits(1, 10**6)]
+Positive = Annotated[float, Limits(0)]
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Record):
+    """Which weights: hub repository or folder name, revision, and the SHA-256 of the weights where known."""
+
+    repository: str | None = None
+    revision: str | None = None
+    sha256: Sha256 | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Record):
+    """How images were generated while measuring; ``None`` means not stated by the source."""
+
+    scheduler: str | None = None
+    num_steps: Steps | None = None
+    shift: float | str | None = None
+    guidance_scale: float | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+    num_frames: Pixels | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    lora: str | None = None
+    call_arguments: dict[Name, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Record):
+    """What the fit saw."""
+
+    prompts: Count | None = None
+    trajectories: Count | None = None
+    pairs: Count | None = None
+    excluded_non_finite: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Record):
+    """One fitted polynomial with its domain and figures.
+
+    ``value_at_0p1`` is the bare polynomial's value at x = 0.1. It is filled in when missing and compared when stored,
+    so that a list pasted in the other order cannot be loaded.
+    """
+
+    coefficients_high_to_low: tuple[float, ...]
+    degree: Annotated[int, Limits(0, 6)] | None = None
+    method: Literal["polyfit", "constrained", "published"] = "polyfit"
+    value_at_0p1: float | None = None
+    domain: tuple[float, float] | None = None
+    counts: Counts | None = None
+    figures: dict[Name, float | None] | None = None
+    intervals: dict[Name, tuple[tuple[float, float], ...]] | None = None
+    why: str | None = None
+
+    def polynomial(self, sign_rule: str = "clamp") -> Polynomial:
+        """The polynomial under ``sign_rule`` (an entry's ``sign_rule``)."""
+        return Polynomial(self.coefficients_high_to_low, self.domain, sign_rule)
+
+    def _check(self) -> None:
+        try:
+            raw = self.polynomial().raw
+        except InvalidPolynomial as error:
+            raise EntryError(str(error)) from None
+        degree = len(self.coefficients_high_to_low) - 1
+        if self.degree not in (None, degree):
+            problem = f"{self.degree}, but {degree + 1} coefficients have degree {degree}"
+            raise EntryError(f"{problem}: correct one of them", ("degree",))
+        object.__setattr__(self, "degree", degree)
+        if self.value_at_0p1 is None:
+            check_order(self.coefficients_high_to_low, self.domain)
+            object.__setattr__(self, "value_at_0p1", finite_number(raw(CONTROL_X)))
+        else:
+            _check_control_value(self.coefficients_high_to_low, self.value_at_0p1)
+        if self.intervals and len(self.intervals.get("coefficients", ())) not in (0, degree + 1):
+            raise EntryError(
+                f"expected one interval per coefficient ({degree + 1})",
+                ("intervals", "coefficients"),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Candidate):
+    """The fit that is used, with the ones that were tried and why this one was chosen."""
+
+    alternatives: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert(Record):
+    """One denoiser of the pipeline: a fit and MagCache ratios per branch (``pooled``, ``cond``, ``uncond``).
+
+    Ratios are one per step of the schedule: index = step, 1 at step 0.
+    """
+
+    recommended: Name | None = None
+    branches: dict[Name, Fit] = field(default_factory=dict)
+    mag_ratios: dict[Name, tuple[float, ...]] | None = None
+
+    def _check(self) -> None:
+        if self.branches and self.recommended not in self.branches:
+            problem = (
+                f"{self.recommended!r}: expected one of the branches {', '.join(self.branches)}"
+            )
+            raise EntryError(problem, ("recommended",))
+        if self.recommended and not self.branches:
+            raise EntryError(f"{self.recommended!r}, but there are no branches", ("recommended",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Record):
+    """What a threshold costs and gives with this entry's polynomial; a threshold means nothing without it."""
+
+    threshold: Positive
+    computed_steps: Annotated[float, Limits(0, 10_000)] | None = None
+    num_steps: Steps | None = None
+    speedup: Positive | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+    ms_ssim: float | None = None
+    latent_rel_l2: Positive | None = None
+    worst_psnr_db: float | None = None
+    kind: Literal["replay", "verified", "reported"]
+    hardware: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Record):
+    """A fixed schedule: C computes, S skips, one letter per step.
+
+    ``weights`` belong to a fitted forecast: one row per skipped step, in order, of the last computed steps, the newest
+    first.
+    """
+
+    schedule: Schedule
+    computed_steps: Count | None = None
+    sigmas: tuple[float, ...] | None = None
+    forecast: str | None = None
+    forecast_of: Literal["residual", "output"] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
+    figures: dict[Name, float | None] | None = None
+
+    def _check(self) -> None:
+        computed = self.schedule.count("C")
+        if self.computed_steps not in (None, computed):
+            raise EntryError(
+                f"{self.computed_steps}, but the schedule computes {computed}", ("computed_steps",)
+            )
+        object.__setattr__(self, "computed_steps", computed)
+        skipped = len(self.schedule) - computed
+        if (self.forecast == "fitted") != (self.weights is not None):
+            raise EntryError(
+                f"forecast {self.forecast!r}: only fitted has weights, and must", ("weights",)
+            )
+        if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
+            raise EntryError(
+                f"{len(self.weights)} rows: expected one per skipped step ({skipped})", ("weights",)
+            )
+
+    @property
+    def weights_by_step(self) -> dict[int, tuple[float, ...]]:
+        """Skipped step -> weights of the last computed ones, newest first; empty but for a fitted forecast."""
+        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
+        return dict(zip(skipped, self.weights or (), strict=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Record):
+    """Where the numbers come from; free of machine paths."""
+
+    run_id: str | None = None
+    log_sha256: Sha256 | None = None
+    toolkit: str | None = None
+    torch: str | None = None
+    diffusers: str | None = None
+    device: str | None = None
+    command: str | None = None
+    created: str | None = None
+    url: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Record):
+    """One version of one model's calibration. Construction checks everything and raises ``EntryError``.
+
+    ``forecast`` and ``forecast_of`` say what a skipped step is made of under this entry's gate; nothing means reuse
+    of the residual. With the target ``forecast_error`` the polynomial predicts the error of that forecast.
+    """
+
+    schema: int = SCHEMA
+    model: Slug
+    version: Annotated[int, Limits(0, 1_000_000)] = 0
+    status: Literal["measured", "published", "copied"]
+    copied_from: str | None = None
+    title: str | None = None
+    engine: str | None = None
+    transformer_class: str | None = None
+    pipeline_class: str | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    signal: Literal["modulated_input", "time_embedding", "other"]
+    signal_note: str | None = None
+    target: Literal["output", "hidden", "residual", "forecast_error", "unknown"]
+    forecast: Literal["reuse", "linear", "quadratic"] | None = None
+    forecast_of: Literal["residual", "output"] | None = None
+    sign_rule: Literal["clamp", "signed", "abs"] = "clamp"
+    protocol: Protocol = field(default_factory=Protocol)
+    experts: dict[Name, Expert]
+    max_skips: Steps | None = None
+    start: int | float | None = None
+    end: int | float | None = None
+    thresholds: tuple[Threshold, ...] = ()
+    plans: tuple[Plan, ...] | None = None
+    warnings: tuple[str, ...] = ()
+    notes: str | None = None
+    source: Source = field(default_factory=Source)
+
+    def _check(self) -> None:
+        if self.schema != SCHEMA:
+            raise EntryError(f"{self.schema}: expected {SCHEMA}", ("schema",))
+        if (self.status == "copied") != (self.copied_from is not None):
+            raise EntryError(
+                f"{self.copied_from!r} with status {self.status}: only a copied entry says from whom, and must",
+                ("copied_from",),
+            )
+        if self.target == "forecast_error" and (
+            self.forecast in (None, "reuse") or self.forecast_of is None
+        ):
+            problem = f"{self.forecast!r} of {self.forecast_of!r}, but the target is the error of a forecast"
+            raise EntryError(
+                f"{problem}: expected linear or quadratic, of output or residual", ("forecast",)
+            )
+        if not self.experts:
+            raise EntryError("no expert: expected at least transformer", ("experts",))
+        for name, expert in self.experts.items():
+            if not (expert.branches or expert.mag_ratios or self.plans):
+                raise EntryError(
+                    "no fit, no mag_ratios and no plan: nothing to use", ("experts", name)
+                )
+        for name in ("start", "end"):
+            _check_window(getattr(self, name), name)
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}@v{self.version}"
+
+    def fit(self, expert: str = "transformer", branch: str | None = None) -> Fit:
+        """The fit of a branch; the recommended one for ``None`` or a branch that has no fit of its own.
+
+        Raises:
+            EntryError: If the entry has no such expert, or only ratios or plans for it.
+        """
+        if expert not in self.experts:
+            raise EntryError(
+                f"{self.label} has no expert {expert!r}: expected one of {', '.join(self.experts)}"
+            )
+        found = self.experts[expert]
+        if not found.branches:
+            raise EntryError(
+                f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
+            )
+        return found.branches.get(branch or found.recommended, found.branches[found.recommended])
+
+
+def check_order(
+    coefficients_high_to_low: tuple[float, ...], domain: tuple[float, float] | None = None
+) -> None:
+    """Refuse a list that is plausible only when read lowest power first.
+
+    The rule: relative changes between neighbouring steps lie well below 3. A list is refused when its polynomial is
+    outside -3..3 on the whole domain (0 to 0.5 where none is known) and the reversed list comes back inside it there.
+
+    Raises:
+        EntryError: For such a list.
+    """
+    low, high = domain or (0.0, 0.5)
+    grid = [low + (high - low) * step / 64 for step in range(65)]
+
+    def plausible(coefficients: tuple[float, ...]) -> bool:
+        raw = Polynomial(coefficients).raw
+        return any(abs(raw(x)) <= 3 for x in grid)
+
+    if not plausible(coefficients_high_to_low) and plausible(coefficients_high_to_low[::-1]):
+        raise EntryError(
+            f"predicts a change above 3 everywhere in {low:g} to {high:g}, but not when reversed: "
+            "the list looks lowest power first; write it highest power first (numpy.polyfit's order)",
+            ("coefficients_high_to_low",),
+        )
+
+
+def _check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
+    def differs(values: tuple[float, ...]) -> bool:
+        size = sum(abs(value) * CONTROL_X**power for power, value in enumerate(reversed(values)))
+        return abs(Polynomial(values).raw(CONTROL_X) - stored) > 1e-9 * size
+
+    if differs(coefficients):
+        why = (
+            "they are in reversed order"
+            if not differs(coefficients[::-1])
+            else "one of the two was changed"
+        )
+        found = Polynomial(coefficients).raw(CONTROL_X)
+        raise EntryError(
+            f"{stored!r}, but the coefficients give {found!r}: {why}; restore them",
+            ("value_at_0p1",),
+        )
+
+
+def _check_window(value: int | float | None, name: str) -> None:
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise EntryError(
+            f"{value}: expected a fraction of the schedule from 0.0 to 1.0, or a whole number of steps",
+            (name,),
+        )
+    if isinstance(value, int) and not 0 <= value <= 10_000:
+        raise EntryError(
+            f"{value}: expected 0 to 10000 steps, or a fraction from 0.0 to 1.0", (name,)
+        )
+
+
+def from_plain(data: Any) -> Entry:
+    """The entry that plain data describes.
+
+    Raises:
+        EntryError: With the path of the first value that is unknown, missing, of a wrong type or out of range.
+    """
+    return records.from_plain(data, Entry)
+
+
+def json_schema() -> dict:
+    """JSON Schema (2020-12) of an entry, for editors; ``schema.json`` holds exactly this."""
+    records_used = (
+        Checkpoint,
+        Protocol,
+        Counts,
+        Candidate,
+        Fit,
+        Expert,
+        Threshold,
+        Plan,
+        Source,
+        Entry,
+    )
+    definitions = {cls.__name__: json_record(cls) for cls in records_used}
+    definitions["Entry"]["properties"]["schema"] = {"const": SCHEMA}
+    definitions["Entry"]["required"].insert(0, "schema")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Step-cache calibration entry",
+        **json_type(Entry),
+        "$defs": definitions,
+    }

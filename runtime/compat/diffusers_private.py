@@ -1,0 +1,93 @@
+"""The only file that touches non-public names of diffusers; a test pins each of them.
+
+``diffusers.hooks`` publishes ``HookRegistry`` and ``ModelHook``. The name of the CFG branch that a pipeline announces
+through ``cache_context`` reaches hooks only through a ``StateManager``, and the attention classes are listed in
+``diffusers.hooks._common``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers.hooks._common import _ATTENTION_CLASSES
+from diffusers.hooks.hooks import CacheContext, HookFunctionReference, StateManager
+from torch import nn
+
+
+class ContextReceiver(StateManager):
+    """Receives what a pipeline says with ``cache_context``; holds no state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    @property
+    def current(self) -> CacheContext | None:
+        return self._context
+
+    @property
+    def name(self) -> str | None:
+        return None if self._context is None else self._context.name
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether diffusers knows ``module`` as an attention layer."""
+    return isinstance(module, _ATTENTION_CLASSES)
+
+
+def enabled_cache(module: nn.Module) -> str | None:
+    """Name of the diffusers cache that is enabled on ``module``, if one is."""
+    config = getattr(module, "_cache_config", None)
+    return None if config is None else type(config).__name__
+
+
+def hook_registry(module: nn.Module) -> object | None:
+    """The hook registry of ``module`` if it has one already."""
+    return getattr(module, "_diffusers_hook", None)
+
+
+def lockstep_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None":
+    """The ranks that run every forward of ``module`` together, by ``enable_parallelism`` of diffusers, if any.
+
+    Under context parallelism each of them holds a part of the sequence, under tensor parallelism all of it. Sums over
+    the group give the whole sequence's ratio in both cases: equal parts change numerator and denominator alike.
+    """
+    config = getattr(module, "_parallel_config", None)
+    if config is None:
+        return None
+    if config.context_parallel_config is not None:
+        return config.context_parallel_config._flattened_mesh.get_group()
+    if config.tensor_parallel_config is not None:
+        return config.tensor_parallel_config._mesh.get_group()
+    return None
+
+
+def inner_forward(module: nn.Module) -> Callable:
+    """The forward of ``module`` beneath all of its hooks."""
+    reference = _innermost(module)
+    if reference is None:
+        return module.forward
+    return reference.forward if reference.original_forward is None else reference.original_forward
+
+
+def set_inner_forward(module: nn.Module, forward: Callable) -> None:
+    """Put ``forward`` beneath all hooks of ``module``."""
+    reference = _innermost(module)
+    if reference is not None:
+        setattr(
+            reference,
+            "forward" if reference.original_forward is None else "original_forward",
+            forward,
+        )
+    elif getattr(forward, "__func__", None) is type(module).forward:
+        module.__dict__.pop("forward", None)  # the class's own
+    else:
+        module.forward = forward
+
+
+def _innermost(module: nn.Module) -> HookFunctionReference | None:
+    hooks = getattr(hook_registry(module), "hooks", None)
+    return next(iter(hooks.values())).fn_ref if hooks else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without the wrapper of ``torch.compile(module)``."""
+    return getattr(module, "_orig_mod", module)

@@ -1,0 +1,77 @@
+"""Tensors inside the arguments and results of a module call: where they are, and how to put others there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# A place in a call: ("args", 0), ("kwargs", "hidden_states"), one step deeper for every list, tuple or dict.
+Place = tuple[Any, ...]
+
+
+def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Every tensor in nested lists, tuples, dicts (dataclass outputs of diffusers are dicts), with its place."""
+    if isinstance(tree, torch.Tensor):
+        yield place, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tensors(value, (*place, key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from tensors(value, (*place, index))
+
+
+def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, torch.Tensor]]:
+    """The tensors of a call, positional ones first."""
+    yield from tensors(args, ("args",))
+    yield from tensors(kwargs, ("kwargs",))
+
+
+def at(place: Place, args: tuple, kwargs: dict) -> Any:
+    """What stands at ``place`` of a call; ``None`` where the call has no such place."""
+    value: Any = {"args": args, "kwargs": kwargs}
+    try:
+        for key in place:
+            value = value[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return value
+
+
+def replaced(tree: Any, place: Place, value: Any) -> Any:
+    """A copy of ``tree`` with ``value`` at ``place``; only the containers on the way are copied."""
+    if not place:
+        return value
+    key, rest = place[0], place[1:]
+    if isinstance(tree, dict):
+        copy = dict(tree)
+        copy[key] = replaced(tree[key], rest, value)
+        return copy
+    items = list(tree)
+    items[key] = replaced(items[key], rest, value)
+    return _rebuild(tree, items)
+
+
+def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = torch.Tensor) -> Any:
+    """``tree`` with ``function`` applied to every ``leaf``; the containers keep their types."""
+    if isinstance(tree, leaf):
+        return function(tree)
+    if isinstance(tree, dict):
+        values = {key: mapped(value, function, leaf) for key, value in tree.items()}
+        return values if type(tree) is dict else type(tree)(**values)
+    if isinstance(tree, list | tuple):
+        return _rebuild(tree, [mapped(item, function, leaf) for item in tree])
+    return tree
+
+
+def _rebuild(like: list | tuple, items: list) -> list | tuple:
+    if hasattr(like, "_fields"):  # a named tuple
+        return type(like)(*items)
+    return type(like)(items)
+
+
+def signature(args: tuple, kwargs: dict) -> tuple:
+    """Shape, dtype and device of every tensor of a call: what must not change within a trajectory."""
+    return tuple(
+        (place, tuple(t.shape), t.dtype, t.device) for place, t in call_tensors(args, kwargs)
+    )

@@ -1,0 +1,118 @@
+"""Several ranks, one decision: what a cache has to know of the process groups that its model runs in."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import distributed, nn
+
+from runtime.compat.diffusers_private import lockstep_group
+from runtime.errors import ApplyError, WiringError
+from runtime.watch.distance import ratio
+
+__all__ = [
+    "Agreement",
+    "agree",
+    "await_gathered",
+    "gathered",
+    "lockstep_group",
+    "refuse_inner_sharding",
+]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks of a group found together; equal on all of them.
+
+    Attributes:
+        x: Relative L1 change over all ranks; ``None`` unless every rank had something to compare.
+        same_past: Whether all ranks have decided alike so far.
+    """
+
+    x: float | None
+    same_past: bool
+
+
+def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device) -> Agreement:
+    """Add up the sums of all ranks, and see that all of them are at the same point.
+
+    A rank that decides alone leaves the others waiting in the next collective for ever. So every rank takes part in
+    every call, whether it has something to compare or not (``sums`` is ``None``), and shows a digest of its past: a
+    rank that was reset, or took the call for another branch, is noticed by all of them at once.
+
+    Args:
+        sums: ``[sum|cur - prev|, sum|prev|]`` of this rank's part, shape (2,).
+        past: Digest of what this rank has decided so far; its low 16 bits count.
+    """
+    past &= 0xFFFF
+    votes = torch.tensor(
+        [0.0, 0.0, sums is None, past, past * past], dtype=torch.float64, device=device
+    )
+    if sums is not None:
+        votes[:2] = sums
+    distributed.all_reduce(votes, group=group)
+    numerator, denominator, unable, total, squares = votes.tolist()
+    # Equal numbers, and only they, have the largest sum for their sum of squares; both are exact in float64.
+    same_past = total * total == group.size() * squares
+    return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
+
+
+def await_gathered(unused: Iterable[torch.Tensor]) -> None:
+    """Wait for tensors that nobody will read: an asynchronous gather must not outlive its buffers."""
+    for tensor in unused:
+        tensor.flatten()[:1].clone()
+
+
+def gathered(group: Any, mine: torch.Tensor, names: object = None) -> torch.Tensor:
+    """The equally shaped tensors of all ranks of ``group``, stacked in the order of ranks.
+
+    Raises:
+        WiringError: The ranks hold different shapes, or other ``names`` for what is in them; on all ranks alike.
+    """
+    outline = torch.tensor([crc32(repr((tuple(mine.shape), names)).encode())], device=mine.device)
+    outlines = [torch.empty_like(outline) for _ in range(group.size())]
+    distributed.all_gather(outlines, outline, group=group)
+    if len({int(other) for other in outlines}) > 1:
+        raise WiringError(
+            "the ranks that share one model have seen different calls; all of them must run the same pipeline calls, "
+            "and start() and finish() must stand around the same ones"
+        )
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    if mine.numel():
+        distributed.all_gather(parts, mine.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def refuse_inner_sharding(root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    """Skipping must not leave out a collective that other ranks, which decide for themselves, still wait for.
+
+    ``fully_shard`` gathers a block's parameters in the block's own pre-hook, which runs on a skipped step too. What is
+    sharded inside a block, and every wrapper of the older FullyShardedDataParallel, gathers within the forward that a
+    skipped step leaves out.
+
+    Raises:
+        ApplyError: Parameters are gathered within a block's forward.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for path, module in root.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ApplyError(
+                f"{path or type(root).__name__} is wrapped in FullyShardedDataParallel: a skipped block would leave "
+                "other ranks waiting; shard whole blocks with torch.distributed.fsdp.fully_shard instead"
+            )
+    for path, block in blocks:
+        inside = [
+            name
+            for name, module in block.named_modules()
+            if name and isinstance(module, FSDPModule)
+        ]
+        if inside:
+            raise ApplyError(
+                f"{path}.{inside[0]} is sharded apart from its block: a skipped block would leave other ranks "
+                "waiting; shard whole blocks (fully_shard(block) for each of them), or do without the cache"
+            )

@@ -1,0 +1,165 @@
+"""Where in a generation a denoiser call stands, read without waiting for the device wherever that is possible."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime.compat.diffusers_private import ContextReceiver
+from runtime.decide.tracker import CallInfo, Position, Tracker
+from runtime.watch.places import Place, tensors
+
+# How denoisers call the argument that says where in the schedule they are, the usual name first.
+_TIME = re.compile(r"^(timesteps?|t|time|sigma)$|_timesteps?$|_time$")
+_CONDITIONING = re.compile(
+    r"encoder|prompt|pooled|text|caption|cap_feats|class_labels|input_ids|embeds|cond"
+)
+
+
+class SchedulerClock:
+    """Reads a pipeline's scheduler: its schedule, the step it is at, the length, the noise level.
+
+    Nothing is wrapped (pipelines copy schedulers, and a copy of a wrapper would drive the original): the scheduler's
+    public ``timesteps``, ``step_index`` and ``sigmas`` are looked at. A new ``timesteps`` tensor is a new generation.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._timesteps: Any = None
+        self._sigmas: Any = None
+        self._levels: list[float] = []
+        self._generation = 0
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self._pipeline, "scheduler", None)
+
+    def schedule(self) -> int:
+        """A number that changes with every generation."""
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if (
+            timesteps is not self._timesteps
+        ):  # kept, so that its identity cannot be taken by another
+            self._timesteps, self._generation = timesteps, self._generation + 1
+        return self._generation
+
+    def step_index(self) -> int | None:
+        """0-based step of the schedule; ``None`` where the scheduler keeps no count (DDIM and its like)."""
+        if not hasattr(self._scheduler, "step_index"):
+            return None
+        index = self._scheduler.step_index
+        if index is None:  # not stepped yet
+            index = getattr(self._scheduler, "begin_index", None)
+        return int(index or 0)
+
+    def num_steps(self) -> int | None:
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        return None if timesteps is None else len(timesteps)
+
+    def sigma(self, step: int) -> float | None:
+        """Noise level of ``step``; ``None`` where the scheduler has no sigmas."""
+        sigmas = getattr(self._scheduler, "sigmas", None)
+        if (
+            sigmas is not self._sigmas
+        ):  # they may lie on the device: read once per schedule, not once per step
+            self._sigmas = sigmas
+            self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
+        return self._levels[step] if step < len(self._levels) else None
+
+
+class Locator:
+    """Tells which trajectory and step a call of one denoiser belongs to.
+
+    Args:
+        module: The denoiser.
+        receiver: Hears the names of CFG branches.
+        clock: The pipeline's scheduler, if there is a pipeline.
+        num_steps: Length of the schedule where there is no scheduler to ask.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        receiver: ContextReceiver,
+        clock: SchedulerClock | None = None,
+        num_steps: int | None = None,
+    ) -> None:
+        self._names = list(inspect.signature(module.forward).parameters)
+        self._receiver, self._clock, self._num_steps = receiver, clock, num_steps
+        self._tracker = Tracker()
+
+    def reset(self) -> None:
+        """The next call begins a generation."""
+        self._tracker.reset()
+
+    def locate(self, args: tuple, kwargs: dict) -> Position:
+        """Position of the call with these arguments."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        clock = self._clock
+        return self._tracker.locate(
+            CallInfo(
+                context=self._receiver.name,
+                schedule=None if clock is None else clock.schedule(),
+                step_index=None if clock is None else clock.step_index(),
+                num_steps=self._num_steps if clock is None else clock.num_steps(),
+                timestep=lambda: _extent(timestep(named)),
+                conditioning=frozenset(_identities(named)),
+            )
+        )
+
+    def sigma(self, step: int) -> float | None:
+        """Noise level of ``step``; ``None`` without a scheduler that tells."""
+        return None if self._clock is None else self._clock.sigma(step)
+
+    def timestep(self, args: tuple, kwargs: dict) -> torch.Tensor | float | None:
+        """The timestep that this call was given, as it was given."""
+        return timestep({**dict(zip(self._names, args, strict=False)), **kwargs})
+
+
+def is_time(name: str) -> bool:
+    """Whether a denoiser's argument of this name carries the timestep."""
+    return _TIME.search(name) is not None
+
+
+def timestep(named: dict[str, Any]) -> torch.Tensor | float | None:
+    """The argument of a denoiser that carries the timestep."""
+    names = sorted(filter(is_time, named), key=lambda name: name != "timestep")
+    return next((named[name] for name in names if named[name] is not None), None)
+
+
+def _extent(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        value = torch.stack([torch.as_tensor(item, dtype=torch.float32).mean() for item in value])
+    if isinstance(value, torch.Tensor):
+        low, high = torch.stack(torch.aminmax(value.detach().float())).tolist()
+        return low, high
+    return float(value), float(value)
+
+
+class _Identity:
+    """A conditioning tensor by its memory, which is held so that no other tensor can be given it meanwhile."""
+
+    __slots__ = ("_key", "_memory")
+
+    def __init__(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+        self._key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
+        self._memory = tensor.untyped_storage()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _identities(named: dict[str, Any]) -> list[_Identity]:
+    return [
+        _Identity(name, place, tensor)
+        for name, value in named.items()
+        if _CONDITIONING.search(name)
+        for place, tensor in tensors(value)
+    ]

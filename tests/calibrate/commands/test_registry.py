@@ -1,0 +1,266 @@
+"""The commands of the registry: what they print, where, and with which exit code."""
+
+import csv
+import io
+import json
+
+import pytest
+from click.testing import CliRunner
+from coeffs_samples import sample_entry
+
+import coeffs
+from calibrate.cli import cli
+from calibrate.commands.registry import COMMANDS
+from coeffs import store
+
+
+@pytest.fixture(autouse=True)
+def no_registry_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv(store.ENVIRONMENT, raising=False)
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "data"))
+    monkeypatch.setattr(store.Path, "home", lambda: tmp_path / "home")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    coeffs.save(sample_entry(), tmp_path / "run" / "entry.yaml")
+    return str(tmp_path / "run")
+
+
+def calibrate(*arguments: str, code: int = 0, given: str | None = None):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], input=given)
+    assert result.exit_code == code, (result.output, result.exception)
+    if code:
+        assert result.stderr.strip().splitlines()[-1].startswith(("Error:", "Usage:")), (
+            result.stderr
+        )
+    return result
+
+
+def test_list_filters_and_prints_a_table():
+    result = calibrate("list", "--model", "longcat")
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["entry", "status", "engine"]
+    assert [line.split()[0] for line in lines[1:] if "/" in line.split()[0]] == [
+        "sglang/longcat-image-borrowed@v1",
+        "sglang/longcat-image-pr36767@v1",
+        "vllm-omni/longcat-image@v1",
+    ]
+    assert "copied from alivilab/hunyuanvideo" in result.stdout
+    assert len(calibrate("list", "--status", "copied").stdout.splitlines()) == 1 + 15
+    assert (
+        len(calibrate("list", "--engine", "lightx2v", "--status", "published").stdout.splitlines())
+        == 1 + 5
+    )
+    assert len(calibrate("list", "--model", "no such model").stdout.splitlines()) == 1
+
+
+def test_list_as_json_is_whole_entries_and_as_csv_the_rows():
+    found = json.loads(calibrate("list", "--model", "mochi", "--format", "json").stdout)
+    assert [coeffs.entry.schema.from_plain(one) for one in found] == [
+        coeffs.load("alivilab/mochi-1")
+    ]
+    rows = list(csv.DictReader(io.StringIO(calibrate("list", "--format", "csv").stdout)))
+    assert len(rows) >= 67
+    assert {row["entry"]: row["thresholds"] for row in rows}[
+        "alivilab/mochi-1@v1"
+    ] == "0.06 (1.5x), 0.09 (2.1x)"
+
+
+def test_list_names_a_broken_file_and_shows_the_others(tmp_path):
+    (tmp_path / "registry" / "broken").mkdir(parents=True)
+    (tmp_path / "registry" / "broken" / "v1.yaml").write_text(
+        "schema: 1\nmodel: broken\nmodel: broken\n"
+    )
+    result = calibrate("list", "--registry", tmp_path / "registry")
+    assert "v1.yaml:3: model: duplicate key 'model'" in result.stderr
+    assert len(result.stdout.splitlines()) >= 68
+
+
+def test_show_is_readable_and_as_yaml_exact(run_folder):
+    text = calibrate("show", run_folder).stdout
+    for expected in (
+        "longcat-image@v0",
+        "status:     measured",
+        "sign rule:  clamp",
+        "domain 0.01 to 0.4",
+        "r2_held_out 0.78",
+        "transformer/cond (degree 3, polyfit, recommended)",
+        "plan: CCSC (3 computed)",
+        "warning: 1.10",
+    ):
+        assert expected in text
+    assert coeffs.loads(calibrate("show", run_folder, "--yaml").stdout) == sample_entry()
+    assert "copied from alivilab/cogvideox-5b" in calibrate("show", "alivilab/consisid").stdout
+
+
+def test_diff_shows_numbers_domains_and_curves_side_by_side():
+    text = calibrate("diff", "vllm-omni/longcat-image", "sglang/longcat-image-pr36767").stdout
+    for expected in (
+        "sign_rule",
+        "x^4",
+        "652.6",
+        "-48.33",
+        "-107%",
+        "domain",
+        "0.1968",
+        "0.2981",
+        "<-",
+        "x from 0 to 0.5, no domain is known: apart by more than 25% at 9 of 11 points",
+    ):
+        assert expected in text
+
+
+def test_diff_stays_on_the_common_domain(tmp_path):
+    paths = []
+    for name, domain in (("a", (0.0, 0.2)), ("b", (0.1, 0.4)), ("c", (0.3, 0.4))):
+        fit = {"coefficients_high_to_low": [1.0, 0.0], "domain": domain}
+        entry = sample_entry(experts={"transformer": {"recommended": "p", "branches": {"p": fit}}})
+        paths.append(coeffs.save(entry, tmp_path / f"{name}.yaml"))
+    assert (
+        "x from 0.1 to 0.2: apart by more than 25% at 0 of 11 points"
+        in calibrate("diff", paths[0], paths[1]).stdout
+    )
+    assert "the domains do not meet" in calibrate("diff", paths[0], paths[2]).stdout
+
+
+def test_check_of_the_shipped_registry_passes():
+    assert "entries, all as released" in calibrate("check").stdout
+
+
+def test_check_names_each_problem_and_exits_with_1(tmp_path, run_folder):
+    path = coeffs.publish(sample_entry(), tmp_path / "registry")
+    path.write_text(path.read_text() + "# edited\n")
+    result = calibrate("check", "--registry", tmp_path / "registry", code=1)
+    assert "changed after its release" in result.stdout and "1 problem" in result.stderr
+    draft = sample_entry(
+        source={"command": "calibrate --out /home/me/run"},
+        thresholds=(),
+        protocol={},
+        experts={
+            "transformer": {
+                "recommended": "p",
+                "branches": {"p": {"coefficients_high_to_low": [1.0, -0.1], "domain": [0, 1]}},
+            }
+        },
+    )
+    coeffs.save(draft, tmp_path / "bad" / "entry.yaml")
+    text = calibrate("check", run_folder, tmp_path / "bad", code=1).stdout
+    for expected in (
+        "a machine's path in source.command",
+        "source.run_id is missing",
+        "source.log_sha256 is missing",
+        "protocol.num_steps is missing",
+        "no thresholds",
+        "negative on its domain",
+        "no count of pairs",
+        "no held-out figure",
+        "run: sound",
+    ):
+        assert expected in text, text
+
+
+def test_export_writes_to_stdout_or_a_file(tmp_path):
+    text = calibrate("export", "alivilab/flux1-dev", "--to", "sglang", "--threshold", "0.25").stdout
+    assert text.startswith("# alivilab/flux1-dev@v1 (published)") and "TeaCacheParams(" in text
+    calibrate(
+        "export",
+        "alivilab/flux1-dev",
+        "--to",
+        "sglang",
+        "--threshold",
+        "0.25",
+        "--out",
+        tmp_path / "x.py",
+    )
+    assert (tmp_path / "x.py").read_text() == text
+    result = calibrate("export", "alivilab/flux1-dev", "--to", "sglang", code=2)
+    assert "choose with --threshold" in result.stderr and result.stdout == ""
+    assert (
+        "steps_computation_mask: [1, 1, 0]"
+        in calibrate("export", "mochi-1", "--to", "cache-dit-mask", "--schedule", "CCS").stdout
+    )
+
+
+def test_import_reads_a_form_from_a_file_or_stdin(tmp_path):
+    form = calibrate("export", "vllm-omni/longcat-image", "--to", "vllm-omni").stdout
+    text = calibrate(
+        "import",
+        "-",
+        "--from",
+        "vllm-omni",
+        "--model",
+        "mine",
+        "--signal",
+        "modulated_input",
+        "--copied-from",
+        "x",
+        given=form,
+    ).stdout
+    entry = coeffs.loads(text)
+    assert (entry.label, entry.status, entry.copied_from) == ("mine@v0", "copied", "x")
+    assert (
+        entry.fit().coefficients_high_to_low
+        == coeffs.load("vllm-omni/longcat-image").fit().coefficients_high_to_low
+    )
+    like = calibrate(
+        "import",
+        "-",
+        "--from",
+        "vllm-omni",
+        "--like",
+        "vllm-omni/longcat-image",
+        "--out",
+        tmp_path / "e.yaml",
+        given=form,
+    )
+    assert like.stdout == "" and coeffs.load(tmp_path / "e.yaml") == coeffs.load(
+        "vllm-omni/longcat-image"
+    )
+    assert (
+        "give --model" in calibrate("import", "-", "--from", "vllm-omni", given=form, code=2).stderr
+    )
+
+
+def test_publish_releases_the_next_version(tmp_path, run_folder):
+    assert calibrate("publish", run_folder, "--dry-run").stdout == "fit for release\n"
+    first = calibrate("publish", run_folder, "--registry", tmp_path / "registry").stdout
+    assert first.rstrip().endswith("v1.yaml")
+    assert (
+        "already says exactly this"
+        in calibrate("publish", run_folder, "--registry", tmp_path / "registry", code=1).stderr
+    )
+    calibrate("publish", run_folder)
+    assert (tmp_path / "data" / "teacal" / "registry" / "longcat-image" / "v1.yaml").exists()
+    assert coeffs.load("longcat-image").version == 1
+
+
+def test_publish_refuses_an_unfit_draft_and_publishes_nothing(tmp_path):
+    coeffs.save(sample_entry(thresholds=()), tmp_path / "run" / "entry.yaml")
+    result = calibrate("publish", tmp_path / "run", "--registry", tmp_path / "registry", code=1)
+    assert "error: no thresholds" in result.stderr and "not fit for release" in result.stderr
+    assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "nothing-like-it"), "no entry 'nothing-like-it'"),
+        (("show", "longcat-image"), "name one of them in full"),
+        (("list", "--registry", "/no/such/folder"), "is not a folder"),
+        (("diff", "mochi-1", "consisid"), "was copied from"),
+        (("export", "mochi-1", "--to", "unknown"), "is not one of 'vllm-omni'"),
+        (("publish", "/no/such/run"), "does not exist"),
+        (("check", "/no/such/entry.yaml"), "No such file or directory"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(arguments, message):
+    assert message in " ".join(calibrate(*arguments, code=2).stderr.split())
+
+
+def test_every_command_has_a_one_line_help_with_an_example():
+    for command in COMMANDS:
+        text = CliRunner().invoke(command, ["--help"]).stdout
+        assert "Example:" in text and f"calibrate {command.name} " in text, command.name
+        assert cli.get_command(None, command.name) is command

@@ -1,0 +1,221 @@
+"""From a name to a checkpoint: what is found, what is refused, and that nothing from a checkpoint is ever run."""
+
+import json
+import shutil
+
+import pytest
+import tiny_pipelines
+import torch
+from safetensors.torch import save_file
+
+from calibrate.errors import (
+    CalibrateError,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsafeCheckpoint,
+)
+from calibrate.model.checkpoint import (
+    find_checkpoint,
+    load_pipeline,
+    pick_device,
+    pipeline_class_of,
+    slug_of,
+    weights_sha256,
+)
+
+INDEX = {
+    "_class_name": "LongCatImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "transformer": ["diffusers", "LongCatImageTransformer2DModel"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "image_encoder": [None, None],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The outside of a checkpoint; nothing in it can be loaded."""
+    path = tmp_path / "My Model"
+    write_index(path, INDEX)
+    (path / "transformer").mkdir()
+    save_file({"w": torch.zeros(2)}, path / "transformer" / "diffusion_pytorch_model.safetensors")
+    (path / "transformer" / "config.json").write_text("{}")
+    return path
+
+
+def write_index(path, index):
+    path.mkdir(exist_ok=True)
+    (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+def test_embedded_model_is_found_by_name_and_loads():
+    checkpoint = find_checkpoint("Tiny-LongCat-Image")
+    assert checkpoint.slug == checkpoint.repository == "tiny-longcat-image"
+    assert (
+        checkpoint.pipeline_class == "LongCatImagePipeline"
+        and len(checkpoint.as_dict()["sha256"]) == 64
+    )
+    pipeline = load_pipeline(checkpoint, device="cpu")
+    assert type(pipeline) is pipeline_class_of(checkpoint)
+    assert pipeline.dtype == torch.bfloat16 and pipeline.device.type == "cpu"
+
+
+def test_folder_is_found_and_named_without_its_path(folder):
+    checkpoint = find_checkpoint(folder)
+    assert (checkpoint.repository, checkpoint.slug, checkpoint.revision) == (
+        "My Model",
+        "my-model",
+        None,
+    )
+    assert str(folder.parent) not in json.dumps(checkpoint.as_dict())
+    assert checkpoint.spec.call_arguments == {"enable_prompt_rewrite": False}
+
+
+def test_other_weights_have_another_hash(folder):
+    before = weights_sha256(folder)
+    save_file({"w": torch.ones(2)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert weights_sha256(folder) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["no-such-model", "./nowhere", "a/b/c", "../x", "meituan-longcat/", "-x/y", "a b/c"]
+)
+def test_unknown_name_says_what_was_tried_and_what_there_is(name):
+    with pytest.raises(
+        ModelNotFound, match=r"tried the embedded models, a folder here.*LongCat-Image"
+    ) as caught:
+        find_checkpoint(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["LongCat-Image", "someone/no-such-model"])
+def test_unreachable_hub_is_one_line_with_the_next_step(name):
+    """The tests run offline, so that this is what everybody without a connection sees."""
+    with pytest.raises(
+        ModelNotFound, match=r"tried .*the local cache and the hub .*Check the name"
+    ) as caught:
+        find_checkpoint(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "said"),
+    [
+        (None, InvalidCheckpoint, "no model_index.json in it"),
+        ("{", InvalidCheckpoint, "cannot be read"),
+        ("[]", InvalidCheckpoint, "list found"),
+        ({**INDEX, "_class_name": ["pipeline", "Evil"]}, UnsafeCheckpoint, "from a Python file"),
+        ({}, UnsafeCheckpoint, "from a Python file"),
+        (
+            {**INDEX, "transformer": ["evil", "Evil"]},
+            UnsafeCheckpoint,
+            "takes transformer from 'evil'",
+        ),
+        (
+            {**INDEX, "transformer": ["os", "system"]},
+            UnsafeCheckpoint,
+            "takes transformer from 'os'",
+        ),
+        ({**INDEX, "transformer": [3, "x"]}, UnsafeCheckpoint, "takes transformer from 3"),
+        ({**INDEX, "../x": ["diffusers", "AutoencoderKL"]}, UnsafeCheckpoint, "takes ../x"),
+    ],
+)
+def test_folder_that_is_no_safe_checkpoint_is_refused(folder, index, error, said):
+    (folder / "model_index.json").unlink()
+    if index is not None:
+        write_index(folder, index)
+    with pytest.raises(error, match=said) as caught:
+        find_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_beside_a_component_is_refused_and_not_run(folder):
+    (folder / "transformer" / "diffusers.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    with pytest.raises(UnsafeCheckpoint, match="never run"):
+        find_checkpoint(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_remote_code_of_an_auto_class_is_refused(folder):
+    write_index(folder, {**INDEX, "text_encoder": ["transformers", "AutoModel"]})
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text(
+        '{"auto_map": {"AutoModel": "model.Evil"}}'
+    )
+    with pytest.raises(UnsafeCheckpoint, match="auto_map"):
+        find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.ckpt"])
+def test_pickled_weights_are_refused_unless_asked_for_by_name(folder, name):
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/ran'\ntR.")
+    with pytest.raises(
+        UnsafeCheckpoint, match=rf"text_encoder/{name}: pickled weights .*--allow-pickle"
+    ):
+        find_checkpoint(folder)
+    assert find_checkpoint(folder, allow_pickle=True).slug == "my-model"
+
+
+def test_pickles_beside_safetensors_are_ignored(folder):
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    assert find_checkpoint(folder).slug == "my-model"
+
+
+def test_incomplete_folder_is_one_line(folder):
+    with pytest.raises(
+        InvalidCheckpoint, match="diffusers cannot load it as LongCatImagePipeline"
+    ) as caught:
+        load_pipeline(find_checkpoint(folder), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_components_that_were_saved_as_none_are_left_out(tmp_path):
+    """Bug: Stable Diffusion 3 saved without its T5 is a whole checkpoint, but diffusers asks for the T5."""
+    tiny_pipelines.sd3().pipe.save_pretrained(tmp_path / "sd3")
+    pipe = load_pipeline(find_checkpoint(str(tmp_path / "sd3")), dtype="float32", device="cpu")
+    assert (
+        pipe.text_encoder_3 is None and type(pipe.transformer).__name__ == "SD3Transformer2DModel"
+    )
+
+
+def test_truncated_weights_are_one_line(tmp_path):
+    shutil.copytree(find_checkpoint("tiny-longcat-image").folder, tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CalibrateError, match="diffusers cannot load it") as caught:
+        load_pipeline(find_checkpoint(tmp_path / "model"), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_pipeline_that_this_diffusers_lacks_is_named(folder):
+    write_index(folder, {**INDEX, "_class_name": "PipelineOfTheFuture"})
+    with pytest.raises(
+        InvalidCheckpoint, match="has no pipeline PipelineOfTheFuture; a newer diffusers"
+    ):
+        pipeline_class_of(find_checkpoint(folder))
+
+
+def test_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == "cpu"
+    with pytest.raises(InvalidOption, match="torch sees no GPU"):
+        pick_device("cuda")
+    with pytest.raises(InvalidOption, match="--device tpu"):
+        pick_device("tpu")
+
+
+def test_every_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == pick_device("cuda") == "cuda:3"
+    assert pick_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"), [("My Model!", "my-model"), ("../..", "model"), ("FLUX.1-dev", "flux.1-dev")]
+)
+def test_slug_is_a_safe_folder_name(name, slug):
+    assert slug_of(name) == slug

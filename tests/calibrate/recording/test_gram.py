@@ -1,0 +1,229 @@
+"""The Gram log: what the recorder multiplies, how branches combine, sketches, other step counts, damaged logs."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipeline import TinyPipeline
+
+from calibrate.errors import RunFolderError
+from calibrate.planning.problem import Problem
+from calibrate.recording import inner_products as products
+from calibrate.recording.inner_products import (
+    SKETCH_ERROR,
+    SKETCH_SIZE,
+    Products,
+    gram_matrix,
+    random_signs,
+    sketch,
+)
+from calibrate.recording.record import record
+from calibrate.recording.recorder import Recorder
+from calibrate.runs.gram_log import (
+    GramLog,
+    NoPlan,
+    at_steps,
+    guided,
+    interpolation_error,
+    load_gram,
+)
+from runtime import denoisers
+
+STEPS = 6
+
+
+def recorded(pipe, **options):
+    """One generation with everything that the denoiser returned."""
+    outputs = {"cond": [], "uncond": []}
+    order = iter(["cond", "uncond"] * STEPS)
+
+    def keep(module, args, kwargs, output):
+        outputs[next(order)].append(output[0].double().flatten())
+
+    handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    with (
+        torch.inference_mode(),
+        Recorder(denoisers(pipe), pipe, **{"gram": True, **options}) as recorder,
+    ):
+        recorder.start()
+        image = pipe(
+            "a fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)
+        ).images
+        found = recorder.finish()
+    handle.remove()
+    return found, {name: torch.stack(rows) for name, rows in outputs.items()}, image
+
+
+def test_the_log_holds_all_inner_products_of_the_outputs():
+    found, outputs, _ = recorded(TinyPipeline())
+    assert list(found.gram["transformer/branches"]) == ["cond", "uncond"]
+    rows = torch.cat([outputs["cond"], outputs["uncond"]])
+    np.testing.assert_allclose(
+        found.gram["transformer/output"], (rows @ rows.T).numpy(), rtol=1e-12
+    )
+    assert found.gram["transformer/residual"].shape == (2 * STEPS, 2 * STEPS)
+    assert found.gram["transformer/residual_error"] == 0.0
+    sigmas = found.gram["transformer/sigmas"]
+    assert sigmas.shape == (STEPS + 1,) and sigmas[0] == 1.0 and sigmas[-1] == 0.0
+
+
+def test_errors_of_a_schedule_follow_from_the_log_as_from_the_tensors():
+    """With guidance, cross terms and a forecast: to 1e-5 of the error."""
+    found, outputs, _ = recorded(TinyPipeline())
+    scale = 2.0
+    gram = guided(found.gram["transformer/output"], ["cond", "uncond"], scale)
+    sigmas = found.gram["transformer/sigmas"]
+    problem = Problem(gram[None], sigmas[:STEPS], np.diff(sigmas))
+    velocity = outputs["uncond"] + scale * (outputs["cond"] - outputs["uncond"])
+    schedule, levels = "CCSCSS", sigmas
+    expected = torch.zeros_like(velocity[0])
+    for step, (newest, older) in {2: (1, 0), 4: (3, 1), 5: (3, 1)}.items():
+        slope = (levels[step] - levels[newest]) / (levels[newest] - levels[older])
+        guess = velocity[newest] + slope * (velocity[newest] - velocity[older])
+        expected += (sigmas[step + 1] - sigmas[step]) * (velocity[step] - guess)
+    path = (velocity.norm(dim=1) * torch.tensor(-np.diff(sigmas))).sum()
+    assert problem.signed(schedule, "linear")[0] == pytest.approx(
+        float(expected.norm() / path), rel=1e-5
+    )
+
+
+def test_the_log_changes_neither_images_nor_pairs():
+    with_gram, _, image = recorded(TinyPipeline())
+    without, _, same = recorded(TinyPipeline(), gram=False)
+    assert (image == same).all() and without.gram == {}
+    assert with_gram.rows == without.rows
+
+
+def test_beyond_the_budget_outputs_go_to_the_host_and_residuals_are_sketched(monkeypatch):
+    exact, _, _ = recorded(TinyPipeline())
+    monkeypatch.setattr(products, "OUTPUT_BYTES", 3 * 16 * 4 * 4)
+    monkeypatch.setattr(products, "RESIDUAL_BYTES", 3 * 16 * 32 * 4)
+    bounded, _, _ = recorded(TinyPipeline())
+    np.testing.assert_array_equal(
+        bounded.gram["transformer/output"], exact.gram["transformer/output"]
+    )
+    assert bounded.gram["transformer/residual_error"] == SKETCH_ERROR
+    size = np.abs(exact.gram["transformer/residual"]).max()
+    np.testing.assert_allclose(
+        bounded.gram["transformer/residual"],
+        exact.gram["transformer/residual"],
+        atol=5 * SKETCH_ERROR * size,
+    )
+
+
+def test_held_bytes_stay_within_the_budgets(monkeypatch):
+    monkeypatch.setattr(products, "OUTPUT_BYTES", 4000)
+    monkeypatch.setattr(products, "RESIDUAL_BYTES", 20 * SKETCH_SIZE * 4)
+    kept = Products()
+    for step in range(12):
+        kept.add_output("cond", step, torch.zeros(200))
+        kept.add_residual("cond", step, torch.zeros(30_000), None)
+        assert kept.held_bytes <= 4000 + 20 * SKETCH_SIZE * 4
+
+
+def test_the_sketch_keeps_norms_within_its_stated_error_also_of_small_differences():
+    random = torch.Generator().manual_seed(0)
+    signs = random_signs()
+    deviations = []
+    for _ in range(30):
+        tokens = torch.randn(500, 64, generator=random) * torch.linspace(
+            0.1, 30, 64
+        )  # a few channels dominate
+        near = tokens + 1e-3 * torch.randn(500, 64, generator=random)
+        # Linear: the sketch of a difference is the difference of the sketches.
+        reduced = sketch(tokens - near, signs)
+        deviations.append(float(reduced.square().sum() / (tokens - near).square().sum()) - 1)
+    assert np.std(deviations) < 1.5 * SKETCH_ERROR
+    assert abs(np.mean(deviations)) < 3 * SKETCH_ERROR / 30**0.5
+
+
+def test_sketches_are_the_same_for_ever():
+    """Bug: Gram matrices of two recordings that were projected differently do not belong together."""
+    signs = random_signs()
+    assert len(signs) == 128 * SKETCH_SIZE and signs[:8].tolist() == random_signs()[:8].tolist()
+    assert int(signs.long().sum()) == int(random_signs().long().sum())
+
+
+def test_long_rows_are_multiplied_in_pieces():
+    rows = [torch.randn(2**18 + 17) for _ in range(3)]
+    stacked = torch.stack(rows).double()
+    torch.testing.assert_close(gram_matrix(rows), stacked @ stacked.T)
+
+
+def test_steps_of_different_shape_give_no_log():
+    kept = Products()
+    kept.add_output("cond", 0, torch.zeros(4))
+    kept.add_output("cond", 1, torch.zeros(5))
+    assert kept.matrices("transformer") == {}
+
+
+def a_log(steps=12, samples=2, noise=0.0):
+    random = np.random.default_rng(0)
+    sigmas = np.append(np.linspace(1, 0.1, steps), 0)
+    tensors = np.einsum(
+        "tk,pkn->ptn", sigmas[:steps, None] ** np.arange(3), random.normal(size=(samples, 3, 20))
+    )
+    tensors += noise * random.normal(size=tensors.shape)
+    gram = np.einsum("ptn,pun->ptu", tensors, tensors)
+    return tensors, GramLog(gram, None, sigmas, tuple(map(str, range(samples))))
+
+
+def test_fewer_steps_are_planned_from_the_same_log():
+    _, log = a_log(23)
+    half = at_steps(log, 12)
+    assert half.num_steps == 12 and half.sigmas[0] == 1.0 and half.sigmas[-1] == 0.0
+    np.testing.assert_allclose(
+        half.output, log.output[:, ::2, ::2]
+    )  # every second level is a recorded one
+    assert at_steps(log, 23) is log
+
+
+def test_what_cannot_be_planned_anew_is_refused():
+    _, smooth = a_log(12)
+    with pytest.raises(NoPlan, match="expected 3 to 12"):
+        at_steps(smooth, 20)
+    _, rough = a_log(12, noise=3.0)
+    assert interpolation_error(rough) > 0.2 and interpolation_error(smooth) < 0.05
+    with pytest.raises(NoPlan, match="not smooth enough"):
+        at_steps(rough, 6)
+    unknown = GramLog(smooth.output, None, np.full(13, np.nan), smooth.prompt_ids)
+    with pytest.raises(NoPlan, match="no sigmas"):
+        at_steps(unknown, 6)
+    assert (unknown.levels == -np.arange(12)).all() and (unknown.increments == 1).all()
+
+
+def test_branches_that_are_no_guidance_add_up():
+    gram = np.arange(16.0).reshape(4, 4)
+    np.testing.assert_allclose(guided(gram, ["first", "second"], 3.0), gram[:2, :2] + gram[2:, 2:])
+    np.testing.assert_allclose(guided(gram, ["cond"], 3.0), gram)
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    return record(
+        TinyPipeline(),
+        prompts=["a fish", "a bird"],
+        steps=STEPS,
+        guidance_scale=2.0,
+        out=tmp_path / "run",
+        gram=True,
+    )
+
+
+def test_a_run_keeps_its_log(a_run):
+    log = load_gram(a_run.path)
+    assert log.output.shape == (2, STEPS, STEPS) and log.residual.shape == (2, STEPS, STEPS)
+    assert log.guidance_scale == 2.0 and len(set(log.prompt_ids)) == 2
+    other = load_gram(a_run.path, guidance_scale=1.0)
+    assert not np.allclose(other.output, log.output)
+    assert log.select([1]).prompt_ids == log.prompt_ids[1:]
+
+
+def test_runs_without_a_log_and_damaged_logs_are_named(a_run):
+    files = sorted((a_run.path / "gram").iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:200])
+    with pytest.raises(RunFolderError, match=files[0].name):
+        load_gram(a_run.path)
+    for file in files:
+        file.unlink()
+    with pytest.raises(NoPlan, match="record it again"):
+        load_gram(a_run.path)

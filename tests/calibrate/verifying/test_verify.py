@@ -1,0 +1,759 @@
+"""Verification: plans, tuning, verdicts in words, and a whole one on a real but tiny transformer, interrupted too."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from tiny_pipeline import TinyPipeline
+
+import coeffs
+from calibrate.cli import cli
+from calibrate.errors import InvalidOption, InvalidPrompts
+from calibrate.fitting.draft import draft_entry
+from calibrate.planning.problem import Problem, fit_weights
+from calibrate.recording.record import record
+from calibrate.runs.gram_log import NoPlan, load_gram
+from calibrate.runs.pairs import load_run
+from calibrate.trials import baselines as policies
+from calibrate.trials.baselines import InvalidBudget
+from calibrate.trials.lpips import Lpips
+from calibrate.verifying import comparison as verdict
+from calibrate.verifying.lineup import (
+    APART_GATE,
+    CHANGE_GATE,
+    FEWER_STEPS,
+    FEWER_STEPS_2,
+    GATE,
+    LINEAR_GATE,
+    PLAN,
+    POLICIES,
+    UNIFORM,
+    UNIFORM_FORECASTS,
+    Schedules,
+    entrants,
+    gate_setting,
+    published_entries,
+)
+from calibrate.verifying.results import load_verification
+from calibrate.verifying.verify import verify
+
+TEXTS = [f"a thing number {number}" for number in range(5)]
+UNSEEN = [f"another thing {number}" for number in range(4)]
+QUICK = ("gate", "uniform", "fewer-steps", "magcache")
+ALL = tuple(name for name in POLICIES if name != "published")  # FLUX has many published sets
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("num_steps", [4, 28, 50])
+@pytest.mark.parametrize("plan", [policies.uniform, policies.growing_interval])
+def test_plans_compute_exactly_their_budget_and_start_computing(plan, num_steps):
+    for computed in range(1, num_steps + 1):
+        pattern = plan(num_steps, computed)
+        assert (len(pattern), pattern.count("C"), pattern[0]) == (num_steps, computed, "C")
+
+
+def test_uniform_and_growing_plans_look_as_they_are_called():
+    assert policies.uniform(8, 4) == "CSCSCSCS"
+    gaps = np.diff(
+        [i for i, letter in enumerate(policies.growing_interval(40, 8)) if letter == "C"]
+    )
+    assert list(gaps) == sorted(gaps) and gaps[-1] > gaps[0]
+
+
+def test_a_budget_beyond_the_schedule_is_refused():
+    with pytest.raises(InvalidBudget, match="9 computed steps of 8"):
+        policies.uniform(8, 9)
+
+
+def test_magcache_plan_follows_the_published_rule():
+    """Errors |1 - product of ratios| add up: 0.1, then 0.1 + 0.19 = 0.29 > 0.2 computes and starts over."""
+    ratios = [0.9] * 7
+    assert policies.magcache(ratios, 8, 0.2, max_skips=3, retention=0.0) == "CSCSCSCS"
+    assert policies.magcache(ratios, 8, 1e9, max_skips=2, retention=0.0) == "CSSCSSCS"
+    assert policies.magcache(ratios, 8, 1e9, max_skips=9, retention=0.5) == "CCCCSSSS"
+
+
+def test_magcache_plan_agrees_with_diffusers_decisions():
+    torch = pytest.importorskip("torch")
+    from diffusers import MagCacheConfig
+
+    pipe, rng = TinyPipeline(), np.random.default_rng(0)
+    curve = [1.0, *(1 - 0.2 * rng.random(9))]
+    from calibrate.trials.sampler import _diffusers_cache
+
+    options = {"mag_ratios": torch.tensor(curve), "num_inference_steps": 10, "threshold": 0.15}
+    assert MagCacheConfig(**options).max_skip_steps == 3
+    with _diffusers_cache(pipe, "MagCache", options) as patterns:
+        pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+        found = patterns()
+    expected = policies.magcache(curve[1:], 10, 0.15, max_skips=3, retention=0.2)
+    assert set(found.values()) == {expected} and "S" in expected
+
+
+@pytest.mark.parametrize("computed", [4, 9, 14, 20, 27])
+def test_magcache_at_a_budget_hits_it_or_comes_near(computed):
+    ratios = list(1 - 0.1 * np.random.default_rng(1).random(27))
+    assert abs(policies.magcache_at(ratios, 28, computed).count("C") - computed) <= 1
+
+
+def test_tuning_corrects_what_replay_gets_wrong():
+    calls = []
+
+    def measured(threshold):
+        calls.append(threshold)
+        return 20 / (1 + threshold) + 2  # real runs compute two steps more than the replay says
+
+    threshold, computed = policies.tune_threshold(lambda t: 20 / (1 + t), measured, 10)
+    assert computed == pytest.approx(10, abs=0.5) and threshold == pytest.approx(1.5, abs=0.2)
+    assert len(calls) <= 3
+
+
+# --- verdicts
+
+
+def results(policy, offset, prompts=8, seed=0, budgets=(7, 14), noise=0.3):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt in range(prompts):
+        base = (
+            30 + 5 * np.random.default_rng(prompt).standard_normal()
+        )  # prompts differ far more than policies
+        for budget in budgets:
+            psnr = base + 0.5 * budget + offset + noise * rng.standard_normal()
+            rows.append({
+                "policy": policy, "budget": budget, "prompt_id": f"p{prompt}", "seed": 0, "prompt": f"prompt {prompt}",
+                "threshold": None, "computed_steps": float(budget), "num_steps": 28, "seconds": 1.0,
+                "uncached_seconds": 2.0, "psnr_db": psnr, "broken": False, "identical": False,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("offset", "outcome", "words"),
+    [
+        (-1.4, "worse", "does not beat"),
+        (1.0, "better", "beats"),
+        (0.0, "undecided", "no difference"),
+    ],
+)
+def test_verdict_in_words(offset, outcome, words):
+    table = pd.concat([results(GATE, offset, seed=1), results(UNIFORM, 0.0, seed=2)])
+    found = verdict.compare(table, GATE, UNIFORM)
+    assert found.outcome == outcome and words in str(found)
+    assert found.low < found.difference < found.high
+    assert found.difference == pytest.approx(offset, abs=0.3)
+    assert "95 % interval" in verdict.headline([found])
+
+
+def test_comparison_is_made_at_the_policys_own_computed_steps():
+    """A gate that computes more than its budget gains nothing: the baseline is read at the same number of steps."""
+    gate = results(GATE, 0.0, noise=0.0)
+    gate["computed_steps"] += 3  # and half a dB better per step, as everyone here
+    gate["psnr_db"] += 1.5
+    found = verdict.compare(
+        pd.concat([gate, results(UNIFORM, 0.0, budgets=(7, 14, 21), noise=0.0)]), GATE, UNIFORM
+    )
+    assert found.difference == pytest.approx(0.0, abs=1e-9)
+
+
+def test_intervals_cover_the_true_difference():
+    covered = []
+    for seed in range(200):
+        differences = np.random.default_rng(seed).normal(0.7, 1.0, 10)
+        _, low, high = verdict.mean_interval(differences)
+        covered.append(low <= 0.7 <= high)
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_too_few_prompts_give_no_interval_and_say_so():
+    found = verdict.compare(pd.concat([results(GATE, 1, 2), results(UNIFORM, 0, 2)]), GATE, UNIFORM)
+    assert found.outcome == "unknown" and "too few" in str(found)
+
+
+def with_solvers(plan, euler, second):
+    """Results of a gate, a plan and both solvers that differ by so many dB, budget by budget, without noise."""
+    parts = [results(GATE, 0.0, noise=0.0)]
+    for policy, offsets in ((PLAN, plan), (FEWER_STEPS, euler), (FEWER_STEPS_2, second)):
+        rows = results(policy, 0.0, noise=0.0)
+        rows["psnr_db"] += rows["budget"].map(dict(zip((7, 14), offsets, strict=True)))
+        parts.append(rows)
+    return pd.concat(parts)
+
+
+def test_budgets_at_which_fewer_steps_is_better_are_said_with_figures():
+    table = with_solvers(plan=(1.0, 2.0), euler=(1.5, -1.0), second=(-1.0, -1.0))
+    means = table.groupby(["policy", "budget"])["psnr_db"].mean()
+    plan, gate = verdict.fewer_steps_lines(table)
+    ours, theirs = means[PLAN, 7], means[FEWER_STEPS, 7]
+    assert plan == (
+        f"Fewer steps is better than the plan at 7 of 28 steps ({theirs:.1f} against {ours:.1f} dB, +0.5, "
+        "95 % interval +0.5 to +0.5); over 8 prompts."
+    )
+    assert (
+        gate.startswith("Fewer steps is better than the fitted gate at 7 of 28 steps")
+        and " 14 of" not in gate
+    )
+
+
+def test_the_second_order_solver_is_said_too_and_nothing_where_none_is_better():
+    assert verdict.fewer_steps_lines(with_solvers((1, 1), (-1, -1), (-1, -1))) == []
+    (line, _) = verdict.fewer_steps_lines(with_solvers((1, 1), (-1, -1), (-1, 2)))
+    assert line.startswith(
+        "Fewer steps, second-order solver, is better than the plan at 14 of 28 steps ("
+    )
+
+
+def test_what_is_not_shown_is_not_called_better():
+    table = with_solvers((1, 1), (1.2, 1.2), (-1, -1)).reset_index(drop=True)
+    noise = np.tile([3.0, 3.0, -3.0, -3.0], 4)
+    table.loc[table["policy"] == FEWER_STEPS, "psnr_db"] += noise
+    line = verdict.fewer_steps_lines(table)[0]
+    assert (
+        "is better" not in line
+        and "is ahead of the plan, though no difference is shown, at 14 of 28" in line
+    )
+    few = table[table["prompt_id"].isin(["p0", "p2"])]
+    assert "too few prompts for an interval" in verdict.fewer_steps_lines(few)[0]
+
+
+def test_first_lines_begin_with_fewer_steps_and_say_what_the_plan_is_worth():
+    table = pd.concat([with_solvers((1, 1), (2, 2), (0, 0)), results(UNIFORM, -3.0, noise=0.0)])
+    lines = verdict.first_lines(table, "The gate does this.")
+    assert lines[0].startswith("Fewer steps is better than the plan at 14 of 28 steps")
+    assert lines[-2] == "The gate does this." and lines[-1].startswith(
+        "The plan beats uniform skipping here (+4.0 dB"
+    )
+    assert verdict.first_lines(results(GATE, 0.0), "Found.") == ["Found."]
+
+
+def test_the_plan_is_judged_against_every_other_policy():
+    table = with_solvers((1, 1), (2, 2), (0, 0))
+    found = {one.baseline: one.difference for one in verdict.judge_plan(table)}
+    assert str(verdict.judge_plan(table)[0]).startswith(
+        "the plan beats the fitted gate here (+1.0 dB"
+    )
+    assert found == pytest.approx({GATE: 1.0, FEWER_STEPS: -1.0, FEWER_STEPS_2: 1.0})
+    assert verdict.judge_plan(results(GATE, 0.0)) == []
+
+
+def test_broken_samples_are_counted_and_enter_no_mean():
+    table = results(GATE, 0.0)
+    table.loc[0, ["broken", "psnr_db"]] = [True, None]
+    summary = verdict.summarize(table)
+    assert list(summary["broken"]) == [1, 0] and list(summary["prompts"]) == [7, 8]
+    assert np.isfinite(summary["psnr_db"]).all()
+
+
+def test_worst_prompt_is_named():
+    table = results(GATE, 0.0, budgets=(7,))
+    table.loc[3, "psnr_db"] = 3.0
+    row = verdict.summarize(table).iloc[0]
+    assert (row["worst"], row["worst_prompt"]) == (3.0, "prompt 3")
+
+
+# --- a whole verification
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return TinyPipeline()
+
+
+@pytest.fixture(scope="module")
+def fitted(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    record(pipe, prompts=TEXTS, steps=8, out=folder, progress=False, gram=True)
+    plans = (coeffs.Plan(schedule="CCSCSCSS", forecast="linear", forecast_of="output"),)
+    entry = dataclasses.replace(draft_entry(load_run(folder), degree=2), plans=plans)
+    coeffs.save(entry, folder / "entry.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verified(pipe, fitted):
+    return verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+
+
+def test_every_policy_runs_or_says_why_not(verified):
+    ran, refused = set(verified.results["policy"]), verified.facts["refused"]
+    assert {GATE, LINEAR_GATE, CHANGE_GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
+    assert {UNIFORM, "fewer steps", "growing interval", "MagCache's rule"} <= ran
+    assert {POLICIES[key] for key in UNIFORM_FORECASTS} <= ran
+    assert "SeaCache" in refused and len(refused["SeaCache"]) > 20
+    for policy in (
+        *map(POLICIES.get, UNIFORM_FORECASTS),
+        "fewer steps",
+        FEWER_STEPS_2,
+        "growing interval",
+    ):
+        rows = verified.results[verified.results["policy"] == policy]
+        assert (rows["computed_steps"] == rows["budget"]).all()
+
+
+def test_uncached_runs_are_bit_identical_and_recording_does_not_change_them(verified):
+    assert verified.facts["floor"]["identical"]
+
+
+def test_the_pipeline_is_left_as_it_was(verified, pipe, fitted):
+    torch = pytest.importorskip("torch")
+    before = TinyPipeline()("x", generator=torch.Generator().manual_seed(3)).images
+    after = pipe("x", generator=torch.Generator().manual_seed(3)).images
+    np.testing.assert_array_equal(before, after)
+    assert "decode" not in pipe.vae.__dict__
+
+
+def test_measures_are_those_of_the_samples(verified, pipe):
+    """One result recomputed by hand: the same plan through the runtime, PSNR from its definition."""
+    torch = pytest.importorskip("torch")
+    from runtime import apply_tea_cache
+
+    row = verified.results.query("policy == @UNIFORM and budget == 4").iloc[0]
+    settings = {"num_inference_steps": 8}
+    uncached = pipe(
+        row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"])), **settings
+    ).images[0]
+    with apply_tea_cache(pipe, schedule="CSCSCSCS"):
+        cached = pipe(
+            row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"])), **settings
+        ).images[0]
+    error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
+    assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
+    assert set(row["patterns"].values()) == {"CSCSCSCS"}
+
+
+def test_replayed_and_real_patterns_are_both_kept(verified):
+    rows = verified.results[verified.results["policy"] == GATE]
+    for row in rows.itertuples():
+        assert set(row.replayed) == set(row.patterns) == {"transformer/cond", "transformer/uncond"}
+        wrong = [
+            sum(a != b for a, b in zip(row.replayed[k], row.patterns[k], strict=True))
+            for k in row.patterns
+        ]
+        assert row.disagreement == np.mean(wrong)
+
+
+def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(verified, fitted, pipe):
+    from runtime import apply_tea_cache
+
+    entry = coeffs.load(fitted / "entry.yaml")
+    rows = [row for row in entry.thresholds if row.kind == "verified"]
+    assert rows and all(row.psnr_db is not None and row.hardware == "cpu" for row in rows)
+    assert [row.kind for row in entry.thresholds].count("replay") > 0
+    if rows[-1].speedup > 1.01:
+        with apply_tea_cache(pipe, entry, speedup=1.01) as cache:
+            pipe("x", num_inference_steps=8)
+        assert cache.settings["threshold"] > 0
+
+
+def test_a_second_verification_runs_nothing_again(verified, fitted, pipe):
+    lines = (fitted / "verify" / "results.jsonl").read_text()
+    again = verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    assert (fitted / "verify" / "results.jsonl").read_text() == lines
+    assert again.headline == verified.headline
+    kept = load_verification(fitted)
+    assert (
+        kept.headline == verified.headline
+        and kept.comparisons[0].difference == again.comparisons[0].difference
+    )
+
+
+def test_an_interrupted_verification_continues(verified, fitted, pipe, tmp_path):
+    """Half the results and a line cut short: only what is missing is run, and the finding is the same."""
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    lines = [line for line in (copy / "verify" / "results.jsonl").read_text().split("\n") if line]
+    (copy / "verify" / "results.jsonl").write_text(
+        "\n".join(lines[: len(lines) // 2]) + '\n{"key": "ab'
+    )
+    again = verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    pd.testing.assert_series_equal(again.results["psnr_db"], verified.results["psnr_db"])
+    keys = [
+        json.loads(line)["key"]
+        for line in (copy / "verify" / "results.jsonl").read_text().split("\n")
+        if '"row"' in line
+    ]
+    assert len(keys) == len(set(keys)) == len(lines)
+    # Speed-ups of what was run now are against uncached runs of now, not of a machine that was as busy as it was then.
+    anew = again.results["seconds"].to_numpy() != verified.results["seconds"].to_numpy()
+    same = (
+        again.results["uncached_seconds"].to_numpy()
+        == verified.results["uncached_seconds"].to_numpy()
+    )
+    assert anew.any() and not anew.all() and (same == ~anew).all()
+
+
+def test_a_new_fit_makes_only_the_gates_results_anew(verified, fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    before = len((copy / "verify" / "results.jsonl").read_text().split("\n"))
+    coeffs.save(draft_entry(load_run(copy), degree=1), copy / "entry.yaml")
+    verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=QUICK, progress=False)
+    added = len((copy / "verify" / "results.jsonl").read_text().split("\n")) - before
+    assert 0 < added <= 2 * len(UNSEEN)
+
+
+def test_thresholds_can_be_given(fitted, pipe):
+    threshold = next(row.threshold for row in coeffs.load(fitted / "entry.yaml").thresholds)
+    found = verify(
+        fitted,
+        model=pipe,
+        prompts=UNSEEN[:2],
+        thresholds=[threshold],
+        policies=["gate", "uniform"],
+        progress=False,
+    )
+    assert set(found.results.query("policy == @GATE")["threshold"]) == {threshold}
+
+
+def test_an_entry_without_a_run_is_verified_from_its_references(fitted, pipe, tmp_path):
+    entry = dataclasses.replace(coeffs.load(fitted / "entry.yaml"), version=3)
+    found = verify(
+        entry,
+        model=pipe,
+        prompts=UNSEEN[:2],
+        budgets=[5],
+        policies=["gate", "uniform"],
+        out=tmp_path / "v",
+        progress=False,
+    )
+    assert (tmp_path / "v" / "entry.yaml").exists() and set(found.results["policy"]) >= {UNIFORM}
+
+
+def test_a_gate_that_cannot_reach_any_budget_is_said_to_be_so(fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy)
+    entry = coeffs.load(copy / "entry.yaml")
+    never = coeffs.Fit(coefficients_high_to_low=(0.0, 0.0), domain=(0.0, 9.0))
+    experts = {"transformer": coeffs.Expert(recommended="pooled", branches={"pooled": never})}
+    coeffs.save(dataclasses.replace(entry, experts=experts), copy / "entry.yaml")
+    found = verify(
+        copy, model=pipe, prompts=UNSEEN, budgets=[6], policies=["gate", "uniform"], progress=False
+    )
+    assert found.headline.startswith("The fitted gate could not be run: no threshold gives")
+    assert set(found.results["policy"]) == {UNIFORM} and found.facts["drift"] is None
+    assert load_verification(copy).headline == found.headline
+
+
+def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(pipe):
+    from calibrate.model.prompts import load_prompts
+    from calibrate.trials.baselines import Setting
+    from calibrate.trials.sampler import Refused, Sampler
+
+    class Forgetful(TinyPipeline):
+        @contextlib.contextmanager
+        def _branch(self, *_):  # as pipelines that never announce their branches
+            yield
+
+    forgetful = Forgetful()
+    prompt = load_prompts(["x"]).prompts[0]
+    sampler = Sampler(forgetful, {}, lambda name: True)
+    before = sampler(prompt).media[0]
+    with pytest.raises(Refused, match="FirstBlockCache fails on this model"):
+        sampler.run(
+            Setting("FirstBlockCache", "FirstBlockCache", 4, {"threshold": 0.1}), prompt, entries={}
+        )
+    np.testing.assert_array_equal(sampler(prompt).media[0], before)
+
+
+def test_recorded_prompts_are_never_judged(fitted, pipe):
+    with pytest.raises(InvalidPrompts, match="every prompt of it was recorded"):
+        verify(fitted, model=pipe, prompts=TEXTS, progress=False)
+
+
+def test_a_model_that_makes_nan_is_named(fitted, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify"))
+    broken = TinyPipeline()
+    broken.corrupt = True
+    with pytest.raises(InvalidOption, match="uncached model itself makes NaN"):
+        verify(copy, model=broken, prompts=UNSEEN, budgets=[4], policies=QUICK, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policies": ["gate", "magic"]}, "policy 'magic'"),
+        ({"budgets": [4], "thresholds": [0.1]}, "one follows from the other"),
+        ({"thresholds": [-1.0]}, "expected numbers of 0 or more"),
+        ({"budgets": [9]}, "9 computed steps of 8"),
+        ({"out": "elsewhere"}, "leave --out away"),
+    ],
+)
+def test_wrong_options_are_named(fitted, pipe, options, text):
+    with pytest.raises((InvalidOption, InvalidBudget), match=text):
+        verify(fitted, model=pipe, prompts=UNSEEN, progress=False, **options)
+
+
+def test_an_entry_for_another_class_is_refused(pipe, tmp_path):
+    with pytest.raises(
+        InvalidOption,
+        match=r"is for QwenImageTransformer2DModel, but the pipeline has FluxTransformer",
+    ):
+        verify("vllm-omni/qwen-image", model=pipe, prompts=UNSEEN, out=tmp_path, progress=False)
+
+
+def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify", "entry.yaml"))
+    with pytest.raises(InvalidOption, match="calibrate fit"):
+        verify(copy, model=pipe, prompts=UNSEEN, progress=False)
+
+
+# --- uniform skipping with every forecast
+
+
+def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_anyway(fitted):
+    schedules = Schedules(8, load_run(fitted))
+    found = {key: dict(schedules.settings(key, [4])[0].parameters) for key in UNIFORM_FORECASTS}
+    assert found["uniform"] == {"schedule": "CSCSCSCS"}
+    assert found["uniform-linear"] == {"schedule": "CSCSCSCS", "forecast": "linear"}
+    for forecast in ("linear", "quadratic"):
+        expected = {"schedule": "CSCSCSCS", "forecast": forecast, "forecast_of": "output"}
+        assert found[f"uniform-{forecast}-output"] == expected
+
+
+def test_fitted_uniform_weights_are_those_of_the_runs_gram_log(fitted):
+    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [3])[0]
+    expected = fit_weights(Problem.of(load_gram(fitted), "output"), policies.uniform(8, 3)).rows
+    assert {
+        int(step): tuple(row) for step, row in setting.parameters["weights"].items()
+    } == expected
+    assert setting.parameters["schedule"] == policies.uniform(8, 3) and len(expected) == 5
+
+
+def test_all_steps_computed_leave_nothing_to_forecast(fitted):
+    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [8])[0]
+    assert setting.parameters == {"schedule": "C" * 8, "forecast_of": "output"}
+
+
+def test_fitted_uniform_without_a_log_of_these_steps_says_why(fitted, tmp_path):
+    import shutil
+
+    run = load_run(fitted)
+    with pytest.raises(NoPlan, match="the Gram log is of 8 steps, here are 6"):
+        Schedules(6, run).settings("uniform-fitted", [3])
+    with pytest.raises(NoPlan, match="no run"):
+        Schedules(8, dataclasses.replace(run, path=None)).settings("uniform-fitted", [3])
+    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
+    with pytest.raises(NoPlan, match="calibrate record --gram"):
+        Schedules(8, load_run(tmp_path / "bare")).settings("uniform-fitted", [3])
+
+
+def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():
+    plan = coeffs.Plan(schedule="CSCS", forecast="reuse", forecast_of="residual")
+    described = policies.schedule_setting(
+        "x", plan.schedule, plan.forecast, plan.forecast_of, plan.weights_by_step
+    )
+    assert (
+        described
+        == policies.schedule_setting("x", "CSCS")
+        == policies.Setting("x", "schedule", 2, {"schedule": "CSCS"})
+    )
+    fitted = policies.schedule_setting("x", "CSCS", "fitted", "output", {1: (1.0,), 3: (1.5, -0.5)})
+    assert fitted.parameters["weights"] == {"1": [1.0], "3": [1.5, -0.5]}
+
+
+# --- gates that forecast
+
+
+def gates_of(entry, run, *chosen):
+    return entrants(entry, ("gate", *chosen), [], "FluxTransformer2DModel", run)
+
+
+def test_gates_that_forecast_enter_with_the_window_of_the_fitted_one(fitted):
+    entry = dataclasses.replace(coeffs.load(fitted / "entry.yaml"), start=2, end=1, max_skips=3)
+    gates = gates_of(entry, load_run(fitted), "gate-linear", "gate-change-linear").gates
+    linear, change = gates[LINEAR_GATE], gates[CHANGE_GATE]
+    assert (linear.target, linear.forecast, linear.forecast_of) == (
+        "forecast_error",
+        "linear",
+        "output",
+    )
+    assert (change.target, change.forecast, change.forecast_of) == ("output", "linear", "output")
+    assert change.experts == entry.experts and linear.experts != entry.experts
+    assert linear.fit().degree == entry.fit().degree == 2
+    assert all((gate.start, gate.end, gate.max_skips) == (2, 1, 3) for gate in (linear, change))
+
+
+def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_none(fitted):
+    entry = coeffs.load(fitted / "entry.yaml")
+    assert gate_setting(GATE, entry, 4, 0.1).parameters == {
+        "entry": GATE,
+        "threshold": 0.1,
+        "branches": "together",
+    }
+    linear = dataclasses.replace(entry, forecast="linear", forecast_of="output")
+    more = gate_setting(GATE, linear, 4, 0.1).parameters
+    assert (more["forecast"], more["forecast_of"]) == ("linear", "output")
+
+
+def test_a_gate_that_cannot_be_fitted_is_refused_with_the_reason(fitted, tmp_path):
+    import shutil
+
+    entry, run = coeffs.load(fitted / "entry.yaml"), load_run(fitted)
+    found = gates_of(
+        entry, dataclasses.replace(run, path=None, folders=()), "gate-linear", "gate-change-linear"
+    )
+    assert "no run to fit this gate on" in found.refused[LINEAR_GATE] and set(found.gates) == {
+        GATE,
+        CHANGE_GATE,
+    }
+    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
+    found = gates_of(entry, load_run(tmp_path / "bare"), "gate-linear")
+    assert "calibrate record --gram" in found.refused[LINEAR_GATE] and set(found.gates) == {GATE}
+
+
+def test_an_entry_fitted_on_the_forecasts_error_is_the_linear_gate_itself(fitted):
+    run = load_run(fitted)
+    own = draft_entry(run, degree=2, forecast="linear", forecast_of="output")
+    found = gates_of(own, run, "gate-linear", "gate-change-linear")
+    assert found.refused == {LINEAR_GATE: "the fitted gate is this one"}
+    assert (
+        found.gates[CHANGE_GATE].target == "output"
+        and found.gates[CHANGE_GATE].experts != own.experts
+    )
+
+
+def test_the_forecast_of_a_gate_reaches_the_runtime(verified, fitted, pipe):
+    """One result recomputed by hand, with the polynomial that the policy was fitted with."""
+    torch = pytest.importorskip("torch")
+    from runtime import apply_tea_cache
+
+    row = verified.results.query("policy == @LINEAR_GATE and budget == 4").iloc[0]
+    entry = gates_of(coeffs.load(fitted / "entry.yaml"), load_run(fitted), "gate-linear").gates[
+        LINEAR_GATE
+    ]
+    with apply_tea_cache(
+        pipe, entry, threshold=row["threshold"], forecast="linear", forecast_of="output"
+    ) as cache:
+        cached = pipe(
+            row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))
+        ).images[0]
+    uncached = pipe(
+        row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))
+    ).images[0]
+    error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
+    assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
+    assert {found.pattern for found in cache.stats.branches.values()} == set(
+        row["patterns"].values()
+    )
+    assert "S" in "".join(row["patterns"].values())
+
+
+# --- entrants, LPIPS, command line
+
+
+def test_published_sets_of_the_class_enter_once_per_shape():
+    own = coeffs.load("vllm-omni/longcat-image")
+    found = published_entries(coeffs.entries(), "LongCatImageTransformer2DModel", own)
+    assert found and all(
+        entry.transformer_class == "LongCatImageTransformer2DModel" for entry in found
+    )
+    assert own.label not in {entry.label for entry in found}
+
+
+def test_branches_decide_together_unless_the_policy_is_apart(verified):
+    together = verified.results[verified.results["policy"] == GATE]
+    assert all(len(set(row.patterns.values())) == 1 for row in together.itertuples())
+    assert all(len(set(row.replayed.values())) == 1 for row in together.itertuples())
+    assert APART_GATE in set(verified.results["policy"])
+
+
+def test_lpips_without_weights_or_package_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth"):
+        Lpips(tmp_path)
+
+
+def test_lpips_loads_the_trunk_from_the_file_and_never_downloads(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        """The layer names of lpips' AlexNet: slice number, then torchvision's index."""
+
+        def __init__(self):
+            super().__init__()
+            self.slice1 = torch.nn.ModuleDict({"0": torch.nn.Conv2d(3, 1, 1)})
+
+    class FakeLpips(torch.nn.Module):
+        def __init__(self, net, version, pnet_rand, verbose):
+            super().__init__()
+            assert pnet_rand, "anything else downloads the trunk"
+            self.net = Net()
+
+        def forward(self, a, b, normalize):
+            return (self.net.slice1["0"](a) - self.net.slice1["0"](b)).abs().mean()
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=FakeLpips))
+    weights = {
+        "features.0.weight": torch.ones(1, 3, 1, 1),
+        "features.0.bias": torch.zeros(1),
+        "classifier.1.bias": torch.ones(1),
+    }
+    torch.save(weights, tmp_path / "alexnet-owt-7be5be79.pth")
+    measure, image = Lpips(tmp_path), np.full((8, 8, 3), 0.5)
+    assert measure(image, image) == 0
+    assert measure(image + 0.1, image) == pytest.approx(0.3, abs=1e-6)
+    torch.save({"features.3.weight": torch.ones(1)}, tmp_path / "alexnet-owt-7be5be79.pth")
+    with pytest.raises(ValueError, match="lacks slice1"):
+        Lpips(tmp_path)
+
+
+def test_lpips_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match="pip install lpips"):
+        Lpips(tmp_path)
+
+
+def test_commands_have_help_with_every_policy_and_an_example():
+    text = CliRunner().invoke(cli, ["verify", "--help"]).output
+    assert all(
+        policy in text.replace("\n", " ").replace("  ", "") or policy in text
+        for policy in ("gate", "uniform")
+    )
+    assert "calibrate verify runs/" in text
+    assert "calibrate report runs/" in CliRunner().invoke(cli, ["report", "--help"]).output
+    assert set(POLICIES) >= {"gate", "uniform"}
+
+
+def test_the_help_names_every_policy():
+    text = re.sub(
+        r"-\s+", "-", CliRunner().invoke(cli, ["verify", "--help"]).output
+    )  # lines end at hyphens
+    assert set(POLICIES) <= set(re.split(r"[\s,]+", text))
+
+
+def test_the_command_says_first_where_fewer_steps_is_better(verified, fitted, monkeypatch):
+    table = with_solvers((1, 1), (2, 2), (0, 0))
+    shown = dataclasses.replace(verified, results=table, summary=verdict.summarize(table))
+    monkeypatch.setattr("calibrate.verifying.verify.verify", lambda *args, **options: shown)
+    lines = CliRunner().invoke(cli, ["verify", str(fitted)]).output.splitlines()
+    assert lines[: lines.index("")] == verdict.first_lines(table, shown.headline)
+    assert lines[0].startswith("Fewer steps is better than the plan at 14 of 28 steps (")
+    assert any(line.startswith("the plan does not beat fewer steps here") for line in lines)
+
+
+def test_command_line_errors_are_one_line_with_exit_code_2(tmp_path):
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "nothing")])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    result = CliRunner().invoke(cli, ["verify", "x", "--budgets", "1,two"])
+    assert result.exit_code == 2 and "separated by commas" in result.output

@@ -1,0 +1,317 @@
+"""The entry as dataclasses: what construction refuses, the order of coefficients, older schemas, the JSON Schema."""
+
+import copy
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from coeffs_samples import sample_entry, two_experts
+
+import coeffs
+from coeffs.entry import schema
+from coeffs.entry.fields import plain
+from coeffs.entry.schema import from_plain, json_schema
+from coeffs.errors import CoeffsError, EntryError
+from coeffs.migrate import MIGRATIONS, migrate
+
+SCHEMA_FILE = Path(schema.__file__).with_name("schema.json")
+
+
+def test_fits_are_found_by_expert_and_branch():
+    entry = sample_entry()
+    assert entry.label == "longcat-image@v0"
+    assert entry.fit(branch="uncond").coefficients_high_to_low == (0.25, 0.0625)
+    assert entry.fit() is entry.fit(branch="cond") is entry.fit(branch="positive")
+    assert two_experts().fit("transformer_2").degree == 2
+    with pytest.raises(EntryError, match="no expert 'transformer_2': expected one of transformer"):
+        entry.fit("transformer_2")
+    ratios_only = dataclasses.replace(entry.experts["transformer"], branches={}, recommended=None)
+    with pytest.raises(EntryError, match="only mag_ratios or plans"):
+        sample_entry(experts={"transformer": ratios_only}).fit()
+
+
+def test_a_fit_gives_its_polynomial_with_domain_and_rule():
+    polynomial = sample_entry().fit().polynomial("abs")
+    assert polynomial.raw(2.0) == 0.5 * 8 - 0.25 * 4 + 2 / 3 + 0.125
+    assert (polynomial.domain, polynomial.sign_rule) == ((0.01, 0.4), "abs")
+
+
+def test_numbers_of_other_libraries_become_plain_ones():
+    fit = coeffs.Fit(
+        coefficients_high_to_low=np.array([1.5, 2.5]),
+        domain=np.array([0, 1]),
+        counts={"pairs": np.int64(3)},
+    )
+    assert [
+        type(value) for value in (*fit.coefficients_high_to_low, *fit.domain, fit.counts.pairs)
+    ] == [float] * 4 + [int]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "a/b/c"}, "model: the text 'a/b/c': expected a name"),
+        ({"model": "con."}, "model: the text"),
+        (
+            {"status": "vendored"},
+            "status: the text 'vendored': expected measured, published, copied",
+        ),
+        ({"status": None}, "status: nothing: expected"),
+        ({"signal": ["modulated_input"]}, "signal: a list: expected"),
+        ({"experts": {}}, "experts: no expert"),
+        (
+            {"experts": {"transformer": {}}, "plans": None},
+            r"experts.transformer: no fit, no mag_ratios and no plan",
+        ),
+        ({"experts": {"trans former": {}}}, "a name of letters, digits"),
+        ({"version": -1}, "version: -1: expected 0 to"),
+        ({"version": 2**60}, "beyond 2"),
+        (
+            {"thresholds": [{"threshold": -0.1, "kind": "replay"}]},
+            r"thresholds\[0\].threshold: -0.1: expected 0 to",
+        ),
+        ({"thresholds": [{"threshold": 0.1}]}, r"thresholds\[0\]: missing key kind"),
+        ({"thresholds": {"threshold": 0.1}}, "thresholds: a mapping: expected a list"),
+        ({"plans": [{"schedule": "CCSC", "computed_steps": 2}]}, "2, but the schedule computes 3"),
+        ({"protocol": {"num_steps": True}}, "protocol.num_steps: True: expected a whole number"),
+        ({"protocol": {"shift": [1]}}, "protocol.shift: a list: expected a number or text"),
+        ({"protocol": {"call_arguments": {"f": object()}}}, "protocol.call_arguments.f: <object"),
+        (
+            {"source": {"log_sha256": "abc"}},
+            "source.log_sha256: the text 'abc': expected 64 hexadecimal digits",
+        ),
+        ({"notes": "x" * 9000}, "notes: text of 9000 characters"),
+        ({"notes": "\ud800"}, "notes: text with a lone surrogate"),
+        ({"schema": 3}, "schema: 3: expected 1"),
+        (
+            {"checkpoint": "org/name"},
+            "checkpoint: the text 'org/name': expected a mapping of repository",
+        ),
+    ],
+)
+def test_construction_refuses_what_a_file_may_not_hold(changes, message):
+    with pytest.raises(EntryError, match=message):
+        sample_entry(**changes)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [float("nan")],
+        [float("inf")],
+        [1e31],
+        [1.0] * 8,
+        ["1"],
+        [True],
+        "12",
+        None,
+        5,
+        np.float64(5),
+        {1.0},
+    ],
+)
+def test_coefficients_that_cannot_be_used(values):
+    with pytest.raises(EntryError):
+        coeffs.Fit(coefficients_high_to_low=values)
+
+
+# --- the order of coefficients --------------------------------------------------------------------------------------
+
+
+def test_every_reversed_list_in_a_file_is_refused():
+    """A reversed list never engaged the cache in a published implementation; here it cannot be loaded.
+
+    The stored value at x = 0.1 tells the two orders apart for every set, and the error says so.
+    """
+    refused = 0
+    for entry in coeffs.entries():
+        data = plain(entry)
+        fit = data["experts"]["transformer"]["branches"]["pooled"]
+        fit["coefficients_high_to_low"].reverse()
+        with pytest.raises(EntryError, match=r"value_at_0p1: .* reversed order"):
+            from_plain(data)
+        refused += 1
+    assert refused >= 67
+
+
+def test_a_changed_coefficient_is_refused_too():
+    data = plain(sample_entry())
+    data["experts"]["transformer"]["branches"]["cond"]["coefficients_high_to_low"][1] += 1e-6
+    with pytest.raises(EntryError, match="one of the two was changed"):
+        from_plain(data)
+
+
+def test_a_reversed_list_without_a_stored_value_is_refused_where_it_is_implausible():
+    """The second line of defence, for imports and lists typed by hand: changes above 3 everywhere on the domain."""
+    every = [entry.fit() for entry in coeffs.entries()]
+    for fit in every:
+        coeffs.Fit(
+            coefficients_high_to_low=fit.coefficients_high_to_low, domain=fit.domain
+        )  # the right order passes
+    refused = 0
+    for fit in every:
+        try:
+            coeffs.Fit(
+                coefficients_high_to_low=fit.coefficients_high_to_low[::-1], domain=fit.domain
+            )
+        except EntryError as error:
+            assert "looks lowest power first" in str(error)
+            refused += 1
+    assert refused >= 45, refused
+
+
+def test_a_key_that_hides_the_order_is_refused():
+    for key in ("coefficients", "coefficients_low_to_high", "coeffs_coefficients"):
+        data = plain(sample_entry())
+        fit = data["experts"]["transformer"]["branches"]["cond"]
+        fit[key] = fit.pop("coefficients_high_to_low")
+        with pytest.raises(EntryError, match="highest power first"):
+            from_plain(data)
+
+
+# --- older schemas --------------------------------------------------------------------------------------------------
+
+FLAT = """\
+schema: 0
+model: old-model
+version: 3
+status: published
+signal: modulated_input
+target: output
+coefficients_high_to_low: [652.598, -424.1615, 84.5526, -4.5923, 0.1694]
+domain: [0.01, 0.4]
+figures:
+  r2: 0.5
+thresholds:
+  - {threshold: 0.2, kind: reported}
+"""
+
+
+def test_an_entry_of_schema_0_is_read_as_the_present_one():
+    entry = coeffs.loads(FLAT)
+    fit = entry.fit()
+    assert (entry.schema, entry.label, fit.domain, fit.figures) == (
+        1,
+        "old-model@v3",
+        (0.01, 0.4),
+        {"r2": 0.5},
+    )
+    assert coeffs.loads(coeffs.dump(entry)) == entry
+
+
+def test_an_error_in_an_old_file_still_names_a_line():
+    with pytest.raises(EntryError) as caught:
+        coeffs.loads(FLAT.replace("target: output", "target: latent"), "old.yaml")
+    assert str(caught.value).startswith(
+        "old.yaml:6: target: the text 'latent': expected output, hidden"
+    )
+
+
+def test_migrations_are_complete():
+    assert sorted(MIGRATIONS) == list(range(schema.SCHEMA))
+    for number in (-1, schema.SCHEMA + 1, "1", 1.0, None, True, [1]):
+        with pytest.raises(EntryError):
+            coeffs.dump(from_plain(migrate({"schema": number, "model": "x"})))
+
+
+# --- JSON Schema ----------------------------------------------------------------------------------------------------
+
+
+def test_the_json_schema_file_is_the_one_of_the_dataclasses():
+    """Regenerate with TEACAL_UPDATE=1 after a change of the dataclasses."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if os.environ.get("TEACAL_UPDATE"):
+        SCHEMA_FILE.write_text(text)
+    assert SCHEMA_FILE.read_text() == text
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def test_every_entry_satisfies_the_json_schema():
+    validator = jsonschema.Draft202012Validator(json_schema())
+    for entry in (sample_entry(), two_experts(), *coeffs.entries()):
+        validator.validate(plain(entry))
+
+
+def test_the_json_schema_and_the_dataclasses_refuse_the_same_structures():
+    """Every value is replaced by values of other kinds, dropped, and joined by an unknown key."""
+    validator = jsonschema.Draft202012Validator(json_schema())
+    original = plain(sample_entry(warnings=("w",), notes="n"))
+    compared = 0
+    for path in _paths(original):
+        for change in ("text", -1.5, True, [], {}, None, "drop", "add"):
+            data = _changed(original, path, change)
+            if data is None:
+                continue
+            try:
+                from_plain(migrate(data))
+                accepted = True
+            except CoeffsError as error:
+                accepted = False
+                if not _structural(error):
+                    continue
+            assert validator.is_valid(data) == accepted, (path, change)
+            compared += 1
+    assert compared > 500
+
+
+def _structural(error: CoeffsError) -> bool:
+    """Rules between fields and on the finer form of text are for the dataclasses alone."""
+    finer = (
+        "expected one of the branches",
+        "the coefficients give",
+        "have degree",
+        "domain",
+        "per coefficient",
+        "0 to 10000 steps",
+        "but the schedule",
+        "copied",
+        "fraction",
+        "no branches",
+        "no expert",
+        "nothing to use",
+        "coefficients:",
+        "whole on",
+    )
+    return not any(words in str(error) for words in finer)
+
+
+def _paths(value: object, path: tuple = ()) -> list[tuple]:
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path, *(found for key, item in items for found in _paths(item, (*path, key)))]
+
+
+def _changed(data: dict, path: tuple, change: object) -> dict | None:
+    data = copy.deepcopy(data)
+    if not path:
+        return None
+    parent = data
+    for key in path[:-1]:
+        parent = parent[key]
+    if change == "drop":
+        if isinstance(parent, list):
+            return None
+        del parent[path[-1]]
+    elif change == "add":
+        if not isinstance(parent[path[-1]], dict) or path[-1] in (
+            "figures",
+            "call_arguments",
+            "branches",
+            "experts",
+            "mag_ratios",
+        ):
+            return None
+        parent[path[-1]]["unknown_key"] = 1
+    else:
+        parent[path[-1]] = change
+    return data
