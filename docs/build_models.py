@@ -23,7 +23,7 @@ from runtime import apply_tea_cache  # noqa: E402
 from runtime.watch.hooks import StackHooks  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-# Compiled in tests/test_runtime_compile.py, which is to name the same models.
+# Compiled in tests/runtime/test_compile.py, which is to name the same models.
 COMPILED = ("flux", "longcat_image", "qwen_image", "qwen_image_zero_cond_t", "wan21")
 
 HEAD = """# Models
@@ -37,7 +37,7 @@ model is wired around it is learned by watching its first computed step.
 forced pattern of computed and skipped steps every output equals, bit for bit, a reference that runs *all* blocks and
 puts `stack input + residual of the last computed step` into the stack's exit by hand; and after `remove()` the model
 gives its old outputs bit for bit. It does not mean that a skipped step looks like a computed one: that is what
-thresholds are calibrated for. The proof is `tests/test_runtime_classes.py`, on the real classes at a tiny size, with
+thresholds are calibrated for. The proof is `tests/runtime/test_classes.py`, on the real classes at a tiny size, with
 random weights of which none is zero.
 
 What a user must know:

@@ -29,7 +29,7 @@ def test_the_page_is_current():
 def test_the_classes_called_compiled_are_those_that_are_tested():
     tested = re.search(
         r"^DEEP = \{(.*?)^\}",
-        (DOCS.parent / "tests/test_runtime_compile.py").read_text(),
+        (DOCS.parent / "tests/runtime/test_compile.py").read_text(),
         re.S | re.M,
     )
     assert sorted(load(DOCS / "build_models.py").COMPILED) == sorted(

@@ -33,7 +33,7 @@ def run(degree: int, registry: str | None, **options: Any) -> None:
     recorded = record_to_folder(**options)
     if recorded is None:
         return
-    from calibrate.commands.analysis import fit_and_report
+    from calibrate.commands.fit import fit_and_report
 
     fit_and_report(recorded.path, {"degree": degree, "registry": registry})
     raise_if_incomplete(recorded)

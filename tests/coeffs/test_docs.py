@@ -12,7 +12,7 @@ from coeffs import engines, store
 from coeffs.entry import schema
 from coeffs.entry.yamlread import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
-PAGE = Path(__file__).parent.parent / "docs" / "registry.md"
+PAGE = Path(__file__).parents[2] / "docs" / "registry.md"
 BLOCK = re.compile(
     r"(?<=<!-- entries: generated, do not edit -->\n).*?(?=<!-- end of entries -->)", re.DOTALL
 )

@@ -21,7 +21,7 @@ from runtime import ApplyError, Forecast, InvalidSetting, apply_tea_cache, denoi
 from runtime.watch.places import mapped
 
 torch.set_num_threads(1)
-FOLDER = Path(__file__).parent.parent / "calibrate" / "embedded" / "tiny-longcat-image"
+FOLDER = Path(__file__).parents[2] / "calibrate" / "embedded" / "tiny-longcat-image"
 STEPS = 6
 PLAN = "CCSCSS"
 KINDS = (

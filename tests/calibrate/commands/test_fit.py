@@ -2,10 +2,10 @@
 
 import pytest
 from analysis_data import make_frame, make_run
-from calibrate.commands.analysis import COMMANDS, fit_and_report
 from click.testing import CliRunner
 
 import coeffs
+from calibrate.commands.fit import COMMANDS, fit_and_report
 from calibrate.errors import CalibrateError
 from coeffs.errors import CoeffsError
 

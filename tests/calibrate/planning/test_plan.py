@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from tiny_pipeline import TinyPipeline
 
 import coeffs
-from calibrate import plan as planning
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption
 from calibrate.fitting.draft import draft_entry
+from calibrate.planning import plan as planning
 from calibrate.planning.candidates import BASELINES, DAMPINGS, Candidate, Planner
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.results import fewer_steps_verdict, planned_entry

@@ -30,10 +30,11 @@ def record_slowly(path):
 
 
 def test_killed_recording_ends_like_an_undisturbed_one(tmp_path):
-    import calibrate.record  # noqa: F401
     import pandas  # noqa: F401 - here, and not once in every child
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
+
+    import calibrate.recording.record  # noqa: F401
 
     outcome = kill_and_resume(record_slowly, tmp_path, kills=10)
     assert outcome.identical and not outcome.lost and not outcome.rewritten
