@@ -21,9 +21,9 @@ _HUB_SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete local folder in diffusers' format, and how it was named."""
+    """A complete local folder in diffusers' format, or a loaded pipeline, and how it was named."""
 
-    folder: Path
+    folder: Path | None  # None for a loaded pipeline
     repository: (
         str  # hub id, alias of an embedded model, or the folder's own name: never a machine's path
     )
@@ -31,16 +31,23 @@ class Checkpoint:
     slug: str
     pipeline_class: str
     spec: ModelSpec | None  # defaults by name, or those of the pipeline's class
+    pipeline: Any = None  # where it is loaded already
 
     def as_dict(self) -> dict[str, str | None]:
         """What the manifest and the entry say about the weights; content is hashed where no revision pins it."""
-        digest = None if self.revision else weights_sha256(self.folder)
+        hashed = self.revision is None and self.folder is not None
+        digest = weights_sha256(self.folder) if hashed else None
         return {"repository": self.repository, "revision": self.revision, "sha256": digest}
 
 
-def find_checkpoint(name: str | os.PathLike, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint behind an alias, a local folder or a hub id; the hub is asked only when nothing else fits."""
-    name = os.fspath(name)
+def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint behind an alias, a local folder or a hub id, or of a loaded diffusers pipeline.
+
+    The hub is asked only when nothing else fits.
+    """
+    if hasattr(model, "components"):
+        return _loaded(model)
+    name = os.fspath(model)
     spec = find_model(name)
     folder = Path(name).expanduser()
     if spec is not None and spec.embedded:
@@ -75,10 +82,29 @@ def find_checkpoint(name: str | os.PathLike, *, allow_pickle: bool = False) -> C
     return checkpoint
 
 
+def _loaded(pipeline: Any) -> Checkpoint:
+    from runtime.facts import repository_of
+
+    pipeline_class = type(pipeline).__name__
+    repository = repository_of(pipeline) or pipeline_class
+    row = find_model(repository)
+    return Checkpoint(
+        folder=None,
+        repository=repository,
+        revision=None,
+        slug=row.slug if row else slug_of(repository.rpartition("/")[2]),
+        pipeline_class=pipeline_class,
+        spec=class_defaults(pipeline_class),
+        pipeline=pipeline,
+    )
+
+
 def pipeline_class_of(checkpoint: Checkpoint) -> type:
     """The pipeline's class, without its weights, so that a wrong option is refused before gigabytes are read."""
     import diffusers
 
+    if checkpoint.pipeline is not None:
+        return type(checkpoint.pipeline)
     found = getattr(diffusers, checkpoint.pipeline_class, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise InvalidCheckpoint(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,3 +41,17 @@ def canonical_sha256(value: Any) -> str:
             f"a setting that cannot be written down: {error}; expected numbers, text, lists and mappings"
         ) from None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The value with only what YAML and JSON both write: tuples as lists, anything foreign as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float):  # subclasses too: NumPy's numbers are no YAML
+        if isinstance(value, kind):
+            return kind(value)
+    return str(value)

@@ -1,89 +1,129 @@
-"""What is recorded: the denoisers to watch, one generation per prompt, and what identifies both."""
+"""A loaded model and its call: the one holder that record, plan and verify share."""
 
-import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from os import PathLike
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from calibrate.errors import InvalidOption
+from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.model.call import Call
-from calibrate.model.checkpoint import slug_of
+from calibrate.model.checkpoint import Checkpoint, load_pipeline, slug_of
 from calibrate.model.prompts import Prompt
-from calibrate.model.protocol import Protocol, canonical_sha256
-from calibrate.model.table import find_model
+from calibrate.model.protocol import Protocol, canonical_sha256, plain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """``generate(prompt, images)`` runs one whole generation through ``modules`` (expert name -> module)."""
+class Session:
+    """A loaded pipeline, or any callable, with the arguments of its every generation.
+
+    Attributes:
+        modules: Expert name -> denoiser.
+        call: Arguments of every generation besides the prompt's own, and what the pipeline accepts.
+        identity: The manifest's fields that a coefficient depends on, hashed in ``protocol_sha256``.
+        pipeline: A diffusers pipeline; None for a callable.
+        function: ``function(prompt, seed)`` runs one generation; None for a pipeline.
+    """
 
     modules: Mapping[str, Any]
-    generate: Callable[[Prompt, list[Any]], Any]
-    identity: dict[
-        str, Any
-    ]  # the manifest's fields that a coefficient depends on, hashed in protocol_sha256
+    call: Call
+    identity: dict[str, Any]
     pipeline: Any = None
-    call: dict[str, Any] = field(
-        default_factory=dict
-    )  # arguments of every generation, for whoever repeats one
+    function: Callable[[str, int], Any] | None = None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.call.arguments
 
-def pipeline_subject(
-    pipeline: Any, call: Call, *, slug: str | None = None, checkpoint: dict | None = None
-) -> Subject:
-    """A loaded diffusers pipeline, called as `calibrate.model.call.prepare_call` worked out."""
-    import torch
+    @property
+    def num_steps(self) -> int | None:
+        """Denoising steps of a generation; None for a callable that does not say."""
+        return self.call.protocol.get("num_steps")
 
-    from runtime import denoisers
-    from runtime.facts import repository_of
+    def accepts(self, name: str) -> bool:
+        """Whether the pipeline takes an argument of this name."""
+        return self.call.accepts(name)
 
-    modules = denoisers(pipeline)
-    repository = repository_of(pipeline) or type(pipeline).__name__
-    spec = find_model(repository)
+    @property
+    def device_name(self) -> str:
+        """The device in words: a GPU by its product name."""
+        import torch
 
-    def generate(prompt: Prompt, images: list[Any]) -> None:
-        arguments = {**call.arguments, "prompt": prompt.prompt}
+        device = getattr(self.pipeline, "_execution_device", None)
+        if device is None:
+            parameters = (
+                parameter for module in self.modules.values() for parameter in module.parameters()
+            )
+            device = next(parameters, torch.empty(0)).device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def generate(
+        self, prompt: Prompt, images: Mapping[str, Path] | None = None, **overrides: Any
+    ) -> Any:
+        """Run one whole generation and return what the pipeline or the callable returned.
+
+        ``images`` says where the images that the prompt names are; ``overrides`` are arguments of this call alone.
+        """
+        import torch
+
+        if self.function is not None:
+            if prompt.image or prompt.negative_prompt is not None or overrides:
+                raise InvalidOption(
+                    "generate(prompt, seed) takes no image, no negative prompt and no further argument"
+                )
+            return self.function(prompt.prompt, prompt.seed)
+        arguments = {**self.arguments, "prompt": prompt.prompt, **overrides}
         if prompt.negative_prompt is not None:
             arguments["negative_prompt"] = prompt.negative_prompt
-        if images:
-            arguments["image"] = images[0] if len(images) == 1 else images
-        pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(prompt.seed))
+        opened = [_open_image(name, images or {}) for name in prompt.image]
+        if opened:
+            arguments["image"] = opened[0] if len(opened) == 1 else opened
+        generator = torch.Generator("cpu").manual_seed(prompt.seed)
+        return self.pipeline(**arguments, generator=generator)
 
-    return Subject(
+
+def load_session(
+    checkpoint: Checkpoint,
+    call: Call,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    allow_pickle: bool = False,
+    cpu_offload: bool = False,
+) -> Session:
+    """Load the checkpoint's weights (a pipeline that is loaded already is used as it is)."""
+    from runtime import denoisers
+
+    pipeline = checkpoint.pipeline
+    if pipeline is None:
+        pipeline = load_pipeline(
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            cpu_offload=cpu_offload,
+        )
+    modules = denoisers(pipeline)
+    identity = _identity(
+        model=checkpoint.slug,
         modules=modules,
-        generate=generate,
-        pipeline=pipeline,
-        call=_plain(call.arguments),
-        identity=_identity(
-            model=slug or (spec.slug if spec else slug_of(repository.rpartition("/")[2])),
-            modules=modules,
-            pipeline_class=type(pipeline).__name__,
-            checkpoint=checkpoint or {"repository": repository, "revision": None, "sha256": None},
-            scheduler=getattr(pipeline, "scheduler", None),
-            settings=call.protocol,
-        ),
+        pipeline_class=type(pipeline).__name__,
+        checkpoint=checkpoint.as_dict(),
+        scheduler=getattr(pipeline, "scheduler", None),
+        settings=call.protocol,
     )
+    return Session(modules=modules, call=call, identity=identity, pipeline=pipeline)
 
 
-def callable_subject(
+def callable_session(
     name: str, generate: Callable[[str, int], Any], modules: Any, settings: dict[str, Any]
-) -> Subject:
-    """Any callable ``generate(prompt, seed)`` with the module, or expert name -> module, that it runs."""
+) -> Session:
+    """Any ``generate(prompt, seed)`` with the module, or expert name -> module, that it runs."""
     if modules is None:
         raise InvalidOption(
             "generate without modules: name the denoiser to watch, such as modules=model.transformer"
         )
     modules = dict(modules) if isinstance(modules, Mapping) else {"transformer": modules}
-
-    def generate_one(prompt: Prompt, images: list[Any]) -> None:
-        if images or prompt.negative_prompt is not None:
-            raise InvalidOption(
-                "generate(prompt, seed) takes no image and no negative prompt; prompts must have none"
-            )
-        generate(prompt.prompt, prompt.seed)
-
     identity = _identity(
         model=slug_of(name),
         modules=modules,
@@ -92,21 +132,21 @@ def callable_subject(
         scheduler=None,
         settings=settings,
     )
-    return Subject(modules=modules, generate=generate_one, identity=identity)
+    call = Call(arguments={}, accepted=frozenset({"prompt"}), protocol=settings)
+    return Session(modules=modules, call=call, identity=identity, function=generate)
 
 
 def _identity(
     *,
     model: str,
     modules: Mapping[str, Any],
-    checkpoint: dict,
+    pipeline_class: str | None,
+    checkpoint: dict[str, str | None],
     scheduler: Any,
-    settings: dict,
-    **fields: Any,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     from runtime.facts import lora_of, quantization_of, shift_of
 
-    config = _plain(dict(getattr(scheduler, "config", None) or {}))
     first = next(iter(modules.values()))
     protocol = Protocol(
         scheduler=type(scheduler).__name__ if scheduler is not None else None,
@@ -116,44 +156,34 @@ def _identity(
         lora=lora_of(first),
         **settings,
     )
+    config = plain(dict(getattr(scheduler, "config", None) or {}))
+    # Names with an underscore say where the configuration came from, not what it is.
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
     identity = {
         "model": model,
         "transformer_classes": {name: type(module).__name__ for name, module in modules.items()},
-        **fields,
+        "pipeline_class": pipeline_class,
         "checkpoint": checkpoint,
-        "protocol": _plain(protocol.as_dict()),
-        "scheduler_config": {
-            key: value for key, value in config.items() if not key.startswith("_")
-        },
+        "protocol": plain(protocol.as_dict()),
+        "scheduler_config": public,
     }
     return {**identity, "protocol_sha256": canonical_sha256(identity)}
 
 
-def _plain(value: Any) -> Any:
-    """The value with only what YAML and JSON both write: tuples as lists, anything foreign as its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float):  # subclasses too: NumPy's numbers are no YAML
-        if isinstance(value, kind):
-            return kind(value)
-    return str(value)
+def _open_image(name: str, images: Mapping[str, Path]) -> Any:
+    if name not in images:
+        raise InvalidPrompts(f"{name}: no such input image; give it again with --image")
+    return _opened(images[name])
 
 
-def command_line(options: Mapping[str, Any]) -> str:
-    """The command that records the same again: the options that differ from their default, and no machine's path."""
-    words = ["calibrate", "record"]
-    for name, value in options.items():
-        # What has no place on a command line (a loaded pipeline, a list of prompts) is left out.
-        values = value if isinstance(value, list) and name in {"image", "pipe_arg"} else [value]
-        for item in values:
-            if isinstance(item, (str, int, float, PathLike)):
-                text = str(item)
-                words += [
-                    f"--{name.replace('_', '-')}",
-                    Path(text).name if Path(text).exists() else text,
-                ]
-    return shlex.join(words)
+@lru_cache(maxsize=8)  # a verification runs the same prompt under many settings
+def _opened(path: Path) -> Any:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise InvalidPrompts(
+            f"{path}: cannot be read as an image ({error}); give it again with --image"
+        ) from None

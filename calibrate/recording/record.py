@@ -5,22 +5,23 @@ import logging
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import CalibrateError, Incomplete, InvalidOption, RunFolderError
 from calibrate.model.call import MIN_STEPS, prepare_call
-from calibrate.model.checkpoint import DTYPES, find_checkpoint, load_pipeline, pipeline_class_of
+from calibrate.model.checkpoint import DTYPES, find_checkpoint, pipeline_class_of
 from calibrate.model.prompts import PromptSet, load_prompts
-from calibrate.model.protocol import canonical_sha256
-from calibrate.model.session import Subject, callable_subject, command_line, pipeline_subject
-from calibrate.model.table import class_defaults
+from calibrate.model.protocol import canonical_sha256, plain
+from calibrate.model.session import Session, callable_session, load_session
 from calibrate.recording.launch import Party, rank, restarts, world_size
 from calibrate.runs.folder import Group, RunFolder, tidy
 from calibrate.runs.lock import RunLock, job_name
@@ -85,7 +86,7 @@ def record(
         **settings,
     }
     named |= {"image": images, "dtype": None if dtype == "bfloat16" else dtype}
-    command = command_line(
+    command = _command_line(
         named | {"pipe_arg": [f"{key}={value}" for key, value in pipe_args.items()]}
     )
 
@@ -94,44 +95,36 @@ def record(
     if generate is not None:
         prompt_set = load_prompts(prompts, seed=seed, images=images, count=num_prompts)
         settings = {"num_steps": settings.pop("steps"), **settings, "call_arguments": pipe_args}
-        subject = callable_subject(str(model), generate, modules, settings)
+        session = callable_session(str(model), generate, modules, settings)
     else:
-        checkpoint = (
-            None
-            if hasattr(model, "components")
-            else find_checkpoint(model, allow_pickle=allow_pickle)
-        )
-        pipeline_class = type(model) if checkpoint is None else pipeline_class_of(checkpoint)
-        spec = class_defaults(pipeline_class.__name__) if checkpoint is None else checkpoint.spec
-        call = prepare_call(pipeline_class.__call__, spec, pipe_args=pipe_args, **settings)
+        checkpoint = find_checkpoint(model, allow_pickle=allow_pickle)
+        spec = checkpoint.spec
+        pipeline_call = pipeline_class_of(checkpoint).__call__
+        call = prepare_call(pipeline_call, spec, pipe_args=pipe_args, **settings)
         if prompts is None and spec is not None:
             prompts, num_prompts = spec.prompts, num_prompts or spec.num_prompts
         prompt_set = load_prompts(prompts, seed=seed, images=images, count=num_prompts)
         call.refuse_unfit(prompt_set.prompts)
-        if checkpoint is None:
-            subject = pipeline_subject(model, call)
-        else:
-            if out is not None:
-                _refuse_unusable(Path(out))
-            pipeline = load_pipeline(
-                checkpoint,
-                dtype=dtype,
-                device=device,
-                allow_pickle=allow_pickle,
-                cpu_offload=cpu_offload,
-            )
+        if checkpoint.pipeline is None and out is not None:
+            _refuse_unusable(Path(out))
+        session = load_session(
+            checkpoint,
+            call,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            cpu_offload=cpu_offload,
+        )
+        if checkpoint.pipeline is None:
             # One bar for the run is enough unless somebody is watching.
-            pipeline.set_progress_bar_config(
+            session.pipeline.set_progress_bar_config(
                 disable=not (progress and sys.stderr.isatty()), leave=False, position=1
-            )
-            subject = pipeline_subject(
-                pipeline, call, slug=checkpoint.slug, checkpoint=checkpoint.as_dict()
             )
     from calibrate.recording.recorder import Recorder
 
-    recorder = Recorder(subject.modules, subject.pipeline, blocks=blocks, gram=gram)
+    recorder = Recorder(session.modules, session.pipeline, blocks=blocks, gram=gram)
     return _record_all(
-        subject, recorder, prompt_set, out, notes={"command": command}, progress=progress
+        session, recorder, prompt_set, out, notes={"command": command}, progress=progress
     )
 
 
@@ -150,7 +143,7 @@ def _check_options(settings: Mapping[str, Any], num_prompts: int | None, dtype: 
 
 
 def _record_all(
-    subject: Subject,
+    session: Session,
     recorder: Any,
     prompts: PromptSet,
     out: Any,
@@ -160,7 +153,7 @@ def _record_all(
 ) -> RunFolder:
     import torch
 
-    identity = dict(subject.identity)
+    identity = dict(session.identity)
     run_id = canonical_sha256([identity["protocol_sha256"], prompts.sha256])[:8]
     path = Path(out) if out is not None else Path("runs") / f"{identity['model']}-{run_id}"
     _make_folder(path)
@@ -175,13 +168,13 @@ def _record_all(
         notes |= {
             "created": _now(),
             "versions": _versions(),
-            "device": _device_name(subject),
-            "call": subject.call,
+            "device": session.device_name,
+            "call": plain(session.arguments),
         }
         run = RunFolder.create(path, {"run_id": run_id, **identity}, prompts, **notes)
         _say_changes(run, notes)
-        party = Party(subject.modules)
-        loop = _Loop(run, subject, recorder, lock, party)
+        party = Party(session.modules)
+        loop = _Loop(run, session, recorder, lock, party)
         with torch.inference_mode(), recorder:
             if party.leads:
                 with _bar(run, shown=progress and rank() == 0) as bar:
@@ -195,15 +188,16 @@ class _Loop:
     """Records what is missing in a run; with other ranks, whatever they are not at."""
 
     def __init__(
-        self, run: RunFolder, subject: Subject, recorder: Any, lock: RunLock, party: Party
+        self, run: RunFolder, session: Session, recorder: Any, lock: RunLock, party: Party
     ) -> None:
-        self.run, self.subject, self.recorder, self.lock, self.party = (
+        self.run, self.session, self.recorder, self.lock, self.party = (
             run,
-            subject,
+            session,
             recorder,
             lock,
             party,
         )
+        self.images = run.images
         self.job = f"{lock.job}#{restarts()}"
         self.outcomes: list[str | None] = []  # a failure's text, or None for a success
 
@@ -257,9 +251,8 @@ class _Loop:
     def _record(self, group: Group) -> None:
         """Generate and measure one group; whatever a pipeline raises costs this prompt and no other."""
         try:
-            images = [_open_image(self.run.input_path(name)) for name in group.prompt.image]
             self.recorder.start()
-            self.subject.generate(group.prompt, images)
+            self.session.generate(group.prompt, self.images)
             recording = self.recorder.finish()
         except _EXPECTED:
             raise  # says what to do about the model or the run, and would be the same for every prompt
@@ -328,13 +321,6 @@ def _show(bar: Any, run: RunFolder) -> None:
     bar.refresh()
 
 
-def _open_image(path: Path):
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def _refuse_unusable(path: Path) -> None:
     """Say before a model is loaded that nothing can be written there, or that somebody else is at it."""
     _make_folder(path)
@@ -370,13 +356,17 @@ def _versions() -> dict[str, str]:
     return {"teacal": __version__, **packages, "python": platform.python_version()}
 
 
-def _device_name(subject: Subject) -> str:
-    import torch
-
-    device = getattr(subject.pipeline, "_execution_device", None)
-    if device is None:
-        parameters = (
-            parameter for module in subject.modules.values() for parameter in module.parameters()
-        )
-        device = next(parameters, torch.empty(0)).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _command_line(options: Mapping[str, Any]) -> str:
+    """The command that records the same again: the options that differ from their default, and no machine's path."""
+    words = ["calibrate", "record"]
+    for name, value in options.items():
+        # What has no place on a command line (a loaded pipeline, a list of prompts) is left out.
+        values = value if isinstance(value, list) and name in {"image", "pipe_arg"} else [value]
+        for item in values:
+            if isinstance(item, (str, int, float, PathLike)):
+                text = str(item)
+                words += [
+                    f"--{name.replace('_', '-')}",
+                    Path(text).name if Path(text).exists() else text,
+                ]
+    return shlex.join(words)

@@ -68,7 +68,7 @@ class RunFolder:
     ) -> "RunFolder":
         """Start a run, or continue the one in ``path`` when identity and prompt set are the same.
 
-        ``identity`` is what `calibrate.model.session.Subject` has; ``notes`` (created, versions, device, command, ...) are
+        ``identity`` is what `calibrate.model.session.Session` has; ``notes`` (created, versions, device, command, ...) are
         written at the start and kept afterwards. The caller holds the folder's lock.
         """
         path = Path(path)
@@ -162,6 +162,12 @@ class RunFolder:
                 f"{self.path}: run.yaml names the image {name!r}; expected the name of a file in inputs/"
             )
         return self.path / "inputs" / name
+
+    @property
+    def images(self) -> dict[str, Path]:
+        """Name -> file of every image that the run's prompts name."""
+        names = {name for group in self.groups for name in group.prompt.image}
+        return {name: self.input_path(name) for name in names}
 
     def _write_manifest(self) -> None:
         import yaml
