@@ -14,7 +14,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 _VERBS = {
     "record": "calibrate.recording.record",
-    "fit": "calibrate.fitting.least_squares",
+    "fit": "calibrate.fitting.draft",
     "plan": "calibrate.planning.plan",
     "verify": "calibrate.verifying.verify",
     "report": "calibrate.reporting.report",

@@ -17,11 +17,21 @@ from calibrate.fitting.forecast_error import with_forecast_errors
 from calibrate.fitting.intervals import computed_intervals
 from calibrate.fitting.least_squares import FitResult, has_shape
 from calibrate.fitting.replay import Search, polynomials, replay, summarise, threshold_grid
-from calibrate.runs.pairs import FORECAST_ERROR, Run
+from calibrate.runs.pairs import FORECAST_ERROR, Run, load_run
 
 EMBEDDED_MODEL = "tiny-longcat-image"
 POOR_R2 = 0.5
 FEW_PROMPTS = 8
+
+
+def fit(run: Any, **options: Any) -> coeffs.Entry:
+    """Fit a recorded run and draft its registry entry, as ``calibrate fit`` does.
+
+    Args:
+        run: A run folder, several of one protocol, a table of pairs, or a loaded :class:`~calibrate.runs.pairs.Run`.
+        options: ``degree``, ``target``, ``signal``, ``method`` of :func:`draft_entry`.
+    """
+    return draft_entry(run if isinstance(run, Run) else load_run(run), **options)
 
 
 def draft_entry(

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.polynomial import Polynomial as Curve
 from numpy.polynomial import polynomial as powers
 from scipy import stats
 
-from calibrate.fitting.least_squares import FitResult, power_matrix, scale_to_unit, shaped_solution
+from calibrate.fitting.least_squares import (
+    FitResult,
+    powers_of_x,
+    scale_to_unit,
+    shaped_solution,
+)
 from calibrate.fitting.replay import Key, Search
 
 RESAMPLES = 200
@@ -79,7 +85,7 @@ def bootstrap(
         return None
     degree = result.degree - result.lowered
     x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    design = powers.polyvander(scale_to_unit(x, *result.domain), degree)
+    design = powers.polyvander(scale_to_unit(x, result.domain), degree)
     order = np.argsort(index, kind="stable")
     starts = np.searchsorted(index[order], np.arange(len(prompts)))
     squares = np.add.reduceat((design[:, :, None] * design[:, None, :])[order], starts)
@@ -92,9 +98,9 @@ def bootstrap(
     else:
         # A resample may leave a high power undetermined: the pseudo-inverse takes the smallest solution.
         scaled = np.einsum("bij,bj->bi", np.linalg.pinv(left, rcond=1e-12, hermitian=True), right)
-    exported = scaled @ power_matrix(degree, *result.domain)
-    padded = np.hstack([np.zeros((len(exported), result.lowered)), exported[:, ::-1]])
-    return Bootstrap(result, padded, weights, tuple(map(str, prompts)))
+    unit = [powers_of_x(Curve(row, domain=result.domain)) for row in np.eye(degree + 1)]
+    exported = np.pad(scaled @ np.array(unit), ((0, 0), (result.lowered, 0)))
+    return Bootstrap(result, exported, weights, tuple(map(str, prompts)))
 
 
 def computed_intervals(
