@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from calibrate.runs.folder import PAIR_COLUMNS, encode_pairs
+from calibrate.runs.files import PAIR_COLUMNS, encode_pairs
 
 TRUTH = (2.0, -0.3, 0.5, 0.02)  # highest power first, on x in about [0.02, 0.3]
 

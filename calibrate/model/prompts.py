@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -42,6 +42,18 @@ class Prompt:
             "image": image,
             "seed": self.seed,
         }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Prompt":
+        """The prompt in a row of the manifest."""
+        image = row.get("image")
+        return cls(
+            prompt_id=str(row["prompt_id"]),
+            prompt=row.get("prompt", ""),
+            negative_prompt=row.get("negative_prompt"),
+            image=(image,) if isinstance(image, str) else tuple(image or ()),
+            seed=row.get("seed", 0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

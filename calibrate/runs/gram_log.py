@@ -80,7 +80,9 @@ class GramLog:
     @property
     def grams(self) -> dict[str, Array]:
         """``output`` and, where it is known, ``residual``."""
-        return {"output": self.output} | ({} if self.residual is None else {"residual": self.residual})
+        return {"output": self.output} | (
+            {} if self.residual is None else {"residual": self.residual}
+        )
 
     def select(self, samples: Any) -> "GramLog":
         """Only these samples."""
@@ -99,7 +101,9 @@ def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) ->
     logs = load_grams(source, guidance_scale)
     if len(logs) > 1:
         names = ", ".join(log.expert for log in logs)
-        raise NoPlan(f"{source}: experts {names} share the schedule; this works with one denoiser only")
+        raise NoPlan(
+            f"{source}: experts {names} share the schedule; this works with one denoiser only"
+        )
     return logs[0]
 
 
@@ -120,7 +124,9 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
     ids = {group.name: group.prompt.prompt_id for group in run.groups}
     files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
     if not files:
-        raise NoPlan(f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`")
+        raise NoPlan(
+            f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`"
+        )
     samples = {path: read_gram(path) for path in files}
     first = samples[files[0]]
     experts = sorted(first, key=lambda expert: int(first[expert].get("first_step", 0)))
@@ -134,7 +140,9 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
     for expert in experts:
         arrays = {ids[path.stem]: samples[path][expert] for path in usable}
         # As the pipelines do: the later expert has a guidance of its own where the call gives one.
-        log = _log_of(expert, list(arrays.items()), scale if second is None or not logs else float(second))
+        log = _log_of(
+            expert, list(arrays.items()), scale if second is None or not logs else float(second)
+        )
         if log.first_step != begin:
             raise NoPlan(
                 f"{run.path}: {expert} begins at step {log.first_step}, expected {begin}; a plan needs experts that "
@@ -153,7 +161,9 @@ def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float |
         scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
     return GramLog(
         output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
-        residual=None if any(r is None for r in residuals) else np.stack([guided(r, names, scale) for r in residuals]),
+        residual=None
+        if any(r is None for r in residuals)
+        else np.stack([guided(r, names, scale) for r in residuals]),
         sigmas=np.asarray(first["sigmas"], float),
         prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
         expert=expert,
@@ -166,7 +176,11 @@ def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float |
 def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
     """What all samples of a run must have in common."""
     return {
-        expert: ([str(name) for name in arrays["branches"]], arrays["output"].shape, int(arrays.get("first_step", 0)))
+        expert: (
+            [str(name) for name in arrays["branches"]],
+            arrays["output"].shape,
+            int(arrays.get("first_step", 0)),
+        )
         for expert, arrays in sample.items()
     }
 
@@ -190,7 +204,9 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
     steps = len(gram) // count
     blocks = np.asarray(gram, float).reshape(count, steps, count, steps)
     if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
-        factors = np.array([guidance_scale if name == "cond" else 1 - guidance_scale for name in branches])
+        factors = np.array(
+            [guidance_scale if name == "cond" else 1 - guidance_scale for name in branches]
+        )
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
     return branch_gram(gram, count).sum(0)
 
@@ -221,9 +237,13 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
     if num_steps == steps:
         return log
     if num_steps > steps or num_steps < 3:
-        raise NoPlan(f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record more steps")
+        raise NoPlan(
+            f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record more steps"
+        )
     if not np.isfinite(log.sigmas).all():
-        raise NoPlan(f"{num_steps} steps from a log of {steps}: no sigmas in it; record {num_steps} steps")
+        raise NoPlan(
+            f"{num_steps} steps from a log of {steps}: no sigmas in it; record {num_steps} steps"
+        )
     error = interpolation_error(log)
     if error > LARGEST_INTERPOLATION_ERROR:
         raise NoPlan(
@@ -267,7 +287,11 @@ def read_gram(path: Path) -> dict[str, dict[str, Any]]:
                 expert, _, name = key.partition("/")
                 found.setdefault(expert, {})[name] = arrays[key]
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise RunFolderError(f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})") from None
+        raise RunFolderError(
+            f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})"
+        ) from None
     except Exception as error:  # zipfile and zlib have errors of their own
-        raise RunFolderError(f"{path}: damaged ({type(error).__name__}); remove it and record anew") from None
+        raise RunFolderError(
+            f"{path}: damaged ({type(error).__name__}); remove it and record anew"
+        ) from None
     return found

@@ -53,7 +53,9 @@ class RunLock:
         if self.path.resolve() in _held:
             raise RunInUse(f"{self.path.parent}: this process is recording into this run already")
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._file = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+            )
             self._join()
         except BaseException as error:
             if self._file >= 0:
@@ -83,7 +85,10 @@ class RunLock:
         while self.supported:
             if self._lock(fcntl.LOCK_EX, _JOB_BYTE):
                 if not self.supported:
-                    logger.warning("%s: no file locks here; see to it that only one job records", self.path.parent)
+                    logger.warning(
+                        "%s: no file locks here; see to it that only one job records",
+                        self.path.parent,
+                    )
                     return
                 self._write_holder()
                 self.prepare()

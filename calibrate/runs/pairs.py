@@ -16,14 +16,20 @@ import numpy as np
 import pandas as pd
 
 from calibrate.errors import RunFolderError
-from calibrate.runs.folder import INTEGER_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, RunFolder, read_pairs
+from calibrate.runs.files import (
+    FLOAT_COLUMNS,
+    INTEGER_COLUMNS,
+    PAIR_COLUMNS,
+    TEXT_COLUMNS,
+    read_pairs,
+)
+from calibrate.runs.folder import RunFolder
 
-FLOAT_COLUMNS = tuple(name for name in PAIR_COLUMNS if name not in TEXT_COLUMNS and name not in INTEGER_COLUMNS)
 MEASURED_COLUMNS = ("x", "y_output", "y_hidden", "y_residual")
 TRAJECTORY = ["prompt_id", "seed", "expert", "branch"]
 SIGNAL_COLUMNS = {"modulated_input": "x", "time_embedding": "x_time_embedding"}
 TARGET_COLUMNS = {"output": "y_output", "hidden": "y_hidden", "residual": "y_residual"}
-FORECAST_ERROR = "forecast_error"  # not recorded: :mod:`calibrate.fitting.forecast_error` works it out from the Gram log
+FORECAST_ERROR = "forecast_error"  # not recorded: worked out from the Gram log
 
 
 class InvalidRun(RunFolderError, ValueError):
@@ -73,7 +79,9 @@ class Run:
 
         ``branch`` ``None`` or ``"pooled"`` takes all branches, ``expert`` ``None`` all experts.
         """
-        targets = TARGET_COLUMNS | {name: f"y_{name}" for name in [FORECAST_ERROR] if f"y_{name}" in self.frame}
+        targets = TARGET_COLUMNS | {
+            name: f"y_{name}" for name in [FORECAST_ERROR] if f"y_{name}" in self.frame
+        }
         x, y = column_of(signal, SIGNAL_COLUMNS, "signal"), column_of(target, targets, "target")
         rows = self.frame
         if expert is not None:
@@ -111,7 +119,10 @@ def load_run(source: str | os.PathLike | pd.DataFrame | Iterable[str | os.PathLi
     """
     if isinstance(source, pd.DataFrame):
         return _run(_checked(source, "the table"), {}, None, {})
-    folders = [RunFolder.open(path) for path in ([source] if isinstance(source, str | os.PathLike) else source)]
+    folders = [
+        RunFolder.open(path)
+        for path in ([source] if isinstance(source, str | os.PathLike) else source)
+    ]
     if not folders:
         raise InvalidRun("no run folder given: name at least one")
     for other in folders[1:]:
@@ -131,16 +142,23 @@ def column_of(name: str, columns: Mapping[str, str], kind: str) -> str:
 def _read_pairs(folder: RunFolder) -> pd.DataFrame:
     files = sorted((folder.path / "pairs").glob("*.parquet"))
     if not files:
-        raise InvalidRun(f"{folder.path}: no finished prompt in pairs/; record at least one with `calibrate record`")
-    return pd.concat([_checked(read_pairs(file).to_pandas(), str(file)) for file in files], ignore_index=True)
+        raise InvalidRun(
+            f"{folder.path}: no finished prompt in pairs/; record at least one with `calibrate record`"
+        )
+    return pd.concat(
+        [_checked(read_pairs(file).to_pandas(), str(file)) for file in files], ignore_index=True
+    )
 
 
 def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The table with exactly the log's columns and types."""
+    """The table with the log's columns and types, and behind them those that another version recorded."""
     missing = [column for column in PAIR_COLUMNS if column not in table]
     if missing:
-        raise InvalidRun(f"{name}: missing column {', '.join(missing)}; expected {', '.join(PAIR_COLUMNS)}")
-    table = table.loc[:, list(PAIR_COLUMNS)].copy()
+        raise InvalidRun(
+            f"{name}: missing column {', '.join(missing)}; expected {', '.join(PAIR_COLUMNS)}"
+        )
+    further = [column for column in table if column not in PAIR_COLUMNS]
+    table = table.loc[:, [*PAIR_COLUMNS, *further]].copy()
     for column in PAIR_COLUMNS:
         try:
             if column in TEXT_COLUMNS:
@@ -148,10 +166,20 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
                     raise ValueError("empty values")
                 table[column] = table[column].astype(str)
             else:
-                table[column] = table[column].astype("int64" if column in INTEGER_COLUMNS else "float64")
+                table[column] = table[column].astype(
+                    "int64" if column in INTEGER_COLUMNS else "float64"
+                )
         except (ValueError, TypeError) as error:
-            expected = "text" if column in TEXT_COLUMNS else "numbers" if column in FLOAT_COLUMNS else "whole numbers"
-            raise InvalidRun(f"{name}: column {column} should hold {expected} ({_one_line(error)})") from None
+            expected = (
+                "text"
+                if column in TEXT_COLUMNS
+                else "numbers"
+                if column in FLOAT_COLUMNS
+                else "whole numbers"
+            )
+            raise InvalidRun(
+                f"{name}: column {column} should hold {expected} ({_one_line(error)})"
+            ) from None
     if (table["step"] < 1).any():
         raise InvalidRun(f"{name}: step {table['step'].min()} in the log; pairs start at step 1")
     return table
@@ -159,7 +187,9 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def _run(rows: pd.DataFrame, manifest: dict, path: Path | None, timing: dict) -> Run:
     if rows.empty:
-        raise InvalidRun("the log holds no pairs; record at least one prompt with two or more steps")
+        raise InvalidRun(
+            "the log holds no pairs; record at least one prompt with two or more steps"
+        )
     # Plain comparison of code points: the order, and with it the hash, must not depend on a locale.
     rows = rows.sort_values([*TRAJECTORY, "step"], kind="stable", ignore_index=True)
     twice = rows.duplicated([*TRAJECTORY, "step"])
@@ -187,7 +217,9 @@ def _require_same_protocol(first: RunFolder, other: RunFolder) -> None:
     for key in ("model", "protocol_sha256", "protocol", "checkpoint"):
         if first.manifest.get(key) != other.manifest.get(key):
             what = key.removesuffix("_sha256") + _first_difference(first.manifest, other.manifest)
-            raise InvalidRun(f"{other.path} and {first.path}: different {what}; fit runs of one protocol together")
+            raise InvalidRun(
+                f"{other.path} and {first.path}: different {what}; fit runs of one protocol together"
+            )
 
 
 def _first_difference(manifest: dict, other: dict) -> str:
@@ -202,12 +234,16 @@ def _first_difference(manifest: dict, other: dict) -> str:
 def _read_timing(folders: list[RunFolder]) -> dict[str, tuple[float, float]]:
     """Means over all calls of all groups. Timing is a convenience: what cannot be read is left out, not fatal."""
     sums: dict[str, np.ndarray] = {}
-    for file in sorted(file for folder in folders for file in (folder.path / "timing").glob("*.json")):
+    for file in sorted(
+        file for folder in folders for file in (folder.path / "timing").glob("*.json")
+    ):
         try:
             groups = json.loads(file.read_text(encoding="utf-8"))
             for expert, timing in groups.items():
                 calls = timing["calls"]
-                row = np.array([timing["call_seconds"] * calls, timing["stack_seconds"] * calls, calls], float)
+                row = np.array(
+                    [timing["call_seconds"] * calls, timing["stack_seconds"] * calls, calls], float
+                )
                 sums[expert] = sums.get(expert, np.zeros(3)) + row
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -3,14 +3,18 @@
 import json
 import os
 import resource
+from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
 from calibrate.model.prompts import load_prompts
-from calibrate.runs.folder import PAIR_COLUMNS, RunFolder, encode_pairs, read_pairs, tidy, write_atomically
+from calibrate.runs.files import PAIR_COLUMNS, encode_pairs, read_pairs, write_atomically
+from calibrate.runs.folder import RunFolder, tidy
+from calibrate.runs.pairs import load_run
 
 IDENTITY = {"run_id": "0", "model": "toy", "protocol": {"num_steps": 5}, "protocol_sha256": "aa"}
 PROMPTS = load_prompts(["a", "b", "c"])
@@ -20,7 +24,9 @@ TIMING = {"transformer": {"call_seconds": 0.5, "stack_seconds": 0.25, "calls": 3
 def rows_of(count=3):
     texts = {"branch": "cond", "expert": "transformer"}
     numbers = dict.fromkeys(PAIR_COLUMNS[6:], 0.125)
-    return [{**numbers, **texts, "step": step, "num_steps": count + 1} for step in range(1, count + 1)]
+    return [
+        {**numbers, **texts, "step": step, "num_steps": count + 1} for step in range(1, count + 1)
+    ]
 
 
 @pytest.fixture
@@ -40,7 +46,11 @@ def test_finished_group_is_a_parquet_file_that_pandas_reads(run):
     frame = pd.read_parquet(run.path / "pairs")
     assert tuple(frame.columns) == PAIR_COLUMNS and len(frame) == 3
     assert set(frame["prompt_id"]) == {PROMPTS.prompts[1].prompt_id} and set(frame["seed"]) == {1}
-    assert frame["x"].dtype == "float64" and frame["step"].dtype == "int32" and frame["seed"].dtype == "int64"
+    assert (
+        frame["x"].dtype == "float64"
+        and frame["step"].dtype == "int32"
+        and frame["seed"].dtype == "int64"
+    )
     assert run.finished() == {run.groups[1].name} and not run.is_complete
     assert json.loads((run.path / "timing" / f"{run.groups[1].name}.json").read_text()) == TIMING
 
@@ -51,9 +61,13 @@ def test_same_rows_give_the_same_bytes_in_any_order():
 
 
 def test_non_finite_values_survive(run):
-    run.write_group(run.groups[0], [{**rows_of(1)[0], "x": float("nan"), "y_output": float("inf")}], TIMING)
+    run.write_group(
+        run.groups[0], [{**rows_of(1)[0], "x": float("nan"), "y_output": float("inf")}], TIMING
+    )
     table = read_pairs(run.shard(run.groups[0].name))
-    assert table["x"][0].as_py() != table["x"][0].as_py() and table["y_output"][0].as_py() == float("inf")
+    assert table["x"][0].as_py() != table["x"][0].as_py() and table["y_output"][0].as_py() == float(
+        "inf"
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "foreign"])
@@ -105,7 +119,9 @@ def test_another_protocol_or_prompt_set_is_not_mixed_in(run):
     assert (run.path / "run.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [None, b"", b"prompts: 3", b"[1", b"prompts: [3]", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"prompts: 3", b"[1", b"prompts: [3]", b"\xff\xfe\x00"]
+)
 def test_folder_that_is_no_run_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "run.yaml").write_bytes(content)
@@ -144,7 +160,9 @@ def test_manifest_cannot_name_groups_outside_the_run(run, prompt_id):
         run.write_group(run.groups[0], rows_of(), TIMING)
     with pytest.raises(RunFolderError, match="not the name of a group"):
         run.write_failure(run.groups[0], "kind", "message", "job")
-    assert [path for path in run.path.parent.rglob("*") if path.is_file()] == [run.path / "run.yaml"]
+    assert [path for path in run.path.parent.rglob("*") if path.is_file()] == [
+        run.path / "run.yaml"
+    ]
 
 
 def test_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path):
@@ -154,7 +172,9 @@ def test_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(RunFolderError, match=r"whole: cannot be written .*nothing finished is lost"):
+        with pytest.raises(
+            RunFolderError, match=r"whole: cannot be written .*nothing finished is lost"
+        ):
             write_atomically(path, bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -167,3 +187,66 @@ def test_failures_are_named_until_the_group_is_finished(run):
     assert run.failed_in(run.groups[0]) == "job 1" and run.failed_in(run.groups[1]) is None
     run.write_group(run.groups[0], rows_of(), TIMING)
     assert run.failures() == {}
+
+
+def _with_column(shard, change):
+    table = change(pq.read_table(shard))
+    pq.write_table(table, shard)
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["lacks a column", "has one more"])
+def test_shards_of_another_version_are_neither_moved_nor_recorded_again(run, older):
+    """A column more or less in this version's table is no damage."""
+    for group in run.groups:
+        run.write_group(group, rows_of(), TIMING)
+        if older:
+            _with_column(run.shard(group.name), lambda table: table.drop_columns(["cos_distance"]))
+        else:
+            further = pa.array([1.5] * 3)
+            _with_column(run.shard(group.name), lambda table: table.append_column("later", further))
+    before = _contents(run.path)
+    assert tidy(run.path) == []
+    again = RunFolder.create(run.path, IDENTITY, PROMPTS, created="later")
+    assert again.is_complete and _contents(run.path) == before
+    rows = load_run(run.path).rows
+    assert rows["cos_distance"].isna().all() == older
+    assert older or set(rows["later"]) == {1.5}
+
+
+def test_run_from_before_the_format_number_is_read_as_it_is(run):
+    manifest = run.path / "run.yaml"
+    assert manifest.read_text().startswith("format: 1\n")
+    manifest.write_text(manifest.read_text().removeprefix("format: 1\n"))
+    before = _contents(run.path)
+    RunFolder.create(run.path, IDENTITY, PROMPTS)
+    assert _contents(run.path) == before
+
+
+def test_newer_format_is_refused_and_nothing_is_moved(run):
+    run.shard(run.groups[0].name).write_bytes(b"in a form that this version cannot read")
+    manifest = run.path / "run.yaml"
+    manifest.write_text(manifest.read_text().replace("format: 1", "format: 2"))
+    before = _contents(run.path)
+    for attempt in (RunFolder.open, tidy):
+        with pytest.raises(RunFolderError, match=r"format 2.*update teacal") as caught:
+            attempt(run.path)
+        assert "\n" not in str(caught.value)
+    assert _contents(run.path) == before
+
+
+def test_file_that_may_not_be_read_is_not_called_damaged(run, monkeypatch):
+    run.write_group(run.groups[0], rows_of(), TIMING)
+    before = _contents(run.path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(RunFolderError, match="Permission denied") as caught:
+            tidy(run.path)
+    assert not isinstance(caught.value, CorruptShard) and _contents(run.path) == before
+
+
+def _contents(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}

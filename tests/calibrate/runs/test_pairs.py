@@ -35,7 +35,9 @@ def test_a_folder_and_the_table_it_holds_give_the_same_run(tmp_path):
 def test_the_hash_depends_on_the_pairs_and_on_nothing_else(tmp_path):
     frame = make_frame(prompts=4, seeds=2)
     whole = load_run(make_run(tmp_path / "whole", frame))
-    first, rest = (frame[frame["prompt_id"].isin(names)] for names in (["p00", "p02"], ["p01", "p03"]))
+    first, rest = (
+        frame[frame["prompt_id"].isin(names)] for names in (["p00", "p02"], ["p01", "p03"])
+    )
     parts = load_run([make_run(tmp_path / "a", rest), make_run(tmp_path / "b", first)])
     assert parts.log_sha256 == whole.log_sha256
     renamed = frame.assign(prompt_id=frame["prompt_id"].replace({"p00": "p0", "p01": "0p01"}))
@@ -67,9 +69,13 @@ def test_pairs_select_signal_target_expert_and_branch():
     run = load_run(make_frame(prompts=2, experts=("transformer", "transformer_2")))
     pairs = run.pairs("time_embedding", "residual", "transformer_2", "cond")
     assert set(pairs["expert"]) == {"transformer_2"} and set(pairs["branch"]) == {"cond"}
-    assert (pairs["x"] == pairs["x_time_embedding"]).all() and (pairs["y"] == pairs["y_residual"]).all()
+    assert (pairs["x"] == pairs["x_time_embedding"]).all() and (
+        pairs["y"] == pairs["y_residual"]
+    ).all()
     assert len(run.pairs(branch="pooled")) == len(run.frame)
-    with pytest.raises(CalibrateError, match="signal 'vibes': the log has modulated_input, time_embedding"):
+    with pytest.raises(
+        CalibrateError, match="signal 'vibes': the log has modulated_input, time_embedding"
+    ):
         run.pairs(signal="vibes")
 
 
@@ -109,7 +115,9 @@ def test_columns_are_checked():
 
 def test_runs_of_another_protocol_and_repeated_trajectories_are_refused(tmp_path):
     first, second = (make_frame(prompts=2).assign(prompt_id=name) for name in "ab")
-    first, second = (frame.drop_duplicates(["prompt_id", "branch", "step"]) for frame in (first, second))
+    first, second = (
+        frame.drop_duplicates(["prompt_id", "branch", "step"]) for frame in (first, second)
+    )
     a = make_run(tmp_path / "a", first)
     other = make_run(tmp_path / "b", second, protocol={"num_steps": 28}, protocol_sha256="1" * 64)
     assert isinstance(refused([a, other], a, other, "different protocol"), ValueError)

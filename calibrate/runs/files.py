@@ -1,0 +1,98 @@
+"""Files of a run: written whole or not at all, and the Parquet form of the pairs."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import CorruptShard, RunFolderError
+
+TEXT_COLUMNS = ("prompt_id", "branch", "expert")
+INTEGER_COLUMNS = {"seed": "int64", "step": "int32", "num_steps": "int32"}
+FLOAT_COLUMNS = (
+    *("timestep", "sigma", "x", "x_time_embedding", "y_output", "y_hidden", "y_residual"),
+    *("mag_ratio", "mag_ratio_std", "cos_distance"),
+)
+PAIR_COLUMNS = (
+    "prompt_id", "seed", "branch", "expert", "step", "num_steps", *FLOAT_COLUMNS
+)  # fmt: skip
+
+
+def encode_pairs(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Parquet bytes of pair rows, ordered by expert, branch and step: the same rows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = dict.fromkeys(TEXT_COLUMNS, "string") | INTEGER_COLUMNS
+    fields = [(name, pa.type_for_alias(types.get(name, "float64"))) for name in PAIR_COLUMNS]
+    ordered = sorted(rows, key=lambda row: (row["expert"], row["branch"], row["step"]))
+    stream = BytesIO()
+    table = pa.Table.from_pylist(ordered, schema=pa.schema(fields))
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+    return stream.getvalue()
+
+
+def read_pairs(path: Path):
+    """The pyarrow table in a file of pairs; a truncated or damaged file raises `CorruptShard` naming it.
+
+    A measured column that the version which wrote the file did not have yet is null (NaN in pandas); one that only
+    another version has is kept.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:  # says nothing about the content: the file may be whole
+        raise RunFolderError(
+            f"{path}: cannot be read ({error.strerror}); check the rights to it and the disk"
+        ) from None
+    try:
+        table = pq.ParquetFile(BytesIO(content), page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptShard(
+            f"{path}: not a readable file of pairs ({' '.join(str(error).split())[:160]}); run the same "
+            "`calibrate record` again, which sets it aside and records it anew"
+        ) from None
+    absent = [name for name in PAIR_COLUMNS if name not in table.column_names]
+    foreign = [name for name in absent if name not in FLOAT_COLUMNS]
+    if foreign:
+        raise CorruptShard(
+            f"{path}: no column {', '.join(foreign)}; expected a file written by `calibrate record`"
+        )
+    for name in absent:
+        table = table.append_column(name, pa.nulls(len(table), pa.float64()))
+    return table
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put ``data`` under ``path`` so that after a crash or power loss the file is whole or absent, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(temporary, flags, 0o644), "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself, which a power loss could undo
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}); nothing finished is lost: make room or choose another "
+            "folder with --out, then run the same command again"
+        ) from None
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
