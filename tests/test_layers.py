@@ -53,8 +53,7 @@ LAYERS = {
     ),
     "calibrate": layer(
         "calibrate/**/*.py",
-        "calibrate coeffs runtime torch diffusers transformers numpy scipy pandas pyarrow matplotlib yaml tqdm PIL "
-        "lpips",
+        "calibrate coeffs runtime torch diffusers transformers numpy scipy pandas pyarrow matplotlib yaml tqdm PIL",
     ),
 }
 # What the pure layers may take from runtime: the files without torch, and the package itself.

@@ -75,10 +75,9 @@ class _Numbers(click.ParamType):
     "first-block-cache, mag-cache, sea-cache [default: all].",
 )
 @click.option(
-    "--lpips-weights",
-    type=click.Path(),
-    metavar="FILE",
-    help="AlexNet weights: adds LPIPS to the measures.",
+    "--lpips",
+    is_flag=True,
+    help="Add LPIPS to the measures; needs teacal[lpips].",
 )
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: as recorded]"

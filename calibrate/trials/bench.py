@@ -249,7 +249,7 @@ class Bench:
         found: dict[str, Any] = {}
         for cached, uncached in zip(sample.media, media, strict=True):
             found |= metrics.compare(cached, uncached)
-            if self._perceptual is not None and uncached.ndim == 3:
+            if self._perceptual is not None and uncached.ndim >= 3:
                 found["lpips"] = self._perceptual(cached, uncached)
         if (
             latents is not None

@@ -48,7 +48,7 @@ def verify(
     out: str | os.PathLike | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    lpips_weights: str | os.PathLike | None = None,
+    lpips: bool = False,
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> Verification:
@@ -62,7 +62,7 @@ def verify(
         budgets: Numbers of computed steps, five by default; ``thresholds`` of the fitted gate instead.
         policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`; all by default.
         out: Folder for an entry without a run (default: ``runs/verify-<label>``).
-        lpips_weights: Folder with LPIPS' trunk weights, which are never downloaded.
+        lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
 
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be verified, and why.
@@ -74,7 +74,7 @@ def verify(
         )
     if any(value < 0 or not np.isfinite(value) for value in thresholds or ()):
         raise InvalidOption(f"--thresholds {list(thresholds)}: expected numbers of 0 or more")
-    perceptual = Lpips(lpips_weights) if lpips_weights else None
+    perceptual = Lpips() if lpips else None
     case = open_case(source, model=model, registry=registry, out=out, dtype=dtype, device=device)
     for budget in budgets or ():
         check_budget(budget, case.num_steps)

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import sys
-import types
 
 import numpy as np
 import pandas as pd
@@ -23,7 +21,6 @@ from calibrate.runs.gram_log import NoPlan, load_gram
 from calibrate.runs.pairs import load_run
 from calibrate.trials import baselines as policies
 from calibrate.trials.baselines import InvalidBudget
-from calibrate.trials.lpips import Lpips
 from calibrate.verifying import comparison as verdict
 from calibrate.verifying.lineup import (
     APART_GATE,
@@ -659,7 +656,7 @@ def test_the_forecast_of_a_gate_reaches_the_runtime(verified, fitted, pipe):
     assert "S" in "".join(row["patterns"].values())
 
 
-# --- entrants, LPIPS, command line
+# --- entrants, command line
 
 
 def test_published_sets_of_the_class_enter_once_per_shape():
@@ -676,52 +673,6 @@ def test_branches_decide_together_unless_the_policy_is_apart(verified):
     assert all(len(set(row.patterns.values())) == 1 for row in together.itertuples())
     assert all(len(set(row.replayed.values())) == 1 for row in together.itertuples())
     assert APART_GATE in set(verified.results["policy"])
-
-
-def test_lpips_without_weights_or_package_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth"):
-        Lpips(tmp_path)
-
-
-def test_lpips_loads_the_trunk_from_the_file_and_never_downloads(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
-
-    class Net(torch.nn.Module):
-        """The layer names of lpips' AlexNet: slice number, then torchvision's index."""
-
-        def __init__(self):
-            super().__init__()
-            self.slice1 = torch.nn.ModuleDict({"0": torch.nn.Conv2d(3, 1, 1)})
-
-    class FakeLpips(torch.nn.Module):
-        def __init__(self, net, version, pnet_rand, verbose):
-            super().__init__()
-            assert pnet_rand, "anything else downloads the trunk"
-            self.net = Net()
-
-        def forward(self, a, b, normalize):
-            return (self.net.slice1["0"](a) - self.net.slice1["0"](b)).abs().mean()
-
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=FakeLpips))
-    weights = {
-        "features.0.weight": torch.ones(1, 3, 1, 1),
-        "features.0.bias": torch.zeros(1),
-        "classifier.1.bias": torch.ones(1),
-    }
-    torch.save(weights, tmp_path / "alexnet-owt-7be5be79.pth")
-    measure, image = Lpips(tmp_path), np.full((8, 8, 3), 0.5)
-    assert measure(image, image) == 0
-    assert measure(image + 0.1, image) == pytest.approx(0.3, abs=1e-6)
-    torch.save({"features.3.weight": torch.ones(1)}, tmp_path / "alexnet-owt-7be5be79.pth")
-    with pytest.raises(ValueError, match="lacks slice1"):
-        Lpips(tmp_path)
-
-
-def test_lpips_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
-    (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ValueError, match="pip install lpips"):
-        Lpips(tmp_path)
 
 
 def test_commands_have_help_with_every_policy_and_an_example():
