@@ -81,7 +81,6 @@ def figures(run: str) -> dict:
             "computed": int(budget),
             "winner": planned and planned["winner"]["name"],
             "schedule": planned and planned["winner"]["schedule"],
-            "yardstick": planned and planned["yardstick"],
             "policies": {
                 policy: {
                     "mean": float(values.mean()),
@@ -123,7 +122,7 @@ def _interval(difference: pd.Series, mean_interval) -> tuple[float, float, float
 
 
 def markdown(found: dict) -> str:
-    """One table: every policy at every budget, the plan against its rivals, and what the log foresaw."""
+    """One table: every policy at every budget, and the plan against its rivals."""
     budgets = found["budgets"]
 
     def row(name: str, cell: Callable[[dict], str]) -> str:
@@ -153,20 +152,6 @@ def markdown(found: dict) -> str:
         lines.append(row("which is", lambda one: _best(one).removeprefix("uniform skipping, ")))
         lines.append(
             row("the plan's forecast", lambda one: one["winner"].removeprefix("planned, "))
-        )
-        errors = ("open_loop_uniform", "open_loop_error", "open_loop_hindsight", "open_loop_floor")
-        lines.append(
-            row(
-                "% of the path: uniform reuse, plan, oracle, floor",
-                lambda one: ", ".join(f"{100 * one['yardstick'][key]:.1f}" for key in errors),
-            )
-        )
-        oracle = ("percent_of_oracle", "percent_of_oracle_strict")
-        lines.append(
-            row(
-                "% of the oracle (strict)",
-                lambda one: "{:.0f} ({:.0f})".format(*(one["yardstick"][k] for k in oracle)),
-            )
         )
     return "\n".join(lines)
 

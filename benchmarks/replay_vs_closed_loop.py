@@ -9,10 +9,12 @@ an upper figure for the ranking of near-optimal ones.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
+from scipy.stats import spearmanr
 
 from benchmarks.common import table, write
 
@@ -45,7 +47,7 @@ def main(
     forecasts: str,
     keep: str | None,
 ) -> None:
-    from calibrate.planning.problem import Problem, fit_weights, random_schedules, rank_correlation
+    from calibrate.planning.problem import Problem, fit_weights
     from calibrate.runs.gram_log import load_gram
     from calibrate.trials.baselines import schedule_setting
     from calibrate.trials.case import open_case
@@ -122,6 +124,24 @@ def main(
         "prompts": len(prompts),
     }
     click.echo(f"\n{write(name, {**facts, 'forecasts': figures})}")
+
+
+def random_schedules(num_steps: int, computed: int, count: int, seed: int = 0) -> list[str]:
+    """Distinct random schedules that begin with a computed step."""
+    from calibrate.planning.problem import schedule_of
+
+    random, found = np.random.default_rng(seed), {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        others = random.choice(np.arange(1, num_steps), computed - 1, replace=False)
+        found[schedule_of([0, *others.tolist()], num_steps)] = None
+    return list(found)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN for constant values."""
+    return float(spearmanr(a, b).statistic)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import numpy as np
 import coeffs
 from calibrate.planning.problem import MOST_STEPS, Weights, local_search
 from calibrate.planning.stages import StagedProgram, Stages
-from calibrate.planning.yardstick import Yard
 from calibrate.runs.gram_log import GramLog
 from calibrate.trials.baselines import Setting, check_budget, schedule_setting
 
@@ -82,7 +81,6 @@ class Planner:
         self.stages = {what: Stages.of(logs, what) for what in kinds}
         self.num_steps, self.most = self.stages["output"].num_steps, most
         check_budget(most, self.num_steps)
-        self.yard = Yard(self.stages["output"], most)
         self._programs: dict[tuple[str, str, float, float], StagedProgram] = {}
 
     def best(

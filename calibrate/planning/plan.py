@@ -189,8 +189,7 @@ def _planned(
     winner: Candidate,
     figures: dict | None = None,
 ) -> Planned:
-    yardstick = planner.yard.at(budget, winner.schedule, winner.how)
-    return Planned(budget, found, winner, yardstick, figures or {})
+    return Planned(budget, found, winner, figures or {})
 
 
 def _results(

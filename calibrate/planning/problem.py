@@ -6,7 +6,7 @@ long as the trajectory is the uncached one (open loop). What feeds back through 
 are run before they are used.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, combinations
@@ -468,21 +468,3 @@ def _squared_errors(gram: Array, anchors: NDArray, step: NDArray, weights: Array
         for j in range(kept):
             squared += weights[:, i] * weights[:, j] * gram[:, anchors[:, i], anchors[:, j]]
     return squared
-
-
-def random_schedules(num_steps: int, computed: int, count: int, seed: int = 0) -> list[str]:
-    """Distinct random schedules that begin with a computed step."""
-    random, found = np.random.default_rng(seed), {}
-    for _ in range(100 * count):
-        if len(found) == count:
-            break
-        others = random.choice(np.arange(1, num_steps), computed - 1, replace=False)
-        found[schedule_of([0, *others.tolist()], num_steps)] = None
-    return list(found)
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN for constant values."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)

@@ -12,7 +12,6 @@ import pandas as pd
 
 import coeffs
 from calibrate.planning.candidates import BASELINES, UNIFORM, Candidate
-from calibrate.planning.yardstick import Yardstick, as_figures
 from calibrate.runs.folder import write_atomically
 from calibrate.runs.gram_log import GramLog
 from calibrate.text import aligned
@@ -35,7 +34,6 @@ class Planned:
     computed: int
     candidates: list[Candidate]
     winner: Candidate
-    yardstick: Yardstick
     figures: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -83,7 +81,7 @@ def planned_entry(
     entry: coeffs.Entry, logs: Sequence[GramLog], planned: Sequence[Planned]
 ) -> coeffs.Entry:
     """The entry with these plans in place of earlier ones for the same steps, and a word where fewer steps wins."""
-    new = [p.winner.as_plan(logs, p.figures | as_figures(p.yardstick)) for p in planned]
+    new = [p.winner.as_plan(logs, p.figures) for p in planned]
     replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
     kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
     plans = sorted([*kept, *new], key=lambda plan: (len(plan.schedule), -plan.computed_steps))
@@ -110,7 +108,7 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
 
 
 def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
-    """``plan.json``: every budget with its candidates, what they gave, and the yardstick; other budgets are kept."""
+    """``plan.json``: every budget with its candidates and what they gave; other budgets are kept."""
     file, own = folder / "plan.json", {(len(one.winner.schedule), one.computed) for one in planned}
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     rows = [row for row in earlier if (row["steps"], row["computed"]) not in own]
@@ -122,7 +120,6 @@ def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
             "computed": one.computed,
             "winner": asdict(one.winner),
             "figures": one.figures,
-            "yardstick": as_figures(one.yardstick),
             "candidates": [
                 {name: getattr(c, name) for name in ("name", "schedule", "signed", "additive")}
                 | {"score": score(table[c.name].dropna()), "prompts": int(table[c.name].count())}
@@ -145,11 +142,10 @@ def plan_table(planned: Sequence[Planned]) -> str:
             value, worst = figures.get(f"{prefix}{main}"), figures.get(f"{prefix}worst_{main}")
             return "-" if value is None else f"{value:.1f} ({worst:.1f})"
 
-        percent = one.yardstick.percent
         rows.append([
             str(one.computed), winner.name, cell(""), cell("uniform_reuse_"), cell("uniform_linear_"),
             cell("fewer_steps_"), "-" if not figures else f"{figures['speedup']:.2f}x",
-            f"{100 * winner.signed:.2f} %", "-" if not np.isfinite(percent) else f"{percent:.0f} %", winner.schedule,
+            f"{100 * winner.signed:.2f} %", winner.schedule,
         ])  # fmt: skip
     header = [
         "computed",
@@ -160,4 +156,4 @@ def plan_table(planned: Sequence[Planned]) -> str:
         "fewer steps",
         "speed-up",
     ]
-    return aligned([*header, "signed error", "of open-loop oracle", "schedule"], rows)
+    return aligned([*header, "signed error", "schedule"], rows)

@@ -17,11 +17,9 @@ from calibrate.planning import plan as planning
 from calibrate.planning.candidates import BASELINES, DAMPINGS, Candidate, Planner
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.results import fewer_steps_verdict, planned_entry
-from calibrate.planning.yardstick import Yard
 from calibrate.recording.record import record
-from calibrate.runs.gram_log import load_gram, load_grams
+from calibrate.runs.gram_log import load_grams
 from calibrate.runs.pairs import load_run
-from calibrate.trials.baselines import uniform
 
 TEXTS = [f"a thing number {number}" for number in range(4)]
 UNSEEN = [f"another thing {number}" for number in range(3)]
@@ -63,27 +61,6 @@ def test_fitted_candidates_carry_a_row_of_weights_for_each_skipped_step(folder):
     assert record_of_it.weights_by_step == fitted.weights
     assert record_of_it.sigmas[0] == 1.0 and len(record_of_it.sigmas) == 11
     assert record_of_it.figures == {"speedup": 1.5, "nothing": None}
-
-
-def test_yardstick_is_nested(folder):
-    planner = Planner(load_grams(folder), 6)
-    yard = planner.yard
-    for computed in (3, 5, 6):
-        best = min(yard.programs, key=lambda name: yard.programs[name].best(computed)[1])
-        found = yard.at(computed, yard.programs[best].best(computed)[0], best)
-        assert found.floor <= found.plan + 1e-9
-        assert found.hindsight <= found.population + 1e-9 == pytest.approx(found.plan)
-        assert found.population <= found.uniform_best <= found.uniform
-        assert 0 <= found.percent <= 100
-        even = yard.at(computed, uniform(10, computed), "reuse")
-        assert even.percent == pytest.approx(0)
-
-
-def test_hindsight_of_one_sample_is_the_plan_itself(folder):
-    log = load_gram(folder).select([0])
-    yard = Yard(Planner([log], 4).stages["output"], 4)
-    found = yard.at(4, yard.programs["linear"].best(4)[0], "linear")
-    assert found.hindsight == pytest.approx(found.population)
 
 
 def test_damped_weights_lie_between_the_fitted_ones_and_reuse(folder):
@@ -210,7 +187,6 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
         "psnr_db",
         "worst_psnr_db",
         "speedup",
-        "percent_of_oracle",
         "uniform_reuse_psnr_db",
     } <= set(figures)
     assert figures["fewer_steps_psnr_db"] is not None

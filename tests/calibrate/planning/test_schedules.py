@@ -12,10 +12,8 @@ from calibrate.planning.problem import (
     KEPT,
     Problem,
     Program,
-    computed_of,
     fit_weights,
     local_search,
-    random_schedules,
     schedule_cost,
     schedule_of,
 )
@@ -166,10 +164,3 @@ def test_local_search_never_makes_it_worse_and_keeps_the_count():
     found, reached = local_search(start, value)
     assert found.count("C") == 4 and found[0] == "C"
     assert reached == value(found) <= value(start)
-
-
-def test_random_schedules_are_distinct_and_reproducible():
-    found = random_schedules(12, 5, 40)
-    assert len(set(found)) == 40 and all(len(computed_of(s)) == 5 and s[0] == "C" for s in found)
-    assert found == random_schedules(12, 5, 40)
-    assert len(random_schedules(4, 2, 100)) == 3

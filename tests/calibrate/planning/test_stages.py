@@ -15,7 +15,6 @@ from calibrate.planning.candidates import Planner
 from calibrate.planning.plan import plan
 from calibrate.planning.problem import FORECASTS, Problem, Weights, schedule_of
 from calibrate.planning.stages import StagedProgram, Stages
-from calibrate.planning.yardstick import Yard
 from calibrate.recording.record import record
 from calibrate.runs.gram_log import GramLog, NoPlan, load_gram, load_grams
 from calibrate.runs.pairs import load_run
@@ -133,17 +132,6 @@ def test_uniform_schedules_begin_every_expert_with_a_computed_step(sizes, data):
     else:
         schedule = stages.uniform(computed)
         assert schedule.count("C") == computed and stages.holds(schedule)
-
-
-def test_the_yardstick_of_two_experts_is_nested():
-    stages = Stages.of(logs_of([5, 6], samples=4)[0])
-    yard = Yard(stages, 7)
-    best = min(yard.programs, key=lambda name: yard.programs[name].best(5)[1])
-    found = yard.at(5, yard.programs[best].best(5)[0], best)
-    assert found.floor <= found.plan + 1e-9 and found.hindsight <= found.population + 1e-12
-    assert found.population <= found.uniform_best <= found.uniform
-    with pytest.raises(InvalidOption, match="each of 2 experts"):
-        yard.programs["reuse"].best(1)
 
 
 @pytest.fixture(scope="module")
