@@ -1,4 +1,4 @@
-"""Prompt sets: the shipped ones by name, and files of one's own (text, or JSON lines)."""
+"""Prompt sets: the shipped ones by name, and a user's own files (text, or JSON lines)."""
 
 import hashlib
 import json
@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibrate.errors import InvalidPrompts
 from calibrate.model.protocol import canonical_sha256
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# Shipped sets that are never recorded by default: `verify` judges on them once a run has recorded all of the first.
+HELD_OUT_SETS = {"default": "held-out", "video": "video-held-out", "audio": "audio-held-out"}
 _FIELDS = {"prompt", "negative_prompt", "image", "seed"}
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Prompt:
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The form of the manifest; one image is a name, several are a list."""
+        """The row of the manifest; one image is a name, several are a list."""
         image = self.image[0] if len(self.image) == 1 else list(self.image) or None
         return {
             "prompt_id": self.prompt_id,
@@ -58,12 +60,13 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Prompts in order, and where the images that they name are found."""
+    """Prompts in order, and where the images that they name are.
+
+    ``sha256`` is over the whole set before any ``--num-prompts``, so that asking for more continues a run.
+    """
 
     prompts: tuple[Prompt, ...]
-    sha256: (
-        str  # over the whole set before any --num-prompts, so that asking for more continues a run
-    )
+    sha256: str
     name: str
     images: dict[str, Path] = field(default_factory=dict)
 
@@ -76,6 +79,12 @@ class PromptSet:
                 f"--num-prompts {count}: {self.name} has {len(self.prompts)}; ask for 1 to that many"
             )
         return replace(self, prompts=self.prompts[:count])
+
+
+class _Line(NamedTuple):
+    where: str  # file:line, for messages
+    fields: dict[str, Any]
+    folder: Path  # where relative image paths start
 
 
 def shipped_sets() -> dict[str, Path]:
@@ -100,47 +109,46 @@ def load_prompts(
     source = "default" if source is None else source
     if isinstance(source, (str, os.PathLike)):
         path = shipped_sets().get(str(source), Path(source))
-        lines, name = _read(path), path.name
+        name, lines = path.name, _read(path)
     else:
-        lines, name = (
-            [(f"prompt {i}", {"prompt": text}, Path()) for i, text in enumerate(source, 1)],
-            "the given list",
-        )
+        name = "the given list"
+        lines = [_Line(f"prompt {i}", {"prompt": text}, Path()) for i, text in enumerate(source, 1)]
     if not lines:
         raise InvalidPrompts(f"{name}: no prompt in it; expected at least one")
     shared = [_image_name(path) for path in _image_files(images)]
-    known, prompts, seen = dict(shared), [], {}
-    for index, (where, item, folder) in enumerate(lines):
-        text = item.get("prompt")
-        if not isinstance(text, str):
-            raise InvalidPrompts(f'{where}: no text under \'prompt\'; expected {{"prompt": "..."}}')
-        own = _own_images(where, item.get("image"), folder)
+    known = dict(shared)
+    prompts: list[Prompt] = []
+    seen: dict[tuple[str, int], str] = {}
+    for index, line in enumerate(lines):
+        own = _own_images(line)
         known.update(own)
-        names = tuple(name for name, _ in own)
-        if shared and not names:
-            names = (shared[index % len(shared)][0],)
-        prompt = _prompt(where, item, text, names, default_seed=seed + index)
+        if shared and not own:
+            own = [shared[index % len(shared)]]
+        prompt = _prompt(line, tuple(image for image, _ in own), default_seed=seed + index)
         key = (prompt.prompt_id, prompt.seed)
         if key in seen:
             raise InvalidPrompts(
-                f"{where}: the same prompt with the same seed as {seen[key]}; give it another seed"
+                f"{line.where}: the same prompt with the same seed as {seen[key]}; give it another seed"
             )
-        seen[key] = where
+        seen[key] = line.where
         prompts.append(prompt)
     digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
     return PromptSet(prompts=tuple(prompts), sha256=digest, name=name, images=known).first(count)
 
 
-def _prompt(
-    where: str, item: dict, text: str, images: tuple[str, ...], default_seed: int
-) -> Prompt:
-    negative, seed = item.get("negative_prompt"), item.get("seed")
-    if negative is not None and not isinstance(negative, str):
-        raise InvalidPrompts(f"{where}: 'negative_prompt' is {negative!r}; expected text")
+def _prompt(line: _Line, images: tuple[str, ...], default_seed: int) -> Prompt:
+    text, negative = line.fields.get("prompt"), line.fields.get("negative_prompt")
+    seed = line.fields.get("seed")
     seed = default_seed if seed is None else seed
+    if not isinstance(text, str):
+        raise InvalidPrompts(
+            f'{line.where}: no text under \'prompt\'; expected {{"prompt": "..."}}'
+        )
+    if negative is not None and not isinstance(negative, str):
+        raise InvalidPrompts(f"{line.where}: 'negative_prompt' is {negative!r}; expected text")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
         raise InvalidPrompts(
-            f"{where}: the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1"
+            f"{line.where}: the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1"
         )
     prompt_id = canonical_sha256([text, negative, list(images)])[:12]
     return Prompt(
@@ -148,8 +156,8 @@ def _prompt(
     )
 
 
-def _read(path: Path) -> list[tuple[str, dict, Path]]:
-    """(file:line, fields, folder that relative image paths start from) of every line that is not blank."""
+def _read(path: Path) -> list[_Line]:
+    """Every line that is not blank."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -157,66 +165,65 @@ def _read(path: Path) -> list[tuple[str, dict, Path]]:
         raise InvalidPrompts(
             f"{path}: {error.strerror}; expected a .txt or .jsonl file or one of the shipped sets ({shipped})"
         ) from None
-    items = []
+    lines = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise InvalidPrompts(
-                f"{where}: not UTF-8 text ({error.reason} at byte {error.start})"
+                f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from None
         if text:
-            item = _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
-            items.append((where, item, path.parent))
-    return items
+            fields = _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
+            lines.append(_Line(where, fields, path.parent))
+    return lines
 
 
-def _json_fields(where: str, text: str) -> dict:
+def _json_fields(where: str, text: str) -> dict[str, Any]:
     try:
-        item = json.loads(text)
+        fields = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidPrompts(f"{where}: not JSON ({error}); expected one object a line") from None
-    if not isinstance(item, dict):
+    if not isinstance(fields, dict):
         raise InvalidPrompts(
-            f'{where}: {type(item).__name__} found; expected an object such as {{"prompt": "..."}}'
+            f'{where}: {type(fields).__name__} found; expected an object such as {{"prompt": "..."}}'
         )
-    unknown = ", ".join(sorted(set(item) - _FIELDS))
+    unknown = ", ".join(sorted(set(fields) - _FIELDS))
     if unknown:
         raise InvalidPrompts(
             f"{where}: unknown field {unknown}; expected {', '.join(sorted(_FIELDS))}"
         )
-    return item
+    return fields
 
 
-def _own_images(where: str, value: Any, folder: Path) -> list[tuple[str, Path]]:
+def _own_images(line: _Line) -> list[tuple[str, Path]]:
+    value = line.fields.get("image")
     paths = [value] if isinstance(value, str) else value or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise InvalidPrompts(
-            f"{where}: 'image' is {value!r}; expected a file name or a list of them"
+            f"{line.where}: 'image' is {value!r}; expected a file name or a list of them"
         )
     try:
-        return [_image_name(folder / path) for path in paths]
+        return [_image_name(line.folder / path) for path in paths]
     except InvalidPrompts as error:
-        raise InvalidPrompts(f"{where}: {error}") from None
+        raise InvalidPrompts(f"{line.where}: {error}") from None
 
 
 def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """Files as they are, folders as the images in them by name."""
-    found = []
+    paths: list[Path] = []
     for source in map(Path, sources):
-        if source.is_dir():
-            inside = sorted(
-                path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+        if not source.is_dir():
+            paths.append(source)
+            continue
+        inside = [path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not inside:
+            raise InvalidPrompts(
+                f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
-            if not inside:
-                raise InvalidPrompts(
-                    f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}"
-                )
-            found += inside
-        else:
-            found.append(source)
-    return found
+        paths += sorted(inside)
+    return paths
 
 
 def _image_name(path: Path) -> tuple[str, Path]:

@@ -30,10 +30,8 @@ class Party:
     def __init__(self, modules: Mapping[str, Any]) -> None:
         from runtime.compat.diffusers_private import lockstep_group
 
-        groups = [
-            group for module in modules.values() if (group := lockstep_group(module)) is not None
-        ]
-        self._group = groups[0] if groups else None
+        groups: list[Any] = [lockstep_group(module) for module in modules.values()]
+        self._group = next((group for group in groups if group is not None), None)
         self.leads = True
         if self._group is not None:
             import torch.distributed
@@ -52,7 +50,6 @@ class Party:
 
     def _broadcast(self, index: int | None) -> int | None:
         box = [index]
-        self._distributed.broadcast_object_list(
-            box, src=self._distributed.get_global_rank(self._group, 0), group=self._group
-        )
+        first = self._distributed.get_global_rank(self._group, 0)
+        self._distributed.broadcast_object_list(box, src=first, group=self._group)
         return box[0]

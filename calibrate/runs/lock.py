@@ -19,7 +19,7 @@ from calibrate.errors import RunFolderError, RunInUse
 try:
     import fcntl
 except ImportError:  # Windows: one process at a time is then up to the user
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
