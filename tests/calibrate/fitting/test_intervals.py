@@ -124,7 +124,9 @@ def test_refits_are_those_of_the_drawn_prompts():
                 for prompt, times in zip(resampled.prompts, weights, strict=True) for _ in range(times)
             ])  # fmt: skip
             again = fit_polynomial(drawn["x"], drawn["y"], 3)(drawn["x"])
-            if fitter is fit_constrained:  # on the domain of all prompts, which the drawn ones may not reach
+            if (
+                fitter is fit_constrained
+            ):  # on the domain of all prompts, which the drawn ones may not reach
                 t = scale_to_unit(drawn["x"].to_numpy(), result.domain)
                 q, r = np.linalg.qr(np.vander(t, 4, increasing=True))
                 again = np.polyval(shaped_solution(r, q.T @ drawn["y"])[::-1], t)
