@@ -5,14 +5,20 @@ from dataclasses import dataclass
 import pandas as pd
 
 from calibrate.errors import InvalidOption
-from calibrate.fitting.held_out import compare_branches, figures, learning_curve, rival_figures
+from calibrate.fitting.held_out import (
+    Figures,
+    compare_branches,
+    figures,
+    learning_curve,
+    rival_figures,
+)
 from calibrate.fitting.intervals import Bootstrap, bootstrap
 from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial, has_shape
 from calibrate.runs.pairs import Run
 
 METHODS = ("auto", "polyfit", "constrained")
 BETTER = 0.01  # a held-out RMSE has to be this much lower to count as better
-POOLING_LOSS = 0.10
+POOLING_LOSS = 0.10  # share of its held-out RMSE that a branch may lose to one polynomial for all
 TINY = 1e-300
 
 
@@ -27,8 +33,7 @@ class BranchFit:
         figures: By method, see :func:`calibrate.fitting.held_out.figures` and
             :func:`~calibrate.fitting.held_out.rival_figures`.
         resampled: ``chosen`` refitted on resampled prompts; None with fewer than three prompts.
-        enough: How many prompts are, see :func:`calibrate.fitting.held_out.learning_curve`; None where
-            more would help.
+        enough: Prompts after which held-out error stops falling; None where more would help.
         why: Why ``chosen`` was.
         excluded: Recorded rows left out as non-finite.
     """
@@ -38,14 +43,14 @@ class BranchFit:
     pairs: pd.DataFrame
     chosen: FitResult
     other: FitResult | None
-    figures: dict[str, dict[str, float | None]]
+    figures: dict[str, Figures]
     resampled: Bootstrap | None
     enough: int | None
     why: str
     excluded: int
 
     @property
-    def chosen_figures(self) -> dict[str, float | None]:
+    def chosen_figures(self) -> Figures:
         return self.figures[self.chosen.method]
 
 
@@ -69,12 +74,11 @@ def fit_branches(
                     f"{expert}/{branch}: no finite pairs of {signal} and {target}, which this model or log lacks; "
                     "choose another --signal or --target"
                 )
-            recorded = run.rows["expert"].eq(expert) & (
-                run.rows["branch"].eq(branch) | (branch == "pooled")
-            )
-            fits.append(
-                _fit_one(expert, branch, pairs, degree, method, int(recorded.sum()) - len(pairs))
-            )
+            recorded = run.rows[run.rows["expert"] == expert]
+            if branch != "pooled":
+                recorded = recorded[recorded["branch"] == branch]
+            excluded = len(recorded) - len(pairs)
+            fits.append(_fit_branch(expert, branch, pairs, degree, method, excluded))
     return fits
 
 
@@ -90,63 +94,64 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     table = compare_branches(pooled.pairs, pooled.chosen.degree, pooled.chosen.method)
     if table["rmse_held_out"].isna().any():
         return "pooled", None
-    error = table.set_index(["branch", "fitted_on"])["rmse_held_out"]
-    losses = {
-        name: error[name, "pooled"] / max(error[name, name], TINY) - 1
-        for name in own
-        if name != "pooled"
-    }
+    errors = table.pivot(index="fitted_on", columns="branch", values="rmse_held_out")
+    losses = {}
+    for branch in own:
+        if branch != "pooled":
+            losses[branch] = (
+                errors.loc["pooled", branch] / max(errors.loc[branch, branch], TINY) - 1
+            )
     if max(losses.values()) <= POOLING_LOSS:
         return "pooled", None
     recommended = main if losses[main] > POOLING_LOSS else "pooled"
-    lost = ", ".join(f"{name} {100 * loss:+.0f} %" for name, loss in losses.items())
+    lost = ", ".join(f"{branch} {100 * loss:+.0f} %" for branch, loss in losses.items())
     return recommended, (
         f"one polynomial for all branches costs held-out RMSE ({lost}): use one per branch; "
         f"engines with one slot get {recommended}"
     )
 
 
-def _fit_one(
+def _fit_branch(
     expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
 ) -> BranchFit:
     x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
     free, shaped = fit_polynomial(x, y, degree), fit_constrained(x, y, degree)
+    fits = {"polyfit": free, "constrained": shaped}
     same = free.coefficients_high_to_low == shaped.coefficients_high_to_low
-    fits = [free, shaped] if not same else [shaped] if method == "constrained" else [free]
-    by_method = {one.method: one for one in fits}
+    if same:
+        del fits["polyfit" if method == "constrained" else "constrained"]
     rivals = rival_figures(pairs)
-    of_method = {name: figures(pairs, one) | rivals for name, one in by_method.items()}
+    of_method = {name: figures(pairs, result) | rivals for name, result in fits.items()}
     if same:
         why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
-        chosen = next(iter(by_method))
+        name = next(iter(fits))
     else:
-        chosen, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
-    other = next((one for name, one in by_method.items() if name != chosen), None)
-    best = by_method[chosen]
-    _, enough = learning_curve(pairs, best.degree, best.method)
+        name, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
+    chosen = fits.pop(name)
+    other = next(iter(fits.values()), None)
+    _, enough = learning_curve(pairs, chosen.degree, chosen.method)
+    resampled = bootstrap(pairs, chosen)
     return BranchFit(
-        expert, branch, pairs, best, other, of_method, bootstrap(pairs, best), enough, why, excluded
+        expert, branch, pairs, chosen, other, of_method, resampled, enough, why, excluded
     )
 
 
-def _choose(plain: FitResult, of_method: dict[str, dict]) -> tuple[str, str]:
+def _choose(plain: FitResult, of_method: dict[str, Figures]) -> tuple[str, str]:
     """The recommended method and why, where the plain fit lacks the shape."""
     free, shaped = of_method["polyfit"], of_method["constrained"]
-    kind, key = (
-        ("in-sample", "rmse") if free["rmse_held_out"] is None else ("held-out", "rmse_held_out")
-    )
-    change = shaped[key] / max(free[key], TINY) - 1
+    kind, key = "held-out", "rmse_held_out"
+    if free[key] is None:
+        kind, key = "in-sample", "rmse"
+    change = (shaped[key] or 0.0) / max(free[key] or 0.0, TINY) - 1
+    compared = f"{kind} RMSE {100 * change:+.1f} %"
     if not has_shape(plain)[0]:
         return "constrained", (
             "the free fit is negative on part of its domain, where engines disagree on what that means; "
-            f"non-negative and non-decreasing instead: {kind} RMSE {100 * change:+.1f} %"
+            f"non-negative and non-decreasing instead: {compared}"
         )
     if change <= -BETTER:
-        return (
-            "constrained",
-            f"rises everywhere, and {kind} RMSE {100 * change:+.1f} % against the free fit",
-        )
+        return "constrained", f"rises everywhere, and {compared} against the free fit"
     return "polyfit", (
         "non-negative on its domain, so that all sign rules agree; it falls in places, "
-        f"but a fit that rises everywhere has {kind} RMSE {100 * change:+.1f} %"
+        f"but a fit that rises everywhere has {compared}"
     )

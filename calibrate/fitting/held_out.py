@@ -5,6 +5,7 @@ not independent. A held-out x outside the fitted range is clamped to it, as the 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,11 @@ FITTERS: dict[str, Callable[..., FitResult]] = {
 
 Predictor = Callable[[pd.DataFrame], np.ndarray]
 Fitter = Callable[[pd.DataFrame], Predictor]
+Figures = dict[str, float | None]
 
 
 def r2(y: np.ndarray, predicted: np.ndarray) -> float | None:
-    """Share of variance explained, negative without limit for predictions worse than the mean; None for constant y."""
+    """Share of variance explained, negative where worse than the mean; None for constant y."""
     if len(y) == 0 or np.ptp(y) == 0:
         return None
     return 1.0 - float(np.sum((y - predicted) ** 2)) / float(np.sum((y - np.mean(y)) ** 2))
@@ -58,30 +60,30 @@ def constant_predictor(train: pd.DataFrame) -> Predictor:
     return lambda pairs: np.full(len(pairs), mean)
 
 
-def step_mean_predictor(train: pd.DataFrame) -> Predictor:
-    """The mean change at each moment of the schedule: a fixed plan. Knows branch and step, not x."""
-    means, overall = train.groupby("moment")["y"].mean(), float(train["y"].mean())
-    return lambda pairs: _at_moment(means, pairs, overall)
+def step_mean_predictor(train: pd.DataFrame, use_x: bool = False) -> Predictor:
+    """The mean change at each moment of the schedule, as a fixed plan knows it.
 
+    ``use_x`` adds one slope on how far x lies from its own mean at that moment.
+    """
+    by_moment = train.groupby("moment")[["x", "y"]]
+    means = by_moment.mean()
+    overall = float(train["y"].mean())
+    distance = train[["x", "y"]] - by_moment.transform("mean")
+    spread = float(distance["x"] @ distance["x"])
+    slope = float(distance["x"] @ distance["y"]) / spread if use_x and spread > 0 else 0.0
 
-def step_mean_and_x_predictor(train: pd.DataFrame) -> Predictor:
-    """The moment's mean plus one slope on how far x lies from its own mean then."""
-    by_step = train.groupby("moment")
-    dx = (train["x"] - by_step["x"].transform("mean")).to_numpy()
-    dy = (train["y"] - by_step["y"].transform("mean")).to_numpy()
-    spread = float(dx @ dx)
-    slope = float(dx @ dy) / spread if spread > 0 else 0.0
-    mean_x, mean_y, overall = by_step["x"].mean(), by_step["y"].mean(), float(train["y"].mean())
-    return lambda pairs: (
-        _at_moment(mean_y, pairs, overall)
-        + slope * (pairs["x"].to_numpy() - _at_moment(mean_x, pairs, pairs["x"].to_numpy()))
-    )
+    def predict(pairs: pd.DataFrame) -> np.ndarray:
+        known = means.reindex(pairs["moment"])
+        off_mean = pairs["x"].to_numpy() - known["x"].to_numpy()
+        return known["y"].fillna(overall).to_numpy() + slope * np.nan_to_num(off_mean)
+
+    return predict
 
 
 RIVALS: dict[str, Fitter] = {
     "constant": constant_predictor,
     "step_mean": step_mean_predictor,
-    "step_mean_and_x": step_mean_and_x_predictor,
+    "step_mean_and_x": partial(step_mean_predictor, use_x=True),
 }
 
 
@@ -103,38 +105,30 @@ def held_out(pairs: pd.DataFrame, fitter: Fitter, folds: int = FOLDS) -> np.ndar
     return predicted
 
 
-def figures(pairs: pd.DataFrame, result: FitResult) -> dict[str, float | None]:
-    """Figures of one fit on its own pairs (columns x and y), in-sample and held out; None where not computable."""
-    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    fitted = result(x)
-    unseen = held_out(
-        pairs[["prompt_id", "x", "y"]],
-        lambda train: polynomial_predictor(train, result.degree, result.method),
-    )
-    return {
-        "r2": r2(y, fitted),
-        "rmse": rmse(y, fitted),
-        "spearman": spearman(fitted, y),
-        "r2_held_out": None if unseen is None else r2(y, unseen),
-        "rmse_held_out": None if unseen is None else rmse(y, unseen),
-        "spearman_held_out": None if unseen is None else spearman(unseen, y),
-    }
+def figures(pairs: pd.DataFrame, result: FitResult) -> Figures:
+    """Figures of a fit on its own pairs (columns x and y), in-sample and held out; None where not computable."""
+    y = pairs["y"].to_numpy()
+    refit = partial(polynomial_predictor, degree=result.degree, method=result.method)
+    in_sample = result(pairs["x"].to_numpy())
+    unseen = held_out(pairs[["prompt_id", "x", "y"]], refit)
+    known = _agreement(y, in_sample) | {"spearman": spearman(in_sample, y)}
+    known |= _agreement(y, unseen, "_held_out")
+    return known | {"spearman_held_out": None if unseen is None else spearman(unseen, y)}
 
 
-def rival_figures(pairs: pd.DataFrame) -> dict[str, float | None]:
+def rival_figures(pairs: pd.DataFrame) -> Figures:
     """Held-out figures of what needs no polynomial, for comparison, and whether x says more than the schedule does.
 
     ``*_constant`` is the mean, ``*_step_mean`` the mean of each step, ``*_step_mean_and_x`` the latter with one slope
     on x. ``spearman_within_step`` is :func:`spearman_within_step` with its interval.
     """
-    y, found = pairs["y"].to_numpy(), {"y_mean": float(pairs["y"].mean())}
+    y = pairs["y"].to_numpy()
+    known: Figures = {"y_mean": float(pairs["y"].mean())}
     narrow = pairs[["prompt_id", "x", "y"]].assign(moment=pairs.groupby(SCHEDULE).ngroup())
     for name, fitter in RIVALS.items():
-        unseen = held_out(narrow, fitter)
-        found[f"r2_{name}"] = None if unseen is None else r2(y, unseen)
-        found[f"rmse_{name}"] = None if unseen is None else rmse(y, unseen)
+        known |= _agreement(y, held_out(narrow, fitter), f"_{name}")
     names = ("spearman_within_step", "spearman_within_step_low", "spearman_within_step_high")
-    return found | dict(zip(names, spearman_within_step(pairs), strict=True))
+    return known | dict(zip(names, spearman_within_step(pairs), strict=True))
 
 
 def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
@@ -144,42 +138,37 @@ def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | Non
     """
     table = pairs.pivot(index=SCHEDULE, columns=["prompt_id", "seed"], values=["x", "y"])
     x, y = table["x"].to_numpy(float), table["y"].to_numpy(float)
-    prompt_of = np.array([prompt for prompt, _ in table["x"].columns], dtype=str)
-    value = _pooled_rank_correlation(x, y)
+    prompt_of = table["x"].columns.get_level_values("prompt_id").to_numpy(dtype=str)
     prompts = np.unique(prompt_of)
+    value = _pooled_rank_correlation(x, y)
     if value is None or len(prompts) < 3:
         return value, None, None
-    left_out = [
-        _pooled_rank_correlation(x[:, prompt_of != prompt], y[:, prompt_of != prompt])
-        for prompt in prompts
-    ]
-    if any(one is None for one in left_out):
+    others = [prompt_of != prompt for prompt in prompts]
+    left_out = [_pooled_rank_correlation(x[:, kept], y[:, kept]) for kept in others]
+    if None in left_out:
         return value, None, None
-    count = len(prompts)
-    error = np.sqrt((count - 1) / count * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
-    half = float(stats.t.ppf(0.975, count - 1) * error)
-    return value, max(value - half, -1.0), min(value + half, 1.0)
+    error = np.sqrt((len(prompts) - 1) * np.var(np.array(left_out, float)))
+    low, high = stats.t.interval(0.95, len(prompts) - 1, value, error) if error else (value, value)
+    return value, max(float(low), -1.0), min(float(high), 1.0)
 
 
 def compare_candidates(run: Run, degree: int = 4, expert: str = "transformer") -> pd.DataFrame:
     """Which signal predicts which target best: one row per signal, target and branch, best held-out R² first."""
     rows = []
-    for signal in SIGNAL_COLUMNS:
-        for target in TARGET_COLUMNS:
-            for branch in run.branches(expert):
-                pairs = run.pairs(signal, target, expert, branch)
-                if pairs.empty:
-                    continue
-                y = pairs["y"].to_numpy()
-                result = fit_polynomial(pairs["x"].to_numpy(), y, degree)
-                unseen = held_out(pairs, lambda train: polynomial_predictor(train, degree))
-                rows.append({
-                    "signal": signal, "target": target, "branch": branch, "pairs": len(pairs),
-                    "r2": r2(y, result(pairs["x"].to_numpy())),
-                    "r2_held_out": None if unseen is None else r2(y, unseen),
-                    "spearman": spearman(pairs["x"].to_numpy(), y),
-                    "spearman_within_step": spearman_within_step(pairs)[0],
-                })  # fmt: skip
+    branches = run.branches(expert)
+    choices = [(s, t, b) for s in SIGNAL_COLUMNS for t in TARGET_COLUMNS for b in branches]
+    for signal, target, branch in choices:
+        pairs = run.pairs(signal, target, expert, branch)
+        if pairs.empty:
+            continue
+        x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
+        unseen = held_out(pairs, partial(polynomial_predictor, degree=degree))
+        row = {"signal": signal, "target": target, "branch": branch, "pairs": len(pairs)}
+        row["r2"] = r2(y, fit_polynomial(x, y, degree)(x))
+        row["r2_held_out"] = None if unseen is None else r2(y, unseen)
+        row["spearman"] = spearman(x, y)
+        row["spearman_within_step"] = spearman_within_step(pairs)[0]
+        rows.append(row)
     table = pd.DataFrame(rows)
     return table.sort_values("r2_held_out", ascending=False, kind="stable", ignore_index=True)
 
@@ -189,27 +178,16 @@ def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfi
 
     Columns: branch (whose pairs), fitted_on, r2_held_out, rmse_held_out.
     """
-    branches = sorted(pairs["branch"].unique(), key=lambda branch: (branch != "cond", branch))
     pairs = pairs[["prompt_id", "branch", "x", "y"]]
-    sources = [*branches, "pooled"] if len(branches) > 1 else branches
+    branch_of, y = pairs["branch"].to_numpy(), pairs["y"].to_numpy()
+    branches = sorted(set(branch_of), key=lambda branch: (branch != "cond", branch))
     rows = []
-    for source in sources:
-
-        def fitter(train: pd.DataFrame, source: str = source) -> Predictor:
-            chosen = train if source == "pooled" else train[train["branch"] == source]
-            if chosen.empty:  # a branch that only the held-out prompts have
-                return lambda test: np.full(len(test), np.nan)
-            return polynomial_predictor(chosen, degree, method)
-
-        unseen = held_out(pairs, fitter)
+    for source in [*branches, "pooled"] if len(branches) > 1 else branches:
+        unseen = held_out(pairs, partial(_branch_predictor, source, degree, method))
         for branch in branches:
-            on = (pairs["branch"] == branch).to_numpy()
-            y = pairs["y"].to_numpy()[on]
-            rows.append({
-                "branch": branch, "fitted_on": source,
-                "r2_held_out": None if unseen is None else r2(y, unseen[on]),
-                "rmse_held_out": None if unseen is None else rmse(y, unseen[on]),
-            })  # fmt: skip
+            own = branch_of == branch
+            known = _agreement(y[own], None if unseen is None else unseen[own], "_held_out")
+            rows.append({"branch": branch, "fitted_on": source, **known})
     return pd.DataFrame(rows).sort_values("branch", kind="stable", ignore_index=True)
 
 
@@ -220,21 +198,19 @@ def learning_curve(
     repeats: int = 20,
     tolerance: float = 0.05,
 ) -> tuple[pd.DataFrame, int | None]:
-    """Held-out error against the number of fitted prompts, and how many are enough.
+    """Held-out error against the number of fitted prompts, and after how many it stops falling.
 
-    A quarter of the prompts, drawn anew for each repeat with a fixed seed, is never fitted. Enough is the smallest
-    number whose mean error lies within ``tolerance`` of the largest number's; None where only the largest does (more
-    prompts would still help) or there are fewer than four prompts.
+    A quarter of the prompts, drawn anew for each repeat with a fixed seed, is never fitted. The number is the smallest
+    whose mean error lies within ``tolerance`` of the largest number's; None where more prompts would still help or
+    there are fewer than four.
 
     Returns:
         Table with columns prompts, rmse (mean), low, high (10th and 90th percentile over repeats).
     """
     prompts, index = np.unique(pairs["prompt_id"].to_numpy(dtype=str), return_inverse=True)
-    columns = ["prompts", "rmse", "low", "high"]
     if len(prompts) < 4:
-        return pd.DataFrame(columns=columns), None
-    unseen = max(1, len(prompts) // 4)
-    largest = len(prompts) - unseen
+        return pd.DataFrame(columns=["prompts", "rmse", "low", "high"]), None
+    largest = len(prompts) - max(1, len(prompts) // 4)
     sizes = sorted({*(2**power for power in range(12) if 2**power < largest), largest})
     x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
     random = np.random.default_rng(0)
@@ -248,14 +224,24 @@ def learning_curve(
             errors[repeat, position] = rmse(y[test], result.within_domain(x[test]))
     means = errors.mean(axis=0)
     low, high = np.quantile(errors, [0.1, 0.9], axis=0)
-    table = pd.DataFrame(dict(zip(columns, (sizes, means, low, high), strict=True)))
+    table = pd.DataFrame({"prompts": sizes, "rmse": means, "low": low, "high": high})
     enough = sizes[int(np.argmax(means <= (1 + tolerance) * means[-1]))]
     return table, enough if enough < largest else None
 
 
-def _at_moment(means: pd.Series, pairs: pd.DataFrame, otherwise: float | np.ndarray) -> np.ndarray:
-    found = means.reindex(pairs["moment"]).to_numpy(float)
-    return np.where(np.isfinite(found), found, otherwise)
+def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") -> Figures:
+    """R² and RMSE of predictions, None without any."""
+    if predicted is None:
+        return {f"r2{suffix}": None, f"rmse{suffix}": None}
+    return {f"r2{suffix}": r2(y, predicted), f"rmse{suffix}": rmse(y, predicted)}
+
+
+def _branch_predictor(branch: str, degree: int, method: str, train: pd.DataFrame) -> Predictor:
+    """The fit of one branch's training pairs, or of all with the branch ``pooled``."""
+    own = train if branch == "pooled" else train[train["branch"] == branch]
+    if own.empty:  # a branch that only the held-out prompts have
+        return lambda test: np.full(len(test), np.nan)
+    return polynomial_predictor(own, degree, method)
 
 
 def _pooled_rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:

@@ -1,19 +1,19 @@
-"""Scoring a stranger: any entry or list of coefficients on the pairs of our run."""
+"""Scoring others: any entry or list of coefficients on the pairs of our run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from calibrate.fitting.forecast_error import for_entry
-from calibrate.fitting.held_out import r2, rmse, spearman
-from calibrate.runs.pairs import Run
+from calibrate.fitting.held_out import Figures, r2, rmse, spearman
+from calibrate.runs.pairs import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 from coeffs import Entry, Polynomial
 
-UNKNOWN_TARGET = "output"
+Candidate = Entry | Polynomial | Sequence[float]
 
 
-def score_polynomial(polynomial: Polynomial, pairs: pd.DataFrame) -> dict[str, float | int | None]:
+def score_polynomial(polynomial: Polynomial, pairs: pd.DataFrame) -> Figures:
     """Figures of any polynomial on pairs (columns x and y), with its own domain and sign rule.
 
     ``r2`` is bare and may be hugely negative; ``r2_rescaled`` allows the best positive factor, since a factor only
@@ -37,9 +37,7 @@ def score_polynomial(polynomial: Polynomial, pairs: pd.DataFrame) -> dict[str, f
     }
 
 
-def score(
-    candidates: Sequence[Entry | Polynomial | Sequence[float]], run: Run, expert: str | None = None
-) -> pd.DataFrame:
+def score(candidates: Sequence[Candidate], run: Run, expert: str | None = None) -> pd.DataFrame:
     """Score candidates on every branch of a run: one row per candidate, expert and branch.
 
     An entry is scored on the signal and target it was fitted for, with the fit it would use for that branch; a bare
@@ -48,47 +46,44 @@ def score(
     rows = []
     for candidate in candidates:
         for name in [expert] if expert else run.experts:
-            for branch in run.branches(name):
-                rows.append(_score_one(candidate, run, name, branch))
+            rows += [_score_branch(candidate, run, name, branch) for branch in run.branches(name)]
     return pd.DataFrame(rows)
 
 
-def _score_one(
-    candidate: Entry | Polynomial | Sequence[float], run: Run, expert: str, branch: str
-) -> dict:
-    signal, target, notes, label = "modulated_input", UNKNOWN_TARGET, [], "coefficients"
+def _score_branch(candidate: Candidate, run: Run, expert: str, branch: str) -> dict[str, Any]:
+    signal, target, label = "modulated_input", "output", "coefficients"
+    notes: list[str] = []
     if isinstance(candidate, Entry):
         label = candidate.label
         known = expert if expert in candidate.experts else next(iter(candidate.experts))
         polynomial = candidate.fit(known, branch).polynomial(candidate.sign_rule)
-        if known != expert:
-            notes.append(f"scored with its expert {known}")
-        signal = "time_embedding" if candidate.signal == "time_embedding" else "modulated_input"
-        if candidate.signal == "other":
-            notes.append("fitted on another signal")
-        target = UNKNOWN_TARGET if candidate.target == "unknown" else candidate.target
-        if candidate.target == "unknown":
-            notes.append(f"target unknown, scored on {target}")
-        classes = run.manifest.get("transformer_classes") or {}
-        if (
-            candidate.transformer_class
-            and classes
-            and candidate.transformer_class not in classes.values()
-        ):
-            notes.append(f"made for {candidate.transformer_class}")
-        run = for_entry(run, candidate)
+        signal = candidate.signal if candidate.signal in SIGNAL_COLUMNS else signal
+        target = candidate.target if candidate.target in TARGET_COLUMNS else target
+        notes = _mismatches(candidate, known, run, expert, target)
     elif isinstance(candidate, Polynomial):
         polynomial = candidate
     else:
         polynomial = Polynomial(tuple(candidate), None, "signed")
-    row = {
-        "candidate": label,
-        "expert": expert,
-        "branch": branch,
-        "signal": signal,
-        "target": target,
-    }
     pairs = run.pairs(signal, target, expert, branch)
+    figures: Figures = {"pairs": 0}
     if pairs.empty:
-        return row | {"pairs": 0, "note": "; ".join([*notes, f"the log has no {signal}"])}
-    return row | score_polynomial(polynomial, pairs) | {"note": "; ".join(notes)}
+        notes.append(f"the log has no {signal}")
+    else:
+        figures = score_polynomial(polynomial, pairs)
+    row = {"candidate": label, "expert": expert, "branch": branch, "signal": signal}
+    return row | {"target": target} | figures | {"note": "; ".join(notes)}
+
+
+def _mismatches(entry: Entry, known: str, run: Run, expert: str, target: str) -> list[str]:
+    """What of an entry does not match the run it is scored on, in words."""
+    notes = []
+    if known != expert:
+        notes.append(f"scored with its expert {known}")
+    if entry.signal not in SIGNAL_COLUMNS:
+        notes.append("fitted on another signal")
+    if entry.target != target:
+        notes.append(f"target {entry.target}, scored on {target}")
+    classes = (run.manifest.get("transformer_classes") or {}).values()
+    if entry.transformer_class and classes and entry.transformer_class not in classes:
+        notes.append(f"made for {entry.transformer_class}")
+    return notes
