@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-FIT_OPTIONS = {"degree": 4, "target": "output", "signal": "modulated_input"}
+FIT_OPTIONS: dict[str, Any] = {"degree": 4, "target": "output", "signal": "modulated_input"}
+# --constrained, --free or neither: the method, and the flag that the entry's command repeats.
+METHODS: dict[bool | None, tuple[str, list[str]]] = {
+    None: ("auto", []),
+    True: ("constrained", ["--constrained"]),
+    False: ("polyfit", ["--free"]),
+}
 
 
 @click.command()
@@ -27,16 +33,6 @@ FIT_OPTIONS = {"degree": 4, "target": "output", "signal": "modulated_input"}
     default="modulated_input",
     show_default=True,
     help="From whose change.",
-)
-@click.option(
-    "--forecast",
-    type=click.Choice(["linear", "quadratic"]),
-    help="For a gate that extrapolates skipped steps: predict the error of that forecast (needs a --gram run).",
-)
-@click.option(
-    "--forecast-of",
-    type=click.Choice(["output", "residual"]),
-    help="What --forecast is made of [default: output].",
 )
 @click.option(
     "--constrained/--free",
@@ -74,7 +70,7 @@ def fit(runs: tuple[str, ...], **options: Any) -> None:
 
     \b
     Example:
-        calibrate fit runs/flux1-dev-1a2b3c4d --score ali-vilab/flux1-dev --speedup 1.8
+        calibrate fit runs/flux1-dev-1a2b3c4d --score alivilab/flux1-dev --speedup 1.8
     """
     fit_and_report(runs, options)
 
@@ -86,34 +82,22 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     """
     import coeffs
     from calibrate.fitting.choice import fit_branches
-    from calibrate.fitting.draft import entry_of, forecasting
+    from calibrate.fitting.draft import entry_of
     from calibrate.fitting.score import score
+    from calibrate.reporting.tables import candidate_table, fit_table, replay_table, score_table
     from calibrate.runs.pairs import load_run
-    from calibrate.text import candidate_table, fit_table, replay_table, score_table
 
     chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
-    method, flag = {
-        None: ("auto", ""),
-        True: ("constrained", " --constrained"),
-        False: ("polyfit", " --free"),
-    }[options.get("constrained")]
-    strangers = [_stranger(name, options.get("registry")) for name in options.get("strangers", ())]
+    method, flag = METHODS[options.get("constrained")]
+    others = [_candidate(name, options.get("registry")) for name in options.get("strangers", ())]
     run = load_run(runs)
-    forecast = {name: options.get(name) for name in ("forecast", "forecast_of")}
-    run, target = forecasting(run, chosen["target"], **forecast)
-    fits = fit_branches(run, **chosen | {"target": target}, method=method)
-    given = {
-        **chosen,
-        **{name.replace("_", "-"): value for name, value in forecast.items() if value},
-    }
-    command = (
-        " ".join(["calibrate fit RUN", *(f"--{name} {value}" for name, value in given.items())])
-        + flag
-    )
-    entry = entry_of(run, fits, target, chosen["signal"], **forecast, command=command)
+    fits = fit_branches(run, **chosen, method=method)
+    given = [f"--{name} {value}" for name, value in chosen.items()]
+    command = " ".join(["calibrate fit RUN", *given, *flag])
+    entry = entry_of(run, fits, chosen["target"], chosen["signal"], command)
     tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
-    if strangers:
-        tables.append(score_table(score(strangers, run)))
+    if others:
+        tables.append(score_table(score(others, run)))
     tables.append(replay_table(run, entry, fits, options.get("speedup")))
     path = coeffs.save(entry, options.get("out") or run.path / "entry.yaml")
 
@@ -124,7 +108,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     return path
 
 
-def _stranger(name: str, registry: str | None) -> Any:
+def _candidate(name: str, registry: str | None) -> Any:
     """An entry by name or path, or a bare list of coefficients."""
     import coeffs
 

@@ -35,7 +35,6 @@ TARGET_LABELS = {
     "output": "y: relative L1 change\nof the output",
     "hidden": "y: relative L1 change\nof the last hidden state",
     "residual": "y: relative L1 change\nof the stack's residual",
-    "forecast_error": "y: relative error\nof the forecast",
 }
 MEASURE_LABELS = {
     "psnr_db": "PSNR against uncached (dB)",

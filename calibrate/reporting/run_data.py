@@ -14,7 +14,6 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import InvalidOption
-from calibrate.fitting.forecast_error import for_entry
 from calibrate.fitting.held_out import learning_curve
 from calibrate.fitting.intervals import bootstrap
 from calibrate.fitting.least_squares import FitResult
@@ -197,7 +196,7 @@ def load_findings(folder: str | os.PathLike) -> Findings:
             f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
         )
     entry = coeffs.load(folder / "entry.yaml")
-    return Findings(for_entry(run, entry), entry, load_verification(folder), folder)
+    return Findings(run, entry, load_verification(folder), folder)
 
 
 def figures_table(entry: Entry) -> pd.DataFrame:

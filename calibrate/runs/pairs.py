@@ -29,7 +29,6 @@ MEASURED_COLUMNS = ("x", "y_output", "y_hidden", "y_residual")
 TRAJECTORY = ["prompt_id", "seed", "expert", "branch"]
 SIGNAL_COLUMNS = {"modulated_input": "x", "time_embedding": "x_time_embedding"}
 TARGET_COLUMNS = {"output": "y_output", "hidden": "y_hidden", "residual": "y_residual"}
-FORECAST_ERROR = "forecast_error"  # not recorded: worked out from the Gram log
 
 
 class InvalidRun(RunFolderError, ValueError):
@@ -79,10 +78,8 @@ class Run:
 
         ``branch`` ``None`` or ``"pooled"`` takes all branches, ``expert`` ``None`` all experts.
         """
-        targets = TARGET_COLUMNS | {
-            name: f"y_{name}" for name in [FORECAST_ERROR] if f"y_{name}" in self.frame
-        }
-        x, y = column_of(signal, SIGNAL_COLUMNS, "signal"), column_of(target, targets, "target")
+        x = column_of(signal, SIGNAL_COLUMNS, "signal")
+        y = column_of(target, TARGET_COLUMNS, "target")
         rows = self.frame
         if expert is not None:
             rows = rows[rows["expert"] == expert]

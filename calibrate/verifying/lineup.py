@@ -6,20 +6,18 @@ Thresholds are chosen on prompts that are not judged: replay proposes, real runs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from calibrate.errors import CalibrateError, InvalidOption
-from calibrate.fitting.draft import draft_entry
 from calibrate.fitting.replay import Search, polynomials
 from calibrate.planning.stages import Stages
 from calibrate.runs.gram_log import NoPlan, load_grams
-from calibrate.runs.pairs import FORECAST_ERROR, Run
+from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import (
-    Refused,
     Setting,
     forecast_parameters,
     growing_interval,
@@ -35,16 +33,12 @@ from runtime.errors import RuntimeCacheError
 
 GATE = "fitted gate"
 APART_GATE = "fitted gate, branches apart"
-LINEAR_GATE = "fitted gate, linear forecast"
-CHANGE_GATE = "fitted gate of the change, linear forecast"
 PLAN = "plan"
 UNIFORM = "uniform skipping"
 FEWER_STEPS = "fewer steps"
 FEWER_STEPS_2 = "fewer steps, second-order solver"
 POLICIES = {
     "gate": GATE,
-    "gate-linear": LINEAR_GATE,
-    "gate-change-linear": CHANGE_GATE,
     "apart": APART_GATE,
     "plan": PLAN,
     "uniform": UNIFORM,
@@ -61,14 +55,7 @@ POLICIES = {
     "mag-cache": "MagCache (diffusers)",
     "sea-cache": "SeaCache",
 }
-GATES = (
-    "gate",
-    "gate-linear",
-    "gate-change-linear",
-    "apart",
-    "published",
-)  # tuned, each with an entry
-GATE_FORECAST = ("linear", "output")  # of the gates that forecast
+GATES = ("gate", "apart", "published")  # tuned, each with an entry
 UNIFORM_FORECASTS = {
     "uniform": ("reuse", "residual"),
     "uniform-linear": ("linear", "residual"),
@@ -268,14 +255,8 @@ class Entrants:
 def entrants(
     entry: Entry, policies: Sequence[str], known: Sequence[Entry], transformer_class: str, run: Run
 ) -> Entrants:
-    """The fitted gate and all others that were asked for; those that forecast are fitted here, on the run."""
-    found, refused = {GATE: entry}, {}
-    for policy, of_run in (("gate-linear", _linear_gate), ("gate-change-linear", _change_gate)):
-        if policy in policies:
-            try:
-                found[POLICIES[policy]] = of_run(entry, run)
-            except (CalibrateError, CoeffsError) as error:
-                refused[POLICIES[policy]] = str(error)
+    """The fitted gate and all others that were asked for."""
+    found = {GATE: entry}
     if "apart" in policies and any(len(expert.branches) > 1 for expert in entry.experts.values()):
         found[APART_GATE] = entry
     if "published" in policies:
@@ -283,32 +264,7 @@ def entrants(
             f"{other.model}'s gate": other
             for other in published_entries(known, transformer_class, entry)
         }
-    return Entrants(found, refused)
-
-
-def _linear_gate(entry: Entry, run: Run) -> Entry:
-    """A gate with the window of ``entry`` whose polynomial predicts the error of the forecast."""
-    forecast, forecast_of = GATE_FORECAST
-    if (entry.target, entry.forecast, entry.forecast_of) == (FORECAST_ERROR, *GATE_FORECAST):
-        raise Refused(f"the {GATE} is this one")
-    return _refitted(entry, run, forecast=forecast, forecast_of=forecast_of)
-
-
-def _change_gate(entry: Entry, run: Run) -> Entry:
-    """The same forecast under a polynomial of the change: shows what fitting the forecast's error is worth."""
-    forecast, forecast_of = GATE_FORECAST
-    change = _refitted(entry, run) if entry.target == FORECAST_ERROR else entry
-    return replace(change, forecast=forecast, forecast_of=forecast_of)
-
-
-def _refitted(entry: Entry, run: Run, **forecast: str) -> Entry:
-    if run.path is None:
-        raise Refused("no run to fit this gate on, only an entry; verify the run's folder")
-    degree = max(
-        fit.degree for expert in entry.experts.values() for fit in expert.branches.values()
-    )
-    fitted = draft_entry(run, degree=min(max(degree, 1), 6), signal=entry.signal, **forecast)
-    return replace(fitted, start=entry.start, end=entry.end, max_skips=entry.max_skips)
+    return Entrants(found)
 
 
 def published_entries(

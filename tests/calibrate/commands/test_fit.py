@@ -29,7 +29,7 @@ def test_tables_warnings_and_the_path_of_the_entry(run):
     assert [line.split()[0] for line in lines[1:5]] == ["branch", "cond", "uncond", "pooled"]
     assert (
         "Held-out R² by signal and target" in result.stdout
-        and "Prompts that are enough: cond " in result.stdout
+        and "Prompts needed: cond " in result.stdout
     )
     assert (
         "threshold  computed steps  95 % interval  single prompts  expected speed-up"

@@ -270,3 +270,12 @@ def test_entries_are_scored_on_what_they_were_made_for(entry, run):
         and "target unknown" in other["note"]
     )
     assert bare["candidate"] == "coefficients" and bare["r2"] < -10
+
+
+def test_an_entry_for_a_forecasts_error_still_loads_and_says_what_it_is_scored_on(entry, run):
+    old = dataclasses.replace(
+        entry, target="forecast_error", forecast="linear", forecast_of="output"
+    )
+    assert coeffs.loads(coeffs.dump(old)) == old
+    table = score([old], run)
+    assert set(table["note"]) == {"target forecast_error, scored on output"}

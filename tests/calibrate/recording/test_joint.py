@@ -5,7 +5,6 @@ import pytest
 import tiny_pipelines
 import torch
 
-from calibrate.fitting.forecast_error import _errors_of, forecast_errors
 from calibrate.recording.inner_products import Products
 from calibrate.recording.recorder import Recorder
 from calibrate.runs.gram_log import guided
@@ -46,15 +45,6 @@ def test_halves_of_the_batch_are_the_guidance_branches():
         rtol=1e-8,
     )
     assert found["residual"].shape == found["output"].shape
-
-
-def test_the_pair_of_a_joint_call_has_the_error_of_both_halves():
-    found, halves, _ = recorded(tiny_pipelines.sd3())
-    (name, errors), *others = _errors_of(found, "linear", "output").items()
-    both = torch.stack([torch.cat(rows) for rows in halves])
-    expected = forecast_errors((both @ both.T).numpy(), found["sigmas"][: len(halves)], order=1)
-    assert name == str(found["joint"]) and not others
-    np.testing.assert_allclose(errors, expected, rtol=1e-6)
 
 
 def test_recording_does_not_change_what_is_generated():

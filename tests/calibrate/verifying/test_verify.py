@@ -24,17 +24,14 @@ from calibrate.trials.baselines import InvalidBudget
 from calibrate.verifying import comparison as verdict
 from calibrate.verifying.lineup import (
     APART_GATE,
-    CHANGE_GATE,
     FEWER_STEPS,
     FEWER_STEPS_2,
     GATE,
-    LINEAR_GATE,
     PLAN,
     POLICIES,
     UNIFORM,
     UNIFORM_FORECASTS,
     Schedules,
-    entrants,
     gate_setting,
     published_entries,
 )
@@ -282,7 +279,7 @@ def verified(pipe, fitted):
 
 def test_every_policy_runs_or_says_why_not(verified):
     ran, refused = set(verified.results["policy"]), verified.facts["refused"]
-    assert {GATE, LINEAR_GATE, CHANGE_GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
+    assert {GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
     assert {UNIFORM, "fewer steps", "growing interval", "MagCache's rule"} <= ran
     assert {POLICIES[key] for key in UNIFORM_FORECASTS} <= ran
     assert "SeaCache" in refused and len(refused["SeaCache"]) > 20
@@ -569,28 +566,6 @@ def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():
     assert fitted.parameters["weights"] == {"1": [1.0], "3": [1.5, -0.5]}
 
 
-# --- gates that forecast
-
-
-def gates_of(entry, run, *chosen):
-    return entrants(entry, ("gate", *chosen), [], "FluxTransformer2DModel", run)
-
-
-def test_gates_that_forecast_enter_with_the_window_of_the_fitted_one(fitted):
-    entry = dataclasses.replace(coeffs.load(fitted / "entry.yaml"), start=2, end=1, max_skips=3)
-    gates = gates_of(entry, load_run(fitted), "gate-linear", "gate-change-linear").gates
-    linear, change = gates[LINEAR_GATE], gates[CHANGE_GATE]
-    assert (linear.target, linear.forecast, linear.forecast_of) == (
-        "forecast_error",
-        "linear",
-        "output",
-    )
-    assert (change.target, change.forecast, change.forecast_of) == ("output", "linear", "output")
-    assert change.experts == entry.experts and linear.experts != entry.experts
-    assert linear.fit().degree == entry.fit().degree == 2
-    assert all((gate.start, gate.end, gate.max_skips) == (2, 1, 3) for gate in (linear, change))
-
-
 def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_none(fitted):
     entry = coeffs.load(fitted / "entry.yaml")
     assert gate_setting(GATE, entry, 4, 0.1).parameters == {
@@ -603,60 +578,7 @@ def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_n
     assert (more["forecast"], more["forecast_of"]) == ("linear", "output")
 
 
-def test_a_gate_that_cannot_be_fitted_is_refused_with_the_reason(fitted, tmp_path):
-    import shutil
-
-    entry, run = coeffs.load(fitted / "entry.yaml"), load_run(fitted)
-    found = gates_of(
-        entry, dataclasses.replace(run, path=None, folders=()), "gate-linear", "gate-change-linear"
-    )
-    assert "no run to fit this gate on" in found.refused[LINEAR_GATE] and set(found.gates) == {
-        GATE,
-        CHANGE_GATE,
-    }
-    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
-    found = gates_of(entry, load_run(tmp_path / "bare"), "gate-linear")
-    assert "calibrate record --gram" in found.refused[LINEAR_GATE] and set(found.gates) == {GATE}
-
-
-def test_an_entry_fitted_on_the_forecasts_error_is_the_linear_gate_itself(fitted):
-    run = load_run(fitted)
-    own = draft_entry(run, degree=2, forecast="linear", forecast_of="output")
-    found = gates_of(own, run, "gate-linear", "gate-change-linear")
-    assert found.refused == {LINEAR_GATE: "the fitted gate is this one"}
-    assert (
-        found.gates[CHANGE_GATE].target == "output"
-        and found.gates[CHANGE_GATE].experts != own.experts
-    )
-
-
-def test_the_forecast_of_a_gate_reaches_the_runtime(verified, fitted, pipe):
-    """One result recomputed by hand, with the polynomial that the policy was fitted with."""
-    torch = pytest.importorskip("torch")
-    from runtime import apply_tea_cache
-
-    row = verified.results.query("policy == @LINEAR_GATE and budget == 4").iloc[0]
-    entry = gates_of(coeffs.load(fitted / "entry.yaml"), load_run(fitted), "gate-linear").gates[
-        LINEAR_GATE
-    ]
-    with apply_tea_cache(
-        pipe, entry, threshold=row["threshold"], forecast="linear", forecast_of="output"
-    ) as cache:
-        cached = pipe(
-            row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))
-        ).images[0]
-    uncached = pipe(
-        row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"]))
-    ).images[0]
-    error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
-    assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
-    assert {found.pattern for found in cache.stats.branches.values()} == set(
-        row["patterns"].values()
-    )
-    assert "S" in "".join(row["patterns"].values())
-
-
-# --- entrants, command line
+# --- entrants, LPIPS, command line
 
 
 def test_published_sets_of_the_class_enter_once_per_shape():
