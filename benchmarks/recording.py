@@ -121,7 +121,8 @@ def measure(shape: Shape, steps: int, rounds: int) -> dict:
 def measure_embedded(rounds: int, prompts: int, steps: int) -> dict:
     """The embedded model through its whole pipeline, text encoder and decoder included."""
     from calibrate.model.call import prepare_call
-    from calibrate.model.checkpoint import find_checkpoint, load_pipeline
+    from calibrate.model.checkpoint import find_checkpoint
+    from calibrate.model.loading import load_pipeline
     from calibrate.model.prompts import load_prompts
 
     checkpoint = find_checkpoint("tiny-longcat-image")

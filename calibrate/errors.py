@@ -47,3 +47,9 @@ class Incomplete(CalibrateError):
     """Some prompts are not recorded yet; running the same command again continues."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line, without the advice that libraries append."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from calibrate.model.checkpoint import find_checkpoint, load_pipeline
+from calibrate.model.checkpoint import find_checkpoint
+from calibrate.model.loading import load_pipeline
 
 ORIGIN_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 

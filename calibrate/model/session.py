@@ -8,7 +8,8 @@ from typing import Any
 
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.model.call import Call
-from calibrate.model.checkpoint import Checkpoint, load_pipeline, slug_of
+from calibrate.model.checkpoint import Checkpoint, slug_of
+from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import Prompt
 from calibrate.model.protocol import Protocol, canonical_sha256, plain
 

@@ -1,5 +1,6 @@
 """Models by name: one table of repositories, default protocols and call arguments (``data/models.yaml``)."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -25,6 +26,8 @@ class ModelSpec:
     width: int | None = None
     num_frames: int | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
+    # Settings that no other checkpoint of the class has: "component.key" -> value; "pipeline" is model_index.json.
+    configuration: dict[str, Any] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -45,9 +48,33 @@ def find_model(name: str) -> ModelSpec | None:
     """The row with this alias or repository, whatever the case; None when there is none."""
     wanted = name.lower()
     for spec in model_table():
-        if wanted in (spec.slug, (spec.repository or "").lower()):
+        if wanted in (spec.slug, (spec.repository or spec.slug).lower()):
             return spec
     return None
+
+
+def recognise(
+    pipeline_class: str, names: Iterable[str], setting: Callable[[str], Any]
+) -> tuple[ModelSpec, str] | None:
+    """The row that a checkpoint of this class belongs to, and by what: a name, or settings that only it has.
+
+    ``names`` are candidates (repository, folder); ``setting("transformer.num_layers")`` reads a component's
+    configuration, None where there is no such setting.
+    """
+    rows = [row for row in model_table() if row.pipeline_class == pipeline_class]
+    for name in names:
+        for row in rows:
+            repository = (row.repository or row.slug).lower()
+            if name.lower() in (row.slug, repository, repository.rpartition("/")[2]):
+                return row, f"the name {name}"
+    matching = []
+    for row in rows:
+        known = row.configuration
+        if known and all(setting(key) == value for key, value in known.items()):
+            matching.append(row)
+    if len(matching) != 1:
+        return None
+    return matching[0], f"its configuration ({', '.join(matching[0].configuration)})"
 
 
 def class_defaults(pipeline_class: str) -> ModelSpec | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from calibrate.errors import InvalidOption, RunFolderError
 from calibrate.model.call import MIN_STEPS, prepare_call
-from calibrate.model.checkpoint import DTYPES, find_checkpoint, pipeline_class_of
+from calibrate.model.checkpoint import find_checkpoint, pipeline_class_of
+from calibrate.model.loading import DTYPES
 from calibrate.model.prompts import PromptSet, load_prompts
 from calibrate.model.protocol import canonical_sha256, plain
 from calibrate.model.session import Session, callable_session, load_session

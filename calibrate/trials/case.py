@@ -12,7 +12,8 @@ from typing import Any
 import coeffs
 from calibrate.errors import InvalidOption, InvalidPrompts, ModelNotFound
 from calibrate.model.call import prepare_call
-from calibrate.model.checkpoint import find_checkpoint, load_pipeline
+from calibrate.model.checkpoint import find_checkpoint
+from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.pairs import Run, load_run

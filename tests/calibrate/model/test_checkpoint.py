@@ -17,12 +17,12 @@ from calibrate.errors import (
 )
 from calibrate.model.checkpoint import (
     find_checkpoint,
-    load_pipeline,
-    pick_device,
     pipeline_class_of,
     slug_of,
     weights_sha256,
 )
+from calibrate.model.loading import load_pipeline, pick_device
+from calibrate.model.table import find_model
 
 INDEX = {
     "_class_name": "LongCatImagePipeline",
@@ -219,3 +219,79 @@ def test_every_rank_takes_its_own_gpu(monkeypatch):
 )
 def test_slug_is_a_safe_folder_name(name, slug):
     assert slug_of(name) == slug
+
+
+def make_folder(path, pipeline_class, index=None, **configs):
+    """The outside of a checkpoint of a class, with the configurations of its components."""
+    path.mkdir(parents=True)
+    write_index(path, {"_class_name": pipeline_class, **(index or {})})
+    for component, config in configs.items():
+        (path / component).mkdir()
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        (path / component / name).write_text(json.dumps(config))
+    return path
+
+
+SNAPSHOT = "models--Tongyi-MAI--Z-Image-Turbo/snapshots/" + "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "pipeline_class", "index", "configs", "alias", "by"),
+    [
+        (SNAPSHOT, "ZImagePipeline", {}, {}, "Z-Image-Turbo", "the name Tongyi-MAI"),
+        ("z-image-turbo", "ZImagePipeline", {}, {}, "Z-Image-Turbo", "the name z-image"),
+        ("x", "ZImagePipeline", {"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}, {}, "Z-Image-Turbo", "the name Tong"),
+        ("x", "ZImagePipeline", {}, {"scheduler": {"shift": 3.0}}, "Z-Image-Turbo", "scheduler.shift"),
+        ("x", "FluxPipeline", {}, {"transformer": {"guidance_embeds": False}}, "FLUX.1-schnell", "guidance_embeds"),
+        ("x", "Flux2KleinPipeline", {"is_distilled": True}, {}, "FLUX.2-klein-4B", "is_distilled"),
+        ("x", "WanPipeline", {"boundary_ratio": 0.875}, {"transformer": {"num_layers": 40}}, "Wan2.2-T2V-A14B", "lay"),
+        ("x", "WanPipeline", {}, {"transformer": {"num_layers": 40}}, "Wan2.1-T2V-14B", "num_layers"),
+    ],
+)  # fmt: skip
+def test_folder_of_a_known_model_has_its_protocol(
+    tmp_path, folder, pipeline_class, index, configs, alias, by
+):
+    path = make_folder(tmp_path / folder, pipeline_class, index, **configs)
+    checkpoint = find_checkpoint(path)
+    assert checkpoint.spec.alias == alias and by in checkpoint.recognised
+    assert checkpoint.spec.num_steps == find_model(alias).num_steps
+
+
+def test_snapshot_of_the_hub_is_the_repository_itself(tmp_path):
+    """The same run whether the model was given by its name or by the folder that the hub's client made."""
+    checkpoint = find_checkpoint(make_folder(tmp_path / SNAPSHOT, "ZImagePipeline"))
+    assert checkpoint.repository == "Tongyi-MAI/Z-Image-Turbo"
+    assert (checkpoint.slug, checkpoint.revision) == ("z-image-turbo", "0123456789" * 4)
+
+
+@pytest.mark.parametrize(
+    ("folder", "configs"),
+    [("my-finetune", {}), ("FLUX.1-schnell", {}), ("x", {"transformer": {"num_layers": 30}})],
+)
+def test_folder_of_another_model_is_not_taken_for_a_known_one(tmp_path, folder, configs):
+    """A name counts only with its class, and a configuration only where all of it agrees."""
+    checkpoint = find_checkpoint(make_folder(tmp_path / folder, "WanPipeline", **configs))
+    assert checkpoint.recognised == "" and checkpoint.spec.num_steps is None
+
+
+def test_loaded_pipeline_of_a_known_model_has_its_protocol():
+    pipeline = load_pipeline(find_checkpoint("tiny-longcat-image"), device="cpu")
+    checkpoint = find_checkpoint(pipeline)
+    assert checkpoint.spec.alias == "tiny-longcat-image" and checkpoint.spec.num_steps == 28
+    pipeline.register_to_config(_name_or_path="/somewhere/else")
+    assert "its configuration" in find_checkpoint(pipeline).recognised
+
+
+def test_empty_name_is_no_model():
+    """Bug: it was the current folder, or the embedded model."""
+    with pytest.raises(ModelNotFound, match="empty name"):
+        find_checkpoint("")
+
+
+def test_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(folder), "read_text", refuse)
+    with pytest.raises(InvalidCheckpoint, match=r"Permission denied.; check the rights"):
+        find_checkpoint(folder)

@@ -202,8 +202,10 @@ def test_shards_of_another_version_are_neither_moved_nor_recorded_again(run, old
         if older:
             _with_column(run.shard(group.name), lambda table: table.drop_columns(["cos_distance"]))
         else:
-            further = pa.array([1.5] * 3)
-            _with_column(run.shard(group.name), lambda table: table.append_column("later", further))
+            _with_column(
+                run.shard(group.name),
+                lambda table: table.append_column("later", pa.array([1.5] * 3)),
+            )
     before = _contents(run.path)
     assert tidy(run.path) == []
     again = RunFolder.create(run.path, IDENTITY, PROMPTS, created="later")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_pipeline import TinyPipeline
 
-from calibrate.model.checkpoint import find_checkpoint, load_pipeline
+from calibrate.model.checkpoint import find_checkpoint
+from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import load_prompts
 from calibrate.trials.baselines import Setting
 from calibrate.trials.rivals import second_order
