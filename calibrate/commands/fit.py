@@ -85,6 +85,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     from calibrate.fitting.draft import entry_of
     from calibrate.fitting.score import score
     from calibrate.reporting.tables import candidate_table, fit_table, replay_table, score_table
+    from calibrate.runs.entry_file import carried_over, update_entry
     from calibrate.runs.pairs import load_run
 
     chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
@@ -99,10 +100,20 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     if others:
         tables.append(score_table(score(others, run)))
     tables.append(replay_table(run, entry, fits, options.get("speedup")))
-    path = coeffs.save(entry, options.get("out") or run.path / "entry.yaml")
+    said: list[str] = []
+
+    def refit(old: coeffs.Entry | None) -> coeffs.Entry:
+        kept, words = carried_over(entry, old)
+        said.extend(words)
+        return kept
+
+    path = Path(options.get("out") or Path(run.path or ".") / "entry.yaml")
+    written = update_entry(path, refit)
 
     click.echo("\n\n".join(tables) + "\n")
-    for warning in entry.warnings:
+    for text in said:
+        click.echo(f"{path.name}: {text}")
+    for warning in written.warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"draft entry: {path}")
     return path

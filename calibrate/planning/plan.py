@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.planning.candidates import BASELINES, Candidate, Planner
 from calibrate.planning.results import Planned, fidelity, judged_figures, keep, planned_entry, score
+from calibrate.runs.entry_file import update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
@@ -117,7 +117,8 @@ def plan(
         planned.append(_planned(planner, budget, shortlists[budget], winner, figures))
     folder = RunFolder.open(source).path
     keep(folder, planned, tried)
-    coeffs.save(planned_entry(case.entry, logs, planned), folder / "entry.yaml")
+    # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
+    update_entry(folder / "entry.yaml", lambda now: planned_entry(now or case.entry, logs, planned))
     return planned
 
 

@@ -12,13 +12,12 @@ import pandas as pd
 
 import coeffs
 from calibrate.planning.candidates import BASELINES, UNIFORM, Candidate
+from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.folder import write_atomically
 from calibrate.runs.gram_log import GramLog
 from calibrate.text import aligned
 from calibrate.verifying.comparison import capped, main_measure, mean_interval
 from calibrate.verifying.lineup import FEWER_STEPS, PLAN
-
-VERDICT = "plan: "
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,12 @@ def planned_entry(
     replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
     kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
     plans = sorted([*kept, *new], key=lambda plan: (len(plan.schedule), -plan.computed_steps))
-    warnings = [text for text in entry.warnings if not text.startswith(VERDICT)]
+    warnings = [text for text in entry.warnings if not text.startswith(PLAN_WARNING)]
     verdict = fewer_steps_verdict(planned)
     return replace(
-        entry, plans=tuple(plans), warnings=(*warnings, *([VERDICT + verdict] if verdict else []))
+        entry,
+        plans=tuple(plans),
+        warnings=(*warnings, *([PLAN_WARNING + verdict] if verdict else [])),
     )
 
 
