@@ -1,29 +1,31 @@
-"""Releasing entries into a registry folder, and proving that released files are as they were."""
+"""Releasing entries into a registry folder, and checking that released files are as they were."""
 
 import contextlib
 import hashlib
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coeffs.entry.schema import Entry
+from coeffs.entry.polynomial import falling_ranges, negative_ranges
+from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import CoeffsError, EntryError, PublishError
 from coeffs.store import Layer, dump, in_folder, in_layer, layers, user_registry, write_atomically
 
 CHECKSUMS = "CHECKSUMS"
 
-
-def checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+_CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+_MACHINE_PATH = re.compile(r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)")
+_HELD_OUT = ("r2_held_out", "rmse_held_out")
 
 
 def publish(entry: Entry, registry: str | Path | None = None) -> Path:
-    """Release an entry as the next version of its model in ``registry`` (the user's own folder by default).
+    """Release an entry as the next version of its model, by default in the user's own registry.
 
-    The version is one above every version of that model in any layer, so that a label never names two things. The
-    file appears whole or not at all, is never overwritten, and its checksum is recorded; safe with many processes.
+    The version is one above every version of that model in any layer, so that a label never names
+    two things. The file is written atomically, never overwritten, and its checksum is recorded;
+    processes may publish at the same time.
 
     Raises:
         PublishError: If the newest version already says the same, or the folder cannot be written.
@@ -32,51 +34,32 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            known = [item for layer in layers(root) for item in in_folder(layer, entry.model)]
-            newest = max(known, key=lambda item: item.version, default=None)
-            if newest is not None and newest.entry() == replace(entry, version=newest.version):
-                raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
-            version = newest.version + 1 if newest else 1
-            path = root / entry.model / f"v{version}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
-            try:
-                write_checksums(
-                    root, read_checksums(root) | {path.relative_to(root).as_posix(): checksum(path)}
-                )
-            except (OSError, CoeffsError):
-                path.unlink()
-                raise
+            return _publish(entry, root)
     except OSError as error:
         raise PublishError(f"{root}: {error.strerror or error}; nothing was published") from None
+
+
+def _publish(entry: Entry, root: Path) -> Path:
+    known = [item for layer in layers(root) for item in in_folder(layer, entry.model)]
+    newest = max(known, key=lambda item: item.version, default=None)
+    if newest is not None and newest.entry() == replace(entry, version=newest.version):
+        raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
+    version = newest.version + 1 if newest else 1
+    path = root / entry.model / f"v{version}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
+    try:
+        name = path.relative_to(root).as_posix()
+        write_checksums(root, read_checksums(root) | {name: checksum(path)})
+    except (OSError, CoeffsError):
+        path.unlink()
+        raise
     return path
-
-
-def read_checksums(root: Path) -> dict[str, str]:
-    """``CHECKSUMS`` of a registry folder: path relative to it -> SHA-256. Empty where there is no such file."""
-    path = root / CHECKSUMS
-    if not path.is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
-        if not match:
-            raise EntryError(
-                f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number
-            )
-        found[match[2]] = match[1]
-    return found
-
-
-def write_checksums(root: Path, checksums: dict[str, str]) -> None:
-    write_atomically(
-        root / CHECKSUMS, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums))
-    )
 
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One publisher at a time; the operating system releases the lock when its holder dies, so it never goes stale."""
+    """One publisher at a time; the operating system releases the lock when its holder dies."""
     with (root / ".lock").open("a+b") as stream:
         if sys.platform == "win32":
             import msvcrt
@@ -90,33 +73,125 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
+# --- checksums ------------------------------------------------------------------------------------
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_checksums(root: Path) -> dict[str, str]:
+    """``CHECKSUMS`` of a registry folder: relative path -> SHA-256. Empty without such a file."""
+    path = root / CHECKSUMS
+    if not path.is_file():
+        return {}
+    checksums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = _CHECKSUM_LINE.fullmatch(line)
+        if not match:
+            problem = f"{line[:60]!r}: expected '<sha256>  <path>'"
+            raise EntryError(problem, file=str(path), line=number)
+        checksums[match[2]] = match[1]
+    return checksums
+
+
+def write_checksums(root: Path, checksums: dict[str, str]) -> None:
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
+    write_atomically(root / CHECKSUMS, "".join(lines))
+
+
 def problems(registry: str | Path | None = None) -> list[str]:
-    """What is wrong in the registry's files: unreadable entries, missing or differing checksums. Empty when sound."""
-    found: list[str] = []
-    for layer in layers(registry):
-        found += _layer_problems(layer)
-    return found
+    """Unreadable entries and missing or differing checksums of all layers; empty when sound."""
+    return [problem for layer in layers(registry) for problem in _layer_problems(layer)]
 
 
-def _layer_problems(layer: Layer) -> list[str]:
-    found = []
+def _layer_problems(layer: Layer) -> Iterator[str]:
     recorded = read_checksums(layer.root)
     for item in in_layer(layer):
-        name = item.path.relative_to(layer.root).as_posix()
-        expected = recorded.pop(name, None)
+        expected = recorded.pop(item.path.relative_to(layer.root).as_posix(), None)
         if expected is None:
-            found.append(
-                f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`"
-            )
+            yield f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`"
         elif checksum(item.path) != expected:
-            found.append(
-                f"{item.path}: changed after its release; restore it and publish a new version instead"
-            )
+            advice = "restore it and publish a new version instead"
+            yield f"{item.path}: changed after its release; {advice}"
         try:
             item.entry()
         except CoeffsError as error:
-            found.append(str(error))
-    return found + [
-        f"{layer.root / name}: listed in {CHECKSUMS} but missing; restore it"
-        for name in sorted(recorded)
-    ]
+            yield str(error)
+    for name in sorted(recorded):
+        yield f"{layer.root / name}: listed in {CHECKSUMS} but missing; restore it"
+
+
+# --- is an entry fit for release ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What speaks against a release; ``fatal`` ones forbid it."""
+
+    text: str
+    fatal: bool
+
+    def __str__(self) -> str:
+        return f"{'error' if self.fatal else 'warning'}: {self.text}"
+
+
+def entry_problems(entry: Entry) -> list[Problem]:
+    """Problems of an entry, fatal ones first; other people's sets may lack what we measure."""
+    problems = [Problem(f"a machine's path in {name}: remove it", True) for name in _paths(entry)]
+    for name, expert in entry.experts.items():
+        for branch, fit in expert.branches.items():
+            problems += _fit_problems(f"{name}/{branch}", fit, entry.status == "measured")
+    if entry.status == "measured":
+        problems += _measured_problems(entry)
+    return sorted(problems, key=lambda problem: not problem.fatal)
+
+
+def _measured_problems(entry: Entry) -> Iterator[Problem]:
+    required = {
+        "source.run_id": entry.source.run_id,
+        "source.log_sha256": entry.source.log_sha256,
+        "transformer_class": entry.transformer_class,
+        "protocol.num_steps": entry.protocol.num_steps,
+    }
+    for name, value in required.items():
+        if value is None:
+            yield Problem(f"{name} is missing: draft the entry with `calibrate fit RUN`", True)
+    if not any(expert.branches or expert.mag_ratios for expert in entry.experts.values()):
+        yield Problem("no coefficients and no mag_ratios", True)
+    if not entry.thresholds:
+        yield Problem("no thresholds: nobody can tell what the coefficients are worth", True)
+    elif all(row.kind != "verified" for row in entry.thresholds):
+        yield Problem("no verified threshold: run `calibrate verify`", False)
+
+
+def _fit_problems(name: str, fit: Candidate, measured: bool) -> Iterator[Problem]:
+    if fit.domain is None:
+        yield Problem(f"{name}: no domain", measured)
+        return
+    for low, high in negative_ranges(fit.polynomial(), fit.domain)[:1]:
+        text = f"{name}: negative on its domain (x {low:.3g} to {high:.3g})"
+        text += ", so that engines' sign rules disagree"
+        if measured:
+            text += ": fit with `calibrate fit RUN --constrained`"
+        yield Problem(text, measured)
+    for low, high in falling_ranges(fit.polynomial(), fit.domain)[:1]:
+        yield Problem(f"{name}: falls with x from {low:.3g} to {high:.3g}", False)
+    if measured and (fit.counts is None or not fit.counts.pairs):
+        yield Problem(f"{name}: no count of pairs", True)
+    figures = fit.figures or {}
+    if measured and all(figures.get(figure) is None for figure in _HELD_OUT):
+        yield Problem(f"{name}: no held-out figure (needs at least two prompts)", True)
+
+
+def _paths(entry: Entry) -> list[str]:
+    """Names of the texts that hold a path of some machine."""
+    texts: dict[str, object] = {
+        "notes": entry.notes,
+        "checkpoint.repository": entry.checkpoint.repository,
+    }
+    texts |= {f"source.{name}": value for name, value in vars(entry.source).items()}
+    texts |= {f"warnings[{place}]": text for place, text in enumerate(entry.warnings)}
+    for name, value in entry.protocol.call_arguments.items():
+        texts[f"protocol.call_arguments.{name}"] = value
+    return [name for name, text in texts.items() if _MACHINE_PATH.search(str(text))]

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from coeffs.entry import yamlio
+from coeffs.entry import strict_yaml
 from coeffs.entry.fields import plain
 from coeffs.entry.schema import Entry, from_plain
 from coeffs.errors import AmbiguousEntry, CoeffsError, EntryError, EntryNotFound, PublishError
-from coeffs.migrate import migrate
 
 ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
@@ -67,14 +66,14 @@ def loads(text: str | bytes, file: str | None = None) -> Entry:
     Raises:
         EntryError: With ``file``, the line and the key of what is wrong.
     """
-    from coeffs.entry import (
-        yamlread,  # here, because it imports PyYAML and `import coeffs` is to cost little
-    )
-
+    lines: dict[tuple[str | int, ...], int] = {}
     try:
-        return from_plain(migrate(yamlread.parse(text)))
+        return from_plain(strict_yaml.parse(text, lines))
     except EntryError as error:
-        line = error.line or yamlread.locate(text, error.path)
+        path = error.path
+        while path and path not in lines:
+            path = path[:-1]
+        line = error.line or lines.get(path)
         raise EntryError(error.problem, error.path, file, line) from None
 
 
@@ -85,7 +84,7 @@ def load_file(path: str | Path) -> Entry:
         path = path / "entry.yaml"
     try:
         with path.open("rb") as stream:
-            content = stream.read(yamlio.MAX_BYTES + 1)
+            content = stream.read(strict_yaml.MAX_BYTES + 1)
     except OSError as error:
         raise EntryNotFound(f"{path}: {error.strerror or error}; expected an entry file") from None
     return loads(content, str(path))
@@ -93,16 +92,16 @@ def load_file(path: str | Path) -> Entry:
 
 def dump(entry: Entry) -> str:
     """Canonical YAML of an entry: ``loads(dump(entry)) == entry``, and every float comes back exactly."""
-    return yamlio.write(plain(entry))
+    return strict_yaml.write(plain(entry))
 
 
 def save(entry: Entry, path: str | Path) -> Path:
     """Write an entry atomically: a reader sees the old file or the whole new one."""
     path = Path(path)
     text = dump(entry)
-    if len(text.encode()) > yamlio.MAX_BYTES:
+    if len(text.encode()) > strict_yaml.MAX_BYTES:
         raise EntryError(
-            f"{entry.label} would take more than {yamlio.MAX_BYTES} bytes: leave out alternatives or plans"
+            f"{entry.label} would take more than {strict_yaml.MAX_BYTES} bytes: leave out alternatives or plans"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import coeffs
-from coeffs.checks import entry_problems
+from coeffs.release import entry_problems
 
 
 def sample_entry(**changes: object) -> coeffs.Entry:

@@ -109,12 +109,12 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
         calibrate check runs/my-model
     """
     import coeffs
-    from coeffs import checks, release, store
+    from coeffs import release, store
     from coeffs.errors import CheckFailed
 
     fatal = 0
     for name in entries:
-        found = checks.entry_problems(coeffs.load(name, registry))
+        found = release.entry_problems(coeffs.load(name, registry))
         fatal += sum(problem.fatal for problem in found)
         click.echo("\n".join([f"{name}: {problem}" for problem in found] or [f"{name}: sound"]))
     if not entries:
@@ -213,11 +213,11 @@ def publish(run: str, dry_run: bool, registry: str | None) -> None:
     from pathlib import Path
 
     import coeffs
-    from coeffs import checks
+    from coeffs import release
     from coeffs.errors import CheckFailed
 
     entry = coeffs.load(Path(run))
-    found = checks.entry_problems(entry)
+    found = release.entry_problems(entry)
     for problem in found:
         click.echo(str(problem), err=True)
     if any(problem.fatal for problem in found):

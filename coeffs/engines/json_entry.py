@@ -7,7 +7,6 @@ from coeffs.engines.text import read_json
 from coeffs.entry.fields import plain
 from coeffs.entry.schema import from_plain
 from coeffs.errors import EngineError, EntryError
-from coeffs.migrate import migrate
 
 
 def write(request: Request) -> str:
@@ -16,6 +15,6 @@ def write(request: Request) -> str:
 
 def read(text: str) -> Carried:
     try:
-        return Carried(entry=from_plain(migrate(read_json(text, required={"schema", "model"}))))
+        return Carried(entry=from_plain(read_json(text, required={"schema", "model"})))
     except EntryError as error:
         raise EngineError(str(error)) from None

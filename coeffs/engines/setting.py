@@ -3,13 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from coeffs.entry.polynomial import Polynomial
+from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
-from coeffs.entry.yamlio import format_float
+from coeffs.entry.strict_yaml import format_float
 from coeffs.errors import EngineError
-
-GRID = 512
-UNKNOWN_DOMAIN = (0.0, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,57 +127,6 @@ def _check_sign(entry: Entry, fit: Candidate, rule: str, engine: str) -> None:
             f"{entry.label} is negative {where} (x {first}): {engine} reads that as {rule}, the entry as "
             f"{entry.sign_rule}; {again}"
         )
-
-
-def negative_ranges(
-    polynomial: Polynomial, domain: tuple[float, float]
-) -> list[tuple[float, float]]:
-    """Intervals of the domain in which the bare polynomial is negative, to 1/512 of its width.
-
-    Rounding at a double root of a constrained fit is not taken for a negative value.
-    """
-    low, high = domain
-    grid = [low + (high - low) * step / GRID for step in range(GRID + 1)]
-    grid = sorted([*grid, *_minima(polynomial, grid)])
-    values = [polynomial.raw(x) for x in grid]
-    floor = -1e-9 * max(1e-12, max(map(abs, values)))
-    found: list[tuple[float, float]] = []
-    for x, value in zip(grid, values, strict=True):
-        if value < floor:
-            last = (
-                found.pop() if found and x - found[-1][1] <= 1.5 * (high - low) / GRID else (x, x)
-            )
-            found.append((last[0], x))
-    return found
-
-
-def _minima(polynomial: Polynomial, grid: list[float]) -> list[float]:
-    """Places of the local minima between grid points, so that a narrow dip below zero is not stepped over."""
-    values = [polynomial.raw(x) for x in grid]
-    found = []
-    for place in range(1, len(grid) - 1):
-        if values[place] <= min(values[place - 1], values[place + 1]):
-            low, high = grid[place - 1], grid[place + 1]
-            for _ in range(60):
-                third = (high - low) / 3
-                if polynomial.raw(low + third) < polynomial.raw(high - third):
-                    high -= third
-                else:
-                    low += third
-            found.append((low + high) / 2)
-    return found
-
-
-def falling_ranges(
-    polynomial: Polynomial, domain: tuple[float, float]
-) -> list[tuple[float, float]]:
-    """Intervals of the domain in which a larger change of the signal predicts a smaller change of the target."""
-    degree = polynomial.degree
-    if degree == 0:
-        return []
-    coefficients = polynomial.coefficients_high_to_low[:-1]
-    slope = tuple(value * (degree - position) for position, value in enumerate(coefficients))
-    return negative_ranges(Polynomial(slope), domain)
 
 
 def _shape_notes(fit: Candidate) -> list[str]:

@@ -16,7 +16,7 @@ from coeffs.engines.setting import (
     window,
 )
 from coeffs.engines.text import read_yaml
-from coeffs.entry.yamlio import format_float
+from coeffs.entry.strict_yaml import format_float
 from coeffs.errors import EngineError
 
 SIGN_RULE = "abs"

@@ -4,7 +4,7 @@ import ast
 import json
 from typing import Any
 
-from coeffs.entry import yamlread
+from coeffs.entry import strict_yaml
 from coeffs.errors import EngineError, EntryError
 
 
@@ -21,7 +21,7 @@ def read_json(text: str, *, required: set[str], known: set[str] | None = None) -
 def read_yaml(text: str, *, required: set[str]) -> dict:
     """A YAML mapping with these keys, read strictly."""
     try:
-        form = yamlread.parse(text)
+        form = strict_yaml.parse(text)
     except EntryError as error:
         raise EngineError(str(error)) from None
     return _checked(form, required, None)
@@ -55,9 +55,9 @@ def read_item(text: str, name: str) -> tuple[str, Any]:
 
 
 def _check_size(text: str) -> None:
-    if len(text) > yamlread.MAX_BYTES:
+    if len(text) > strict_yaml.MAX_BYTES:
         raise EngineError(
-            f"more than {yamlread.MAX_BYTES} characters: expected one engine's setting"
+            f"more than {strict_yaml.MAX_BYTES} characters: expected one engine's setting"
         )
 
 

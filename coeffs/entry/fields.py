@@ -1,4 +1,4 @@
-"""Dataclasses whose annotations say everything: they check values, decide what is written, and give a JSON Schema."""
+"""Dataclasses whose annotations are the format: they check values and decide what is written."""
 
 import dataclasses
 import functools
@@ -6,11 +6,11 @@ import math
 import numbers
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from coeffs.entry.yamlio import number_hint
+from coeffs.entry.strict_yaml import number_hint
 from coeffs.errors import EntryError
 
 MAX_NUMBER = 1e30
@@ -263,66 +263,3 @@ def _found(value: Any) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     text = f"the text {value!r}" if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# --- JSON Schema ----------------------------------------------------------------------------------------------------
-
-
-def json_record(cls: type[Record]) -> dict:
-    properties = {}
-    for spec in dataclasses.fields(cls):
-        described = json_type(spec.type)
-        if spec.name not in _required(cls) and not _json_nullable(described):
-            described = _json_any([described, {"type": "null"}])
-        properties[spec.name] = described
-    return {
-        "description": " ".join((cls.__doc__ or "").split("\n\n")[0].split()),
-        "type": "object",
-        "properties": properties,
-        "required": list(_required(cls)),
-        "additionalProperties": False,
-    }
-
-
-def _json_any(kinds: Iterable[dict]) -> dict:
-    kinds = list(kinds)
-    if all(set(kind) == {"type"} for kind in kinds):
-        return {"type": [kind["type"] for kind in kinds]}
-    return {"anyOf": kinds}
-
-
-def _json_nullable(kind: dict) -> bool:
-    return {"type": "null"} in kind.get("anyOf", ()) or "null" in kind.get("type", ())
-
-
-def json_type(annotation: Any) -> dict:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, Record):
-        return {"$ref": f"#/$defs/{annotation.__name__}"}
-    if origin is Annotated:
-        limits = arguments[1]
-        if isinstance(limits, Pattern):
-            return {"type": "string", "pattern": f"^{limits.regex}$"}
-        return {**json_type(arguments[0]), "minimum": limits.low, "maximum": limits.high}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        return _json_any(json_type(argument) for argument in arguments)
-    if origin is dict:
-        return {"type": "object", "additionalProperties": json_type(arguments[1])}
-    if origin is tuple:
-        fixed = (
-            {}
-            if arguments[-1] is Ellipsis
-            else {"minItems": len(arguments), "maxItems": len(arguments)}
-        )
-        return {"type": "array", "items": json_type(arguments[0]), **fixed}
-    return {
-        "type": {
-            str: "string",
-            float: "number",
-            int: "integer",
-            bool: "boolean",
-            type(None): "null",
-        }[annotation]
-    }

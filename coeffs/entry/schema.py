@@ -1,18 +1,17 @@
-"""The entry: what a calibration is worth and where it comes from, as frozen dataclasses.
+"""The entry: coefficients, their source and what they are worth, as frozen dataclasses.
 
-The annotations below are the one definition of the format; ``schema.json`` is the same for editors.
+The annotations below are the definition of the format.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from coeffs.entry import fields as records
-from coeffs.entry.fields import Limits, Pattern, Record, finite_number, json_record, json_type
-from coeffs.entry.polynomial import Polynomial
+from coeffs.entry import fields
+from coeffs.entry.fields import Limits, Pattern, Record, finite_number
+from coeffs.entry.polynomial import CONTROL_X, Polynomial, check_control_value, check_order
 from coeffs.errors import EntryError, InvalidPolynomial
 
 SCHEMA = 1
-CONTROL_X = 0.1
 
 _SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 Slug = Annotated[
@@ -95,7 +94,7 @@ class Candidate(Record):
 
     def _check(self) -> None:
         try:
-            raw = self.polynomial().raw
+            value = self.polynomial().raw(CONTROL_X)
         except InvalidPolynomial as error:
             raise EntryError(str(error)) from None
         degree = len(self.coefficients_high_to_low) - 1
@@ -105,14 +104,12 @@ class Candidate(Record):
         object.__setattr__(self, "degree", degree)
         if self.value_at_0p1 is None:
             check_order(self.coefficients_high_to_low, self.domain)
-            object.__setattr__(self, "value_at_0p1", finite_number(raw(CONTROL_X)))
+            object.__setattr__(self, "value_at_0p1", finite_number(value))
         else:
-            _check_control_value(self.coefficients_high_to_low, self.value_at_0p1)
+            check_control_value(self.coefficients_high_to_low, self.value_at_0p1)
         if self.intervals and len(self.intervals.get("coefficients", ())) not in (0, degree + 1):
-            raise EntryError(
-                f"expected one interval per coefficient ({degree + 1})",
-                ("intervals", "coefficients"),
-            )
+            problem = f"expected one interval per coefficient ({degree + 1})"
+            raise EntryError(problem, ("intervals", "coefficients"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,50 +296,6 @@ class Entry(Record):
         return found.branches.get(branch or found.recommended, found.branches[found.recommended])
 
 
-def check_order(
-    coefficients_high_to_low: tuple[float, ...], domain: tuple[float, float] | None = None
-) -> None:
-    """Refuse a list that is plausible only when read lowest power first.
-
-    The rule: relative changes between neighbouring steps lie well below 3. A list is refused when its polynomial is
-    outside -3..3 on the whole domain (0 to 0.5 where none is known) and the reversed list comes back inside it there.
-
-    Raises:
-        EntryError: For such a list.
-    """
-    low, high = domain or (0.0, 0.5)
-    grid = [low + (high - low) * step / 64 for step in range(65)]
-
-    def plausible(coefficients: tuple[float, ...]) -> bool:
-        raw = Polynomial(coefficients).raw
-        return any(abs(raw(x)) <= 3 for x in grid)
-
-    if not plausible(coefficients_high_to_low) and plausible(coefficients_high_to_low[::-1]):
-        raise EntryError(
-            f"predicts a change above 3 everywhere in {low:g} to {high:g}, but not when reversed: "
-            "the list looks lowest power first; write it highest power first (numpy.polyfit's order)",
-            ("coefficients_high_to_low",),
-        )
-
-
-def _check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
-    def differs(values: tuple[float, ...]) -> bool:
-        size = sum(abs(value) * CONTROL_X**power for power, value in enumerate(reversed(values)))
-        return abs(Polynomial(values).raw(CONTROL_X) - stored) > 1e-9 * size
-
-    if differs(coefficients):
-        why = (
-            "they are in reversed order"
-            if not differs(coefficients[::-1])
-            else "one of the two was changed"
-        )
-        found = Polynomial(coefficients).raw(CONTROL_X)
-        raise EntryError(
-            f"{stored!r}, but the coefficients give {found!r}: {why}; restore them",
-            ("value_at_0p1",),
-        )
-
-
 def _check_window(value: int | float | None, name: str) -> None:
     if isinstance(value, float) and not 0 <= value <= 1:
         raise EntryError(
@@ -359,31 +312,17 @@ def from_plain(data: Any) -> Entry:
     """The entry that plain data describes.
 
     Raises:
-        EntryError: With the path of the first value that is unknown, missing, of a wrong type or out of range.
+        EntryError: With the path of the first value that is unknown, missing, of a wrong type or
+            out of range.
     """
-    return records.from_plain(data, Entry)
-
-
-def json_schema() -> dict:
-    """JSON Schema (2020-12) of an entry, for editors; ``schema.json`` holds exactly this."""
-    records_used = (
-        Checkpoint,
-        Protocol,
-        Counts,
-        Candidate,
-        Fit,
-        Expert,
-        Threshold,
-        Plan,
-        Source,
-        Entry,
-    )
-    definitions = {cls.__name__: json_record(cls) for cls in records_used}
-    definitions["Entry"]["properties"]["schema"] = {"const": SCHEMA}
-    definitions["Entry"]["required"].insert(0, "schema")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Step-cache calibration entry",
-        **json_type(Entry),
-        "$defs": definitions,
-    }
+    if not isinstance(data, dict):
+        problem = "expected a mapping with the keys of an entry (schema, model, status, ...)"
+        raise EntryError(problem)
+    if data.get("schema") is None:
+        raise EntryError(f"missing key schema: expected schema: {SCHEMA} as first line")
+    number = data["schema"]
+    if number != SCHEMA or isinstance(number, bool):
+        problem = f"{str(number)[:40]}: this version reads schema {SCHEMA}; upgrade the toolkit"
+        raise EntryError(problem, ("schema",))
+    entry: Entry = fields.from_plain(data, Entry)
+    return entry

@@ -10,7 +10,7 @@ from calibrate.commands.registry import COMMANDS, ENGINES
 from coeffs import describe as tables
 from coeffs import engines, store
 from coeffs.entry import schema
-from coeffs.entry.yamlread import MAX_BYTES, MAX_DEPTH, MAX_VALUES
+from coeffs.entry.strict_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
 PAGE = Path(__file__).parents[2] / "docs" / "registry.md"
 BLOCK = re.compile(

@@ -18,7 +18,8 @@ from coeffs_samples import sample_entry, two_experts
 
 import coeffs
 from coeffs.engines import ENGINES, export_entry, import_entry
-from coeffs.engines.setting import negative_ranges, stripped
+from coeffs.engines.setting import stripped
+from coeffs.entry.polynomial import negative_ranges
 from coeffs.errors import CoeffsError, EngineError, EntryError
 
 
@@ -377,7 +378,7 @@ def test_a_polynomial_that_another_sign_rule_reads_differently_is_refused():
     for engine, rule in (("vllm-omni", "abs"), ("sglang", "signed"), ("tensorrt-llm", "abs")):
         with pytest.raises(
             EngineError,
-            match=rf"negative on its domain \(x 0 to 0.0992\): {engine} reads that as {rule}.*--constrained",
+            match=rf"negative on its domain \(x 0 to 0.1\): {engine} reads that as {rule}.*--constrained",
         ):
             export_entry(entry, engine, threshold=0.2)
         assert export_entry(replace(entry, sign_rule=rule), engine, threshold=0.2)
@@ -392,7 +393,7 @@ def test_a_polynomial_that_another_sign_rule_reads_differently_is_refused():
 def test_a_double_root_of_a_constrained_fit_is_not_negative():
     fit = coeffs.Fit(coefficients_high_to_low=(1.0, -0.4, 0.04), domain=(0.0, 0.5))
     entry = sample_entry(experts={"transformer": {"recommended": "p", "branches": {"p": fit}}})
-    assert "falls with x from 0 to 0.199" in export_entry(entry, "sglang", threshold=0.2)
+    assert "falls with x from 0 to 0.2" in export_entry(entry, "sglang", threshold=0.2)
 
 
 def test_a_narrow_dip_below_zero_is_not_stepped_over():

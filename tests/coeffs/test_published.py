@@ -3,7 +3,7 @@
 import pytest
 
 import coeffs
-from coeffs import checks
+from coeffs import release
 
 PUBLISHED = [entry for entry in coeffs.entries() if entry.status != "measured"]
 IDS = [entry.model for entry in PUBLISHED]
@@ -25,7 +25,7 @@ def test_a_set_states_its_origin(entry):
     )
     assert entry.signal != "other" or entry.signal_note
     assert all(row.kind == "reported" for row in entry.thresholds)
-    assert not [problem for problem in checks.entry_problems(entry) if problem.fatal]
+    assert not [problem for problem in release.entry_problems(entry) if problem.fatal]
 
 
 def test_what_could_not_be_checked_is_known():

@@ -1,12 +1,7 @@
-"""The entry as dataclasses: what construction refuses, the order of coefficients, older schemas, the JSON Schema."""
+"""The entry as dataclasses: what construction refuses, the order of coefficients, the schema number."""
 
-import copy
 import dataclasses
-import json
-import os
-from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 from coeffs_samples import sample_entry, two_experts
@@ -14,11 +9,8 @@ from coeffs_samples import sample_entry, two_experts
 import coeffs
 from coeffs.entry import schema
 from coeffs.entry.fields import plain
-from coeffs.entry.schema import from_plain, json_schema
-from coeffs.errors import CoeffsError, EntryError
-from coeffs.migrate import MIGRATIONS, migrate
-
-SCHEMA_FILE = Path(schema.__file__).with_name("schema.json")
+from coeffs.entry.schema import from_plain
+from coeffs.errors import EntryError
 
 
 def test_fits_are_found_by_expert_and_branch():
@@ -174,144 +166,10 @@ def test_a_key_that_hides_the_order_is_refused():
             from_plain(data)
 
 
-# --- older schemas --------------------------------------------------------------------------------------------------
-
-FLAT = """\
-schema: 0
-model: old-model
-version: 3
-status: published
-signal: modulated_input
-target: output
-coefficients_high_to_low: [652.598, -424.1615, 84.5526, -4.5923, 0.1694]
-domain: [0.01, 0.4]
-figures:
-  r2: 0.5
-thresholds:
-  - {threshold: 0.2, kind: reported}
-"""
+# --- schema numbers -------------------------------------------------------------------------------
 
 
-def test_an_entry_of_schema_0_is_read_as_the_present_one():
-    entry = coeffs.loads(FLAT)
-    fit = entry.fit()
-    assert (entry.schema, entry.label, fit.domain, fit.figures) == (
-        1,
-        "old-model@v3",
-        (0.01, 0.4),
-        {"r2": 0.5},
-    )
-    assert coeffs.loads(coeffs.dump(entry)) == entry
-
-
-def test_an_error_in_an_old_file_still_names_a_line():
-    with pytest.raises(EntryError) as caught:
-        coeffs.loads(FLAT.replace("target: output", "target: latent"), "old.yaml")
-    assert str(caught.value).startswith(
-        "old.yaml:6: target: the text 'latent': expected output, hidden"
-    )
-
-
-def test_migrations_are_complete():
-    assert sorted(MIGRATIONS) == list(range(schema.SCHEMA))
-    for number in (-1, schema.SCHEMA + 1, "1", 1.0, None, True, [1]):
-        with pytest.raises(EntryError):
-            coeffs.dump(from_plain(migrate({"schema": number, "model": "x"})))
-
-
-# --- JSON Schema ----------------------------------------------------------------------------------------------------
-
-
-def test_the_json_schema_file_is_the_one_of_the_dataclasses():
-    """Regenerate with TEACAL_UPDATE=1 after a change of the dataclasses."""
-    text = json.dumps(json_schema(), indent=2) + "\n"
-    if os.environ.get("TEACAL_UPDATE"):
-        SCHEMA_FILE.write_text(text)
-    assert SCHEMA_FILE.read_text() == text
-    jsonschema.Draft202012Validator.check_schema(json_schema())
-
-
-def test_every_entry_satisfies_the_json_schema():
-    validator = jsonschema.Draft202012Validator(json_schema())
-    for entry in (sample_entry(), two_experts(), *coeffs.entries()):
-        validator.validate(plain(entry))
-
-
-def test_the_json_schema_and_the_dataclasses_refuse_the_same_structures():
-    """Every value is replaced by values of other kinds, dropped, and joined by an unknown key."""
-    validator = jsonschema.Draft202012Validator(json_schema())
-    original = plain(sample_entry(warnings=("w",), notes="n"))
-    compared = 0
-    for path in _paths(original):
-        for change in ("text", -1.5, True, [], {}, None, "drop", "add"):
-            data = _changed(original, path, change)
-            if data is None:
-                continue
-            try:
-                from_plain(migrate(data))
-                accepted = True
-            except CoeffsError as error:
-                accepted = False
-                if not _structural(error):
-                    continue
-            assert validator.is_valid(data) == accepted, (path, change)
-            compared += 1
-    assert compared > 500
-
-
-def _structural(error: CoeffsError) -> bool:
-    """Rules between fields and on the finer form of text are for the dataclasses alone."""
-    finer = (
-        "expected one of the branches",
-        "the coefficients give",
-        "have degree",
-        "domain",
-        "per coefficient",
-        "0 to 10000 steps",
-        "but the schedule",
-        "copied",
-        "fraction",
-        "no branches",
-        "no expert",
-        "nothing to use",
-        "coefficients:",
-        "whole on",
-    )
-    return not any(words in str(error) for words in finer)
-
-
-def _paths(value: object, path: tuple = ()) -> list[tuple]:
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return [path, *(found for key, item in items for found in _paths(item, (*path, key)))]
-
-
-def _changed(data: dict, path: tuple, change: object) -> dict | None:
-    data = copy.deepcopy(data)
-    if not path:
-        return None
-    parent = data
-    for key in path[:-1]:
-        parent = parent[key]
-    if change == "drop":
-        if isinstance(parent, list):
-            return None
-        del parent[path[-1]]
-    elif change == "add":
-        if not isinstance(parent[path[-1]], dict) or path[-1] in (
-            "figures",
-            "call_arguments",
-            "branches",
-            "experts",
-            "mag_ratios",
-        ):
-            return None
-        parent[path[-1]]["unknown_key"] = 1
-    else:
-        parent[path[-1]] = change
-    return data
+@pytest.mark.parametrize("number", [-1, 0, schema.SCHEMA + 1, "1", None, True, [1]])
+def test_another_schema_is_refused(number):
+    with pytest.raises(EntryError, match="schema"):
+        from_plain({**plain(sample_entry()), "schema": number})
