@@ -17,6 +17,7 @@ from benchmarks.common import alternate, peak_bytes, ratio, synchronize, table, 
 from benchmarks.workloads import Shape, build, calls, chosen, generate
 from calibrate.recording.recorder import Recorder
 from runtime import apply_tea_cache
+from runtime.watch.call import Call
 from runtime.watch.distance import l1_sums
 
 NEVER = 1e-12  # a threshold that every change exceeds: the gate measures and decides, and computes
@@ -109,11 +110,13 @@ def _with_diffusers(model: torch.nn.Module, shape: Shape, config: Any) -> Callab
 def parts(model: torch.nn.Module, shape: Shape, repeats: int = 30) -> dict[str, float]:
     """Milliseconds of the parts of one decision on tensors of this shape."""
     cache = apply_tea_cache(model, coefficients=[1.0, 0.0], threshold=NEVER)
-    _, handler = cache._parts[0]
+    stack = cache._watch.stacks[0]
     probes: list[float] = []
-    decide = handler.decide
+    decide = stack.handler.decide
 
-    def timed_decide(call: Any, probe: Callable, changed: bool) -> bool:
+    def timed_decide(call: Call, changed: bool) -> bool:
+        probe = call.probe
+
         def timed_probe() -> torch.Tensor:
             synchronize()
             begun = time.perf_counter()
@@ -122,12 +125,13 @@ def parts(model: torch.nn.Module, shape: Shape, repeats: int = 30) -> dict[str, 
             probes.append(time.perf_counter() - begun)
             return signal
 
-        return decide(call, timed_probe, changed)
+        call.probe = timed_probe
+        return decide(call, changed)
 
-    handler.decide = timed_decide
+    stack.handler.decide = timed_decide
     for _, _, arguments in list(calls(shape, 4)):
         model(**arguments)
-    signal = next(iter(handler._trajectories.values())).previous
+    signal = next(iter(stack.trajectories.branches.values())).previous
     other = signal + 0.01
     cache.remove()
     return {

@@ -69,7 +69,7 @@ def learned(name: str) -> tuple[str, bool, list[str]]:
     model = zoo.build(name)
     paths = {module: path for path, module in model.named_modules()}
     with apply_tea_cache(model, schedule="CC") as cache:
-        hooks: StackHooks = cache._parts[0][0]
+        hooks: StackHooks = cache._watch.stacks[0]
         for _, kwargs in zip(range(2), zoo.trajectory(name), strict=False):
             zoo.run(model, kwargs)
         exits = list(dict.fromkeys(paths[module] for module in hooks._exit_handles))

@@ -10,7 +10,7 @@ print(cache.stats)
 from typing import Any
 
 from runtime.decide.forecast import Forecast
-from runtime.decide.gate import Decision, FixedSchedule, Gate, GateConfig, GuardedSchedule
+from runtime.decide.gate import Decision, FixedSchedule, Gate, GateConfig
 from runtime.errors import (
     ApplyError,
     InvalidSetting,
@@ -35,7 +35,6 @@ __all__ = [
     "Forecast",
     "Gate",
     "GateConfig",
-    "GuardedSchedule",
     "InvalidSetting",
     "RuntimeCacheError",
     "Stats",

@@ -45,8 +45,9 @@ def shift_of(scheduler: Any) -> float | None:
     """The fixed time shift of a flow-matching scheduler; ``None`` where there is none or it follows the size."""
     config = getattr(scheduler, "config", None) or {}
     shift = config.get("shift")
-    fixed = isinstance(shift, int | float) and not config.get("use_dynamic_shifting")
-    return float(shift) if fixed else None
+    if not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+        return None
+    return float(shift)
 
 
 def quantization_of(module: nn.Module) -> str | None:

@@ -1,86 +1,239 @@
-"""Where the polynomials of a gate come from: an entry that fits the model, or coefficients of the caller's own."""
+"""From what ``apply_tea_cache`` was given to what will be in force. Pure: no tensors, no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 import coeffs
-from coeffs.entry.polynomial import Polynomial
-from coeffs.errors import EntryMismatch
-from coeffs.match import compare
+from runtime.decide.forecast import Forecast
+from runtime.decide.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.errors import InvalidSetting
-from runtime.facts import class_name, facts_of
+from runtime.source import (
+    FROM_ENTRY,
+    Asked,
+    Model,
+    Source,
+    best_for,
+    loaded,
+    source_of,
+    threshold_for,
+)
 
-SIGNALS = ("modulated_input", "time_embedding")
+FORECAST_OF = ("residual", "output")
+BRANCHES = ("together", "apart")
+LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the polynomials come from: an entry, or coefficients of the caller's own."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is in force.
 
-    entry: "coeffs.Entry | None"
-    own: Polynomial | None
+    Attributes:
+        policy: ``gate``, ``plan`` (of an entry) or ``schedule`` (a bare string).
+        entry: Label of the entry, if there is one.
+        gate: Settings of the gate; ``None`` where a schedule decides.
+        source: The gate's polynomials.
+        mismatches: In what the model differs from what the entry was measured on, known before it runs.
+        num_steps: Length of the schedule that the entry was measured on, where it matters.
+        sigmas: Noise levels that the plan was made for.
+    """
+
+    policy: str
+    entry: str | None
     signal: str
+    threshold: float | None
+    schedule: str | None
+    forecast: Forecast
+    forecast_of: str
+    branches: str
+    offload: bool
+    compat: bool
+    strict: bool
+    gate: GateConfig | None = None
+    source: Source | None = None
     mismatches: tuple[str, ...] = ()
+    num_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
 
-    @classmethod
-    def of(
-        cls, entry, coefficients, domain, sign_rule, signal, target, modules, strict
-    ) -> "Source":
-        if coefficients is not None:
-            if entry is not None:
-                raise InvalidSetting("entry and coefficients given: expected one of them")
-            own = Polynomial(tuple(coefficients), domain, sign_rule or "clamp")
-            return cls(None, own, _checked_signal(signal or "modulated_input"))
-        _refuse_with_entry(domain=domain, sign_rule=sign_rule, signal=signal)
-        found = loaded(entry) if entry is not None else _entry_for(target, modules, strict)
-        classes = {class_name(module) for module in modules.values()}
-        if (
-            entry is not None
-            and found.transformer_class
-            and found.transformer_class.split()[0] not in classes
-        ):
-            raise InvalidSetting(
-                f"{found.label} is for {found.transformer_class}, this model is {', '.join(sorted(classes))}: "
-                "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
-            )
-        differences = tuple(map(str, compare(found, facts_of(target, modules))[0]))
-        if strict and differences:
-            raise EntryMismatch(
-                f"{found.label} was not measured like this: {'; '.join(differences)}; leave strict out"
-            )
-        return cls(found, None, _checked_signal(found.signal), differences)
+    def new_policy(self, expert: str, branch: str) -> Policy:
+        """The policy of one branch of one expert."""
+        if self.gate is None or self.source is None:
+            return FixedSchedule(self.schedule or "")
+        return Gate(self.source.polynomial(expert, branch), self.gate)
 
-    @property
-    def label(self) -> str | None:
-        return None if self.entry is None else self.entry.label
+    def described(self) -> dict[str, Any]:
+        """What the handle tells its user."""
+        names = [
+            "policy",
+            "entry",
+            "signal",
+            "threshold",
+            "schedule",
+            "compat",
+            "forecast_of",
+            "branches",
+        ]
+        return {name: getattr(self, name) for name in names} | {"forecast": self.forecast.kind}
 
-    def field(self, name: str) -> Any:
-        return getattr(self.entry, name, None)
+    def differences(
+        self, num_steps: int | None, level: Callable[[int], float | None] | None
+    ) -> list[str]:
+        """In what a generation of ``num_steps`` differs from what was measured or planned.
 
-    def polynomial(self, expert: str, branch: str) -> Polynomial:
-        """The polynomial of a branch of an expert: its own where the entry has one, else the recommended one."""
-        return self.own or self.entry.fit(expert, branch).polynomial(self.entry.sign_rule)
+        Args:
+            level: Noise level of a step; ``None`` where there is no scheduler.
+
+        Raises:
+            InvalidSetting: Something differs and the settings are strict.
+        """
+        differences = []
+        if self.sigmas is not None and level is not None:
+            levels = [level(step) for step in range(len(self.sigmas))]
+            differences += self._differing_levels(self.sigmas, levels)
+        if self.num_steps is not None and num_steps not in (None, self.num_steps):
+            text = f"num_steps: {self.num_steps} in the entry, {num_steps} here"
+            self._refuse(text, "measured like this", f"calibrate at {num_steps} steps")
+            differences.append(text)
+        return differences
+
+    def _differing_levels(self, stated: tuple[float, ...], levels: list[float | None]) -> list[str]:
+        tolerance = LEVEL_TOLERANCE * max(map(abs, stated))
+        for step, (planned, here) in enumerate(zip(stated, levels, strict=True)):
+            if here is not None and abs(here - planned) > tolerance:
+                text = f"sigma of step {step}: {planned:.4g} in the plan, {here:.4g} here"
+                self._refuse(text, "planned for this schedule", "plan at these settings")
+                return [text]
+        return []
+
+    def _refuse(self, difference: str, made: str, advice: str) -> None:
+        if self.strict:
+            whose = self.entry or "the plan"
+            raise InvalidSetting(f"{whose} was not {made}: {difference}; {advice}")
 
 
-def _entry_for(target: Any, modules: dict[str, nn.Module], strict: bool) -> "coeffs.Entry":
-    return coeffs.find(facts_of(target, modules), strict=strict).entry
+def resolve(asked: Asked, model: Model) -> Settings:
+    """What will be in force on ``model``.
+
+    Raises:
+        InvalidSetting: Settings that exclude each other or cannot be used.
+        coeffs.errors.CoeffsError: No entry fits.
+    """
+    _check(asked, model)
+    if asked.schedule is not None:
+        label = None if asked.entry is None else loaded(asked.entry).label
+        settings = _planned(asked, asked.schedule, label)
+    else:
+        source = source_of(asked, model)
+        found = asked.threshold if asked.speedup is None else _for_speedup(asked, source)
+        if isinstance(found, coeffs.Plan):
+            settings = _planned(asked, found, source.label)
+            settings = replace(settings, mismatches=source.mismatches)
+        else:
+            settings = _gated(replace(asked, threshold=found), source, model)
+    for expert in model.classes:
+        settings.new_policy(expert, "")  # an unusable policy shows before anything is hooked
+    return settings
 
 
-def loaded(entry: "coeffs.Entry | str") -> "coeffs.Entry":
-    return entry if isinstance(entry, coeffs.Entry) else coeffs.load(entry)
-
-
-def _refuse_with_entry(**settings: Any) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            raise InvalidSetting(f"{name}= belongs to coefficients=; an entry brings its own")
-
-
-def _checked_signal(signal: str) -> str:
-    if signal not in SIGNALS:
+def _check(asked: Asked, model: Model) -> None:
+    choices = ("threshold", "speedup", "schedule")
+    chosen = [name for name in choices if getattr(asked, name) is not None]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) or "none of them"
         raise InvalidSetting(
-            f"signal {signal!r}: the runtime can watch {' or '.join(SIGNALS)}; use another entry"
+            f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}"
         )
-    return signal
+    if asked.num_steps is not None and model.has_scheduler:
+        raise InvalidSetting(
+            "num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
+        )
+    if asked.compat and not (
+        asked.start is asked.end is None and asked.max_skips in (FROM_ENTRY, None)
+    ):
+        raise InvalidSetting(
+            "start=, end= and max_skips= have no meaning beside compat=True, which fixes them"
+        )
+    if asked.forecast_of not in (None, *FORECAST_OF):
+        raise InvalidSetting(
+            f"forecast_of {asked.forecast_of!r}: expected {' or '.join(FORECAST_OF)}"
+        )
+    if asked.branches not in (None, *BRANCHES):
+        raise InvalidSetting(f"branches {asked.branches!r}: expected {' or '.join(BRANCHES)}")
+
+
+def _for_speedup(asked: Asked, source: Source) -> "float | coeffs.Plan":
+    of_gate = (asked.start, asked.end, asked.forecast, asked.forecast_of, asked.branches)
+    gate_only = (
+        asked.compat
+        or asked.max_skips is not FROM_ENTRY
+        or any(setting is not None for setting in of_gate)
+    )
+    choose = threshold_for if gate_only else best_for
+    assert asked.speedup is not None
+    return choose(source.entry, asked.speedup)
+
+
+def _planned(asked: Asked, schedule: "str | coeffs.Plan", label: str | None) -> Settings:
+    plan = schedule if isinstance(schedule, coeffs.Plan) else None
+    names = ["coefficients", "domain", "sign_rule", "signal", "start", "end", "max_skips", "compat"]
+    if plan is None:
+        names.append("strict")  # only a plan states noise levels that could be strict
+    asked.refuse("has no meaning beside schedule=, which fixes every step; leave it out", *names)
+    forecast, forecast_of = asked.forecast, asked.forecast_of
+    if plan is not None and forecast is None:
+        forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
+        forecast_of = forecast_of or plan.forecast_of
+    pattern = schedule if isinstance(schedule, str) else schedule.schedule
+    return Settings(
+        policy="schedule" if plan is None else "plan",
+        entry=label,
+        signal="modulated_input",
+        schedule=pattern,
+        sigmas=None if plan is None else plan.sigmas,
+        **_common(asked, _forecast(forecast).planned_for(pattern), forecast_of),
+    )
+
+
+def _gated(asked: Asked, source: Source, model: Model) -> Settings:
+    length_known = model.has_scheduler or asked.num_steps is not None
+    assert asked.threshold is not None
+    config = GateConfig(
+        threshold=asked.threshold,
+        start=source.stated("start", 1) if asked.start is None else asked.start,
+        end=source.stated("end", int(length_known)) if asked.end is None else asked.end,
+        max_skips=source.stated("max_skips") if asked.max_skips is FROM_ENTRY else asked.max_skips,
+        compat=asked.compat,
+    )
+    if config.needs_num_steps and not length_known:
+        raise InvalidSetting(
+            "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
+            "count and end=0"
+        )
+    entry = source.entry
+    return Settings(
+        policy="gate",
+        entry=source.label,
+        signal=source.signal,
+        schedule=None,
+        gate=config,
+        source=source,
+        mismatches=source.mismatches,
+        num_steps=None if entry is None else entry.protocol.num_steps,
+        **_common(asked, _forecast(asked.forecast), asked.forecast_of),
+    )
+
+
+def _common(asked: Asked, forecast: Forecast, forecast_of: str | None) -> dict[str, Any]:
+    return {
+        "threshold": asked.threshold,
+        "forecast": forecast,
+        "forecast_of": forecast_of or "residual",
+        "branches": asked.branches or ("apart" if asked.compat else "together"),
+        "offload": asked.offload,
+        "compat": asked.compat,
+        "strict": asked.strict,
+    }
+
+
+def _forecast(given: str | Forecast | None) -> Forecast:
+    return given if isinstance(given, Forecast) else Forecast(given or "reuse")

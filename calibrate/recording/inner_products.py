@@ -215,8 +215,8 @@ class Products:
         0 the first. ``None`` where no step tells.
         """
         shares = []
-        for products in self._moves:
-            products = (products if over_ranks is None else over_ranks(products)).cpu().numpy()
+        for move in self._moves:
+            products = (move if over_ranks is None else over_ranks(move)).cpu().numpy()
             left, right = products[:2, :2], products[:2, 2]
             if np.linalg.cond(left) < 1e10:
                 first, second = np.linalg.solve(left, right)

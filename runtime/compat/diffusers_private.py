@@ -8,6 +8,7 @@ through ``cache_context`` reaches hooks only through a ``StateManager``, and the
 from collections.abc import Callable
 
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.hooks._common import _ATTENTION_CLASSES
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, StateManager
 from torch import nn
@@ -17,7 +18,7 @@ class ContextReceiver(StateManager):
     """Receives what a pipeline says with ``cache_context``; holds no state of its own."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None)  # type: ignore[arg-type]  # makes no states
 
     @property
     def current(self) -> CacheContext | None:
@@ -39,7 +40,7 @@ def enabled_cache(module: nn.Module) -> str | None:
     return None if config is None else type(config).__name__
 
 
-def hook_registry(module: nn.Module) -> object | None:
+def hook_registry(module: nn.Module) -> HookRegistry | None:
     """The hook registry of ``module`` if it has one already."""
     return getattr(module, "_diffusers_hook", None)
 
@@ -65,7 +66,8 @@ def inner_forward(module: nn.Module) -> Callable:
     reference = _innermost(module)
     if reference is None:
         return module.forward
-    return reference.forward if reference.original_forward is None else reference.original_forward
+    forward: Callable = reference.original_forward or reference.forward
+    return forward
 
 
 def set_inner_forward(module: nn.Module, forward: Callable) -> None:

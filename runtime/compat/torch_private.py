@@ -17,9 +17,8 @@ __all__ = ["compiled_by", "pause", "resume", "stays_python"]
 def stays_python(function: Callable) -> Callable:
     """Decorator: ``function`` is never traced, and the compiler is still on for what it calls."""
     function = skip(function)
-    function._torchdynamo_disable_msg = (
-        "step caching decides outside of graphs; use runtime.compile_blocks() instead"
-    )
+    message = "step caching decides outside of graphs; use runtime.compile_blocks() instead"
+    setattr(function, "_torchdynamo_disable_msg", message)  # noqa: B010
     return function
 
 

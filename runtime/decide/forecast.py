@@ -1,12 +1,11 @@
-"""What a skipped step reuses: the last residual as it is, or a forecast from the last few. Pure: weights only.
+"""What a skipped step makes of computed ones: the last as it is, or a weighted sum. Pure: weights only.
 
-A forecast is linear in the residuals of the last computed steps; its weights depend on the noise levels alone, so
-that they are known beforehand on the host. Extrapolating outputs linearly in sigma under Euler's method is the
-Adams-Bashforth method of second order on a non-uniform grid.
+Weights depend on steps and noise levels alone, so they are known beforehand on the host. Extrapolating outputs
+linearly in sigma under Euler's method is the Adams-Bashforth method of second order on a non-uniform grid.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.errors import InvalidSetting
 
@@ -15,14 +14,14 @@ ORDERS = {"reuse": 0, "linear": 1, "quadratic": 2}
 
 @dataclass(frozen=True)
 class Forecast:
-    """How the residual of a skipped step follows from those of computed steps.
+    """How the value of a skipped step follows from those of computed steps.
 
     Args:
         kind: ``reuse``, ``linear`` or ``quadratic`` in sigma (in the step where sigmas are unknown), or ``fitted``.
-        weights: For ``fitted``: step -> weights of the last computed residuals, the newest first. A step that is
-            missing is reused.
+        weights: For ``fitted``: step -> weights of the last computed values, the newest first, as many as the row is
+            long. A step that is missing is reused.
         schedule: For ``fitted``: the schedule (``"CCSC..."``) that the weights were made for. Where other steps than
-            its own were computed last, the newest residual is reused as it is.
+            its own were computed last, the newest value is reused as it is.
     """
 
     kind: str = "reuse"
@@ -44,57 +43,75 @@ class Forecast:
             )
 
     @property
-    def kept(self) -> int:
-        """How many residuals have to be kept."""
-        if self.kind == "fitted":
-            return max(len(row) for row in self.weights.values())
-        return ORDERS[self.kind] + 1
-
-    @property
     def asks_levels(self) -> bool:
         """Whether weights follow from the noise levels."""
         return ORDERS.get(self.kind, 0) > 0
 
+    @property
+    def kept(self) -> int:
+        """How many computed values are kept at the most."""
+        if self.kind == "fitted":
+            return max(len(row) for row in self.weights.values())
+        return ORDERS[self.kind] + 1
+
+    def planned_for(self, schedule: str) -> "Forecast":
+        """This forecast under ``schedule``; weights fitted for another one are refused."""
+        if self.kind != "fitted":
+            return self
+        if self.schedule not in (None, schedule):
+            raise InvalidSetting(
+                f"forecast fitted for {self.schedule}, the schedule is {schedule}: give the one that it was fitted for"
+            )
+        return replace(self, schedule=schedule)
+
+    def kept_from(self, step: int) -> int:
+        """How many of the values computed up to ``step`` the skipped steps after it use."""
+        if self.kind != "fitted":
+            return self.kept
+        kept = 1
+        for later, row in self.weights.items():
+            if later > step:
+                computed_between = (
+                    self.schedule[step + 1 : later].count("C") if self.schedule else 0
+                )
+                kept = max(kept, len(row) - computed_between)
+        return kept
+
     def at(
         self, step: int, level: float, anchors: Sequence[float], steps: Sequence[int] = ()
     ) -> list[float]:
-        """Weights of the kept residuals, newest first, for ``step`` at noise level ``level``.
+        """Weights of the kept values, newest first, for ``step`` at noise level ``level``.
 
         Args:
-            anchors: Noise levels of the kept residuals, newest first; fewer than :attr:`kept` lower the order.
+            anchors: Noise levels of the kept values, newest first; fewer than the order asks for lower it.
             steps: The steps that they were computed at; a forecast with a :attr:`schedule` compares them with it.
 
         Example:
             >>> Forecast("linear").at(2, level=0.4, anchors=[0.6, 0.8])
             [2.0, -1.0]
         """
-        if self.kind == "fitted":
-            row = list(self.weights.get(step, (1.0,)))
-            usable = len(row) <= len(anchors) and self._planned(step, steps[: len(row)])
-            return row if usable else [1.0] + [0.0] * (len(anchors) - 1)
-        return extrapolation(level, list(anchors)[: self.kept])
+        if self.kind != "fitted":
+            return extrapolation(level, anchors[: self.kept])
+        row = list(self.weights.get(step, (1.0,)))
+        if len(row) <= len(anchors) and self._planned(step, list(steps[: len(row)])):
+            return row
+        return [1.0] + [0.0] * (len(anchors) - 1)
 
-    def _planned(self, step: int, steps: Sequence[int]) -> bool:
+    def _planned(self, step: int, steps: list[int]) -> bool:
         """Whether ``steps`` are the last that the schedule computes before ``step``."""
         if self.schedule is None:
             return True
-        computed = [
-            before
-            for before in range(step - 1, -1, -1)
-            if self.schedule[before : before + 1] == "C"
-        ]
-        return computed[: len(steps)] == list(steps)
+        before = self.schedule[:step]
+        computed = [index for index, letter in enumerate(before) if letter == "C"]
+        return computed[::-1][: len(steps)] == steps
 
 
 def extrapolation(level: float, anchors: Sequence[float]) -> list[float]:
     """Lagrange weights at ``level`` of the polynomial through ``anchors``; of equal anchors only the first counts."""
-    distinct = [anchor for index, anchor in enumerate(anchors) if anchor not in anchors[:index]]
+    distinct = list(dict.fromkeys(anchors))
     weights = []
     for index, anchor in enumerate(anchors):
-        if anchor in anchors[:index]:
-            weights.append(0.0)
-            continue
-        weight = 1.0
+        weight = 0.0 if anchor in anchors[:index] else 1.0
         for other in distinct:
             if other != anchor:
                 weight *= (level - other) / (anchor - other)

@@ -13,8 +13,15 @@ from coeffs.entry.polynomial import Polynomial
 from runtime.errors import InvalidSetting
 
 KINDS = (
-    "first", "forced", "computed", "skipped", "guarded", "above_domain", "non_finite", "shape_changed", "streak_cap",
-)  # fmt: skip
+    "first",
+    "forced",
+    "computed",
+    "skipped",
+    "above_domain",
+    "non_finite",
+    "shape_changed",
+    "streak_cap",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class Decision:
     """What was decided for one step and why.
 
     Attributes:
-        kind: One of :data:`KINDS`; everything but ``skipped`` computes. ``guarded``: a plan would have skipped.
+        kind: One of :data:`KINDS`; everything but ``skipped`` computes.
         x: Relative L1 change of the signal since the previous step; ``None`` where it was not needed.
         predicted: Predicted change of the target; ``None`` where no prediction was made.
         accumulated: Sum of predictions since the last computed step, this one included.
@@ -39,9 +46,10 @@ class Decision:
 
 
 class Policy(Protocol):
-    """What the hooks ask at every step of a trajectory: the gate, a fixed plan, or a plan with a guard."""
+    """What the hooks ask at every step of a trajectory: the gate or a fixed plan."""
 
-    needs_signal: bool
+    @property
+    def needs_signal(self) -> bool: ...
 
     def known(self, *, step: int, num_steps: int | None) -> Decision | None: ...
 
@@ -109,11 +117,7 @@ class Gate:
     """
 
     def __init__(self, polynomial: Polynomial, config: GateConfig) -> None:
-        self.polynomial = (
-            Polynomial(polynomial.coefficients_high_to_low, None, polynomial.sign_rule)
-            if (config.compat)
-            else polynomial
-        )
+        self.polynomial = replace(polynomial, domain=None) if config.compat else polynomial
         self.config = config
         self.reset()
 
@@ -144,19 +148,11 @@ class Gate:
 
         ``x`` is ``None`` where there is nothing comparable: the first step, or a changed shape.
         """
-        return self._taken(self.known(step=step, num_steps=num_steps) or self._measured(x), x)
-
-    def compute(self, kind: str, x: float | None) -> Decision:
-        """The step is computed, as ``kind``, for a reason that is not the gate's: the sum begins anew all the same."""
-        return self._taken(Decision(kind), x)
-
-    def _taken(self, decision: Decision, x: float | None) -> Decision:
-        if decision.x is None and x is not None:
-            decision = Decision(decision.kind, x)
+        decision = self.known(step=step, num_steps=num_steps) or self._measured(x)
         self._started = True
         self._accumulated = decision.accumulated if decision.skip else 0.0
         self._skips_in_a_row = self._skips_in_a_row + 1 if decision.skip else 0
-        return decision
+        return replace(decision, x=x)
 
     def _measured(self, x: float | None) -> Decision:
         if x is None:
@@ -209,49 +205,6 @@ class FixedSchedule:
         decision = self.known(step=step, num_steps=num_steps)
         self._started = True
         return decision
-
-
-class GuardedSchedule:
-    """A plan and a gate that watches it: a step is skipped only where both would, so computed steps are only added.
-
-    What the plan computes is computed, and starts the gate's sum anew. Beyond ``guard``, which takes the place of the
-    threshold, the gate computes where its polynomial cannot judge: a change above the domain, or none that is finite.
-    But for those, a guard that no sum reaches leaves the plan as it is.
-
-    Example:
-        >>> plan = GuardedSchedule("CSSSC", Polynomial((1.0, 0.0)), guard=0.25)
-        >>> [plan.step(x, step=t, num_steps=5).kind for t, x in enumerate([None, 0.1, 0.1, 0.1, 0.1])]
-        ['first', 'skipped', 'skipped', 'guarded', 'computed']
-    """
-
-    needs_signal = True
-
-    def __init__(self, schedule: str, polynomial: Polynomial, guard: float) -> None:
-        if not _is_number(guard) or not guard > 0:
-            raise InvalidSetting(
-                f"guard {guard!r}: expected a number > 0, the predicted change at which a step is computed that the "
-                "plan would skip; leave it out to follow the plan"
-            )
-        self._plan = FixedSchedule(schedule)
-        self._gate = Gate(polynomial, GateConfig(threshold=guard, start=0, end=0))
-
-    def reset(self) -> None:
-        """Forget the trajectory."""
-        self._plan.reset()
-        self._gate.reset()
-
-    def known(self, *, step: int, num_steps: int | None) -> Decision | None:
-        """The decision where it does not depend on x, else ``None``; changes nothing, :meth:`step` must follow."""
-        planned = self._plan.known(step=step, num_steps=num_steps)
-        return self._gate.known(step=step, num_steps=num_steps) if planned.skip else planned
-
-    def step(self, x: float | None, *, step: int, num_steps: int | None) -> Decision:
-        """Compute where the plan does, else as the gate decides from ``x``."""
-        planned = self._plan.step(x, step=step, num_steps=num_steps)
-        if not planned.skip:
-            return self._gate.compute(planned.kind, x)
-        decision = self._gate.step(x, step=step, num_steps=num_steps)
-        return replace(decision, kind="guarded") if decision.kind == "computed" else decision
 
 
 def _count(value: int | float, num_steps: int) -> int:

@@ -89,21 +89,24 @@ class Tracker:
 
     def locate(self, info: CallInfo) -> Position:
         """The trajectory and the step of this call."""
-        by_clock = info.step_index is not None and not self._is_stuck(info)
-        event = self._clock_event(info) if by_clock else self._time_event(info)
+        index = info.step_index
+        if index is not None and self._is_stuck(info, index):
+            index = None
+        by_clock = index is not None
+        event = self._time_event(info) if index is None else self._clock_event(info, index)
         if event == "generation":
             stuck = self._stuck
             self.reset()
             self._stuck = None if by_clock else stuck
         if event != "branch":
             self._ordinal += 1
-        self._schedule, self._index = info.schedule, info.step_index if by_clock else None
+        self._schedule, self._index = info.schedule, index
         if not by_clock:
             self._remember_time(info)
         branch, consecutive = self._visit(info)
         return Position(
             branch=branch.name,
-            step=info.step_index if by_clock else self._ordinal,
+            step=self._ordinal if index is None else index,
             num_steps=info.num_steps,
             new_generation=event == "generation",
             consecutive=consecutive,
@@ -112,13 +115,13 @@ class Tracker:
 
     # -- does a new step or a new generation begin with this call? ------------------------------------------------
 
-    def _is_stuck(self, info: CallInfo) -> bool:
+    def _is_stuck(self, info: CallInfo, index: int) -> bool:
         """Whether the scheduler in view stands still while the denoiser is driven by another one (a shared model)."""
-        now = (info.schedule, info.step_index)
+        now = (info.schedule, index)
         if self._stuck is not None and self._stuck != now:
             self._stuck = None  # it moves again: it drives
             self._branches = []
-        if info.num_steps is not None and info.step_index >= info.num_steps and self._stuck is None:
+        if info.num_steps is not None and index >= info.num_steps and self._stuck is None:
             self._stuck, self._branches = now, []  # it is through with its schedule
         if self._stuck is None and self._branches and (self._schedule, self._index) == now:
             used = [branch.name for branch in self._branches if branch.ordinal == self._ordinal]
@@ -126,12 +129,12 @@ class Tracker:
                 self._stuck, self._branches = now, []
         return self._stuck is not None
 
-    def _clock_event(self, info: CallInfo) -> str:
+    def _clock_event(self, info: CallInfo, index: int) -> str:
         if not self._branches or info.schedule != self._schedule or self._index is None:
             return "generation"
-        if info.step_index < self._index:
+        if index < self._index:
             return "generation"
-        return "step" if info.step_index > self._index else "branch"
+        return "step" if index > self._index else "branch"
 
     def _time_event(self, info: CallInfo) -> str:
         time = info.timestep()

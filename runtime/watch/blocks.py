@@ -1,12 +1,14 @@
-"""Finds a denoiser's block stack and the attention of its blocks, by structure."""
+"""Finds a denoiser's block stack and the attention of its blocks, by structure, and puts hooks on blocks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from runtime.compat.diffusers_private import is_attention
-from runtime.errors import UnsupportedModel
+from runtime.compat.diffusers_private import ContextReceiver, hook_registry, is_attention
+from runtime.errors import ApplyError, UnsupportedModel
 
 # Lists of blocks that work on something else than the latents' stream, or before it enters the stack; a UNet's levels.
 _SIDE_STACK = re.compile(
@@ -14,6 +16,9 @@ _SIDE_STACK = re.compile(
     r"attentions"
 )
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+HOOK = "teacal_block"
+# Ahead of every other entry in the hook chain: this attribute on the denoiser says whose hooks it carries.
+_OWNER = "_teacal_hooks"
 
 
 def find_blocks(
@@ -75,39 +80,175 @@ def attention_modules(block: nn.Module) -> list[nn.Module]:
     """The attention layers of ``block`` (itself, if it is one), outermost ones only."""
     if is_attention(block):
         return [block]
-    # Both together: some blocks have an attention of their own kind first and one of diffusers' classes after it.
-    return _outermost(
-        block, lambda name, module: is_attention(module) or _looks_like_attention(name, module)
-    )
-
-
-def _outermost(block: nn.Module, accepts) -> list[nn.Module]:
-    found: list[nn.Module] = []
+    attention: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for path, module in block.named_modules():
-        if path and module not in inside and accepts(path.rpartition(".")[2], module):
-            found.append(module)
+        if not path or module in inside:
+            continue
+        # Both together: some blocks have an attention of their own kind first and one of diffusers' classes after it.
+        if is_attention(module) or _looks_like_attention(path.rpartition(".")[2], module):
+            attention.append(module)
             inside.update(module.modules())
-    return found
+    return attention
 
 
 def _looks_like_attention(name: str, module: nn.Module) -> bool:
     """An attention layer of a model of one's own: called so, and with the projections to show for it."""
-    called_so = _ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)
-    projections = sum(
-        isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d) for child in module.modules()
-    )
-    wraps_one = any(
-        is_attention(child) for child in module.modules()
-    )  # then that one is meant, behind its norm
-    return (
-        bool(called_so)
-        and not wraps_one
-        and (projections >= 2 or isinstance(module, nn.MultiheadAttention))
-    )
+    if not (_ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)):
+        return False
+    if any(is_attention(child) for child in module.modules()):
+        return False  # that one is meant, behind its norm
+    projections = [
+        child for child in module.modules() if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d)
+    ]
+    return len(projections) >= 2 or isinstance(module, nn.MultiheadAttention)
 
 
 def _lists(named: dict[str, nn.Module]) -> str:
     return ", ".join(
         path for path, module in named.items() if isinstance(module, nn.ModuleList) and path
     )[:200]
+
+
+class BlockHook(ModelHook):
+    """Passes every call of a block to ``run(block, original forward, args, kwargs)``.
+
+    Args:
+        receiver: Where diffusers says the name of the CFG branch; it looks for one on stateful hooks.
+        on_reset: Called when the pipeline says that a generation is over.
+    """
+
+    _is_stateful = True
+
+    def __init__(
+        self,
+        run: Callable[[nn.Module, Callable, tuple, dict], Any],
+        receiver: ContextReceiver | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.run: Callable[[nn.Module, Callable, tuple, dict], Any] | None = run
+        self.receiver, self.on_reset = receiver, on_reset
+        # What accelerate puts back when its own hook, which was there before this one, is removed.
+        self.beneath: Callable | None = None
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.beneath = getattr(module, "_old_forward", None)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        original: Any = self.fn_ref.original_forward
+        if self.run is None:
+            return original(*args, **kwargs)
+        return self.run(module, original, args, kwargs)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        if self.on_reset is not None:
+            self.on_reset()
+        return module
+
+
+def register(block: nn.Module, hook: BlockHook, innermost: bool = False) -> None:
+    """Put ``hook`` on ``block``, around its other hooks or beneath all of them."""
+    registry = HookRegistry.check_if_exists_or_initialize(block)
+    others = _taken_off(registry, list(registry.hooks) if innermost else [])
+    registry.register_hook(hook, HOOK)
+    for name, other in others:
+        registry.register_hook(other, name)
+
+
+def unregister(block: nn.Module, hook: BlockHook) -> None:
+    """Take ``hook`` off ``block``, whatever was put around it since."""
+    hook.run = hook.on_reset = None
+    registry = hook_registry(block)
+    if registry is None or registry.get_hook(HOOK) is not hook:
+        return
+    present = block.forward
+    names = list(registry.hooks)
+    others = _taken_off(registry, names[names.index(HOOK) + 1 :])
+    registry.remove_hook(HOOK, recurse=False)
+    for name, other in others:
+        registry.register_hook(other, name)
+    if hook.beneath is not None and present == hook.beneath:
+        block.forward = present  # accelerate's hook is gone, and took ours along
+
+
+def _taken_off(registry: HookRegistry, names: list[str]) -> list[tuple[str, Any]]:
+    """The hooks called ``names``, removed in reverse order.
+
+    diffusers drops the next hook's forward when one is removed from the middle.
+    """
+    hooks = [(name, registry.get_hook(name)) for name in names]
+    for name in reversed(names):
+        registry.remove_hook(name, recurse=False)
+    return hooks
+
+
+class HookSet:
+    """The hooks on a denoiser and its blocks, installed and removed as one; derived by who handles them.
+
+    Attributes:
+        root: The denoiser.
+        blocks: Its blocks with their paths.
+        receiver: Hears the names of CFG branches.
+    """
+
+    def __init__(self, root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+        self.root, self.blocks = root, blocks
+        self.receiver = ContextReceiver()
+        self._handles: list = []
+        self._hooks: list[tuple[nn.Module, BlockHook]] = []
+
+    def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The denoiser's forward begins."""
+        raise NotImplementedError
+
+    def end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The forward has returned ``output``, ``None`` where it failed; what is returned instead, if anything."""
+        raise NotImplementedError
+
+    def run_block(self, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """A block is called."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """The generation is over."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Put the hooks in place, all or none."""
+        if getattr(self.root, _OWNER, None) is not None:
+            raise ApplyError(
+                f"{type(self.root).__name__} already carries a cache or recorder of teacal; remove() that one first"
+            )
+        setattr(self.root, _OWNER, self)
+        try:
+            self._handles += [
+                self.root.register_forward_pre_hook(self.begin, with_kwargs=True),
+                self.root.register_forward_hook(self.end, with_kwargs=True, always_call=True),
+            ]
+            for index, (_, block) in enumerate(self.blocks):
+                first = index == 0
+                hook = BlockHook(self.run_block, *(self.receiver, self.reset) if first else ())
+                self._hooks.append((block, hook))
+                # A model's context-parallel hook splits the sequence on the first block: ours must see what is left.
+                register(block, hook, innermost=first)
+            HookRegistry.check_if_exists_or_initialize(
+                self.root
+            ).invalidate_child_registries_cache()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take everything out again; the model is as it was. Harmless when nothing is installed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        while self._hooks:
+            unregister(*self._hooks.pop())
+        if getattr(self.root, _OWNER, None) is self:
+            delattr(self.root, _OWNER)
+        registry = hook_registry(self.root)
+        if registry is not None:
+            registry.invalidate_child_registries_cache()

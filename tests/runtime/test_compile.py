@@ -147,33 +147,28 @@ KINDS = (
     "quadratic",
     Forecast("fitted", {2: (1.5, -0.5), 4: (1.4, -0.4), 5: (1.2,), 7: (1.3, -0.3)}),
 )
-GUARD = {"guard": 0.15, "coefficients": [0.1]}  # 0.1 at every step: one skip in a row
 
 
-@pytest.mark.parametrize("watched", [{}, GUARD], ids=["plan", "guard"])
 @pytest.mark.parametrize(("name", "way"), [("flux", whole), ("flux", ours), ("wan21", ours)])
-def test_skips_with_forecasts_compile_nothing(
-    name: str, way: Callable, watched: dict[str, Any]
-) -> None:
+def test_skips_with_forecasts_compile_nothing(name: str, way: Callable) -> None:
     """Every forecast of residuals and outputs, one after the other on one compiled model: no graph after the first."""
     settings = [
         {"forecast": kind, "forecast_of": of} for kind in KINDS for of in ("residual", "output")
     ]
-    pattern = "CCSCSCCS" if watched else PLAN
     model, backend = zoo.build(name, **DEEP[name]), Backend()
     wanted = []
     for how in settings:
-        with apply_tea_cache(model, schedule=PLAN, **how, **watched):
+        with apply_tea_cache(model, schedule=PLAN, **how):
             wanted.append(generate(name, model, len(PLAN)))
     called = way(model, backend)
     for how, expected_outputs in zip(settings, wanted, strict=True):
-        with apply_tea_cache(model, schedule=PLAN, **how, **watched) as cache:
+        with apply_tea_cache(model, schedule=PLAN, **how) as cache:
             for _generation in range(2):
                 assert equal(generate(name, called, len(PLAN)), expected_outputs)
-                assert cache.stats.pattern == pattern
+                assert cache.stats.pattern == PLAN
                 assert backend.graphs == GRAPHS[name]
     generations = 2 * len(settings)
-    assert backend.attention == generations * pattern.count("C") * blocks_of(name) * ATTENTION.get(
+    assert backend.attention == generations * PLAN.count("C") * blocks_of(name) * ATTENTION.get(
         name, 1
     )
     assert not counters["graph_break"] and not counters["recompile_limit"]

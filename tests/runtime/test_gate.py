@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from coeffs.entry.polynomial import Polynomial
-from runtime import Decision, FixedSchedule, Gate, GateConfig, GuardedSchedule, InvalidSetting
+from runtime import Decision, FixedSchedule, Gate, GateConfig, InvalidSetting
 from runtime.decide.gate import KINDS
 
 IDENTITY = Polynomial((1.0, 0.0))
@@ -163,54 +163,6 @@ def test_unusable_plans_are_refused(plan: str) -> None:
         FixedSchedule(plan)
 
 
-def test_a_guard_adds_a_computed_step_where_the_sum_reaches_it() -> None:
-    """The plan CSSSSCSS at 0.5. The sum: 0.25, 0.5 computes; 0.375, 0.375 + 0.125 computes; planned; 0.25, 0.375."""
-    plan = GuardedSchedule("CSSSSCSS", IDENTITY, 0.5)
-    found = [
-        plan.step(x, step=t, num_steps=8)
-        for t, x in enumerate([None, 0.25, 0.25, 0.375, 0.125, 9, 0.25, 0.125])
-    ]
-    assert found == [
-        Decision("first"),
-        Decision("skipped", 0.25, 0.25, 0.25),
-        Decision("guarded", 0.25, 0.25, 0.5),
-        Decision("skipped", 0.375, 0.375, 0.375),
-        Decision("guarded", 0.125, 0.125, 0.5),
-        Decision("computed", 9),  # as planned, however large the change
-        Decision("skipped", 0.25, 0.25, 0.25),
-        Decision("skipped", 0.125, 0.125, 0.375),
-    ]
-
-
-def test_a_guard_computes_what_its_polynomial_cannot_judge() -> None:
-    plan = GuardedSchedule("CSSSSSC", Polynomial((1.0, 0.0), (0.0, 0.5)), 1e9)
-    xs = [None, 0.1, 0.6, math.nan, None, 0.1, 0.1]
-    found = [plan.step(x, step=t, num_steps=7).kind for t, x in enumerate(xs)]
-    assert found == [
-        "first",
-        "skipped",
-        "above_domain",
-        "non_finite",
-        "shape_changed",
-        "skipped",
-        "computed",
-    ]
-
-
-def test_a_guarded_plan_that_starts_on_a_skip_computes_it() -> None:
-    """A second expert's first step, with nothing to reuse."""
-    plan = GuardedSchedule("CSSS", IDENTITY, 0.5)
-    assert [plan.step(0.1, step=t, num_steps=4).kind for t in (2, 3)] == ["first", "skipped"]
-    with pytest.raises(InvalidSetting, match="schedule of 4 steps on a run of 5"):
-        plan.step(0.1, step=3, num_steps=5)
-
-
-@pytest.mark.parametrize("guard", [0, -0.1, math.nan, math.inf, True, "0.1"])
-def test_unusable_guards_are_refused(guard: object) -> None:
-    with pytest.raises(InvalidSetting, match="expected a number > 0"):
-        GuardedSchedule("CS", IDENTITY, guard)
-
-
 # -- properties -------------------------------------------------------------------------------------------------------
 
 changes = st.one_of(st.floats(0, 3), st.just(math.nan), st.just(math.inf), st.none())
@@ -279,60 +231,6 @@ def test_asking_what_is_known_changes_nothing(
         assert repr(asked.step(x, step=step, num_steps=len(xs))) == repr(
             unasked.step(x, step=step, num_steps=len(xs))
         )
-
-
-plans = st.text("CS", max_size=30).map(lambda rest: "C" + rest)
-
-
-def guarded(plan: str, polynomial: Polynomial, guard: float, xs: list[float | None]) -> str:
-    """The rule told anew: skip where the plan does and the sum since the last computed step is known and less."""
-    pattern, total = "", 0.0
-    for step, (letter, x) in enumerate(zip(plan, xs, strict=True)):
-        known = (
-            x is not None
-            and math.isfinite(x)
-            and (polynomial.domain is None or x <= polynomial.domain[1])
-        )
-        total += polynomial.predict(x) if known else math.inf
-        skip = step > 0 and letter == "S" and math.isfinite(total) and total < guard
-        total = total if skip else 0.0
-        pattern += "S" if skip else "C"
-    return pattern
-
-
-@settings(deadline=None)
-@given(polynomials, plans, st.floats(1e-6, 4), st.data())
-def test_a_guard_only_adds_computed_steps_and_by_its_rule(
-    polynomial: Polynomial, plan: str, guard: float, data
-):
-    xs = data.draw(st.lists(changes, min_size=len(plan), max_size=len(plan)))
-    policy = GuardedSchedule(plan, polynomial, guard)
-    for _generation in range(2):
-        pattern = ""
-        for step, x in enumerate(xs):
-            known = policy.known(step=step, num_steps=len(plan))
-            decision = policy.step(x, step=step, num_steps=len(plan))
-            assert decision.kind in KINDS and (known is None or known.kind == decision.kind)
-            assert (known is not None) == (step == 0 or plan[step] == "C"), (
-                "the plan's own steps need no measurement"
-            )
-            pattern += "S" if decision.skip else "C"
-        assert pattern == guarded(plan, polynomial, guard, xs)
-        assert all(
-            found == "C" for found, planned in zip(pattern, plan, strict=True) if planned == "C"
-        )
-        policy.reset()
-
-
-@settings(deadline=None)
-@given(polynomials, plans, st.data())
-def test_a_guard_that_nothing_reaches_is_the_plan(polynomial: Polynomial, plan: str, data) -> None:
-    high = polynomial.domain[1] if polynomial.domain else 3.0
-    xs = data.draw(st.lists(st.floats(0, high), min_size=len(plan), max_size=len(plan)))
-    own, bare = GuardedSchedule(plan, polynomial, 1e300), FixedSchedule(plan)
-    for step, x in enumerate(xs):
-        found = own.step(x, step=step, num_steps=len(plan))
-        assert found.kind == bare.step(x, step=step, num_steps=len(plan)).kind
 
 
 # -- compatibility mode against the published rules, told from their descriptions -------------------------------------

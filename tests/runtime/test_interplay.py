@@ -680,7 +680,7 @@ def test_removed_cache_keeps_nothing_alive() -> None:
     model = zoo.build("flux")
     cache = apply_tea_cache(model, schedule=PLAN)
     outputs("flux", model)
-    handler = weakref.ref(cache._parts[0][1])
+    handler = weakref.ref(cache._watch.stacks[0].handler)
     cache.remove()
     del cache
     gc.collect()

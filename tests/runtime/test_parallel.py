@@ -22,7 +22,8 @@ from torch import distributed, multiprocessing
 import calibrate.recording.recorder
 import runtime.cache
 import runtime.watch.hooks
-from calibrate.recording.recorder import Recorder, exit_figures, over_parts
+from calibrate.recording.figures import exit_figures, over_parts
+from calibrate.recording.recorder import Recorder
 from coeffs.entry.polynomial import Polynomial
 from runtime import Forecast, apply_tea_cache
 from runtime.decide.gate import Gate, GateConfig
@@ -125,29 +126,20 @@ def forced_of(name: str, model: torch.nn.Module, **settings: Any) -> tuple[str, 
 
 
 def planned_of(name: str, model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Two CFG branches under plans with forecasts, without a guard and with one that some of the changes reach.
-
-    Patterns of the branches, and all outputs.
-    """
-    guard = 1.3 * sorted(measured_of(name, model)[1:])[STEPS // 2]
-    watched = {"guard": guard, "coefficients": [1.0, 0.0]}
+    """Two CFG branches under plans with forecasts: patterns of the branches, and all outputs."""
     found = []
-    for settings in ({}, watched):
-        for kind, of in FORECASTS:
-            with apply_tea_cache(
-                model, schedule=PLAN, forecast=kind, forecast_of=of, **settings
-            ) as cache:
-                outputs = []
-                for both in zip(
-                    *(zoo.trajectory(name, total=STEPS, branch=branch) for branch in (0, 1)),
-                    strict=True,
-                ):
-                    for kwargs in both:
-                        outputs.append(call(model, kwargs).clone())
-                        float(outputs[-1].sum())
-                found.append(
-                    (" ".join(stats.pattern for stats in cache.stats.branches.values()), outputs)
-                )
+    for kind, of in FORECASTS:
+        with apply_tea_cache(model, schedule=PLAN, forecast=kind, forecast_of=of) as cache:
+            outputs = []
+            for both in zip(
+                *(zoo.trajectory(name, total=STEPS, branch=branch) for branch in (0, 1)),
+                strict=True,
+            ):
+                for kwargs in both:
+                    outputs.append(call(model, kwargs).clone())
+                    float(outputs[-1].sum())
+            patterns = " ".join(stats.pattern for stats in cache.stats.branches.values())
+            found.append((patterns, outputs))
     return found
 
 
@@ -249,7 +241,7 @@ def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
 
 
 def planned(rank: int, world: int) -> dict[str, Any]:
-    """Plans with forecasts, alone and guarded; how often the ranks asked each other under a plan alone."""
+    """Plans with forecasts; how often the ranks asked each other under a plan alone."""
     found: dict[str, Any] = {}
     for name in PLANNED_MODELS:
         model = split_over(build(name), world)
@@ -261,18 +253,14 @@ def planned(rank: int, world: int) -> dict[str, Any]:
 
 
 def one_rank_reset(rank: int, world: int) -> dict[str, Any]:
-    """The last rank loses its memory in the middle of a generation: all must notice, also where a guard watches."""
+    """The last rank loses its memory in the middle of a generation: all must notice."""
     model = split_over(build("flux"), world)
-    patterns = []
-    watched = {"schedule": "C" + "S" * 7, "guard": 1e9, "coefficients": [1.0, 0.0]}
-    for cache in (own_cache(model, 1e9), None):
-        with cache or apply_tea_cache(model, **watched) as cache:
-            for step, kwargs in enumerate(zoo.trajectory("flux", total=8)):
-                if step == 4 and rank == world - 1:
-                    next(iter(cache._parts[0][1]._trajectories.values())).restart()
-                float(call(model, kwargs).sum())
-            patterns.append(cache.stats.pattern)
-    return {"patterns": patterns}
+    with own_cache(model, 1e9) as cache:
+        for step, kwargs in enumerate(zoo.trajectory("flux", total=8)):
+            if step == 4 and rank == world - 1:
+                next(iter(cache._watch.stacks[0].trajectories.branches.values())).restart()
+            float(call(model, kwargs).sum())
+        return {"pattern": cache.stats.pattern}
 
 
 def uneven_parts(rank: int, world: int) -> dict[str, Any]:
@@ -529,18 +517,14 @@ def test_forced_skips_are_exact_in_both_orders(name: str, ranks: dict, alone: di
 
 
 def test_a_rank_that_forgot_takes_all_with_it(ranks: dict) -> None:
-    assert all(rank["patterns"] == ["CSSSCSSS"] * 2 for rank in ranks["one_rank_reset"])
+    assert all(rank["pattern"] == "CSSSCSSS" for rank in ranks["one_rank_reset"])
 
 
 @pytest.mark.parametrize("name", PLANNED_MODELS)
 def test_plans_forecast_alike_on_every_rank(name: str, ranks: dict, alone: dict) -> None:
-    """The whole model's patterns and outputs, guarded or not; a plan alone asks no other rank."""
+    """The whole model's patterns and outputs; a plan asks no other rank."""
     patterns = [pattern for pattern, _ in alone[name]["planned"]]
-    assert set(patterns[: len(FORECASTS)]) == {f"{PLAN} {PLAN}"}
-    for guarded in patterns[len(FORECASTS) :]:
-        first, second = guarded.split()
-        assert first == second and "S" in first and first.count("C") > PLAN.count("C")
-        assert all(found == "C" for found, letter in zip(first, PLAN, strict=True) if letter == "C")
+    assert set(patterns) == {f"{PLAN} {PLAN}"}
     for rank in scenario(ranks, "planned"):
         assert [pattern for pattern, _ in rank[name]] == patterns
         for (_, found), (_, expected) in zip(rank[name], alone[name]["planned"], strict=True):

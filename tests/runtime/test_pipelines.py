@@ -59,7 +59,7 @@ class Decisions:
 
 
 def kept(cache: TeaCache) -> int:
-    return sum(len(handler._trajectories) for _, handler in cache._parts)
+    return sum(len(stack.trajectories.branches) for stack in cache._watch.stacks)
 
 
 # -- every pipeline ---------------------------------------------------------------------------------------------------
@@ -386,10 +386,10 @@ def test_first_expert_is_freed_once_the_second_has_taken_over() -> None:
     case = CASES["wan22"]()
     held = []
     with apply_tea_cache(case.pipe, **GATED) as cache:
-        parts = [handler for _, handler in cache._parts]
+        stacks = cache._watch.stacks
 
         def look(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
-            held.append(tuple(len(handler._trajectories) for handler in parts))
+            held.append(tuple(len(stack.trajectories.branches) for stack in stacks))
             return {}
 
         case.run(callback_on_step_end=look)

@@ -1,0 +1,280 @@
+"""Measures one denoiser while it runs uncached: one row of figures per step and trajectory.
+
+The hooks, the signals and the distances are the runtime's own, so that what is fitted is what the gate will see. A
+trajectory keeps the previous step's signals, stack input, stack output and model output on the device and nothing
+older; only scalars ever reach the host, all at once when the generation is over.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from calibrate.recording.figures import (
+    Row,
+    counted_on,
+    exit_figures,
+    highest,
+    named,
+    over_parts,
+    prediction,
+    stacked,
+)
+from calibrate.recording.inner_products import Products
+from coeffs.entry.signals import SIGNALS
+from runtime.decide.tracker import Position
+from runtime.watch.call import Call, Handler, Trajectory, measured
+from runtime.watch.distance import l1_sums
+from runtime.watch.hooks import StackHooks
+from runtime.watch.places import tensors
+from runtime.watch.ranks import gathered, lockstep_group
+
+
+@dataclass
+class Recording:
+    """What one generation gave.
+
+    Attributes:
+        rows: One dict per pair with the columns of a run's log, ``prompt_id`` and ``seed`` excepted.
+        timing: Per expert: mean seconds of a denoiser call and of its block stack, and the number of calls.
+        non_finite: Rows in which a distance is not finite (they are kept in ``rows``).
+        gram: Inner products of all steps for planning, named as in :mod:`calibrate.runs.gram_log`; empty without them.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    timing: dict[str, dict[str, float]] = field(default_factory=dict)
+    non_finite: int = 0
+    gram: dict[str, Any] = field(default_factory=dict)
+
+
+class _Clock:
+    """Moments on the device's own time line: CUDA events, which do not wait, or the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        if not self._cuda:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+class Moments:
+    """When one call began, reached its stack (before and after the signals were measured), left it and ended."""
+
+    def __init__(self, call: Call) -> None:
+        devices = {tensor.device for _, tensor in tensors((call.args, call.kwargs))}
+        cuda = [device for device in devices if device.type == "cuda"]
+        self._clock = _Clock((cuda or list(devices))[0])
+        self._marks = {"begun": self._clock.now()}
+
+    def mark(self, name: str) -> None:
+        """``name`` is now; the first time counts."""
+        if name not in self._marks:
+            self._marks[name] = self._clock.now()
+
+    def between(self, begin: str, end: str) -> float:
+        return self._clock.seconds(self._marks[begin], self._marks[end])
+
+
+def mean_times(timings: list[Moments]) -> dict[str, float]:
+    """Mean seconds of a denoiser call, without the measurement of signals, and of its block stack."""
+    stack = sum(moments.between("entered", "left") for moments in timings)
+    outside = sum(
+        moments.between("begun", "reached") + moments.between("left", "ended")
+        for moments in timings
+    )
+    calls = len(timings)
+    return {
+        "call_seconds": (outside + stack) / calls,
+        "stack_seconds": stack / calls,
+        "calls": calls,
+    }
+
+
+class RecordedTrajectory(Trajectory):
+    """Previous tensors of one trajectory, in buffers that are written over step by step, and the rows so far."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def restart(self) -> None:
+        super().restart()
+        self.buffers.clear()
+
+    def previous(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        """The tensor of the previous step, where it is comparable."""
+        kept = self.buffers.get(name)
+        if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
+            return None
+        return kept
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        kept = self.previous(name, tensor)
+        if kept is None:
+            self.buffers[name] = tensor.detach().clone()
+        else:
+            kept.copy_(tensor)
+
+
+class RecordHandler(Handler):
+    """Measures one denoiser; never skips."""
+
+    def __init__(self, expert: str, gram: bool) -> None:
+        self.expert = expert
+        self._products = Products() if gram else None
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was seen since the last call."""
+        # Of each trajectory, in the order of their first calls.
+        self._recorded: list[list[Row]] = []
+        self._timings: list[Moments] = []
+        self._several = False
+        if self._products is not None:
+            self._products.clear()
+
+    def take(self, stack: StackHooks) -> Recording:
+        """What was measured since the last call.
+
+        Ranks that run one forward together must call it together: each has measured its part of the sequence.
+        """
+        rows = counted_on(self._recorded)
+        numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
+        tokens = torch.tensor([row.pop("tokens") for row in rows])
+        group = lockstep_group(stack.root)
+        over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if group is not None:
+            device = next(stack.root.parameters()).device
+            steps = [(row["branch"], row["step"]) for row in rows]
+            parts = gathered(group, numbers.to(device), steps)
+            numbers = over_parts(parts, gathered(group, tokens.to(device)))
+
+            def over_ranks(matrix: torch.Tensor) -> torch.Tensor:
+                return gathered(group, matrix.to(device)).sum(0)
+
+        for row, figures in zip(rows, numbers.tolist(), strict=True):
+            row.update(named(figures))
+            row["timestep"] = float(row["timestep"])
+        recording = Recording(rows)
+        if self._timings:
+            recording.timing[self.expert] = mean_times(self._timings)
+        # Of several schedules in one generation no one plan could be made.
+        if self._products is not None and not self._several:
+            recording.gram = self._products.matrices(self.expert, over_ranks)
+        self.discard()
+        return recording
+
+    # -- what the hooks call --------------------------------------------------------------------------------------
+
+    def begin(self, position: Position) -> None:
+        self._several |= any(self._recorded)
+        if self._products is not None:
+            self._products.clear()
+
+    def new_trajectory(
+        self, branch: str, sigma: Callable[[int], float | None]
+    ) -> RecordedTrajectory:
+        self._recorded.append([])
+        return RecordedTrajectory(self._recorded[-1])
+
+    def open(self, call: Call) -> None:
+        where = call.position
+        if self._products is not None:
+            latents = call.kwargs.get("hidden_states", *call.args[:1])
+            self._products.add_latents(where.branch, where.step, latents)
+        self._moments, self._row = Moments(call), Row()
+
+    def decide(self, call: Call, changed: bool) -> bool:
+        self._moments.mark("reached")
+        for signal in SIGNALS.values():
+            value = measured(call, signal.name)
+            if value is not None:
+                self._compare(call, signal.column, value)
+        self._moments.mark("entered")
+        return False
+
+    def leave(
+        self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Measures the generated stream at its exit; other streams are not part of the figures."""
+        self._moments.mark("left")
+        if call.observation is not None:
+            # Which exit is the primary one is known only after the forward, and there is nothing to compare with yet.
+            return value.clone(), base
+        if index == 0:
+            self._measure_exit(call, value, base)
+        return None
+
+    def keep(
+        self, call: Call, results: list[tuple[torch.Tensor, torch.Tensor | None] | None]
+    ) -> None:
+        if results[0] is not None:
+            self._measure_exit(call, *results[0])
+
+    def finish(self, call: Call, output: Any) -> None:
+        self._moments.mark("ended")
+        self._timings.append(self._moments)
+        parts = [tensor for _, tensor in tensors(prediction(output))]
+        value = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        self._compare(call, "y_output", value)
+        where, sigma = call.position, call.stack.trajectories.locator.sigma
+        if self._products is not None:
+            self._products.add_output(where.branch, where.step, value)
+            for step in (where.step, where.step + 1):
+                self._products.add_sigma(step, sigma(step))
+        if {"x", "y_output"} <= set(self._row):
+            _kept(call).rows.append(self._finished_row(call))
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def _compare(self, call: Call, name: str, value: torch.Tensor) -> None:
+        trajectory = _kept(call)
+        before = trajectory.previous(name, value)
+        if before is not None:
+            self._row[name] = l1_sums(value, before)
+        trajectory.keep(name, value)
+
+    def _measure_exit(self, call: Call, hidden: torch.Tensor, entry: torch.Tensor | None) -> None:
+        trajectory = _kept(call)
+        before = trajectory.previous("hidden", hidden)
+        if before is not None:
+            entry_before = None if entry is None else trajectory.previous("entry", entry)
+            self._row.update(exit_figures(hidden, entry, before, entry_before))
+            self._row["tokens"] = hidden.numel() // hidden.shape[-1]
+        trajectory.keep("hidden", hidden)
+        if entry is not None:
+            trajectory.keep("entry", entry)
+        if self._products is not None:
+            where = call.position
+            self._products.add_residual(where.branch, where.step, hidden, entry)
+
+    def _finished_row(self, call: Call) -> Row:
+        where, locator = call.position, call.stack.trajectories.locator
+        timestep, sigma = locator.timestep(call.args, call.kwargs), locator.sigma(where.step)
+        return {
+            "branch": where.branch,
+            "expert": self.expert,
+            "step": where.step,
+            "num_steps": where.num_steps,
+            "timestep": float("nan") if timestep is None else highest(timestep),
+            "sigma": float("nan") if sigma is None else sigma,
+            "figures": stacked(self._row),
+            "tokens": self._row["tokens"],
+        }
+
+
+def _kept(call: Call) -> RecordedTrajectory:
+    assert isinstance(call.trajectory, RecordedTrajectory)
+    return call.trajectory

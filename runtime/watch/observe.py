@@ -1,0 +1,224 @@
+"""Watches one computed forward of a denoiser and learns how it is wired around its block stack.
+
+While the forward runs, a :class:`torch.overrides.TorchFunctionMode` follows the tensors that come out of the blocks
+through slices, casts and additions until they enter a module that is no block: that is the *exit* of the stack, and
+what enters there is what a skipped step must replace. Exits whose results never reach the model's output (a text
+stream that is normalised and dropped) need nothing. Inside the blocks nothing is followed.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from runtime.errors import UnsupportedModel
+from runtime.watch.places import Place, call_tensors, mapped, tensors
+from runtime.watch.scheduler import is_time
+from runtime.watch.wiring import Carried, Exit, Follow, Mark, Marked, Selection, Spec, Wiring
+
+_LATENTS = re.compile(r"^(x|sample)$|^(audio_|video_|vision_)?hidden_states$|latents$|_tokens$")
+
+
+class Observation:
+    """Watches one computed forward of ``root`` and learns its :class:`Wiring`.
+
+    Use: :meth:`begin` before the forward (or at the first block), :meth:`block` around every block,
+    :meth:`finish` with the output. ``on_exit`` is called for every candidate exit, while its value is at hand.
+    """
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        blocks: frozenset[torch.nn.Module],
+        on_exit: Callable[[int, Exit, torch.Tensor], None],
+    ) -> None:
+        self.root, self.blocks, self.on_exit = root, blocks, on_exit
+        self.wiring = Wiring()
+        self._follow = Follow()
+        self._handles: list = []
+        self._depth = self._floor = 0
+        self._passed: frozenset[int] = frozenset()
+        self._bases: dict[Place, Place | None] = {}
+        self._exits: list[Exit] = []
+        self._calls: dict[torch.nn.Module, int] = {}
+        self._head: tuple[tuple, dict] | None = None
+        self._active = False
+
+    def begin(self, args: tuple, kwargs: dict) -> None:
+        """Start following; ``args`` and ``kwargs`` are the denoiser's own, to tell time from latents."""
+        for name, tensor in _named(self.root, args, kwargs):
+            if is_time(name) or _LATENTS.search(name):
+                self._follow.marks[tensor] = Mark(
+                    from_time=is_time(name), from_latents=not is_time(name)
+                )
+        inside = {module for block in self.blocks for module in block.modules()}
+        for module in self.root.modules():
+            if module is not self.root and module not in inside:
+                self._handles += [
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                ]
+        self._follow.__enter__()
+        self._active = True
+
+    def head(self, args: tuple, kwargs: dict) -> None:
+        """The first block's arguments: where the streams enter."""
+        self._head = (args, kwargs)
+        self._floor = self._depth  # the stack may live inside a module of its own
+        marked = self._follow.marked(args, kwargs)
+        self.wiring.primary = self._generated(args, kwargs, marked)
+        for place, _, mark in marked:
+            if mark.from_time and not mark.from_latents:
+                self.wiring.time_embedding = place
+                break
+
+    def _generated(self, args: tuple, kwargs: dict, marked: list[Marked]) -> Place:
+        """Where what is generated enters: by its usual name, else the largest tensor that comes from the latents."""
+        streams = {
+            place: tensor.numel()
+            for place, tensor in call_tensors(args, kwargs)
+            if tensor.is_floating_point() and tensor.ndim > 1
+        }
+        if not streams:
+            raise UnsupportedModel(
+                f"{type(self.root).__name__}: the first block receives no stream of hidden states; "
+                "name another stack with blocks=[...]"
+            )
+        named = [place for place in streams if place[-1] == "hidden_states"]
+        if named:
+            return named[0]
+        from_latents = [
+            place for place, _, mark in marked if mark.from_latents and place in streams
+        ]
+        return max(from_latents or list(streams)[:1], key=lambda place: streams[place])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is followed inside a block."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._follow.__enter__()
+            self._active = True
+
+    def block(self, block: torch.nn.Module, call: int, result: Any) -> None:
+        """A block has returned ``result``."""
+        self.wiring.outputs[block, call] = mapped(result, Spec.of)
+        for place, tensor in tensors(result):
+            carried = Carried(origin=tuple(tensor.shape), source=place)
+            self._follow.marks[tensor] = Mark(carried=carried)
+
+    def abort(self) -> None:
+        """Stop following, whatever state the forward is in."""
+        self._stop()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _stop(self) -> None:
+        if self._active:
+            self._active = False
+            self._follow.__exit__(None, None, None)
+
+    def finish(self, output: Any) -> tuple[Wiring, list[int]]:
+        """The wiring, and which of the reported exits it needs (indices in the order of ``on_exit``).
+
+        Raises:
+            UnsupportedModel: The stack's result reaches the output without passing a module.
+        """
+        self.abort()
+        needed: set[int] = set()
+        for _, _, mark in self._follow.marked((output,), {}):
+            if mark.carried:
+                raise UnsupportedModel(
+                    f"{type(self.root).__name__}: the blocks' result reaches the model's output without passing a "
+                    "module after the stack, so there is no exit to override; name another stack with blocks=[...]"
+                )
+            needed |= mark.exits
+        if not needed:
+            raise UnsupportedModel(
+                f"{type(self.root).__name__}: no module after the block stack receives its result; "
+                "name the stack with blocks=[...]"
+            )
+        # What is generated comes first: some models send their text stream through an exit before it.
+        order = sorted(
+            needed, key=lambda index: (self._exits[index].base != self.wiring.primary, index)
+        )
+        self.wiring.exits = tuple(self._exits[index] for index in order)
+        if self.wiring.time_embedding in [exit.base for exit in self.wiring.exits]:
+            # A stream that carries the time along is no embedding of it.
+            self.wiring.time_embedding = None
+        return self.wiring, order
+
+    # -- modules that are no blocks -------------------------------------------------------------------------------
+
+    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        self._depth += 1
+        if self._head is None:
+            return
+        call = self._calls.get(module, 0)
+        self._calls[module] = call + 1
+        if self._depth > self._floor + 1:
+            return
+        passed: set[int] = set()
+        for place, tensor, mark in self._follow.marked(args, kwargs):
+            if mark.carried:
+                exit = self._exit(module, call, place, tensor, mark.carried)
+                self.on_exit(len(self._exits), exit, tensor)
+                passed.add(len(self._exits))
+                self._exits.append(exit)
+        self._passed = frozenset(passed)
+
+    def _leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._depth -= 1
+        if self._head is None or self._depth > self._floor:
+            return
+        if self._depth < self._floor:
+            # The module around the stack returns: its results keep their marks.
+            self._floor = self._depth
+            return
+        received = self._follow.marked(args, kwargs)
+        exits = self._passed.union(*(mark.exits for _, _, mark in received))
+        for _, tensor in tensors(output):
+            self._follow.marks[tensor] = Mark(exits=exits)
+
+    def _exit(
+        self,
+        module: torch.nn.Module,
+        call: int,
+        place: Place,
+        value: torch.Tensor,
+        carried: Carried,
+    ) -> Exit:
+        assert self._head is not None
+        streams = [(p, t) for p, t in call_tensors(*self._head) if t.is_floating_point()]
+        taken = {base for source, base in self._bases.items() if source != carried.source}
+        same = [place for place, tensor in streams if tensor.shape == value.shape]
+        before = [place for place, tensor in streams if tensor.shape == carried.origin]
+        base: Place | None = None
+        selections: tuple[Selection, ...] = ()
+        if same:
+            base = _preferred(same, taken)
+        elif before and carried.selections:
+            base, selections = _preferred(before, taken), carried.selections
+        self._bases[carried.source] = base
+        return Exit(module, call, place, Spec.of(value), base, selections)
+
+
+def _named(
+    module: torch.nn.Module, args: tuple, kwargs: dict
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a call with the names of the parameters that they are passed to."""
+    names = list(inspect.signature(module.forward).parameters)
+    for place, tensor in call_tensors(args, kwargs):
+        kind, key = place[0], place[1]
+        yield (names[key] if kind == "args" and key < len(names) else str(key)), tensor
+
+
+def _preferred(places: list[Place], taken: set[Place | None]) -> Place:
+    """The stream among equally shaped arguments: one that no other exit has, by its usual name, else the first."""
+    free = [place for place in places if place not in taken] or places
+    return next((place for place in free if place[-1] == "hidden_states"), free[0])
