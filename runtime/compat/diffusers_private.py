@@ -6,6 +6,7 @@ through ``cache_context`` reaches hooks only through a ``StateManager``, and the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry
@@ -66,7 +67,7 @@ def inner_forward(module: nn.Module) -> Callable:
     reference = _innermost(module)
     if reference is None:
         return module.forward
-    forward: Callable = reference.original_forward or reference.forward
+    forward: Any = reference.original_forward or reference.forward
     return forward
 
 

@@ -70,7 +70,7 @@ class Watch:
         """Take everything out again; the models are as they were. Harmless when nothing is installed."""
         for stack in self.stacks:
             stack.remove()
-            stack.reset()
+        self.reset()
 
     def reset(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""

@@ -19,7 +19,7 @@ import torch
 import zoo
 from torch import distributed, multiprocessing
 
-import calibrate.recording.recorder
+import calibrate.recording.handler
 import runtime.cache
 import runtime.watch.hooks
 from calibrate.recording.figures import exit_figures, over_parts
@@ -178,7 +178,7 @@ def each_for_itself() -> Iterator[None]:
     with (
         mock.patch.multiple(runtime.cache, **nobody),
         mock.patch.multiple(runtime.watch.hooks, **nobody),
-        mock.patch.multiple(calibrate.recording.recorder, **nobody),
+        mock.patch.multiple(calibrate.recording.handler, **nobody),
     ):
         yield
 
