@@ -1,0 +1,198 @@
+"""One line of advice from a verification: what to use, at which speed, how good, how sure; and how to use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import fspath
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from calibrate.verifying.comparison import (
+    FEWER_STEPS,
+    GATE,
+    PLAN,
+    UNIFORM,
+    compare,
+    main_measure,
+    summarize,
+)
+from coeffs import Entry, Plan
+from coeffs.engines import export_entry
+from coeffs.errors import CoeffsError
+
+# Below, intervals over prompts are so wide that hardly any difference between policies shows.
+ENOUGH_PROMPTS = 8
+PROMPTS_TO_RUN = 10
+# The operating point: about twofold speed, which TeaCache's authors and most engines recommend.
+SHARE_COMPUTED = 0.5
+# What one line of code deploys, the simplest first: on equal figures it is preferred.
+DEPLOYABLE = (
+    FEWER_STEPS,
+    UNIFORM,
+    "uniform skipping, linear forecast",
+    "uniform skipping, linear outputs",
+    PLAN,
+    GATE,
+)
+FORECASTS = {
+    "uniform skipping, linear forecast": ', forecast="linear"',
+    "uniform skipping, linear outputs": ', forecast="linear", forecast_of="output"',
+}
+GATE_ENGINES = ("vllm-omni", "sglang", "tensorrt-llm", "lightx2v", "comfyui-teacache")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to deploy.
+
+    Attributes:
+        policy: One of ``DEPLOYABLE``; None where nothing that was run is worth using.
+        budget: Its budget of computed steps.
+        figures: Its row of the summary.
+        use: The sentence on what to use, and what that gives.
+        certainty: The sentence on how sure that is.
+    """
+
+    policy: str | None
+    budget: int
+    figures: dict
+    use: str
+    certainty: str
+
+    def __str__(self) -> str:
+        return f"{self.use} {self.certainty}".strip()
+
+
+def advise(results: pd.DataFrame) -> Advice:
+    """The best policy at about half of the steps, judged prompt by prompt against fewer steps without a cache."""
+    table = summarize(results)
+    measure = main_measure(results)
+    known = table["policy"].isin(DEPLOYABLE) & (table["broken"] == 0) & table[measure].notna()
+    usable = table[known & (table["speedup"] > 1)]
+    if usable.empty:
+        return Advice(
+            None, 0, {}, "Use none of these policies: each is slower than no cache or breaks.", ""
+        )
+    budget = _operating_point(usable)
+    rows = {row["policy"]: row for row in usable[usable["budget"] == budget].to_dict("records")}
+    present = [policy for policy in DEPLOYABLE if policy in rows]
+    base = present[0]
+    gains = {policy: _gain(results, rows, policy, base, measure) for policy in present}
+    best = max(present, key=lambda policy: gains[policy][0])  # of equal ones the simplest
+    others = [policy for policy in present if policy != best]
+    rival = max(others, key=lambda policy: gains[policy][0], default=None) if best == base else base
+    use = f"Use {_name(rows[best])}: {_worth(rows[best], measure)}."
+    certainty = "It was compared with nothing else at these steps."
+    if rival is not None:
+        gain = gains[best if rival == base else rival]
+        certainty = _certainty(rows[rival], gain, rival == base, measure)
+    return Advice(best, budget, rows[best], use, certainty)
+
+
+def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
+    """How the advice is followed in Python, with the entry at ``path``."""
+    apply = "from runtime import apply_tea_cache\n\n"
+    if advice.policy is None:
+        return ""
+    if advice.policy == FEWER_STEPS:
+        return f"pipe(prompt, num_inference_steps={advice.budget})"
+    if advice.policy == GATE:
+        threshold = f"{advice.figures['threshold']:.6g}"
+        return f'{apply}apply_tea_cache(pipe, "{fspath(path)}", threshold={threshold})'
+    if advice.policy == PLAN:
+        index = _plans(advice, entry)[0][0]
+        loaded = f'entry = coeffs.load("{fspath(path)}")\n'
+        used = f"apply_tea_cache(pipe, entry, schedule=entry.plans[{index}])"
+        return f"import coeffs\n{apply}{loaded}{used}"
+    forecast = FORECASTS.get(advice.policy, "")
+    return f'{apply}apply_tea_cache(pipe, schedule="{_schedule(advice)}"{forecast})'
+
+
+def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
+    """The command that exports what is advised, for the first engine that takes it; empty where none does."""
+    if advice.policy in (None, FEWER_STEPS):
+        return ""
+    if advice.policy != GATE:
+        plans = _plans(advice, entry) if advice.policy == PLAN else []
+        schedule = plans[0][1].schedule if plans else _schedule(advice)
+        reuses = advice.policy == UNIFORM or (plans and plans[0][1].forecast in (None, "reuse"))
+        note = "" if reuses else "  # reuses instead of forecasting: less than the figures above"
+        command = f"calibrate export {fspath(path)} --to cache-dit-mask --schedule {schedule}"
+        return command + note
+    threshold = float(f"{advice.figures['threshold']:.6g}")
+    for engine in GATE_ENGINES:
+        try:
+            export_entry(entry, engine, threshold=threshold)
+        except CoeffsError:
+            continue
+        return f"calibrate export {fspath(path)} --to {engine} --threshold {threshold:g}"
+    return ""
+
+
+def _operating_point(usable: pd.DataFrame) -> int:
+    """The budget with most policies that is nearest to half of the steps."""
+    half = SHARE_COMPUTED * usable["num_steps"].iloc[0]
+    counts = usable.groupby("budget")["policy"].nunique()
+    fullest = counts[counts == counts.max()].index.to_numpy()
+    return int(fullest[np.argmin(np.abs(fullest - half))])
+
+
+def _gain(
+    results: pd.DataFrame, rows: dict, policy: str, base: str, measure: str
+) -> tuple[float, float, float]:
+    """Mean difference from the base at this policy's own steps, paired by prompt, with its 95 % interval."""
+    if policy == base:
+        return 0.0, np.nan, np.nan
+    by_budget = compare(results, policy, base).by_budget
+    own = by_budget[by_budget["budget"] == rows[policy]["budget"]]
+    if own.empty:  # the base has no runs at these steps
+        return rows[policy][measure] - rows[base][measure], np.nan, np.nan
+    return tuple(own[["difference", "low", "high"]].iloc[0])
+
+
+def _certainty(other: dict, gain: tuple[float, float, float], ahead: bool, measure: str) -> str:
+    """How sure the advice is; ``gain`` is that of the cache over the base, which the advice is not where not ahead."""
+    difference, low, high = gain if ahead else (-gain[0], -gain[2], -gain[1])
+    name = f"{_name(other)} ({other[measure]:.1f} dB)"
+    prompts = other["prompts"]
+    if prompts < ENOUGH_PROMPTS:
+        return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN}."
+    if not np.isfinite(low):
+        return f"Not compared with {name} at equal steps."
+    word = "Significantly" if low > 0 else "Not significantly"
+    interval = f"{difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}, {prompts} prompts"
+    return f"{word} better than {name}: {interval}."
+
+
+def _name(row: dict) -> str:
+    """A policy at its budget, within a sentence."""
+    steps = f"{row['computed_steps']:.3g} of {row['num_steps']} steps"
+    if row["policy"] == FEWER_STEPS:
+        return f"{row['budget']} plain steps without a cache"
+    if row["policy"] == GATE:
+        return f"the fitted gate at threshold {row['threshold']:.4g} ({steps})"
+    return f"{'the plan' if row['policy'] == PLAN else row['policy']} at {steps}"
+
+
+def _worth(row: dict, measure: str) -> str:
+    unit = "dB" if measure == "psnr_db" else "dB SNR"
+    return f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
+
+
+def _plans(advice: Advice, entry: Entry) -> list[tuple[int, Plan]]:
+    """The plan of the entry that was run, and its index."""
+    length = advice.figures["num_steps"]
+    return [
+        (index, plan)
+        for index, plan in enumerate(entry.plans or ())
+        if (len(plan.schedule), plan.computed_steps) == (length, advice.budget)
+    ]
+
+
+def _schedule(advice: Advice) -> str:
+    """The uniform schedule of the advice's budget."""
+    from calibrate.trials.baselines import uniform
+
+    return uniform(advice.figures["num_steps"], advice.budget)
