@@ -1,147 +1,185 @@
-"""Denoisers with random weights at real and at scaled shapes, and loops that call them as a pipeline does.
+"""Denoisers with random weights at published sizes, and loops that call them as a pipeline does.
 
-Only the denoiser is timed: text encoders and decoders run once per image and cost the same with and without a cache.
+The sizes are those of the published transformer configurations, one JSON file a model under ``gpu/models/``; at toy
+size the same classes have one or two narrow blocks. Only the denoiser is timed: text encoders and decoders run once
+per generation and cost the same with and without a cache.
 """
 
+import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+MODELS = Path(__file__).parent / "gpu" / "models"
+TIMED_STEPS = (
+    12  # enough for ratios; a whole schedule of the largest model would take minutes a case
+)
+TOY_STEPS = 6
+TOY_TEXT_TOKENS = 4
+
 
 @dataclass(frozen=True)
-class Shape:
-    """A denoiser class at one size, and the generation it is timed on."""
+class Workload:
+    """A denoiser class at one size, and the generation it is timed on.
+
+    Attributes:
+        tokens: Of the latents: height and width after packing, or frames, height and width before patches.
+    """
 
     title: str
-    cls: str
+    transformer_class: str
     config: dict[str, Any]
     tokens: tuple[int, ...]
     text_tokens: int
-    steps: int
     branches: int
-    gpu: bool
-    dtype: torch.dtype = torch.bfloat16
+    steps: int
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Size of one tensor of the stack's hidden state."""
+        tokens = 1
+        for size in self.tokens:
+            tokens *= size
+        if len(self.tokens) == 3:
+            tokens //= 4  # patches of 2 x 2
+        width = self.config["attention_head_dim"] * self.config["num_attention_heads"]
+        return tokens * width * self.dtype.itemsize
 
 
-_JOINT = {"patch_size": 1, "in_channels": 64}
-SHAPES = {
-    "longcat-image": Shape(
-        "LongCat-Image, 6 B, 1024 x 1024, 50 steps, guidance", "LongCatImageTransformer2DModel",
-        {**_JOINT, "num_layers": 10, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24,
-         "joint_attention_dim": 3584, "pooled_projection_dim": 3584, "axes_dims_rope": [16, 56, 56]},
-        (64, 64), 512, 50, 2, gpu=True,
-    ),
-    "flux": Shape(
-        "FLUX.1-dev, 12 B, 1024 x 1024, 28 steps", "FluxTransformer2DModel",
-        {**_JOINT, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-         "joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": [16, 56, 56],
-         "guidance_embeds": True},
-        (64, 64), 512, 28, 1, gpu=True,
-    ),
-    "wan": Shape(
-        "Wan 2.1 T2V 1.3 B, 832 x 480, 81 frames, 50 steps, guidance", "WanTransformer3DModel",
-        {"patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
-         "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30},
-        (21, 60, 104), 512, 50, 2, gpu=True,
-    ),
-    "flux-scaled": Shape(
-        "FLUX.1 scaled: width 512, 2 + 4 blocks, 1,024 tokens, 12 steps", "FluxTransformer2DModel",
-        {**_JOINT, "num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 8,
-         "joint_attention_dim": 256, "pooled_projection_dim": 256, "axes_dims_rope": [16, 24, 24]},
-        (32, 32), 64, 12, 1, gpu=False, dtype=torch.float32,
-    ),
-}  # fmt: skip
+def names(toy: bool) -> list[str]:
+    """The models to run here, the one most worth knowing first; a CPU runs a scaled one, or all at toy size."""
+    if toy or torch.cuda.is_available():
+        return ["longcat-image", "wan2.1-1.3b", "flux1-dev", "qwen-image"]
+    return ["flux1-scaled"]
 
 
-def build(shape: Shape) -> nn.Module:
-    """The denoiser with small random weights, made directly on the device that it runs on."""
+def load_workload(name: str, toy: bool) -> Workload:
+    """A model's workload on the GPU if there is one; at toy size it also runs on a CPU within a second."""
+    model = json.loads((MODELS / f"{name}.json").read_text())
+    on_gpu = torch.cuda.is_available()
+    tokens = [2, 4, 4][-len(model["tokens"]) :] if toy else model["tokens"]
+    return Workload(
+        title=model["title"] + (", at toy size" if toy else ""),
+        transformer_class=model["transformer_class"],
+        config=model["config"] | (model["toy"] if toy else {}),
+        tokens=tuple(tokens),
+        text_tokens=TOY_TEXT_TOKENS if toy else model["text_tokens"],
+        branches=model["branches"],
+        steps=TOY_STEPS if toy else TIMED_STEPS,
+        device="cuda" if on_gpu else "cpu",
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+    )
+
+
+def build(workload: Workload) -> nn.Module:
+    """The denoiser with small random weights, made in its dtype on the device that it runs on."""
     import diffusers
 
     torch.manual_seed(0)
-    with torch.device("cuda" if shape.gpu else "cpu"):
-        model = getattr(diffusers, shape.cls)(**shape.config)
-    return model.to(shape.dtype).eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(workload.dtype)
+    try:
+        with torch.device(workload.device):
+            model = getattr(diffusers, workload.transformer_class)(**workload.config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
 
 
-def calls(shape: Shape, steps: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """``(step, branch, arguments)`` of one generation: latents from noise to a fixed image, falling time."""
-    steps = steps or shape.steps
-    device = torch.device("cuda" if shape.gpu else "cpu")
-    generator = torch.Generator(device).manual_seed(0)
-    new = lambda *size: torch.randn(*size, generator=generator, device=device, dtype=shape.dtype)  # noqa: E731
-    make = _WAN if shape.cls.startswith("Wan") else _JOINT_INPUTS
-    latents, image, fixed = make(shape, new)
+def calls(workload: Workload, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """``(branch, arguments)`` of every denoiser call: latents from noise to a fixed image, falling time."""
+    draw = _Draw(workload)
+    make = _video_arguments if len(workload.tokens) == 3 else _image_arguments
+    noise, image, arguments = make(workload, draw)
     for step in range(steps):
         share = step / steps
-        for branch in range(shape.branches):
-            yield step, branch, fixed(torch.lerp(latents, image, share), 1.0 - share, branch)
+        for branch in range(workload.branches):
+            yield branch, arguments(torch.lerp(noise, image, share), 1.0 - share, branch)
 
 
-def _JOINT_INPUTS(shape: Shape, new: Callable) -> tuple:
-    height, width = shape.tokens
-    tokens, channels = height * width, shape.config["in_channels"]
-    text = [
-        new(1, shape.text_tokens, shape.config["joint_attention_dim"])
-        for _ in range(shape.branches)
+class _Draw:
+    """Random tensors of a workload's device and dtype, the same every time."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._options = {"device": workload.device, "dtype": workload.dtype}
+        self._generator = torch.Generator(workload.device).manual_seed(0)
+
+    def __call__(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=self._generator, **self._options)
+
+
+def _image_arguments(
+    workload: Workload, draw: _Draw
+) -> tuple[torch.Tensor, torch.Tensor, Callable]:
+    """Of the classes that take packed latents beside a text: LongCat-Image, FLUX and Qwen-Image."""
+    import diffusers
+
+    height, width = workload.tokens
+    tokens, channels = height * width, workload.config["in_channels"]
+    config, device = workload.config, workload.device
+    texts = [
+        draw(1, workload.text_tokens, config["joint_attention_dim"])
+        for _ in range(workload.branches)
     ]
-    pooled = new(1, shape.config["pooled_projection_dim"])
-    latents, image = new(1, tokens, channels), new(1, tokens, channels)
-    ids = torch.zeros(tokens, 3, device=latents.device)
-    ids[:, 1] = torch.arange(height, device=latents.device).repeat_interleave(width)
-    ids[:, 2] = torch.arange(width, device=latents.device).repeat(height)
+    ids = torch.zeros(tokens, 3, device=device)
+    ids[:, 1] = torch.arange(height, device=device).repeat_interleave(width)
+    ids[:, 2] = torch.arange(width, device=device).repeat(height)
+    fixed = {
+        "img_ids": ids,
+        "txt_ids": torch.zeros(workload.text_tokens, 3, device=device),
+        "img_shapes": [[(1, height, width)]],
+        "encoder_hidden_states_mask": torch.ones(1, workload.text_tokens, device=device).long(),
+        "return_dict": False,
+    }
+    if "pooled_projection_dim" in config:
+        fixed["pooled_projections"] = draw(1, config["pooled_projection_dim"])
+    if config.get("guidance_embeds"):
+        fixed["guidance"] = torch.full((1,), 3.5, device=device)
+    # Each class takes its own part of these.
+    accepted = inspect.signature(getattr(diffusers, workload.transformer_class).forward).parameters
+    fixed = {name: value for name, value in fixed.items() if name in accepted}
 
-    def arguments(now: torch.Tensor, time: float, branch: int) -> dict[str, Any]:
-        given = {
-            "hidden_states": now,
-            "encoder_hidden_states": text[branch],
-            "timestep": torch.full((1,), time, device=now.device, dtype=now.dtype),
-            "img_ids": ids,
-            "txt_ids": torch.zeros(shape.text_tokens, 3, device=now.device),
-            "return_dict": False,
-        }
-        if shape.cls.startswith("Flux"):
-            given["pooled_projections"] = pooled
-            if shape.config.get("guidance_embeds"):
-                given["guidance"] = torch.full((1,), 3.5, device=now.device)
-        return given
+    def arguments(latents: torch.Tensor, time: float, branch: int) -> dict[str, Any]:
+        timestep = torch.full((1,), time, device=device, dtype=latents.dtype)
+        varying = {"hidden_states": latents, "timestep": timestep}
+        return {**fixed, **varying, "encoder_hidden_states": texts[branch]}
 
-    return latents, image, arguments
+    return draw(1, tokens, channels), draw(1, tokens, channels), arguments
 
 
-def _WAN(shape: Shape, new: Callable) -> tuple:
-    text = [new(1, shape.text_tokens, shape.config["text_dim"]) for _ in range(shape.branches)]
-    size = (1, shape.config["in_channels"], *shape.tokens)
+def _video_arguments(
+    workload: Workload, draw: _Draw
+) -> tuple[torch.Tensor, torch.Tensor, Callable]:
+    """Of Wan: latents (1, channels, frames, height, width)."""
+    texts = [
+        draw(1, workload.text_tokens, workload.config["text_dim"]) for _ in range(workload.branches)
+    ]
+    size = (1, workload.config["in_channels"], *workload.tokens)
 
-    def arguments(now: torch.Tensor, time: float, branch: int) -> dict[str, Any]:
+    def arguments(latents: torch.Tensor, time: float, branch: int) -> dict[str, Any]:
+        timestep = torch.full((1,), 1000 * time, device=workload.device)
         return {
-            "hidden_states": now,
-            "encoder_hidden_states": text[branch],
-            "timestep": torch.full((1,), 1000 * time, device=now.device),
+            "hidden_states": latents,
+            "timestep": timestep,
+            "encoder_hidden_states": texts[branch],
             "return_dict": False,
         }
 
-    return new(*size), new(*size), arguments
+    return draw(*size), draw(*size), arguments
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, shape: Shape, steps: int | None = None) -> float:
+def generate(model: nn.Module, workload: Workload, steps: int | None = None) -> float:
     """One generation; every output is used, as a scheduler would use it."""
-    total = torch.zeros((), device="cuda" if shape.gpu else "cpu")
-    for _, branch, arguments in calls(shape, steps):
-        with _context(model, branch):
+    total = torch.zeros((), device=workload.device)
+    for branch, arguments in calls(workload, steps or workload.steps):
+        with model.cache_context(("cond", "uncond")[branch]):
             total += model(**arguments)[0].float().mean()
     return float(total)
-
-
-def _context(model: nn.Module, branch: int) -> Any:
-    return model.cache_context(("cond", "uncond")[branch])
-
-
-def chosen(name: str | None) -> dict[str, Shape]:
-    """The shapes to run here: the full ones on a GPU, the scaled one on a CPU."""
-    if name is not None:
-        return {name: SHAPES[name]}
-    return {key: shape for key, shape in SHAPES.items() if shape.gpu == torch.cuda.is_available()}
