@@ -131,8 +131,8 @@ class RecordedTrajectory(Trajectory):
 class RecordHandler(Handler):
     """Measures one denoiser; never skips."""
 
-    def __init__(self, expert: str, gram: bool) -> None:
-        self.expert = expert
+    def __init__(self, expert: str, gram: bool, on_open: Callable[["RecordHandler"], None]) -> None:
+        self.expert, self._on_open = expert, on_open
         self._products = Products() if gram else None
         self.discard()
 
@@ -190,11 +190,17 @@ class RecordHandler(Handler):
         return RecordedTrajectory(self._recorded[-1])
 
     def open(self, call: Call) -> None:
-        where = call.position
+        where = self._where = call.position
+        self._on_open(self)
         if self._products is not None:
             latents = call.kwargs.get("hidden_states", *call.args[:1])
             self._products.add_latents(where.branch, where.step, latents)
         self._moments, self._row = Moments(call), Row()
+
+    def guided(self, value: torch.Tensor) -> None:
+        """What the scheduler receives, made of this denoiser's outputs."""
+        if self._products is not None:
+            self._products.add_guided(self._where.step, value)
 
     def decide(self, call: Call, changed: bool) -> bool:
         self._moments.mark("reached")

@@ -75,6 +75,7 @@ class Products:
         """Forget the generation."""
         self._outputs: dict[tuple[str, int], torch.Tensor] = {}
         self._residuals: dict[tuple[str, int], torch.Tensor] = {}
+        self._guided: dict[int, torch.Tensor] = {}
         self._sigmas: dict[int, float] = {}
         self._sketched = self._on_host = False
         self._halved: str | None = None
@@ -85,7 +86,9 @@ class Products:
     @property
     def held_bytes(self) -> int:
         """Bytes held on the device."""
-        kept = [*self._residuals.values(), *(() if self._on_host else self._outputs.values())]
+        kept = list(self._residuals.values())
+        if not self._on_host:
+            kept += [*self._outputs.values(), *self._guided.values()]
         return sum(tensor.nbytes for tensor in (*kept, *self._latents.values()))
 
     def add_latents(self, branch: str, step: int, latents: Any) -> None:
@@ -106,11 +109,22 @@ class Products:
 
     def add_output(self, branch: str, step: int, value: torch.Tensor) -> None:
         for name, part in self._parts(branch, value):
-            flat = part.detach().reshape(-1)
-            if not self._on_host and flat.nbytes * (len(self._outputs) + 1) > OUTPUT_BYTES:
-                self._on_host = True
-                self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
-            self._outputs[name, step] = flat.cpu() if self._on_host else flat.clone()
+            self._outputs[name, step] = self._flat(part)
+
+    def add_guided(self, step: int, value: torch.Tensor) -> None:
+        """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
+        flat, before = self._flat(value), self._guided.get(step)
+        self._guided[step] = flat if before is None else torch.cat([before, flat])
+
+    def _flat(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
+        flat = value.detach().reshape(-1)
+        count = len(self._outputs) + len(self._guided) + 1
+        if not self._on_host and flat.nbytes * count > OUTPUT_BYTES:
+            self._on_host = True
+            self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
+            self._guided = {key: tensor.cpu() for key, tensor in self._guided.items()}
+        return flat.cpu() if self._on_host else flat.clone()
 
     def add_residual(
         self, branch: str, step: int, hidden: torch.Tensor, entry: torch.Tensor | None
@@ -197,11 +211,15 @@ class Products:
                 [self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]
             ),
         }
-        sources: Mapping[str, dict] = {"output": self._outputs, "residual": self._residuals}
-        for name, source in sources.items():
-            if not _alike(source, keys):
+        sources: Mapping[str, tuple[dict, list]] = {
+            "output": (self._outputs, keys),
+            "residual": (self._residuals, keys),
+            "guided": (self._guided, steps),
+        }
+        for name, (source, rows) in sources.items():
+            if not _alike(source, rows):
                 continue
-            matrix = gram_matrix([source[key] for key in keys])
+            matrix = gram_matrix([source[row] for row in rows])
             found[f"{expert}/{name}"] = (
                 (matrix if over_ranks is None else over_ranks(matrix)).cpu().numpy()
             )
@@ -229,5 +247,5 @@ def _halves(branch: str) -> list[str]:
     return [f"{branch}/0", f"{branch}/1"]
 
 
-def _alike(source: dict[tuple[str, int], torch.Tensor], keys: list[tuple[str, int]]) -> bool:
+def _alike(source: dict[Any, torch.Tensor], keys: list) -> bool:
     return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1

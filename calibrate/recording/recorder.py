@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from calibrate.recording.figures import number_steps
@@ -39,8 +40,10 @@ class Recorder:
         blocks: Any = None,
         gram: bool = False,
     ) -> None:
-        self._handlers = {expert: RecordHandler(expert, gram) for expert in modules}
-        self._watch = Watch(modules, self._handlers.__getitem__, pipeline, blocks)
+        self._handlers = {expert: RecordHandler(expert, gram, self._opened) for expert in modules}
+        self._latest: RecordHandler | None = None  # whose denoiser was called last
+        on_step = self._stepped if gram else None
+        self._watch = Watch(modules, self._handlers.__getitem__, pipeline, blocks, on_step=on_step)
 
     def __enter__(self) -> "Recorder":
         self._watch.install()
@@ -49,6 +52,13 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         self._watch.remove()
         self.start()
+
+    def _opened(self, handler: RecordHandler) -> None:
+        self._latest = handler
+
+    def _stepped(self, value: torch.Tensor) -> None:
+        if self._latest is not None:
+            self._latest.guided(value)
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept from the previous step, over all live trajectories."""

@@ -19,7 +19,7 @@ from runtime.watch.blocks import HookSet, attention_modules, find_blocks
 from runtime.watch.call import Call, Handler, Trajectories, probed
 from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, replaced
-from runtime.watch.scheduler import Locator, SchedulerClock
+from runtime.watch.scheduler import Locator, SchedulerClock, StepHook
 from runtime.watch.wiring import Exit
 
 
@@ -32,6 +32,7 @@ class Watch:
         pipeline: The pipeline that drives them; ``None`` for a loop of the caller's own.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
         num_steps: Length of the schedule where there is no scheduler to ask.
+        on_step: Given what the pipeline's schedulers receive (see :class:`runtime.watch.scheduler.StepHook`).
     """
 
     def __init__(
@@ -41,8 +42,12 @@ class Watch:
         pipeline: Any = None,
         blocks: Sequence[str | nn.Module] | None = None,
         num_steps: int | None = None,
+        on_step: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
         self.clock = None if pipeline is None else SchedulerClock(pipeline)
+        self.steps = None
+        if pipeline is not None and on_step is not None:
+            self.steps = StepHook(pipeline, on_step)
         self.stacks: list[StackHooks] = []
         for expert, module in modules.items():
             stack = StackHooks(module, new_handler(expert), blocks, self.clock, num_steps)
@@ -62,6 +67,8 @@ class Watch:
         try:
             for stack in self.stacks:
                 stack.install()
+            if self.steps is not None:
+                self.steps.install()
         except BaseException:
             self.remove()
             raise
@@ -70,6 +77,8 @@ class Watch:
         """Take everything out again; the models are as they were. Harmless when nothing is installed."""
         for stack in self.stacks:
             stack.remove()
+        if self.steps is not None:
+            self.steps.remove()
         self.reset()
 
     def reset(self) -> None:

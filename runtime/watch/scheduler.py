@@ -1,7 +1,9 @@
 """Where in a generation a denoiser call stands, read without waiting for the device wherever that is possible."""
 
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +69,63 @@ class SchedulerClock:
             self._sigmas = sigmas
             self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
         return self._levels[step] if step < len(self._levels) else None
+
+
+class StepHook:
+    """Sees what a pipeline's schedulers receive as the model's output, and may put something else in its place.
+
+    That is the prediction after guidance and whatever the pipeline does to it: the one quantity that the solver sees.
+    A scheduler is hooked by its class, not by an attribute: pipelines copy schedulers, and the copy of an attribute
+    would drive the original.
+
+    Args:
+        pipeline: Whose schedulers to hook.
+        on_step: Given the model's output at every ``step`` of a scheduler; what it returns takes its place.
+    """
+
+    def __init__(
+        self, pipeline: Any, on_step: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        self._pipeline = pipeline
+        self._on_step: Callable[[torch.Tensor], torch.Tensor | None] | None = on_step
+        self._hooked: list[tuple[Any, type, type]] = []
+
+    def install(self) -> None:
+        """Hook the schedulers that the pipeline has now; those hooked already stay so."""
+        components = getattr(self._pipeline, "components", None) or {}
+        schedulers = [*components.values(), getattr(self._pipeline, "scheduler", None)]
+        for scheduler in schedulers:
+            ours = [hooked for _, _, hooked in self._hooked]
+            if hasattr(scheduler, "set_timesteps") and type(scheduler) not in ours:
+                own = type(scheduler)
+                hooked = self._subclass(own)
+                scheduler.__class__ = hooked
+                self._hooked.append((scheduler, own, hooked))
+
+    def remove(self) -> None:
+        """Give every scheduler its own class back; copies of them are left alone from now on."""
+        self._on_step = None
+        for scheduler, own, hooked in self._hooked:
+            if type(scheduler) is hooked:
+                scheduler.__class__ = own
+        self._hooked.clear()
+
+    def _subclass(self, own: Any) -> type:
+        name = list(inspect.signature(own.step).parameters)[1]
+
+        @functools.wraps(own.step)
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get(name)
+            if self._on_step is not None and isinstance(given, torch.Tensor):
+                replaced = self._on_step(given)
+                if replaced is not None and args:
+                    args = (replaced, *args[1:])
+                elif replaced is not None:
+                    kwargs[name] = replaced
+            return own.step(scheduler, *args, **kwargs)
+
+        names = {"step": step, "__module__": own.__module__, "__qualname__": own.__qualname__}
+        return type(own.__name__, (own,), names)
 
 
 class Locator:
