@@ -5,12 +5,18 @@ import click
 ENGINES = click.Choice(
     [
         "vllm-omni",
+        "vllm-omni-magcache",
         "sglang",
+        "sglang-cache-dit",
         "tensorrt-llm",
         "lightx2v",
+        "lightx2v-magcache",
         "comfyui-teacache",
+        "mlx-teacache",
         "diffusers-magcache",
         "cache-dit-mask",
+        "xfuser",
+        "angelslim",
         "json",
     ]
 )
@@ -136,7 +142,11 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
     help="Travels with the coefficients; needed unless the entry has exactly one.",
 )
 @click.option(
-    "--schedule", metavar="CCSC...", help="A fixed plan for cache-dit-mask: C computes, S skips."
+    "--schedule", metavar="CCSC...", help="A plan for engines of plans: C computes, S skips."
+)
+@click.option("--release", metavar="VERSION", help="The engine's version; refused if not known.")
+@click.option(
+    "--force", is_flag=True, help="Write what the engine misreads, with a warning inside."
 )
 @out_option
 @registry_option
@@ -145,6 +155,8 @@ def export(
     engine: str,
     threshold: float | None,
     schedule: str | None,
+    release: str | None,
+    force: bool,
     out: str | None,
     registry: str | None,
 ):
@@ -152,15 +164,20 @@ def export(
 
     \b
     Example:
-        calibrate export alivilab/flux1-dev --to sglang --threshold 0.25
+        calibrate export alivilab/wan2.1-t2v-1.3b --to sglang --threshold 0.08
     """
     import coeffs
     from coeffs.engines import export_entry
 
-    _put(
-        export_entry(coeffs.load(entry, registry), engine, threshold=threshold, schedule=schedule),
-        out,
+    text = export_entry(
+        coeffs.load(entry, registry),
+        engine,
+        threshold=threshold,
+        schedule=schedule,
+        release=release,
+        force=force,
     )
+    _put(text, out)
 
 
 @click.command("import")

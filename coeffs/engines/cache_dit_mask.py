@@ -1,41 +1,39 @@
-"""cache-dit: a fixed ``steps_computation_mask`` for ``load_configs``, in YAML, from one of the entry's plans.
+"""cache-dit: a fixed ``steps_computation_mask`` for ``load_configs``, in YAML, from a plan.
 
-1 computes a step, 0 uses the cache; ``static`` follows the mask exactly. The first step must compute.
+1 computes a step, 0 uses the cache; ``static`` follows the mask exactly. One block computes on every step, as the mask
+needs no comparison of blocks. Guidance in two calls a step has to be said, or each call counts as a step.
 """
 
-from coeffs.engines.setting import Carried, Request, comment, described
-from coeffs.engines.text import read_yaml
-from coeffs.errors import EngineError
+from coeffs.engines.plans import letters, mask, planned, taylor_order
+from coeffs.engines.releases import releases, two_calls
+from coeffs.engines.setting import Carried, Request
+from coeffs.engines.text import comment, read_section, yaml_text
+
+ENGINE = "cache-dit-mask"
 
 
 def write(request: Request) -> str:
-    entry, schedule = request.entry, request.schedule
-    notes = [described(entry)]
-    if schedule is None:
-        plans = list(dict.fromkeys(plan.schedule for plan in entry.plans or ()))
-        if len(plans) != 1:
-            known = f"has the plans {', '.join(plans)}" if plans else "has no plan"
-            raise EngineError(
-                f"{entry.label} {known}: give one with --schedule CCSC..., one letter per step"
-            )
-        schedule = plans[0]
-    if not schedule.startswith("C") or set(schedule) - {"C", "S"}:
-        raise EngineError(f"schedule {schedule[:40]!r}: expected letters C and S that begin with C")
-    notes.append(f"{schedule.count('C')} of {len(schedule)} steps compute: {schedule}")
-    mask = ", ".join("1" if letter == "C" else "0" for letter in schedule)
-    return (
-        f"{comment(notes)}cache_config:\n  num_inference_steps: {len(schedule)}\n"
-        f"  steps_computation_mask: [{mask}]\n  steps_computation_policy: static\n"
-    )
+    plan, notes = planned(request, ENGINE)
+    order = taylor_order(plan, releases()[ENGINE])
+    form: dict[str, object] = {
+        "num_inference_steps": len(plan.schedule),
+        "Fn_compute_blocks": 1,
+        "Bn_compute_blocks": 0,
+        "steps_computation_mask": mask(plan),
+        "steps_computation_policy": "static",
+    }
+    separate = two_calls(request.entry)
+    if separate is None:
+        notes.append(
+            "whether guidance takes two calls a step is not known: cache-dit's default for the class holds"
+        )
+    else:
+        form["enable_separate_cfg"] = separate
+    if order:
+        form |= {"enable_taylorseer": True, "taylorseer_order": order}
+    return comment(notes) + yaml_text({"cache_config": form})
 
 
 def read(text: str) -> Carried:
-    form = read_yaml(text, required={"cache_config"})["cache_config"]
-    mask = form.get("steps_computation_mask") if isinstance(form, dict) else None
-    if (
-        not isinstance(mask, list)
-        or not mask
-        or any(type(step) is not int or step not in (0, 1) for step in mask)
-    ):
-        raise EngineError("steps_computation_mask: expected a list of 0 and 1, one per step")
-    return Carried(schedule="".join("SC"[step] for step in mask))
+    form = read_section(text, "cache_config")
+    return Carried(schedule=letters(form.get("steps_computation_mask"), "steps_computation_mask"))

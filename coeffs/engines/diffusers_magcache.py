@@ -1,52 +1,57 @@
-"""diffusers: one ``MagCacheConfig`` per denoiser, from the entry's magnitude ratios, in Python.
+"""diffusers' MagCache: one ``MagCacheConfig`` per denoiser, in Python.
 
 One list of ratios for all guidance branches, index = step, interpolated to the number of steps that runs. MagCache has
-a threshold of its own kind; TeaCache's is not carried over.
+a threshold of its own kind; TeaCache's is not carried over. A plan is written as crafted ratios.
 """
 
-from coeffs.engines.setting import Carried, Request, comment, described, flow, number_list
-from coeffs.engines.text import read_calls
-from coeffs.entry.schema import Entry
-from coeffs.errors import EngineError
+from coeffs.engines.plans import (
+    crafted,
+    is_crafted,
+    planned,
+    recorded_ratios,
+    runs,
+    schedule_of,
+    wants_plan,
+)
+from coeffs.engines.setting import Carried, Request, checked
+from coeffs.engines.text import cap, comment, number_list, read_calls
 
+ENGINE = "diffusers-magcache"
 SUFFIX = "_mag_cache"
 
 
 def write(request: Request) -> str:
+    if wants_plan(request):
+        plan, notes = planned(request, ENGINE)
+        longest = max(runs(plan.schedule, "S"))
+        settings = f"max_skip_steps={longest}, retention_ratio=0.0, "
+        return comment(notes) + _line("transformer", settings, crafted(plan))
     entry = request.entry
-    notes, lines = [described(entry)], []
+    _, notes = checked(request, ENGINE)
+    settings = "" if entry.max_skips is None else f"max_skip_steps={entry.max_skips}, "
+    lines = []
     for name in entry.experts:
-        branch, ratios = _ratios(entry, name)
-        notes += [f"{name}: the ratios of branch {branch}, used for every branch"]
-        cap = "" if entry.max_skips is None else f"max_skip_steps={entry.max_skips}, "
-        lines.append(
-            f"{name}{SUFFIX} = MagCacheConfig(num_inference_steps={len(ratios)}, {cap}mag_ratios={flow(ratios)})\n"
-        )
+        branch, ratios = next(iter(recorded_ratios(entry, name).items()))
+        notes.append(f"{name}: the ratios of branch {branch}, used for every branch")
+        lines.append(_line(name, settings, list(ratios)))
     notes.append(
         "threshold and retention_ratio stay at diffusers' own defaults; TeaCache thresholds mean something else"
     )
     return comment(notes) + "".join(lines)
 
 
-def _ratios(entry: Entry, expert: str) -> tuple[str, tuple[float, ...]]:
-    found = entry.experts[expert].mag_ratios
-    if not found:
-        raise EngineError(
-            f"{entry.label} has no mag_ratios for {expert}: record it again, they come with the pairs"
-        )
-    recommended = entry.experts[expert].recommended
-    order = [recommended, "cond", *found]
-    branch = next(name for name in order if name in found)
-    return branch, found[branch]
+def _line(expert: str, settings: str, ratios: list[float]) -> str:
+    arguments = f"num_inference_steps={len(ratios)}, {settings}mag_ratios={ratios}"
+    return f"{expert}{SUFFIX} = MagCacheConfig({arguments})\n"
 
 
 def read(text: str) -> Carried:
     ratios, caps = {}, set()
     for name, form in read_calls(text, "MagCacheConfig"):
         expert = (name or "transformer").removesuffix(SUFFIX)
-        ratios[expert] = number_list(form.get("mag_ratios"), "mag_ratios")
-        caps.add(form.get("max_skip_steps"))
-    cap = caps.pop() if len(caps) == 1 else None
-    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int)):
-        raise EngineError(f"max_skip_steps {str(cap)[:40]!r}: expected a whole number")
-    return Carried(mag_ratios=ratios, max_skips=cap)
+        ratios[expert] = {"pooled": number_list(form.get("mag_ratios"), "mag_ratios")}
+        caps.add(cap(form.get("max_skip_steps")))
+    first = next(iter(ratios.values()))["pooled"]
+    if len(ratios) == 1 and is_crafted(first):
+        return Carried(schedule=schedule_of(first))
+    return Carried(mag_ratios=ratios, max_skips=caps.pop() if len(caps) == 1 else None)

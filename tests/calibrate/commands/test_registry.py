@@ -162,25 +162,29 @@ def test_check_names_each_problem_and_exits_with_1(tmp_path, run_folder):
 
 
 def test_export_writes_to_stdout_or_a_file(tmp_path):
-    text = calibrate("export", "alivilab/flux1-dev", "--to", "sglang", "--threshold", "0.25").stdout
-    assert text.startswith("# alivilab/flux1-dev@v1 (published)") and "TeaCacheParams(" in text
-    calibrate(
-        "export",
-        "alivilab/flux1-dev",
-        "--to",
-        "sglang",
-        "--threshold",
-        "0.25",
-        "--out",
-        tmp_path / "x.py",
-    )
-    assert (tmp_path / "x.py").read_text() == text
-    result = calibrate("export", "alivilab/flux1-dev", "--to", "sglang", code=2)
-    assert "choose with --threshold" in result.stderr and result.stdout == ""
+    wan = ["export", "alivilab/wan2.1-t2v-1.3b", "--to", "sglang"]
+    text = calibrate(*wan, "--threshold", "0.08").stdout
     assert (
-        "steps_computation_mask: [1, 1, 0]"
-        in calibrate("export", "mochi-1", "--to", "cache-dit-mask", "--schedule", "CCS").stdout
+        text.startswith("# alivilab/wan2.1-t2v-1.3b@v1 (published)") and "TeaCacheParams(" in text
     )
+    calibrate(*wan, "--threshold", "0.08", "--out", tmp_path / "x.py")
+    assert (tmp_path / "x.py").read_text() == text
+    result = calibrate(*wan, code=2)
+    assert "choose with --threshold" in result.stderr and result.stdout == ""
+    mask = calibrate("export", "mochi-1", "--to", "cache-dit-mask", "--schedule", "CCS").stdout
+    assert "steps_computation_mask: [1, 1, 0]" in mask
+
+
+def test_what_an_engine_misreads_is_one_line_or_forced():
+    flux = ["export", "alivilab/flux1-dev", "--to", "sglang", "--threshold", "0.25"]
+    result = calibrate(*flux, code=2)
+    assert (
+        result.stderr.count("\n") == 1
+        and "has code for WanTransformer3DModel only" in result.stderr
+    )
+    assert "WARNING, written with --force" in calibrate(*flux, "--force").stdout
+    result = calibrate(*flux, "--release", "0.4.0", code=2)
+    assert result.stderr.count("\n") == 1 and "known for 0.5.23 only" in result.stderr
 
 
 def test_import_reads_a_form_from_a_file_or_stdin(tmp_path):

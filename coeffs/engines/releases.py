@@ -1,0 +1,124 @@
+"""What each engine's release caches and compares (``releases.yaml``), and what of an entry it would misread."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from coeffs.entry import fields
+from coeffs.entry.fields import Record
+from coeffs.entry.schema import Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release(Record):
+    """One form of one engine's release; the head of ``releases.yaml`` explains the fields."""
+
+    release: str
+    read_from: tuple[str, ...]
+    signals: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    unsupported: dict[str, str] = field(default_factory=dict)
+    sign_rule: Literal["clamp", "signed", "abs"] | None = None
+    at_most: int = 7
+    exactly: int | None = None
+    windows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: int = 1
+    forecast: int = 0
+    calls: Literal["apart", "set", "default", "one"]
+    asked: tuple[str, ...] = ()
+    two_calls: tuple[str, ...] = ()
+    keys: tuple[str, ...]
+
+    @property
+    def version(self) -> str:
+        return self.release.split()[-1]
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The classes that it caches; empty where it takes any."""
+        return self.classes or tuple(self.signals)
+
+
+@functools.cache
+def releases() -> dict[str, Release]:
+    """Engine -> what its release can do."""
+    import yaml  # here, so that `import coeffs` stays cheap
+
+    text = Path(__file__).with_name("releases.yaml").read_text(encoding="utf-8")
+    return {
+        engine: fields.from_plain(facts, Release) for engine, facts in yaml.safe_load(text).items()
+    }
+
+
+def misfits(engine: str, entry: Entry) -> list[str]:
+    """What the engine would ignore, misread or crash on in an entry's model; each with what to do."""
+    release = releases()[engine]
+    name = entry.transformer_class or "a class that the entry does not state"
+    why = release.unsupported.get(entry.model) or release.unsupported.get(name)
+    if why:
+        return [
+            f"{entry.label} is for {name}, which {release.release} cannot cache: {why}{_instead(engine, name)}"
+        ]
+    if release.known and name not in release.known:
+        known = ", ".join(release.known[:6]) + (", ..." if len(release.known) > 6 else "")
+        problem = f"{entry.label} is for {name}, {release.release} has code for {known} only"
+        return [problem + _instead(engine, name)]
+    problems = [_signal(engine, entry, release.signals.get(name)), _calls(entry, release)]
+    return [problem for problem in problems if problem]
+
+
+def two_calls(entry: Entry) -> bool | None:
+    """Whether guidance calls the denoiser twice a step; None where nothing in the entry tells."""
+    branches: set[str] = set()
+    for expert in entry.experts.values():
+        branches |= {*expert.branches, *(expert.mag_ratios or {})}
+    branches.discard("pooled")
+    if branches:
+        return len(branches) > 1
+    scale = entry.protocol.call_arguments.get("true_cfg_scale")
+    return scale > 1 if isinstance(scale, int | float) else None
+
+
+def projected(entry: Entry) -> bool:
+    """Whether the time embedding of the fit is the projected one (Wan's ``use_ret_steps``)."""
+    return "projected" in (entry.signal_note or "")
+
+
+def _instead(engine: str, name: str) -> str:
+    """Other forms of the same kind that take the class."""
+    kind = bool(releases()[engine].signals)
+    others = [
+        other
+        for other, release in releases().items()
+        if other != engine and name in release.known and bool(release.signals) == kind
+    ]
+    return f"; export it to {' or '.join(others)}" if others else ""
+
+
+def _signal(engine: str, entry: Entry, compared: str | None) -> str | None:
+    # "other" names no signal: only the engine that published the set compares the same one.
+    same = entry.signal == compared and (compared != "other" or entry.engine == engine)
+    if compared is None or same:
+        return None
+    said = f"{entry.label} was fitted on the {entry.signal}, {engine} compares "
+    if compared == "other":
+        return (
+            f"{said}a signal of its own for {entry.transformer_class}: take that engine's own set"
+        )
+    return f"{said}the {compared} there: fit the run again with `calibrate fit RUN --signal {compared}`"
+
+
+def _calls(entry: Entry, release: Release) -> str | None:
+    two = two_calls(entry)
+    if release.calls == "one" and two:
+        said = "keeps one state for both: run the branches in one batch"
+    elif release.calls == "default" and entry.transformer_class not in release.asked:
+        expected = entry.transformer_class in release.two_calls
+        if two in (None, expected):
+            return None
+        said = f"expects {'two' if expected else 'one'} for this class and has no setting for it"
+    else:
+        return None
+    calls = "two calls" if two else "one call"
+    return f"{entry.label} has {calls} of the denoiser a step, {release.release} {said}"
