@@ -16,6 +16,7 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
+import coeffs
 from benchmarks.common import table, write
 
 
@@ -49,14 +50,14 @@ def main(
 ) -> None:
     from calibrate.planning.problem import Problem, fit_weights
     from calibrate.runs.gram_log import load_gram
-    from calibrate.trials.baselines import schedule_setting
     from calibrate.trials.case import open_case
     from calibrate.trials.measures import latent_rel_l2
     from calibrate.trials.sampler import Sampler
+    from calibrate.trials.setting import plan_setting
 
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     log = load_gram(run)
-    sampler = Sampler(case.pipeline, case.arguments, case.accepts)
+    sampler = Sampler(case.session)
     prompts = case.recorded_prompts[:num_prompts]
     references = [sampler(prompt).latents for prompt in prompts]
     problem = Problem.of(log.select([log.prompt_ids.index(prompt.prompt_id) for prompt in prompts]))
@@ -77,9 +78,12 @@ def main(
         for number, schedule in enumerate(chosen):
             key = f"{forecast} {schedule}"
             if key not in done:
-                rows_of = weights[schedule].rows if weights else None
-                setting = schedule_setting("random", schedule, forecast, "output", rows_of)
-                samples = [sampler.run(setting, prompt, entries={}) for prompt in prompts]
+                rows_of = tuple(weights[schedule].rows.values()) if weights else None
+                plan = coeffs.Plan(
+                    schedule=schedule, forecast=forecast, forecast_of="output", weights=rows_of
+                )
+                setting = plan_setting("random", plan)
+                samples = [sampler.run(setting, prompt) for prompt in prompts]
                 done[key] = [
                     latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)
                 ]

@@ -16,7 +16,7 @@ from calibrate.runs.pairs import load_run
 from calibrate.recording.record import record
 from calibrate.verifying.verify import verify
 
-POLICIES = ("gate", "apart", "uniform", "growing", "fewer-steps", "magcache", "first-block-cache", "sea-cache")
+POLICIES = ("gate", "apart", "uniform", "fewer-steps", "magcache", "first-block-cache", "sea-cache")
 SHOWN_SAMPLES = 3
 
 
@@ -24,7 +24,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "example-run"
         record("tiny-longcat-image", num_prompts=10, out=folder)
-        coeffs.save(draft_entry(load_run(folder), command="calibrate fit RUN"), folder / "entry.yaml")
+        coeffs.save(
+            draft_entry(load_run(folder), command="calibrate fit RUN"), folder / "entry.yaml"
+        )
         found = verify(folder, num_prompts=6, budgets=[21, 14, 8], policies=POLICIES)
         thin_out(folder, found.results)
         target = example_run()
@@ -39,7 +41,9 @@ def thin_out(folder: Path, results) -> None:
     for name in ("timing", "gram", "failures", "corrupt", "inputs", "report"):
         shutil.rmtree(folder / name, ignore_errors=True)
     budgets = sorted(results["budget"].unique())
-    shown = results[results["sample"].notna() & (results["budget"] == budgets[len(budgets) // 2])].head(SHOWN_SAMPLES)
+    shown = results[
+        results["sample"].notna() & (results["budget"] == budgets[len(budgets) // 2])
+    ].head(SHOWN_SAMPLES)
     keep = {*shown["sample"], *shown["reference"]}
     for path in [*(folder / "verify").rglob("*"), folder / "lock"]:
         if path.is_file() and path.name not in keep | {"results.parquet", "verification.json"}:

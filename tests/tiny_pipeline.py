@@ -104,3 +104,13 @@ class TinyExperts(TinyPipeline):
 
     def denoiser(self, time):
         return self.transformer if time >= self.boundary else self.transformer_2
+
+
+def tiny_session(pipe, **arguments):
+    """The pipeline as a loaded session, called with these arguments."""
+    from calibrate.model.call import prepare_call
+    from calibrate.model.checkpoint import find_checkpoint
+    from calibrate.model.session import load_session
+
+    call = prepare_call(type(pipe).__call__, None, pipe_args=arguments)
+    return load_session(find_checkpoint(pipe), call)

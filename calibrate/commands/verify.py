@@ -70,8 +70,8 @@ class _Numbers(click.ParamType):
 @click.option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, "
-    "uniform-quadratic-output, uniform-fitted, growing, fewer-steps, fewer-steps-2, magcache, published, "
+    help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, uniform-fitted, "
+    "fewer-steps, fewer-steps-2, magcache, published, "
     "first-block-cache, mag-cache, sea-cache [default: all].",
 )
 @click.option(

@@ -12,7 +12,8 @@ import coeffs
 from calibrate.planning.problem import MOST_STEPS, Weights, local_search
 from calibrate.planning.stages import StagedProgram, Stages
 from calibrate.runs.gram_log import GramLog
-from calibrate.trials.baselines import Setting, check_budget, schedule_setting
+from calibrate.trials.baselines import check_budget
+from calibrate.trials.setting import Setting, plan_setting
 
 UNIFORM = "uniform, reuse"
 UNIFORM_LINEAR = "uniform, linear"
@@ -54,9 +55,14 @@ class Candidate:
 
     def setting(self, policy: str | None = None) -> Setting:
         """As the verification's bench runs it; the same schedule and forecast is the same result under any name."""
-        return schedule_setting(
-            policy or self.name, self.schedule, self.forecast, self.forecast_of, self.weights
+        weights = tuple(self.weights[step] for step in sorted(self.weights)) or None
+        plan = coeffs.Plan(
+            schedule=self.schedule,
+            forecast=self.forecast if weights or self.forecast != "fitted" else None,
+            forecast_of=self.forecast_of,
+            weights=weights,
         )
+        return plan_setting(policy or self.name, plan)
 
     def as_plan(self, logs: Sequence[GramLog], figures: Mapping[str, float | None]) -> coeffs.Plan:
         """The record of an entry."""
@@ -148,7 +154,7 @@ class Planner:
         distinct: dict[str, Candidate] = {}
         for candidate in found:
             setting = candidate.setting("")
-            distinct.setdefault(json.dumps(setting.parameters, sort_keys=True), candidate)
+            distinct.setdefault(json.dumps(setting.identity(), sort_keys=True), candidate)
         return list(distinct.values())
 
     def shortlist(self, computed: int, most: int) -> list[Candidate]:

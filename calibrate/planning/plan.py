@@ -22,9 +22,9 @@ from calibrate.runs.entry_file import update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
-from calibrate.trials.baselines import Setting, check_budget
-from calibrate.verifying.comparison import main_measure
-from calibrate.verifying.lineup import FEWER_STEPS, PLAN, Contest
+from calibrate.trials.baselines import check_budget
+from calibrate.trials.measures import main_measure
+from calibrate.trials.setting import FEWER_STEPS, PLAN, Setting
 
 CHOOSING_PROMPTS = 6
 JUDGED_PROMPTS = 8
@@ -87,13 +87,11 @@ def plan(
         return [
             _planned(planner, budget, found, best[budget]) for budget, found in shortlists.items()
         ]
-    from calibrate.trials.case import open_case
-    from calibrate.verifying.verify import held_out_prompts
+    from calibrate.trials.case import held_out_prompts, open_case
 
     case = open_case(source, model=model, registry=None, out=None, dtype=dtype, device=device)
     if num_steps != case.num_steps:
-        arguments = {**case.arguments, "num_inference_steps": num_steps}
-        case = replace(case, arguments=arguments, num_steps=num_steps)
+        case = case.at_steps(num_steps)
     held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)
     if len(held_out.prompts) < 2:
         raise InvalidOption(
@@ -196,9 +194,9 @@ def _planned(
 def _results(
     case: Any, prompts: PromptSet, settings: list[Setting], progress: bool
 ) -> pd.DataFrame:
-    from calibrate.trials.bench import Bench
+    from calibrate.trials.bench import Bench, Entered
 
-    frame, refused = Bench(case, prompts, None, progress).results(Contest(settings, {}))
+    frame, refused = Bench(case, prompts, None, progress).results(Entered(settings))
     if frame.empty or PLAN in refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no plan could be run ({reasons})")

@@ -16,8 +16,9 @@ from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.folder import write_atomically
 from calibrate.runs.gram_log import GramLog
 from calibrate.text import aligned
-from calibrate.verifying.comparison import capped, main_measure, mean_interval
-from calibrate.verifying.lineup import FEWER_STEPS, PLAN
+from calibrate.trials.measures import capped, main_measure
+from calibrate.trials.setting import FEWER_STEPS, PLAN
+from calibrate.verifying.comparison import mean_interval
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from calibrate.fitting.intervals import bootstrap
 from calibrate.fitting.least_squares import FitResult
 from calibrate.fitting.replay import Search, polynomials, replay, summarise
 from calibrate.runs.pairs import Run, load_run
+from calibrate.trials.setting import GATE, branches_of, gate_config
 from calibrate.verifying.comparison import Comparison, first_lines, judge_plan
-from calibrate.verifying.lineup import GATE, branches_of, gate_config
 from calibrate.verifying.results import Verification, load_verification
 from coeffs import Entry, Fit, Polynomial
 

@@ -1,83 +1,19 @@
-"""When to compute: the rules that a fitted gate is compared with, as plans of one letter per step, and its threshold.
+"""When to compute: the rules that a gate and a plan are compared with, as schedules of one letter per step.
 
-A plan is ``"CCSC..."``: C computes the block stack, S reuses what it last added. Pure: no model, no tensors.
+A schedule is ``"CCSC..."``: C computes the block stack, S reuses what it last added. No model, no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from calibrate.errors import CalibrateError
 
-GROWTH = 1.5  # exponent of the growing interval: computed step i of B lies at T (i / B)^1.5
 DEFAULT_FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)
 
 
 class InvalidBudget(CalibrateError, ValueError):
     """A number of computed steps that a schedule cannot have."""
-
-
-class Refused(CalibrateError):
-    """A policy that this model, this run or this version of diffusers does not take; says why."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run the model: what it is called, how many steps it is meant to compute, and how.
-
-    Attributes:
-        kind: ``gate`` (a threshold with an entry), ``schedule`` (a plan), ``fewer_steps`` (a shorter schedule, nothing
-            cached; with ``solver_order`` 2 another solver) or the name of one of diffusers' own caches.
-        parameters: What the kind needs, as plain data; with the name it identifies the results.
-    """
-
-    policy: str
-    kind: str
-    budget: int
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-def forecast_parameters(
-    forecast: str | None,
-    forecast_of: str | None,
-    weights: Mapping[int, Sequence[float]] | None = None,
-) -> dict[str, Any]:
-    """A forecast as a setting's parameters. What the runtime does anyway is left out, so that one way to run is one
-    setting whoever describes it, and results keep their keys.
-
-    Args:
-        weights: Of a fitted forecast: step -> weights of the last computed steps; without any, nothing is forecast.
-    """
-    found: dict[str, Any] = {}
-    if forecast not in (None, "reuse") and (forecast != "fitted" or weights):
-        found["forecast"] = forecast
-    if forecast_of not in (None, "residual"):
-        found["forecast_of"] = forecast_of
-    if weights:
-        found["weights"] = {str(step): list(row) for step, row in weights.items()}
-    return found
-
-
-def schedule_setting(
-    policy: str,
-    schedule: str,
-    forecast: str | None = None,
-    forecast_of: str | None = None,
-    weights: Mapping[int, Sequence[float]] | None = None,
-    *,
-    budget: int | None = None,
-) -> Setting:
-    """A fixed schedule with the forecast of its skipped steps.
-
-    Args:
-        budget: What it was made for, where that is not the number of steps it computes.
-    """
-    parameters = {"schedule": schedule, **forecast_parameters(forecast, forecast_of, weights)}
-    return Setting(
-        policy, "schedule", schedule.count("C") if budget is None else budget, parameters
-    )
 
 
 def default_budgets(num_steps: int) -> list[int]:
@@ -102,16 +38,6 @@ def uniform(num_steps: int, computed: int) -> str:
     """Every so-many-th step: computed step i lies at ``floor(i T / B)``. The baseline that a gate has to beat."""
     check_budget(computed, num_steps)
     return _plan([i * num_steps // computed for i in range(computed)], num_steps)
-
-
-def growing_interval(num_steps: int, computed: int) -> str:
-    """Dense at the start, ever sparser towards the image (``GROWTH``)."""
-    check_budget(computed, num_steps)
-    positions: list[int] = []
-    for i in range(computed):
-        position = int(num_steps * (i / computed) ** GROWTH)
-        positions.append(max(position, positions[-1] + 1) if positions else 0)
-    return _plan(positions, num_steps)
 
 
 def magcache(
@@ -163,46 +89,6 @@ def magcache_at(ratios: Sequence[float], num_steps: int, computed: int) -> str:
         if best.count("C") == computed:
             break
     return best
-
-
-def threshold_for(count: Callable[[float], float], budget: float, *, largest: float = 1e9) -> float:
-    """Threshold at which ``count`` (computed steps, falling with the threshold) comes nearest to the budget."""
-    low, high = 0.0, 1e-6
-    while count(high) > budget and high < largest:
-        low, high = high, high * 4
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if count(middle) > budget else (low, middle)
-    return min((high, low), key=lambda threshold: abs(count(threshold) - budget))
-
-
-def tune_threshold(
-    replayed: Callable[[float], float],
-    measured: Callable[[float], float],
-    budget: float,
-    *,
-    tries: int = 4,
-    tolerance: float = 0.5,
-) -> tuple[float, float]:
-    """Threshold whose real runs compute ``budget`` steps, and how many they do.
-
-    Replay proposes; where the real count is off, replay is asked for a budget moved by the difference.
-
-    Args:
-        replayed: Mean computed steps of the replay at a threshold (cheap).
-        measured: Mean computed steps of real runs (dear): called at most ``tries`` times.
-    """
-    aim, tried = budget, {}
-    for _ in range(tries):
-        threshold = threshold_for(replayed, aim)
-        if threshold in tried:
-            break
-        tried[threshold] = measured(threshold)
-        if abs(tried[threshold] - budget) <= tolerance:
-            break
-        aim += budget - tried[threshold]
-    best = min(tried, key=lambda threshold: abs(tried[threshold] - budget))
-    return best, tried[best]
 
 
 def disagreement(replayed: str, real: str) -> int:

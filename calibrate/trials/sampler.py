@@ -1,11 +1,12 @@
-"""Running a pipeline under a setting (gate, plan, fewer steps, one of diffusers' caches) and keeping what it made."""
+"""Running a session under a setting (gate, plan, fewer steps, another cache) and keeping what it made."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,14 @@ import torch
 
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
-from calibrate.trials.baselines import Refused, Setting
-from calibrate.trials.rivals import second_order
-from coeffs import Entry
-from runtime.apply import apply_tea_cache, denoisers
-from runtime.compat.diffusers_private import hook_registry
-from runtime.decide.forecast import Forecast
-from runtime.watch.blocks import find_blocks
+from calibrate.model.session import Session
+from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, second_order
+from calibrate.trials.setting import Refused, Setting
+from runtime.apply import apply_tea_cache
 
 STEPS = "num_inference_steps"
-DIFFUSERS_CACHES = ("FirstBlockCache", "MagCache", "SeaCache")
+
+Patterns = dict[str, str]  # "expert/branch" -> "CCSC..."
 
 
 class NothingSampled(CalibrateError):
@@ -36,86 +35,68 @@ class Sample:
     Attributes:
         media: Image (height, width, channels) or video (frames first) in [0, 1], or a waveform (channels, samples);
             several where the pipeline makes picture and sound.
-        latents: What was handed to the decoder, flat; ``None`` where nothing was decoded.
+        latents: What was handed to the decoder, flat; None where nothing was decoded.
         seconds: Wall time of the whole pipeline call.
-        patterns: ``"expert/branch" -> "CCSC..."`` where the runtime's hooks decided.
+        patterns: Of every branch where hooks decided.
         computed_steps: Mean over branches, summed over experts.
     """
 
     media: list[np.ndarray]
     latents: np.ndarray | None
     seconds: float
-    patterns: dict[str, str] = field(default_factory=dict)
+    patterns: Patterns = field(default_factory=dict)
     computed_steps: float = float("nan")
+
+    @property
+    def is_finite(self) -> bool:
+        return all(np.isfinite(array).all() for array in self.media)
 
 
 class Sampler:
-    """Generates samples of one pipeline with the same call arguments and seeds.
+    """Generates samples of one session with the same arguments and seeds.
 
     Args:
-        pipeline: A diffusers pipeline.
-        arguments: Of every call, besides the prompt's own (``run.yaml``'s ``call``).
-        accepts: Whether the pipeline takes an argument.
+        images: Where the images that prompts name are.
     """
 
-    def __init__(
-        self, pipeline: Any, arguments: Mapping[str, Any], accepts: Callable[[str], bool]
-    ) -> None:
-        self.pipeline = pipeline
-        self.arguments = dict(arguments)
-        if accepts("output_type"):
-            self.arguments["output_type"] = "np"
+    def __init__(self, session: Session, images: Mapping[str, Path] | None = None) -> None:
+        self.session = session
+        self.images = dict(images or {})
+        self._overrides = {"output_type": "np"} if session.accepts("output_type") else {}
 
-    def __call__(
-        self, prompt: Prompt, images: Sequence[Any] = (), *, num_steps: int | None = None
-    ) -> Sample:
+    def __call__(self, prompt: Prompt, *, num_steps: int | None = None) -> Sample:
         """One generation of ``prompt`` with its seed, under whatever is applied to the pipeline."""
-        arguments = {**self.arguments, "prompt": prompt.prompt}
+        overrides: dict[str, Any] = dict(self._overrides)
         if num_steps is not None:
-            if {"sigmas", "timesteps"} & set(arguments):
+            if {"sigmas", "timesteps"} & set(self.session.arguments):
                 raise Refused(
                     "the schedule is given step by step (sigmas or timesteps) and cannot be shortened"
                 )
-            arguments[STEPS] = num_steps
-        if prompt.negative_prompt is not None:
-            arguments["negative_prompt"] = prompt.negative_prompt
-        if images:
-            arguments["image"] = images[0] if len(images) == 1 else list(images)
-        generator = torch.Generator("cpu").manual_seed(prompt.seed)
-        with torch.inference_mode(), _captured_latents(self.pipeline) as latents:
+            overrides[STEPS] = num_steps
+        with torch.inference_mode(), _captured_latents(self.session.pipeline) as latents:
             _synchronize()
             begun = time.perf_counter()
-            output = self.pipeline(**arguments, generator=generator)
+            output = self.session.generate(prompt, self.images, **overrides)
             _synchronize()
             seconds = time.perf_counter() - begun
-        return Sample(
-            _media(output),
-            np.concatenate([part.ravel() for part in latents]) if latents else None,
-            seconds,
-        )
+        flat = np.concatenate([part.ravel() for part in latents]) if latents else None
+        return Sample(_media(output), flat, seconds)
 
-    def run(
-        self,
-        setting: Setting,
-        prompt: Prompt,
-        images: Sequence[Any] = (),
-        *,
-        entries: Mapping[str, Entry],
-    ) -> Sample:
+    def run(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation under ``setting``; the pipeline is as before afterwards."""
-        with _applied(self.pipeline, setting, entries) as patterns:
-            shorter = setting.budget if setting.kind == "fewer_steps" else None
+        shorter = setting.budget if setting.kind == "fewer_steps" else None
+        with _applied(self.session, setting) as patterns_of:
             try:
-                sample = self(prompt, images, num_steps=shorter)
+                sample = self(prompt, num_steps=shorter)
             except Exception as error:
                 if setting.kind not in DIFFUSERS_CACHES:
                     raise
                 raise Refused(
                     f"{setting.policy} fails on this model: {' '.join(str(error).split())[:200]}"
                 ) from error
-            found = patterns()
-        computed = float(setting.budget) if setting.kind == "fewer_steps" else computed_steps(found)
-        return replace(sample, patterns=found, computed_steps=computed)
+            patterns = patterns_of()
+        computed = computed_steps(patterns) if shorter is None else float(shorter)
+        return replace(sample, patterns=patterns, computed_steps=computed)
 
 
 def computed_steps(patterns: Mapping[str, str]) -> float:
@@ -126,6 +107,26 @@ def computed_steps(patterns: Mapping[str, str]) -> float:
     return float(sum(np.mean(values) for values in counts.values()))
 
 
+@contextmanager
+def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patterns]]:
+    """Install a setting; the function that is yielded tells the patterns of the generation that followed."""
+    options = dict(setting.options)
+    if setting.kind == "fewer_steps":
+        better = options.get("solver_order") == 2
+        with second_order(session.pipeline) if better else nullcontext():
+            yield dict
+    elif setting.kind in DIFFUSERS_CACHES:
+        with diffusers_cache(session.modules, setting.kind, options) as patterns_of:
+            yield patterns_of
+    else:
+        target = session.pipeline
+        with apply_tea_cache(target, setting.entry, schedule=setting.plan, **options) as cache:
+            yield lambda: {
+                f"{expert}/{branch}": seen.pattern
+                for (expert, branch), seen in cache.stats.branches.items()
+            }
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -134,7 +135,8 @@ def _synchronize() -> None:
 @contextmanager
 def _captured_latents(pipeline: Any) -> Iterator[list[np.ndarray]]:
     """The first argument of every ``vae.decode``: the final latents of any pipeline that decodes."""
-    decoder, kept = getattr(pipeline, "vae", None), []
+    decoder: Any = getattr(pipeline, "vae", None)
+    kept: list[np.ndarray] = []
     original = getattr(decoder, "decode", None)
     if original is None:
         yield kept
@@ -153,135 +155,24 @@ def _captured_latents(pipeline: Any) -> Iterator[list[np.ndarray]]:
 
 def _media(output: Any) -> list[np.ndarray]:
     """The first sample of everything a pipeline returned that can be looked at or listened to."""
-    found = []
+    media = []
     for name in ("images", "frames", "videos", "audios", "audio"):
         value = getattr(output, name, None)
-        if value is None or len(value) == 0:
-            continue
-        first = value[0]
-        array = (
-            first.detach().float().cpu().numpy()
-            if isinstance(first, torch.Tensor)
-            else np.asarray(first)
-        )
-        if array.dtype == np.uint8:
-            array = array.astype(np.float32) / 255
-        if array.ndim == 1:
-            array = array[None]
-        found.append(array.astype(np.float32))
-    if not found:
+        if value is not None and len(value) > 0:
+            media.append(_array(value[0]))
+    if not media:
         raise NothingSampled(
             f"{type(output).__name__} holds no images, frames or audios; verify needs one of them"
         )
-    return found
+    return media
 
 
-@contextmanager
-def _applied(
-    pipeline: Any, setting: Setting, entries: Mapping[str, Entry]
-) -> Iterator[Callable[[], dict[str, str]]]:
-    """Install a setting; what is yielded tells the patterns of the generation that followed."""
-    options = dict(setting.parameters)
-    if setting.kind == "fewer_steps":
-        with second_order(pipeline) if options.get("solver_order") == 2 else nullcontext():
-            yield dict
-    elif setting.kind in DIFFUSERS_CACHES:
-        with _diffusers_cache(pipeline, setting.kind, options) as patterns:
-            yield patterns
-    else:
-        entry = entries[options.pop("entry")] if setting.kind == "gate" else None
-        if options.get("forecast") == "fitted":  # its weights are plain data: text keys, lists
-            rows = {int(step): tuple(row) for step, row in options.pop("weights").items()}
-            options["forecast"] = Forecast("fitted", rows)
-        with apply_tea_cache(pipeline, entry, **options) as cache:
-            yield lambda: {
-                f"{e}/{b}": found.pattern for (e, b), found in cache.stats.branches.items()
-            }
-
-
-@contextmanager
-def _diffusers_cache(
-    pipeline: Any, name: str, options: Mapping[str, Any]
-) -> Iterator[Callable[[], dict[str, str]]]:
-    """One of diffusers' own caches on every denoiser. Raises :class:`Refused` where it cannot be enabled."""
-    import diffusers
-
-    config = getattr(diffusers, f"{name}Config", None)
-    if config is None:
-        raise Refused(f"diffusers {diffusers.__version__} has no {name}")
-    modules = denoisers(pipeline)
-    before = {part: set(registry.hooks) for part, registry in _registries(modules)}
-    counters = {}
-    try:
-        for expert, module in modules.items():
-            if not hasattr(module, "enable_cache"):
-                raise Refused(f"{type(module).__name__} has no enable_cache")
-            try:
-                module.enable_cache(config(**options))
-            except (
-                Exception
-            ) as error:  # whatever a cache raises on a model it was not written for is a refusal
-                raise Refused(
-                    f"{name} on {type(module).__name__}: {' '.join(str(error).split())[:200]}"
-                ) from None
-            counters[expert] = _StackCounter(module)
-        yield lambda: {
-            f"{expert}/branch {index}": pattern
-            for expert, counter in counters.items()
-            for index, pattern in enumerate(counter.patterns())
-        }
-    finally:
-        for counter in counters.values():
-            counter.remove()
-        for module in modules.values():
-            if getattr(module, "is_cache_enabled", False):
-                module.disable_cache()
-        # A refusal half-way leaves hooks behind, which disable_cache does not know of.
-        for part, registry in _registries(modules):
-            for hook in set(registry.hooks) - before.get(part, set()):
-                registry.remove_hook(hook, recurse=False)
-
-
-def _registries(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, Any]]:
-    for module in modules.values():
-        for part in module.modules():
-            registry = hook_registry(part)
-            if registry is not None:
-                yield part, registry
-
-
-class _StackCounter:
-    """One letter per denoiser call: C where a module inside the last block ran, S where it did not.
-
-    Calls of one timestep belong to different branches, in turn.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._letters: dict[float, str] = {}
-        self._ran = False
-        inside = [
-            part for part in find_blocks(module)[-1][1].modules() if not list(part.children())
-        ]
-        self._handles = [part.register_forward_pre_hook(self._inside) for part in inside]
-        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
-
-    def _inside(self, module: torch.nn.Module, args: tuple) -> None:
-        self._ran = True
-
-    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        time_of = kwargs.get("timestep")
-        key = (
-            float(time_of.flatten()[0])
-            if isinstance(time_of, torch.Tensor)
-            else float(len(self._letters))
-        )
-        self._letters[key] = self._letters.get(key, "") + ("C" if self._ran else "S")
-        self._ran = False
-
-    def patterns(self) -> list[str]:
-        """One pattern per branch."""
-        return ["".join(letters) for letters in zip(*self._letters.values(), strict=False)]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+def _array(sample: Any) -> np.ndarray:
+    if isinstance(sample, torch.Tensor):
+        sample = sample.detach().float().cpu()
+    array = np.asarray(sample)
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255
+    if array.ndim == 1:
+        array = array[None]
+    return array.astype(np.float32)

@@ -14,20 +14,11 @@ import pandas as pd
 
 from calibrate.fitting.intervals import draw_prompts, student_interval
 from calibrate.text import aligned
-from calibrate.verifying.lineup import FEWER_STEPS, FEWER_STEPS_2, GATE, PLAN, UNIFORM
+from calibrate.trials.measures import MEASURES, capped, main_measure, measured
+from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, GATE, PLAN, UNIFORM
 
-CEILING_DB = 100.0  # a bit-identical sample counts as this in means and differences
 RESAMPLES = 2000
 SLACK = 0.5  # steps that a gate may lie outside the range of the baseline's budgets
-MEASURES = (
-    "psnr_db",
-    "ssim",
-    "ms_ssim",
-    "latent_rel_l2",
-    "snr_db",
-    "log_spectral_distance_db",
-    "lpips",
-)
 UNIT = ["prompt_id", "seed"]
 
 
@@ -79,11 +70,6 @@ def _named(policy: str) -> str:
     return f"the {policy}" if policy.startswith((PLAN, GATE)) else policy
 
 
-def main_measure(results: pd.DataFrame) -> str:
-    """PSNR for images and video, SNR for sound."""
-    return "psnr_db" if "psnr_db" in results and results["psnr_db"].notna().any() else "snr_db"
-
-
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean over prompts with its 95 % interval, by bootstrap over prompts; NaN bounds below three prompts."""
     values = np.asarray(values, float)
@@ -95,13 +81,6 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     resampled = draw_prompts(len(values), RESAMPLES) @ values / len(values)
     low, high = student_interval(mean, resampled, len(values))
     return mean, float(low), float(high)
-
-
-def capped(results: pd.DataFrame, measure: str) -> pd.Series:
-    """The measure with bit-identical samples, whose dB are infinite (stored as missing), at ``CEILING_DB``."""
-    if not measure.endswith("_db") or measure == "log_spectral_distance_db":
-        return results[measure]
-    return results[measure].fillna(CEILING_DB).clip(upper=CEILING_DB)
 
 
 def summarize(results: pd.DataFrame) -> pd.DataFrame:
@@ -131,11 +110,10 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
                 "worst": float(values.min()),
                 "worst_prompt": group.loc[values.idxmin(), "prompt"],
             }
-            for measure in MEASURES:
-                if measure in group and group[measure].notna().any():
-                    of_prompt = capped(group, measure).groupby(group["prompt_id"]).mean()
-                    mean, low, high = mean_interval(of_prompt.to_numpy())
-                    row |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}
+            for name in (measure.name for measure in measured(group)):
+                of_prompt = capped(group, name).groupby(group["prompt_id"]).mean()
+                mean, low, high = mean_interval(of_prompt.to_numpy())
+                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -270,27 +248,23 @@ def _by_how_much(row: dict, num_steps: int) -> str:
 
 def verdict_table(summary: pd.DataFrame) -> str:
     """The summary as plain text: one row per policy and budget, intervals beside the main measure."""
-    measure = summary["measure"].iloc[0]
-    header = (
-        "policy",
-        "threshold",
-        "computed",
-        "speed-up",
-        measure,
-        "95 % interval",
-        "worst",
-        "SSIM",
-        "latent error",
-    )
+    main = summary["measure"].iloc[0]
+    others = [measure for measure in measured(summary) if measure.name != main]
+    columns = ["policy", "threshold", "computed", "speed-up", main, "95 % interval", "worst"]
     rows = []
     for row in summary.to_dict("records"):
-        rows.append((
-            row["policy"], _text(row["threshold"], ".4g"), f"{row['computed_steps']:.1f} of {row['num_steps']}",
-            f"{row['speedup']:.2f}", _text(row.get(measure), ".1f"),
-            f"{_text(row.get(f'{measure}_low'), '.1f')} to {_text(row.get(f'{measure}_high'), '.1f')}",
-            _text(row.get("worst"), ".1f"), _text(row.get("ssim"), ".3f"), _text(row.get("latent_rel_l2"), ".3f"),
-        ))  # fmt: skip
-    return aligned(header, rows)
+        low, high = _text(row.get(f"{main}_low"), ".1f"), _text(row.get(f"{main}_high"), ".1f")
+        cells = [
+            row["policy"],
+            _text(row["threshold"], ".4g"),
+            f"{row['computed_steps']:.1f} of {row['num_steps']}",
+            f"{row['speedup']:.2f}",
+            _text(row.get(main), f".{MEASURES[main].digits}f"),
+            f"{low} to {high}",
+            _text(row.get("worst"), f".{MEASURES[main].digits}f"),
+        ]
+        rows.append([*cells, *(_text(row[m.name], f".{m.digits}f") for m in others)])
+    return aligned([*columns, *(measure.label for measure in others)], rows)
 
 
 def _text(value: float | None, form: str) -> str:

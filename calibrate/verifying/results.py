@@ -12,8 +12,8 @@ import pandas as pd
 
 from calibrate.errors import InvalidOption
 from calibrate.runs.folder import write_atomically
+from calibrate.trials.setting import GATE
 from calibrate.verifying.comparison import Comparison, judge, summarize
-from calibrate.verifying.lineup import GATE
 
 _MAPPINGS = ("patterns", "replayed")  # columns of dicts, kept as JSON
 

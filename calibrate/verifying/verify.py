@@ -15,20 +15,20 @@ import numpy as np
 import pandas as pd
 
 import coeffs
-from calibrate.errors import InvalidOption, InvalidPrompts
-from calibrate.model.prompts import PromptSet, load_prompts
-from calibrate.trials import measures as metrics
+from calibrate.errors import InvalidOption
 from calibrate.trials.baselines import check_budget, default_budgets
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
-from calibrate.trials.lpips import VARIANT, Lpips
+from calibrate.trials.case import Case, held_out_prompts, open_case
+from calibrate.trials.lpips import Lpips
+from calibrate.trials.measures import MEASURES, measured
+from calibrate.trials.setting import GATE
 from calibrate.verifying import comparison as verdict
-from calibrate.verifying.lineup import GATE, POLICIES, contest, entrants, given_gate
+from calibrate.verifying.lineup import Lineup, checked_policies, entered
 from calibrate.verifying.results import Verification, write_verification
+from calibrate.verifying.tuning import given_gate
 from coeffs import Entry
 
 NUM_PROMPTS = 10
-HELD_OUT_SET = "held-out"
 VERDICT = "on real cached runs: "
 Say = Callable[[str], None]
 
@@ -67,7 +67,7 @@ def verify(
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be verified, and why.
     """
-    chosen = _checked_policies(policies)
+    chosen = checked_policies(policies)
     if budgets and thresholds:
         raise InvalidOption(
             "--budgets and --thresholds: one follows from the other; give one of them"
@@ -81,18 +81,20 @@ def verify(
     held_out = held_out_prompts(case, prompts, num_prompts, seed, images)
     bench = Bench(case, held_out, perceptual, progress)
     recorded = case.run or bench.signals()
-    gate = given_gate(case.entry, sorted(set(thresholds)), recorded) if thresholds else None
-    steps = sorted(
-        {s.budget for s in gate} if gate else set(budgets or default_budgets(case.num_steps)),
-        reverse=True,
+    thresholds = sorted(set(thresholds or ()))
+    if thresholds:
+        budgets = [setting.budget for setting in given_gate(case.entry, thresholds, recorded)]
+    lineup = Lineup(
+        entry=case.entry,
+        run=recorded,
+        num_steps=case.num_steps,
+        budgets=sorted(set(budgets or default_budgets(case.num_steps)), reverse=True),
+        thresholds=thresholds,
+        counted=bench.tuning_count,
+        known=coeffs.entries(registry),
+        transformer_class=case.transformer_class,
     )
-    gates = entrants(case.entry, chosen, coeffs.entries(registry), case.transformer_class, recorded)
-    bench.entries = gates.gates
-    entered = contest(
-        gates, recorded, gate, steps, case.num_steps, chosen, bench.tuning_count,
-        lambda name: say(f"preparing {name}"),
-    )  # fmt: skip
-    results, refused = bench.results(entered)
+    results, refused = bench.results(entered(lineup, chosen, say))
     if results.empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")
@@ -102,79 +104,61 @@ def verify(
     return found
 
 
-def held_out_prompts(
-    case: Case, prompts: Any, num_prompts: int, seed: int, images: Iterable[str | os.PathLike]
-) -> PromptSet:
-    """Prompts that the run did not record, by content and whatever their seed."""
-    recorded = {row["prompt_id"] for row in case.manifest.get("prompts", [])}
-    images = list(images)
-    sources = [case.prompt_source if prompts is None else prompts]
-    if sources == ["default"]:
-        sources.append(HELD_OUT_SET)
-    for source in sources:
-        found = load_prompts(source, seed=seed, images=images)
-        unseen = tuple(prompt for prompt in found.prompts if prompt.prompt_id not in recorded)
-        if unseen:
-            return replace(found, prompts=unseen[:num_prompts])
-    raise InvalidPrompts(
-        f"{found.name}: every prompt of it was recorded for the fit; give others with --prompts"
-    )
-
-
 def verified_entry(entry: Entry, found: Verification) -> Entry:
     """The entry with the fitted gate's verified thresholds, and with a warning where it did not win."""
     rows = found.summary[(found.summary["policy"] == GATE) & (found.summary["broken"] == 0)]
-    thresholds = []
-    for row in rows.sort_values("threshold").to_dict("records"):
-        values = {name: row.get(name) for name in ("psnr_db", "ssim", "ms_ssim", "latent_rel_l2")}
-        thresholds.append(coeffs.Threshold(
-            threshold=row["threshold"], computed_steps=row["computed_steps"], num_steps=row["num_steps"],
-            speedup=row["speedup"], kind="verified", hardware=found.facts["device"],
-            worst_psnr_db=row["worst"] if row["measure"] == "psnr_db" else None,
-            note=f"{row['prompts']} held-out prompts; speed-up of the whole pipeline call",
-            **{name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)},
-        ))  # fmt: skip
-    kept = tuple(row for row in entry.thresholds if row.kind != "verified")
+    rows = rows.sort_values("threshold").to_dict("records")
+    verified = [_threshold(row, found.facts["device"]) for row in rows]
+    kept = [row for row in entry.thresholds if row.kind != "verified"]
     warnings = [text for text in entry.warnings if not text.startswith(VERDICT)]
     if found.comparisons and verdict.deciding(found.comparisons).outcome != "better":
         warnings.append(VERDICT + found.headline)
-    return replace(entry, thresholds=(*kept, *thresholds), warnings=tuple(warnings))
+    return replace(entry, thresholds=(*kept, *verified), warnings=tuple(warnings))
+
+
+def _threshold(row: dict[str, Any], device: str) -> coeffs.Threshold:
+    fields = coeffs.Threshold.__dataclass_fields__
+    figures = {
+        name: float(row[name])
+        for name in MEASURES
+        if name in fields and np.isfinite(row.get(name, np.nan))
+    }
+    return coeffs.Threshold(
+        threshold=row["threshold"],
+        computed_steps=row["computed_steps"],
+        num_steps=row["num_steps"],
+        speedup=row["speedup"],
+        kind="verified",
+        hardware=device,
+        worst_psnr_db=row["worst"] if row["measure"] == "psnr_db" else None,
+        note=f"{row['prompts']} held-out prompts; speed-up of the whole pipeline call",
+        **figures,
+    )
 
 
 def _conclude(
     case: Case, bench: Bench, results: pd.DataFrame, refused: dict[str, str]
 ) -> Verification:
     comparisons = verdict.judge(results, GATE)
-    floors = [bench.facts(prompt)["floor"] for prompt in bench.prompts.prompts]
-    variants = metrics.VARIANTS | {"lpips": VARIANT}
+    broken = results.groupby("policy")["broken"].sum()
     facts = {
         "headline": _headline(comparisons, refused),
         "entry": case.entry.label,
         "model": str(case.manifest.get("model") or case.entry.model),
         "transformer_class": case.transformer_class,
-        "device": case.device,
+        "device": case.session.device_name,
         "num_steps": case.num_steps,
         "prompts": [prompt.as_dict() for prompt in bench.prompts.prompts],
         "prompt_set": bench.prompts.name,
         "refused": refused,
-        "broken": {
-            str(name): int(count)
-            for name, count in results.groupby("policy")["broken"].sum().items()
-            if count
-        },
+        "broken": {str(name): int(count) for name, count in broken.items() if count},
         "uncached_seconds": float(results["uncached_seconds"].mean()),
-        "floor": {
-            "identical": all(floor["identical"] for floor in floors),
-            "worst_psnr_db": min(
-                (f["psnr_db"] for f in floors if f.get("psnr_db") is not None), default=None
-            ),
-        },
+        "floor": bench.floor(),
         "drift": _drift(results[results["policy"] == GATE]),
-        "measures": {name: text for name, text in variants.items() if name in results},
+        "measures": {measure.name: measure.text for measure in measured(results)},
     }
-    return Verification(
-        results, verdict.summarize(results), comparisons, facts, case.folder / "verify"
-    )
+    summary = verdict.summarize(results)
+    return Verification(results, summary, comparisons, facts, case.folder / "verify")
 
 
 def _headline(comparisons: list[verdict.Comparison], refused: dict[str, str]) -> str:
@@ -184,21 +168,12 @@ def _headline(comparisons: list[verdict.Comparison], refused: dict[str, str]) ->
 
 
 def _drift(gate: pd.DataFrame) -> dict[str, float] | None:
-    """How far the replay lies from the real runs of the fitted gate; ``None`` where it did not run."""
+    """How far the replay lies from the real runs of the fitted gate; None where it did not run."""
     if gate.empty:
         return None
+    fewer = gate["replayed_steps"] - gate["computed_steps"]
     return {
         "disagreeing_steps": float(gate["disagreement"].mean()),
         "most_disagreeing_steps": float(gate["disagreement"].max()),
-        "replayed_minus_real_steps": float(
-            (gate["replayed_steps"] - gate["computed_steps"]).mean()
-        ),
+        "replayed_minus_real_steps": float(fewer.mean()),
     }
-
-
-def _checked_policies(policies: Sequence[str] | None) -> list[str]:
-    chosen = list(dict.fromkeys(policies or POLICIES))
-    for name in chosen:
-        if name not in POLICIES:
-            raise InvalidOption(f"policy {name!r}: expected {', '.join(POLICIES)}")
-    return chosen if "gate" in chosen else ["gate", *chosen]

@@ -47,7 +47,7 @@ def test_candidates_compute_their_budget_and_hold_both_baselines(folder):
         found = planner.candidates(computed)
         assert [c.name for c in found[:2]] == list(BASELINES)
         assert all(c.schedule.count("C") == computed and len(c.schedule) == 10 for c in found)
-        assert len({json.dumps(c.setting("").parameters, sort_keys=True) for c in found}) == len(
+        assert len({json.dumps(c.setting("").identity(), sort_keys=True) for c in found}) == len(
             found
         )
         short = planner.shortlist(computed, 2)
@@ -263,7 +263,7 @@ def test_speedup_becomes_a_budget():
 
 
 def test_plans_of_the_entry_enter_a_verification(folder):
-    from calibrate.verifying.lineup import planned_settings
+    from calibrate.verifying.lineup import Lineup, planned
 
     entry = coeffs.load(folder / "entry.yaml")
     weights = ((1.2, -0.2),) * 5
@@ -274,12 +274,15 @@ def test_plans_of_the_entry_enter_a_verification(folder):
         coeffs.Plan(schedule="CSSSCSSSSS"),
         coeffs.Plan(schedule="CCSS"),
     )
-    found = planned_settings(dataclasses.replace(entry, plans=plans), [5, 2], 10)
+
+    def settings(entry, budgets):
+        run, counted = load_run(folder), lambda setting: 0.0
+        lineup = Lineup(entry=entry, run=run, num_steps=10, budgets=budgets, counted=counted)
+        return planned(lineup, "plan")
+
+    found = settings(dataclasses.replace(entry, plans=plans), [5, 2])
     assert [setting.budget for setting in found] == [5, 2]
-    assert (
-        found[0].parameters["weights"]["2"] == [1.2, -0.2]
-        and found[0].parameters["forecast_of"] == "output"
-    )
-    assert dict(found[1].parameters) == {"schedule": "CSSSCSSSSS"}
+    assert found[0].plan.weights_by_step[2] == (1.2, -0.2) and found[0].plan.forecast_of == "output"
+    assert found[1].identity() == {"schedule": "CSSSCSSSSS"}
     with pytest.raises(InvalidOption, match="calibrate plan --computed 7"):
-        planned_settings(entry, [7], 10)
+        settings(entry, [7])

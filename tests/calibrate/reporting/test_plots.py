@@ -94,7 +94,7 @@ def policies_of(ax):
 
 def many(measure="psnr_db", better=1.0):
     """Every policy at two budgets, each half a unit better than the next; the last one only at the larger budget."""
-    names = [*POLICIES.values()][::-1]
+    names = [policy.label for policy in POLICIES.values()][::-1]
     rows = [
         {"policy": name, "computed_steps": float(steps), measure: better * (steps - i / 2),
          f"{measure}_low": better * (steps - i / 2) - 1, f"{measure}_high": better * (steps - i / 2) + 1}

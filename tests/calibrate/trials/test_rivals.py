@@ -6,19 +6,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny_pipeline import TinyPipeline
+from tiny_pipeline import TinyPipeline, tiny_session
 
 from calibrate.model.checkpoint import find_checkpoint
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import load_prompts
-from calibrate.trials.baselines import Setting
 from calibrate.trials.rivals import second_order
-from calibrate.trials.sampler import Refused, Sampler
+from calibrate.trials.sampler import Sampler
+from calibrate.trials.setting import Refused, Setting
 
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
 CAPTION = "a handwritten digit seven in red ink on white paper"  # one that the model was trained on
 FEWER, FEWER_2 = (
-    Setting("fewer steps", "fewer_steps", 10, more) for more in ({}, {"solver_order": 2})
+    Setting("fewer steps", "fewer_steps", 10, options=more) for more in ({}, {"solver_order": 2})
 )
 # Configurations as shipped with the checkpoints, and how their pipelines set the steps.
 SCHEDULES = {
@@ -107,13 +107,12 @@ def test_the_order_is_two_where_the_solution_is_known():
 def test_it_comes_nearer_to_a_very_fine_solution_than_euler_at_equal_steps(longcat):
     arguments = {"guidance_scale": 4.5, "height": 32, "width": 32, "enable_prompt_rewrite": False}
     sampler, prompt = (
-        Sampler(longcat, arguments, lambda name: True),
+        Sampler(tiny_session(longcat, **arguments)),
         load_prompts([CAPTION]).prompts[0],
     )
     fine = sampler(prompt, num_steps=120).latents
     euler, better = (
-        np.linalg.norm(sampler.run(setting, prompt, entries={}).latents - fine)
-        for setting in (FEWER, FEWER_2)
+        np.linalg.norm(sampler.run(setting, prompt).latents - fine) for setting in (FEWER, FEWER_2)
     )
     assert better < 0.75 * euler
     assert type(longcat.scheduler) is Euler
@@ -138,9 +137,9 @@ def test_float16_models_are_stepped_in_float32_as_euler_does():
 def test_the_scheduler_is_put_back_whatever_happens():
     pipe = TinyPipeline()
     own, prompt = pipe.scheduler, load_prompts(["x"]).prompts[0]
-    sampler = Sampler(pipe, {"num_inference_steps": 8}, lambda name: True)
+    sampler = Sampler(tiny_session(pipe, num_inference_steps=8))
     before = sampler(prompt).media[0]
-    found = sampler.run(FEWER_2, prompt, entries={})
+    found = sampler.run(FEWER_2, prompt)
     assert pipe.scheduler is own and found.computed_steps == 10.0
 
     def fails(*args, **kwargs):
@@ -148,7 +147,7 @@ def test_the_scheduler_is_put_back_whatever_happens():
 
     pipe.transformer.forward = fails
     with pytest.raises(RuntimeError, match="out of memory"):
-        sampler.run(FEWER_2, prompt, entries={})
+        sampler.run(FEWER_2, prompt)
     del pipe.transformer.forward
     assert pipe.scheduler is own
     np.testing.assert_array_equal(sampler(prompt).media[0], before)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from tiny_pipeline import TinyPipeline
+from tiny_pipeline import TinyPipeline, tiny_session
 
 import coeffs
 from calibrate.cli import cli
@@ -21,21 +21,20 @@ from calibrate.runs.gram_log import NoPlan, load_gram
 from calibrate.runs.pairs import load_run
 from calibrate.trials import baselines as policies
 from calibrate.trials.baselines import InvalidBudget
-from calibrate.verifying import comparison as verdict
-from calibrate.verifying.lineup import (
+from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
     FEWER_STEPS_2,
     GATE,
     PLAN,
-    POLICIES,
     UNIFORM,
-    UNIFORM_FORECASTS,
-    Schedules,
     gate_setting,
-    published_entries,
+    plan_setting,
 )
-from calibrate.verifying.results import load_verification
+from calibrate.verifying import comparison as verdict
+from calibrate.verifying.lineup import POLICIES, Lineup, published_entries
+from calibrate.verifying.results import Verification, load_verification, write_verification
+from calibrate.verifying.tuning import tune_threshold
 from calibrate.verifying.verify import verify
 
 TEXTS = [f"a thing number {number}" for number in range(5)]
@@ -48,19 +47,14 @@ ALL = tuple(name for name in POLICIES if name != "published")  # FLUX has many p
 
 
 @pytest.mark.parametrize("num_steps", [4, 28, 50])
-@pytest.mark.parametrize("plan", [policies.uniform, policies.growing_interval])
-def test_plans_compute_exactly_their_budget_and_start_computing(plan, num_steps):
+def test_uniform_computes_exactly_its_budget_and_starts_computing(num_steps):
     for computed in range(1, num_steps + 1):
-        pattern = plan(num_steps, computed)
+        pattern = policies.uniform(num_steps, computed)
         assert (len(pattern), pattern.count("C"), pattern[0]) == (num_steps, computed, "C")
 
 
-def test_uniform_and_growing_plans_look_as_they_are_called():
+def test_a_uniform_plan_looks_as_it_is_called():
     assert policies.uniform(8, 4) == "CSCSCSCS"
-    gaps = np.diff(
-        [i for i, letter in enumerate(policies.growing_interval(40, 8)) if letter == "C"]
-    )
-    assert list(gaps) == sorted(gaps) and gaps[-1] > gaps[0]
 
 
 def test_a_budget_beyond_the_schedule_is_refused():
@@ -82,11 +76,11 @@ def test_magcache_plan_agrees_with_diffusers_decisions():
 
     pipe, rng = TinyPipeline(), np.random.default_rng(0)
     curve = [1.0, *(1 - 0.2 * rng.random(9))]
-    from calibrate.trials.sampler import _diffusers_cache
+    from calibrate.trials.rivals import diffusers_cache
 
     options = {"mag_ratios": torch.tensor(curve), "num_inference_steps": 10, "threshold": 0.15}
     assert MagCacheConfig(**options).max_skip_steps == 3
-    with _diffusers_cache(pipe, "MagCache", options) as patterns:
+    with diffusers_cache({"transformer": pipe.transformer}, "MagCache", options) as patterns:
         pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0))
         found = patterns()
     expected = policies.magcache(curve[1:], 10, 0.15, max_skips=3, retention=0.2)
@@ -106,7 +100,7 @@ def test_tuning_corrects_what_replay_gets_wrong():
         calls.append(threshold)
         return 20 / (1 + threshold) + 2  # real runs compute two steps more than the replay says
 
-    threshold, computed = policies.tune_threshold(lambda t: 20 / (1 + t), measured, 10)
+    threshold, computed = tune_threshold(lambda t: 20 / (1 + t), measured, 10)
     assert computed == pytest.approx(10, abs=0.5) and threshold == pytest.approx(1.5, abs=0.2)
     assert len(calls) <= 3
 
@@ -247,6 +241,19 @@ def test_broken_samples_are_counted_and_enter_no_mean():
     assert np.isfinite(summary["psnr_db"]).all()
 
 
+def test_results_of_an_older_version_with_other_measures_are_read(tmp_path):
+    """MS-SSIM and the log-spectral distance were measured once; their columns are left alone."""
+    table = results(GATE, 0.0).assign(ms_ssim=0.9, log_spectral_distance_db=1.0, ssim=0.8)
+    empty = table.assign(patterns=[{}] * len(table), replayed=[{}] * len(table))
+    facts = {"headline": "Found.", "refused": {}, "broken": {}}
+    kept = Verification(empty, verdict.summarize(table), [], facts, tmp_path / "verify")
+    write_verification(kept)
+    found = load_verification(tmp_path)
+    assert list(found.results["ms_ssim"]) == [0.9] * len(table)
+    assert list(found.summary["ssim"]) == [0.8, 0.8] and "ms_ssim" not in found.summary
+    assert "SSIM" in verdict.verdict_table(found.summary)
+
+
 def test_worst_prompt_is_named():
     table = results(GATE, 0.0, budgets=(7,))
     table.loc[3, "psnr_db"] = 3.0
@@ -279,15 +286,14 @@ def verified(pipe, fitted):
 
 def test_every_policy_runs_or_says_why_not(verified):
     ran, refused = set(verified.results["policy"]), verified.facts["refused"]
-    assert {GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
-    assert {UNIFORM, "fewer steps", "growing interval", "MagCache's rule"} <= ran
-    assert {POLICIES[key] for key in UNIFORM_FORECASTS} <= ran
+    assert {GATE, APART_GATE, PLAN, FEWER_STEPS_2, "FirstBlockCache"} <= ran
+    assert {UNIFORM, "fewer steps", "MagCache's rule"} <= ran
+    assert {POLICIES[key].label for key in UNIFORM_KEYS} <= ran
     assert "SeaCache" in refused and len(refused["SeaCache"]) > 20
     for policy in (
-        *map(POLICIES.get, UNIFORM_FORECASTS),
+        *(POLICIES[key].label for key in UNIFORM_KEYS),
         "fewer steps",
         FEWER_STEPS_2,
-        "growing interval",
     ):
         rows = verified.results[verified.results["policy"] == policy]
         assert (rows["computed_steps"] == rows["budget"]).all()
@@ -445,8 +451,8 @@ def test_a_gate_that_cannot_reach_any_budget_is_said_to_be_so(fitted, pipe, tmp_
 
 def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(pipe):
     from calibrate.model.prompts import load_prompts
-    from calibrate.trials.baselines import Setting
-    from calibrate.trials.sampler import Refused, Sampler
+    from calibrate.trials.sampler import Sampler
+    from calibrate.trials.setting import Refused, Setting
 
     class Forgetful(TinyPipeline):
         @contextlib.contextmanager
@@ -455,12 +461,11 @@ def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(
 
     forgetful = Forgetful()
     prompt = load_prompts(["x"]).prompts[0]
-    sampler = Sampler(forgetful, {}, lambda name: True)
+    sampler = Sampler(tiny_session(forgetful))
     before = sampler(prompt).media[0]
     with pytest.raises(Refused, match="FirstBlockCache fails on this model"):
-        sampler.run(
-            Setting("FirstBlockCache", "FirstBlockCache", 4, {"threshold": 0.1}), prompt, entries={}
-        )
+        options = {"threshold": 0.1}
+        sampler.run(Setting("FirstBlockCache", "FirstBlockCache", 4, options=options), prompt)
     np.testing.assert_array_equal(sampler(prompt).media[0], before)
 
 
@@ -515,67 +520,100 @@ def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
 # --- uniform skipping with every forecast
 
 
+UNIFORM_KEYS = ("uniform", "uniform-linear", "uniform-linear-output", "uniform-fitted")
+
+
+def uniform_setting(fitted, key, budget, num_steps=8, **other):
+    run = dataclasses.replace(load_run(fitted), **other)
+    lineup = Lineup(
+        entry=coeffs.load(fitted / "entry.yaml"),
+        run=run,
+        num_steps=num_steps,
+        budgets=[budget],
+        counted=lambda setting: budget,
+    )
+    policy = POLICIES[key]
+    (setting,) = policy.make(lineup, policy.label)
+    return setting
+
+
 def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_anyway(fitted):
-    schedules = Schedules(8, load_run(fitted))
-    found = {key: dict(schedules.settings(key, [4])[0].parameters) for key in UNIFORM_FORECASTS}
-    assert found["uniform"] == {"schedule": "CSCSCSCS"}
-    assert found["uniform-linear"] == {"schedule": "CSCSCSCS", "forecast": "linear"}
-    for forecast in ("linear", "quadratic"):
-        expected = {"schedule": "CSCSCSCS", "forecast": forecast, "forecast_of": "output"}
-        assert found[f"uniform-{forecast}-output"] == expected
+    described = {key: uniform_setting(fitted, key, 4).identity() for key in UNIFORM_KEYS}
+    assert described["uniform"] == {"schedule": "CSCSCSCS"}
+    assert described["uniform-linear"] == {"schedule": "CSCSCSCS", "forecast": "linear"}
+    linear = {"schedule": "CSCSCSCS", "forecast": "linear", "forecast_of": "output"}
+    assert described["uniform-linear-output"] == linear
 
 
 def test_fitted_uniform_weights_are_those_of_the_runs_gram_log(fitted):
-    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [3])[0]
+    plan = uniform_setting(fitted, "uniform-fitted", 3).plan
     expected = fit_weights(Problem.of(load_gram(fitted), "output"), policies.uniform(8, 3)).rows
-    assert {
-        int(step): tuple(row) for step, row in setting.parameters["weights"].items()
-    } == expected
-    assert setting.parameters["schedule"] == policies.uniform(8, 3) and len(expected) == 5
+    assert plan.weights_by_step == expected and len(expected) == 5
+    assert plan.schedule == policies.uniform(8, 3)
 
 
 def test_all_steps_computed_leave_nothing_to_forecast(fitted):
-    setting = Schedules(8, load_run(fitted)).settings("uniform-fitted", [8])[0]
-    assert setting.parameters == {"schedule": "C" * 8, "forecast_of": "output"}
+    setting = uniform_setting(fitted, "uniform-fitted", 8)
+    assert setting.identity() == {"schedule": "C" * 8, "forecast_of": "output"}
 
 
 def test_fitted_uniform_without_a_log_of_these_steps_says_why(fitted, tmp_path):
     import shutil
 
-    run = load_run(fitted)
     with pytest.raises(NoPlan, match="the Gram log is of 8 steps, here are 6"):
-        Schedules(6, run).settings("uniform-fitted", [3])
+        uniform_setting(fitted, "uniform-fitted", 3, num_steps=6)
     with pytest.raises(NoPlan, match="no run"):
-        Schedules(8, dataclasses.replace(run, path=None)).settings("uniform-fitted", [3])
+        uniform_setting(fitted, "uniform-fitted", 3, path=None)
     shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
     with pytest.raises(NoPlan, match="calibrate record --gram"):
-        Schedules(8, load_run(tmp_path / "bare")).settings("uniform-fitted", [3])
+        uniform_setting(tmp_path / "bare", "uniform-fitted", 3)
 
 
 def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():
     plan = coeffs.Plan(schedule="CSCS", forecast="reuse", forecast_of="residual")
-    described = policies.schedule_setting(
-        "x", plan.schedule, plan.forecast, plan.forecast_of, plan.weights_by_step
-    )
-    assert (
-        described
-        == policies.schedule_setting("x", "CSCS")
-        == policies.Setting("x", "schedule", 2, {"schedule": "CSCS"})
-    )
-    fitted = policies.schedule_setting("x", "CSCS", "fitted", "output", {1: (1.0,), 3: (1.5, -0.5)})
-    assert fitted.parameters["weights"] == {"1": [1.0], "3": [1.5, -0.5]}
+    assert plan_setting("x", plan).identity() == plan_setting("x", "CSCS").identity()
+    assert plan_setting("x", "CSCS").identity() == {"schedule": "CSCS"}
+    weights = ((1.0,), (1.5, -0.5))
+    fitted = coeffs.Plan(schedule="CSCS", forecast="fitted", forecast_of="output", weights=weights)
+    assert plan_setting("x", fitted).identity()["weights"] == {"1": [1.0], "3": [1.5, -0.5]}
+
+
+# --- gates
 
 
 def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_none(fitted):
     entry = coeffs.load(fitted / "entry.yaml")
-    assert gate_setting(GATE, entry, 4, 0.1).parameters == {
-        "entry": GATE,
-        "threshold": 0.1,
-        "branches": "together",
-    }
+    setting = gate_setting(GATE, entry, 4, 0.1)
+    assert setting.options == {"threshold": 0.1, "branches": "together"}
+    assert set(setting.identity()) == {"threshold", "branches", "entry"}
     linear = dataclasses.replace(entry, forecast="linear", forecast_of="output")
-    more = gate_setting(GATE, linear, 4, 0.1).parameters
+    more = gate_setting(GATE, linear, 4, 0.1).identity()
     assert (more["forecast"], more["forecast_of"]) == ("linear", "output")
+
+
+def test_notes_and_tables_of_an_entry_do_not_make_its_results_anew(fitted):
+    entry = coeffs.load(fitted / "entry.yaml")
+    noted = dataclasses.replace(entry, notes="another word", thresholds=())
+    other = dataclasses.replace(entry, max_skips=1)
+    same, changed = (gate_setting(GATE, e, 4, 0.1).identity() for e in (noted, other))
+    assert same == gate_setting(GATE, entry, 4, 0.1).identity() != changed
+
+
+def test_the_forecast_of_a_gate_reaches_the_runtime(fitted, pipe):
+    from calibrate.model.prompts import load_prompts
+    from calibrate.trials.sampler import Sampler
+    from runtime import apply_tea_cache
+
+    entry = coeffs.load(fitted / "entry.yaml")
+    entry = dataclasses.replace(entry, forecast="linear", forecast_of="output")
+    prompt = load_prompts(["x"]).prompts[0]
+    sampler = Sampler(tiny_session(pipe))
+    sample = sampler.run(gate_setting(GATE, entry, 4, 0.2), prompt)
+    given = dict(threshold=0.2, forecast="linear", forecast_of="output")
+    with apply_tea_cache(pipe, entry, **given):
+        by_hand = sampler(prompt)
+    np.testing.assert_array_equal(sample.media[0], by_hand.media[0])
+    assert "S" in "".join(sample.patterns.values())
 
 
 # --- entrants, LPIPS, command line

@@ -1,0 +1,120 @@
+"""One way to run a model: a gate, a plan, fewer steps, or another library's cache. No model, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import coeffs
+from calibrate.errors import CalibrateError
+from calibrate.model.protocol import canonical_sha256
+from coeffs import Entry, Plan
+from runtime.decide.gate import GateConfig
+
+GATE = "fitted gate"
+APART_GATE = "fitted gate, branches apart"
+PLAN = "plan"
+UNIFORM = "uniform skipping"
+FEWER_STEPS = "fewer steps"
+FEWER_STEPS_2 = "fewer steps, second-order solver"
+
+
+class Refused(CalibrateError):
+    """A policy that this model, this run or this version of diffusers does not take; says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model, and the number of steps that it is meant to compute.
+
+    Attributes:
+        policy: The policy's label in tables.
+        kind: ``gate``, ``plan``, ``fewer_steps``, or the name of one of diffusers' own caches.
+        plan: The schedule and forecast of a ``plan``.
+        entry: The polynomials of a ``gate``.
+        options: What else the kind is run with: ``threshold``, ``branches`` and ``compat`` of a gate, ``solver_order``
+            of fewer steps, the configuration of another cache.
+    """
+
+    policy: str
+    kind: str
+    budget: int
+    plan: Plan | None = None
+    entry: Entry | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def threshold(self) -> float | None:
+        return self.options.get("threshold")
+
+    def identity(self) -> dict[str, Any]:
+        """All that its results depend on, as plain data. Defaults are omitted, so equal runs have equal keys."""
+        content = dict(self.options)
+        if self.plan is not None:
+            content |= _content_of_plan(self.plan)
+        if self.entry is not None:
+            content |= {"entry": _hash_of_gate(self.entry), **_forecast(self.entry)}
+        return content
+
+
+def plan_setting(policy: str, plan: Plan | str, budget: int | None = None) -> Setting:
+    """A plan, or a schedule whose skipped steps are reused.
+
+    ``budget`` is the number of steps it was made for, where that is not the number it computes.
+    """
+    if isinstance(plan, str):
+        plan = Plan(schedule=plan)
+    computed = plan.schedule.count("C")
+    return Setting(policy, "plan", computed if budget is None else budget, plan=plan)
+
+
+def gate_setting(policy: str, entry: Entry, budget: int, threshold: float) -> Setting:
+    """A gate at a threshold, with six digits: more would make a new result of every tuning."""
+    options: dict[str, Any] = {"threshold": float(f"{threshold:.6g}")}
+    options["branches"] = branches_of(policy, entry)
+    if gate_config(entry).compat:
+        options["compat"] = True
+    return Setting(policy, "gate", budget, entry=entry, options=options)
+
+
+def gate_config(entry: Entry) -> GateConfig:
+    """The gate's settings as ``apply_tea_cache`` takes them; published sets decide as published."""
+    return GateConfig(
+        threshold=0.0,
+        start=1 if entry.start is None else entry.start,
+        end=1 if entry.end is None else entry.end,
+        max_skips=entry.max_skips,
+        compat=entry.status != "measured",
+    )
+
+
+def branches_of(policy: str, entry: Entry) -> str:
+    """Whether the guidance branches decide ``together`` or, as published implementations do, ``apart``."""
+    return "apart" if policy == APART_GATE or gate_config(entry).compat else "together"
+
+
+def _content_of_plan(plan: Plan) -> dict[str, Any]:
+    content: dict[str, Any] = {"schedule": plan.schedule}
+    content |= _forecast(plan)
+    if plan.weights_by_step:
+        content["weights"] = {str(step): list(row) for step, row in plan.weights_by_step.items()}
+    return content
+
+
+def _forecast(source: Plan | Entry) -> dict[str, str]:
+    """The forecast, where it is not the default one."""
+    content = {}
+    if source.forecast not in (None, "reuse"):
+        content["forecast"] = source.forecast
+    if source.forecast_of not in (None, "residual"):
+        content["forecast_of"] = source.forecast_of
+    return content
+
+
+def _hash_of_gate(entry: Entry) -> str:
+    """Hash of what decides: coefficients, domain, signs, window; not of the tables and words beside them."""
+    bare = replace(
+        entry, thresholds=(), plans=None, warnings=(), notes=None, source=coeffs.Source()
+    )
+    return canonical_sha256(coeffs.dump(bare))
