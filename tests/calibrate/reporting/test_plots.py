@@ -118,7 +118,7 @@ def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
     assert (
         len({(color, marker, str(line)) for color, marker, line in styles.values()})
         == len(names)
-        > 14
+        >= 14
     )
     drawn = {container.get_label(): container for container in ax.containers}
     for policy, rows in summary.groupby("policy"):
