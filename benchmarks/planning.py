@@ -27,7 +27,6 @@ ORDER = (
     "uniform skipping, linear outputs",
     "uniform skipping, quadratic outputs",
     "uniform skipping, fitted outputs",
-    "growing interval",
     "MagCache's rule",
     "fitted gate",
     "fitted gate of the change, linear forecast",

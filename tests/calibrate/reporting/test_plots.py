@@ -144,7 +144,7 @@ def test_plan_and_gate_stand_out_and_rules_of_others_are_grey():
     }
     assert drawn["plan"].get_color() != drawn["fitted gate"].get_color()
     grey = {policy for policy, line in drawn.items() if line.get_color() == plot_style.GREY}
-    assert {"MagCache's rule", "SeaCache", "growing interval"} <= grey
+    assert {"MagCache's rule", "SeaCache"} <= grey
     assert not any(
         policy.startswith(("plan", "fitted gate", "uniform", "fewer")) for policy in grey
     )
