@@ -54,7 +54,7 @@ class Setting:
         if self.plan is not None:
             content |= _content_of_plan(self.plan)
         if self.entry is not None:
-            content |= {"entry": _hash_of_gate(self.entry), **_forecast(self.entry)}
+            content["entry"] = _hash_of_gate(self.entry)
         return content
 
 
@@ -96,19 +96,12 @@ def branches_of(policy: str, entry: Entry) -> str:
 
 def _content_of_plan(plan: Plan) -> dict[str, Any]:
     content: dict[str, Any] = {"schedule": plan.schedule}
-    content |= _forecast(plan)
+    if plan.forecast not in (None, "reuse"):
+        content["forecast"] = plan.forecast
+    if plan.forecast_of not in (None, "residual"):
+        content["forecast_of"] = plan.forecast_of
     if plan.weights_by_step:
         content["weights"] = {str(step): list(row) for step, row in plan.weights_by_step.items()}
-    return content
-
-
-def _forecast(source: Plan | Entry) -> dict[str, str]:
-    """The forecast, where it is not the default one."""
-    content = {}
-    if source.forecast not in (None, "reuse"):
-        content["forecast"] = source.forecast
-    if source.forecast_of not in (None, "residual"):
-        content["forecast_of"] = source.forecast_of
     return content
 
 

@@ -581,14 +581,11 @@ def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():
 # --- gates
 
 
-def test_gate_settings_carry_the_forecast_of_their_entry_and_none_where_it_has_none(fitted):
+def test_gate_settings_say_threshold_branches_and_what_decides(fitted):
     entry = coeffs.load(fitted / "entry.yaml")
     setting = gate_setting(GATE, entry, 4, 0.1)
     assert setting.options == {"threshold": 0.1, "branches": "together"}
     assert set(setting.identity()) == {"threshold", "branches", "entry"}
-    linear = dataclasses.replace(entry, forecast="linear", forecast_of="output")
-    more = gate_setting(GATE, linear, 4, 0.1).identity()
-    assert (more["forecast"], more["forecast_of"]) == ("linear", "output")
 
 
 def test_notes_and_tables_of_an_entry_do_not_make_its_results_anew(fitted):
@@ -597,23 +594,6 @@ def test_notes_and_tables_of_an_entry_do_not_make_its_results_anew(fitted):
     other = dataclasses.replace(entry, max_skips=1)
     same, changed = (gate_setting(GATE, e, 4, 0.1).identity() for e in (noted, other))
     assert same == gate_setting(GATE, entry, 4, 0.1).identity() != changed
-
-
-def test_the_forecast_of_a_gate_reaches_the_runtime(fitted, pipe):
-    from calibrate.model.prompts import load_prompts
-    from calibrate.trials.sampler import Sampler
-    from runtime import apply_tea_cache
-
-    entry = coeffs.load(fitted / "entry.yaml")
-    entry = dataclasses.replace(entry, forecast="linear", forecast_of="output")
-    prompt = load_prompts(["x"]).prompts[0]
-    sampler = Sampler(tiny_session(pipe))
-    sample = sampler.run(gate_setting(GATE, entry, 4, 0.2), prompt)
-    given = dict(threshold=0.2, forecast="linear", forecast_of="output")
-    with apply_tea_cache(pipe, entry, **given):
-        by_hand = sampler(prompt)
-    np.testing.assert_array_equal(sample.media[0], by_hand.media[0])
-    assert "S" in "".join(sample.patterns.values())
 
 
 # --- entrants, LPIPS, command line
