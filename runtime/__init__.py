@@ -21,6 +21,7 @@ from runtime.errors import (
 from runtime.stats import Stats
 
 _NEEDS_TORCH = {
+    "OwnLoop": "runtime.watch.scheduler",
     "TeaCache": "runtime.apply",
     "apply_tea_cache": "runtime.apply",
     "compile_blocks": "runtime.compile",

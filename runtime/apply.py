@@ -18,19 +18,22 @@ from runtime.source import FROM_ENTRY, Asked, Model
 from runtime.stats import Stats
 from runtime.watch.hooks import Watch
 from runtime.watch.ranks import refuse_inner_sharding
+from runtime.watch.scheduler import OwnLoop
 
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _logger = logging.getLogger(__name__)
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by component name (two for two-expert models); a module is ``transformer``.
+    """The denoisers of a pipeline or loop by name (two for two-expert models); a bare module is ``transformer``.
 
     Raises:
         UnsupportedModel: The pipeline has no transformer.
     """
     if isinstance(target, nn.Module):
         return {"transformer": unwrapped(target)}
+    if isinstance(target, OwnLoop):
+        return {name: unwrapped(module) for name, module in target.modules.items()}
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
         raise UnsupportedModel(
@@ -126,7 +129,7 @@ def apply_tea_cache(
     Exactly one of ``threshold``, ``speedup`` and ``schedule`` says how much to skip.
 
     Args:
-        target: A pipeline (all its denoisers are hooked), or the denoiser module.
+        target: A pipeline (all its denoisers are hooked), a :class:`runtime.OwnLoop`, or the denoiser module.
         entry: A registry entry or its name; ``None`` finds the one that fits the model, unless ``coefficients`` or
             a ``schedule`` are given.
         threshold: Skip while the accumulated predicted change is below it; 0 computes every step.
@@ -196,6 +199,9 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | No
                 f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first"
             )
     pipeline = None if isinstance(target, nn.Module) else target
+    if isinstance(target, OwnLoop):
+        pipeline = None if target.scheduler is None else target
+        blocks = target.blocks if blocks is None else blocks
     classes = {name: class_name(module) for name, module in modules.items()}
     facts = facts_of(target, modules)
     settings = resolve(

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from runtime.watch.scheduler import OwnLoop
+
 
 def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Facts for :func:`coeffs.find` about a pipeline, or about a bare denoiser."""
+    """Facts for :func:`coeffs.find` about a pipeline, a loop of one's own, or a bare denoiser."""
     first = next(iter(modules.values()))
-    is_pipeline = not isinstance(target, nn.Module)
+    is_pipeline = not isinstance(target, nn.Module | OwnLoop)
     scheduler = getattr(target, "scheduler", None)
     return {
         "transformer_class": class_name(first),
@@ -18,10 +20,18 @@ def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         "checkpoint": repository_of(target) if is_pipeline else None,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
         "shift": shift_of(scheduler),
-        "dtype": str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
+        "dtype": dtype_of(first),
         "quantization": quantization_of(first),
         "lora": lora_of(first),
     }
+
+
+def dtype_of(module: nn.Module) -> str | None:
+    """The dtype that a denoiser states, or of its first parameter."""
+    dtype = getattr(module, "dtype", None)
+    if dtype is None:
+        dtype = next((parameter.dtype for parameter in module.parameters()), None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def class_name(module: nn.Module) -> str:

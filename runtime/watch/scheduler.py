@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,30 @@ _TIME = re.compile(r"^(timesteps?|t|time|sigma)$|_timesteps?$|_time$")
 _CONDITIONING = re.compile(
     r"encoder|prompt|pooled|text|caption|cap_feats|class_labels|input_ids|embeds|cond"
 )
+
+
+class OwnLoop:
+    """Denoisers that a sampling loop of the caller's own drives, where functions expect a pipeline.
+
+    Args:
+        modules: One denoiser, or several by name.
+        scheduler: An object whose ``timesteps`` is made anew for every generation, one element a step; ``step_index``
+            and ``sigmas`` (one noise level a step and one after the last) are read where it has them, as those of
+            diffusers have. ``None``: steps are counted from the denoiser's calls, and there are no noise levels.
+        blocks: Names the block stack of a denoiser in which it cannot be found.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module | Mapping[str, nn.Module],
+        scheduler: Any = None,
+        blocks: Sequence[str | nn.Module] | None = None,
+    ) -> None:
+        if isinstance(modules, nn.Module):
+            modules = {"transformer": modules}
+        self.modules = dict(modules)
+        self.scheduler = scheduler
+        self.blocks = blocks
 
 
 class SchedulerClock:
