@@ -4,13 +4,7 @@ The functions are the commands: ``record``, ``fit``, ``plan``, ``verify`` and ``
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("teacal")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0.1.0"
 
 _VERBS = {
     "record": "calibrate.recording.record",
@@ -24,6 +18,13 @@ __all__ = ["__version__", *_VERBS]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("teacal")
+        except PackageNotFoundError:  # run from a checkout that was never installed
+            return "0.1.0"
     if name in _VERBS:
         return getattr(import_module(_VERBS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

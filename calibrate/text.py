@@ -1,17 +1,51 @@
-"""Plain text for people: tables whose columns line up, and numbers."""
+"""Plain text for people: tables whose columns line up, numbers, and what a mistyped name may have meant."""
 
+import difflib
 import math
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+WIDTH = 100  # where the output is no terminal
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first flush left, the others flush right."""
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Columns padded to their widest cell: the first flush left, the others flush right.
+
+    Columns that do not fit in the terminal's width (``WIDTH`` without one) go into a further block of lines.
+    """
     lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+    labels, *others = zip(*lines, strict=True)
+    first = [cell.ljust(max(map(len, labels))) for cell in labels]
+    limit = width or _terminal_width()
+    blocks = [first]
+    for column in others:
+        padded = [cell.rjust(max(map(len, column))) for cell in column]
+        if blocks[-1] != first and len(blocks[-1][0]) + 2 + len(padded[0]) > limit:
+            blocks.append(first)
+        blocks[-1] = [f"{line}  {cell}" for line, cell in zip(blocks[-1], padded, strict=True)]
+    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
+
+
+def _terminal_width() -> int:
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+def block(title: str, facts: Mapping[str, str]) -> str:
+    """A title and the facts below it, one a line; what is empty is left out."""
+    shown = {name: text for name, text in facts.items() if text}
+    indent = max(map(len, shown), default=0)
+    return "\n".join([title, *(f"  {name.ljust(indent)}  {text}" for name, text in shown.items())])
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -24,3 +58,18 @@ def percent(value: float | None) -> str:
 
 def ratio(value: float | None, base: float | None) -> str:
     return "-" if value is None or not base else f"{value / base:.2f}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean A or B?``, whatever the case; empty where nothing known is close."""
+    spelled = {text.lower(): text for text in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(spelled[text] for text in close)}?" if close else ""
+
+
+def siblings(path: Path) -> list[str]:
+    """Everything that lies where ``path`` was looked for, as it would be typed."""
+    try:
+        return [str(other) for other in path.parent.iterdir()]
+    except OSError:
+        return []

@@ -7,6 +7,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 EXPERT = "transformer"
@@ -90,7 +91,8 @@ class Recorder:
             )
         finite = [row for row in rows if row["x"] == row["x"] and abs(row["x"]) != float("inf")]
         timing = {EXPERT: {"call_seconds": 0.0, "stack_seconds": 0.0, "calls": len(self.outputs)}}
-        return Recording(rows=rows, timing=timing, non_finite=len(rows) - len(finite))
+        gram = {f"{EXPERT}/output": np.eye(2)} if self.gram else {}
+        return Recording(rows=rows, timing=timing, non_finite=len(rows) - len(finite), gram=gram)
 
 
 def install():

@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from calibrate.commands.announce import tell_next, tell_plan
+from calibrate.commands.options import registry
+
 FIT_OPTIONS: dict[str, Any] = {"degree": 4, "target": "output", "signal": "modulated_input"}
 # --constrained, --free or neither: the method, and the flag that the entry's command repeats.
 METHODS: dict[bool | None, tuple[str, list[str]]] = {
@@ -53,12 +56,7 @@ METHODS: dict[bool | None, tuple[str, list[str]]] = {
     metavar="FACTOR",
     help="Also find the threshold for this expected speed-up.",
 )
-@click.option(
-    "--registry",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Registry to look entries up in.",
-)
+@registry
 @click.option(
     "--out",
     type=click.Path(dir_okay=False),
@@ -91,6 +89,12 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
     method, flag = METHODS[options.get("constrained")]
     others = [_candidate(name, options.get("registry")) for name in options.get("strangers", ())]
+    first, *further = [runs] if isinstance(runs, str | Path) else runs
+    more = {
+        "with": ", ".join(map(str, further)),
+        "seconds": "well under a minute, without the model",
+    }
+    tell_plan(f"fit: a polynomial from {chosen['signal']} to {chosen['target']}", first, **more)
     run = load_run(runs)
     fits = fit_branches(run, **chosen, method=method)
     given = [f"--{name} {value}" for name, value in chosen.items()]
@@ -116,6 +120,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     for warning in written.warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"draft entry: {path}")
+    tell_next(f"calibrate plan {first} --speedup 2", f"calibrate verify {first}")
     return path
 
 

@@ -1,11 +1,16 @@
 """The commands that record: ``run`` (the whole job, the default) and ``record`` (its GPU part)."""
 
-import signal
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibrate.commands.options import recording_options
+from calibrate.commands.announce import tell_next
+from calibrate.commands.options import recording_options, registry
+
+if TYPE_CHECKING:
+    from calibrate.runs.folder import RunFolder
 
 
 @click.command()
@@ -17,12 +22,7 @@ from calibrate.commands.options import recording_options
     show_default=True,
     help="Of the fitted polynomial.",
 )
-@click.option(
-    "--registry",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Registry to compare with.",
-)
+@registry
 def run(degree: int, registry: str | None, **options: Any) -> None:
     """Record, fit, replay and write a draft entry: the whole job.
 
@@ -55,30 +55,19 @@ def record(**options: Any) -> None:
             f"{recorded.path}: {len(recorded.finished())} of {len(recorded.groups)} prompts recorded"
         )
         raise_if_incomplete(recorded)
+        tell_next(f"calibrate fit {recorded.path}")
 
 
-def record_to_folder(*, pipe_args: tuple[str, ...], **options: Any):
+def record_to_folder(**options: Any) -> RunFolder | None:
     """Record with the command line's options; None on every rank but the first, which speaks for all."""
-    from calibrate.errors import Incomplete
-    from calibrate.model.call import parse_pipe_args
     from calibrate.recording.launch import rank
-
-    arguments = parse_pipe_args(pipe_args)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a scheduler's notice ends a run as cleanly as Ctrl-C
     from calibrate.recording.record import record as record_run
 
-    try:
-        recorded = record_run(**options, pipe_args=arguments)
-    except KeyboardInterrupt:
-        raise Incomplete(
-            "interrupted; what is finished is kept, run the same command again to continue"
-        ) from None
+    recorded = record_run(**options)
     return recorded if rank() == 0 else None
 
 
-def raise_if_incomplete(recorded: Any) -> None:
+def raise_if_incomplete(recorded: RunFolder) -> None:
     """End with exit code 3 when prompts are missing, naming them."""
     from calibrate.errors import Incomplete
 

@@ -1,69 +1,33 @@
 """The commands that judge and show: ``verify`` (real cached runs against uncached ones) and ``report``."""
 
-import signal
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
 
-
-class _Numbers(click.ParamType):
-    """Comma-separated numbers."""
-
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
-        try:
-            return [self._kind(part) for part in value.split(",")]
-        except ValueError:
-            example = "14,10,8" if self._kind is int else "0.1,0.2"
-            self.fail(f"{value!r}: expected numbers separated by commas, such as {example}")
+from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
+from calibrate.commands.options import POSITIVE, Numbers, registry, rerunning_options
 
 
 @click.command()
 @click.argument("source", metavar="RUN|ENTRY")
 @click.option(
-    "--model",
-    metavar="NAME|FOLDER",
-    help="Weights to run [default: those of the run or the entry].",
-)
-@click.option(
-    "--prompts",
-    metavar="FILE|SET",
-    help="Held-out prompts; recorded ones are left out [default: the model's].",
-)
-@click.option(
     "--num-prompts",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     default=10,
     show_default=True,
     help="The first N of them.",
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the first prompt.",
-)
-@click.option(
-    "--image",
-    "images",
-    multiple=True,
-    type=click.Path(exists=True),
-    help="Image to edit, or a folder; repeat.",
-)
-@click.option(
     "--budgets",
-    type=_Numbers(int),
+    type=Numbers(int),
     metavar="N,N,...",
     help="Computed steps to compare at [default: five].",
 )
 @click.option(
     "--thresholds",
-    type=_Numbers(float),
+    type=Numbers(float),
     metavar="T,T,...",
     help="Thresholds of the fitted gate instead.",
 )
@@ -80,27 +44,13 @@ class _Numbers(click.ParamType):
     help="Add LPIPS to the measures; needs teacal[lpips].",
 )
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: as recorded]"
-)
-@click.option(
-    "--device",
-    default="auto",
-    metavar="auto|cpu|cuda",
-    show_default=True,
-    help="Where the model runs.",
-)
-@click.option(
     "--out",
     type=click.Path(file_okay=False),
     metavar="FOLDER",
     help="Where an entry's verification goes.",
 )
-@click.option(
-    "--registry",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Registry to look entries up in.",
-)
+@registry
+@rerunning_options
 def verify(source: str, policies: str | None, **options: Any) -> None:
     """Compare real cached runs with uncached ones on held-out prompts, and with baselines at equal computed steps.
 
@@ -110,19 +60,21 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     Example:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a scheduler's notice ends it as cleanly as Ctrl-C
+    if leave_to_rank_0("verify"):
+        return
+    from calibrate.runs.lock import hold
     from calibrate.verifying.comparison import first_lines, judge_plan, verdict_table
     from calibrate.verifying.lineup import GATE
     from calibrate.verifying.verify import verify as run_verification
 
-    found = run_verification(
-        source,
-        policies=policies.split(",") if policies else None,
-        say=lambda text: click.echo(text, err=True),
-        **options,
-    )
+    is_run = (Path(source) / "run.yaml").exists()
+    if is_run:
+        used = f"{options['num_prompts']} that were not recorded"
+        tell_plan("verify: cached runs against uncached ones", source, prompts=used)
+    with hold(source, "verifying") if is_run else nullcontext():
+        found = run_verification(
+            source, policies=policies.split(",") if policies else None, say=tell, **options
+        )
     for line in first_lines(found.results, found.headline):
         click.echo(line)
     click.echo(f"\n{verdict_table(found.summary)}")
@@ -138,7 +90,9 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
             comparison.baseline != GATE
         ):  # said above, at the gate's own steps: one question has one answer
             click.echo(f"{comparison}")
-    click.echo(f"\nverified thresholds: {found.folder.parent / 'entry.yaml'}")
+    folder = found.folder.parent
+    click.echo(f"\nverified thresholds: {folder / 'entry.yaml'}")
+    tell_next(f"calibrate report {folder}", f"calibrate publish {folder}")
 
 
 @click.command()
@@ -152,7 +106,9 @@ def report(run: str) -> None:
     """
     from calibrate.reporting.report import report
 
+    tell_plan("report: figures, plots and samples in one page", run)
     click.echo(f"report: {report(run)}")
+    tell_next(f"calibrate publish {run}")
 
 
 COMMANDS = [verify, report]

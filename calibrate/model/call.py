@@ -1,6 +1,5 @@
 """What a pipeline is called with: options, the table's defaults and its own, checked against its signature."""
 
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -10,29 +9,28 @@ from typing import Any
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import Prompt
 from calibrate.model.table import ModelSpec
+from calibrate.text import did_you_mean
 
 MIN_STEPS = 2  # one pair needs two steps
 _STEPS = "num_inference_steps"
 _SIZES = ("height", "width", "num_frames")
 # Ours to give: the recording sets them for every prompt.
-_RESERVED = {
-    "prompt",
-    "generator",
-    "image",
-    "negative_prompt",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-}
+_RESERVED = {*("prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Keyword arguments of every generation besides the prompt's own, and what the protocol says about them."""
+    """What every generation is called with.
+
+    Attributes:
+        arguments: Keyword arguments besides the prompt's own.
+        accepted: Names that the pipeline takes; None where it takes any.
+        protocol: What the manifest says about the call.
+    """
 
     arguments: dict[str, Any]
-    accepted: frozenset[str] | None  # None: the pipeline takes any
+    accepted: frozenset[str] | None
     protocol: dict[str, Any] = field(default_factory=dict)
-
     needs_image: bool = False
 
     def accepts(self, name: str) -> bool:
@@ -56,22 +54,6 @@ class Call:
                 )
 
 
-def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts as arguments: true, false, null, numbers, JSON lists and objects; anything else is text."""
-    arguments = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
-            raise InvalidOption(
-                f"--pipe-arg {pair}: expected KEY=VALUE, such as enable_prompt_rewrite=false"
-            )
-        if key in arguments:
-            raise InvalidOption(f"--pipe-arg {key}: given twice; give it once")
-        arguments[key] = _value(text.strip())
-    return arguments
-
-
 def prepare_call(
     pipeline_call: Callable,
     spec: ModelSpec | None,
@@ -87,43 +69,26 @@ def prepare_call(
 
     A default of the table that the pipeline does not take is left out; an option that it does not take is an error.
     """
-    parameters = {
-        name: p for name, p in inspect.signature(pipeline_call).parameters.items() if name != "self"
-    }
-    accepted = (
-        None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
-    )
+    parameters = dict(inspect.signature(pipeline_call).parameters)
+    parameters.pop("self", None)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = None if open_ended else frozenset(parameters)
     guidance = (spec and spec.guidance_argument) or _guidance_argument(parameters)
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
-    explicit = dict(pipe_args or {})
-    flags = {name: f"--pipe-arg {name}" for name in explicit}
-    for name, value, flag in (
-        (_STEPS, steps, "--steps"),
-        (guidance, guidance_scale, "--guidance-scale"),
-        *((name, value, f"--{name.replace('_', '-')}") for name, value in sizes.items()),
-    ):
-        if value is not None:
-            if name in explicit:
-                raise InvalidOption(
-                    f"{flag} and --pipe-arg {name} set the same argument; give one of them"
-                )
-            explicit[name], flags[name] = value, flag
-    for name in explicit:
-        if name in _RESERVED - {"negative_prompt"}:
-            raise InvalidOption(
-                f"{flags[name]}: the recording sets it for every prompt; use --prompts, --image or --seed"
-            )
-        if accepted is not None and name not in accepted:
-            raise InvalidOption(
-                f"{flags[name]}: the pipeline takes no argument {name!r}{_nearest(name, accepted)}"
-            )
-    defaults = _table_defaults(spec, guidance)
+    options = {
+        "--steps": (_STEPS, steps),
+        "--guidance-scale": (guidance, guidance_scale),
+        "--height": ("height", height),
+        "--width": ("width", width),
+        "--num-frames": ("num_frames", num_frames),
+    }
+    given = _given(options, dict(pipe_args or {}), accepted)
     arguments = {
-        name: value for name, value in defaults.items() if accepted is None or name in accepted
-    } | explicit
-    settings = {
-        name: p.default for name, p in parameters.items() if _is_number(p.default)
-    } | arguments
+        name: value
+        for name, value in _table_defaults(spec, guidance).items()
+        if accepted is None or name in accepted
+    } | given
+    settings = {name: p.default for name, p in parameters.items() if _is_number(p.default)}
+    settings |= arguments
     num_steps = settings.get(_STEPS)
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < MIN_STEPS):
         raise InvalidOption(
@@ -131,15 +96,44 @@ def prepare_call(
         )
     protocol = {"num_steps": num_steps, "guidance_scale": settings.get(guidance)}
     protocol |= {name: settings.get(name) for name in _SIZES}
-    shown = {_STEPS, "guidance_scale", *_SIZES}
+    named = {_STEPS, "guidance_scale", *_SIZES}
     protocol["call_arguments"] = {
-        name: value for name, value in arguments.items() if name not in shown
+        name: value for name, value in arguments.items() if name not in named
     }
     image = parameters.get("image")
-    needs_image = bool(spec and spec.needs_image) or (
-        image is not None and image.default is image.empty
-    )
+    required = image is not None and image.default is image.empty
+    needs_image = required or bool(spec and spec.needs_image)
     return Call(arguments=arguments, accepted=accepted, protocol=protocol, needs_image=needs_image)
+
+
+def _given(
+    options: Mapping[str, tuple[str, Any]],
+    pipe_args: dict[str, Any],
+    accepted: frozenset[str] | None,
+) -> dict[str, Any]:
+    """What the user set, by argument; refuses what is set twice, is ours to set, or is not taken."""
+    given = dict(pipe_args)
+    flags = {name: f"--pipe-arg {name}" for name in pipe_args}
+    for flag, (name, value) in options.items():
+        if value is None:
+            continue
+        if name in pipe_args:
+            raise InvalidOption(
+                f"{flag} and --pipe-arg {name} set the same argument; give one of them"
+            )
+        given[name], flags[name] = value, flag
+    for name, flag in flags.items():
+        if name in _RESERVED:
+            raise InvalidOption(
+                f"{flag}: it is set for every prompt; use --prompts, --image or --seed"
+            )
+        if accepted is not None and name not in accepted:
+            hint = (
+                did_you_mean(name, accepted)
+                or f"it takes {', '.join(sorted(accepted - _RESERVED))}"
+            )
+            raise InvalidOption(f"{flag}: the pipeline takes no argument {name!r}; {hint}")
+    return given
 
 
 def _table_defaults(spec: ModelSpec | None, guidance: str) -> dict[str, Any]:
@@ -160,9 +154,40 @@ def _guidance_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
     return "guidance_scale"
 
 
+def call_text(protocol: Mapping[str, Any]) -> str:
+    """``28 steps, guidance 4.5, 1024x1024, bfloat16``: what is known of it."""
+    sizes = [protocol.get(name) for name in ("width", "height", "num_frames")]
+    steps, guidance = protocol.get("num_steps"), protocol.get("guidance_scale")
+    parts = [
+        f"{steps} steps" if steps else "",
+        "" if guidance is None else f"guidance {guidance:g}",
+        "x".join(str(size) for size in sizes if size) or "the pipeline's own size",
+        protocol.get("dtype") or "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as arguments: true, false, null, numbers, JSON lists and objects; anything else is text."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier():
+            raise InvalidOption(
+                f"--pipe-arg {pair}: expected KEY=VALUE, such as enable_prompt_rewrite=false"
+            )
+        if key in arguments:
+            raise InvalidOption(f"--pipe-arg {key}: given twice; give it once")
+        arguments[key] = _value(text.strip())
+    return arguments
+
+
 def _value(text: str) -> Any:
-    if text.lower() in {"true", "false", "null", "none"}:
-        return {"true": True, "false": False}.get(text.lower())
+    # Python's spelling of them is taken too.
+    json_text = text.lower().replace("none", "null")
+    if json_text in ("true", "false", "null"):
+        text = json_text
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError:
@@ -175,10 +200,3 @@ def _refuse_constant(name: str) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _nearest(name: str, accepted: frozenset[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(accepted), n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; it takes {', '.join(sorted(accepted - _RESERVED))}"

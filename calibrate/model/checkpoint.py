@@ -12,6 +12,7 @@ from typing import Any
 
 from calibrate.errors import InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, one_line
 from calibrate.model.table import ModelSpec, class_defaults, find_model, model_table, recognise
+from calibrate.text import did_you_mean
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -46,6 +47,12 @@ class Checkpoint:
         digest = weights_sha256(self.folder) if hashed and self.folder else None
         return {"repository": self.repository, "revision": self.revision, "sha256": digest}
 
+    @property
+    def weights_bytes(self) -> int:
+        """Size of all weights on disk; 0 for a loaded pipeline."""
+        files = self.folder.glob("*/*") if self.folder else ()
+        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+
 
 def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint behind an alias, a local folder or a hub id, or of a loaded diffusers pipeline.
@@ -70,10 +77,14 @@ def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
         repository = (row and row.repository) or name
         checkpoint = _in_folder(_download(name, repository, allow_pickle), repository, row)
     else:
-        aliases = ", ".join(row.alias for row in model_table())
+        aliases = [row.alias for row in model_table()]
+        hint = (
+            did_you_mean(name, aliases)
+            or "Give a folder with a model_index.json, a hub id, or one of:"
+        )
         raise ModelNotFound(
             f"{name or '(empty name)'}: no model of that name; tried the embedded models, a folder here, and a hub id "
-            f"(owner/name). Give a folder with a model_index.json, a hub id, or one of: {aliases}"
+            f"(owner/name). {hint} {', '.join(aliases)}"
         )
     assert checkpoint.folder is not None
     _refuse_code(checkpoint.folder)

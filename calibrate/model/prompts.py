@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from calibrate.errors import InvalidPrompts
 from calibrate.model.protocol import canonical_sha256
+from calibrate.text import did_you_mean, siblings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 # Shipped sets that are never recorded by default: `verify` judges on them once a run has recorded all of the first.
@@ -62,12 +63,13 @@ class Prompt:
 class PromptSet:
     """Prompts in order, and where the images that they name are.
 
-    ``sha256`` is over the whole set before any ``--num-prompts``, so that asking for more continues a run.
+    ``sha256`` and ``total`` are of the whole set, whatever part of it is used: asking for more continues a run.
     """
 
     prompts: tuple[Prompt, ...]
     sha256: str
     name: str
+    total: int
     images: dict[str, Path] = field(default_factory=dict)
 
     def first(self, count: int | None) -> "PromptSet":
@@ -133,7 +135,10 @@ def load_prompts(
         seen[key] = line.where
         prompts.append(prompt)
     digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
-    return PromptSet(prompts=tuple(prompts), sha256=digest, name=name, images=known).first(count)
+    everything = PromptSet(
+        prompts=tuple(prompts), sha256=digest, name=name, total=len(prompts), images=known
+    )
+    return everything.first(count)
 
 
 def _prompt(line: _Line, images: tuple[str, ...], default_seed: int) -> Prompt:
@@ -161,9 +166,11 @@ def _read(path: Path) -> list[_Line]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        shipped = ", ".join(shipped_sets())
+        shipped = shipped_sets()
+        hint = did_you_mean(str(path), [*shipped, *siblings(path)])
         raise InvalidPrompts(
-            f"{path}: {error.strerror}; expected a .txt or .jsonl file or one of the shipped sets ({shipped})"
+            f"{path}: {error.strerror}; {hint or 'expected a .txt or .jsonl file or one of the shipped sets'} "
+            f"({', '.join(shipped)})"
         ) from None
     lines = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):

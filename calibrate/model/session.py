@@ -11,7 +11,13 @@ from calibrate.model.call import Call
 from calibrate.model.checkpoint import Checkpoint, slug_of
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import Prompt
-from calibrate.model.protocol import Protocol, canonical_sha256, plain
+from calibrate.model.protocol import canonical_sha256, plain
+
+# Everything that a coefficient depends on besides weights and prompt; None where the pipeline has no such setting.
+_PROTOCOL = (
+    *("scheduler", "num_steps", "shift", "guidance_scale", "height", "width", "num_frames"),
+    *("dtype", "quantization", "lora", "call_arguments"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +155,14 @@ def _identity(
     from runtime.facts import lora_of, quantization_of, shift_of
 
     first = next(iter(modules.values()))
-    protocol = Protocol(
-        scheduler=type(scheduler).__name__ if scheduler is not None else None,
-        shift=shift_of(scheduler),
-        dtype=str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
-        quantization=quantization_of(first),
-        lora=lora_of(first),
+    protocol = {
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "shift": shift_of(scheduler),
+        "dtype": str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
+        "quantization": quantization_of(first),
+        "lora": lora_of(first),
         **settings,
-    )
+    }
     config = plain(dict(getattr(scheduler, "config", None) or {}))
     # Names with an underscore say where the configuration came from, not what it is.
     public = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -165,7 +171,7 @@ def _identity(
         "transformer_classes": {name: type(module).__name__ for name, module in modules.items()},
         "pipeline_class": pipeline_class,
         "checkpoint": checkpoint,
-        "protocol": plain(protocol.as_dict()),
+        "protocol": plain({name: protocol.get(name) for name in _PROTOCOL}),
         "scheduler_config": public,
     }
     return {**identity, "protocol_sha256": canonical_sha256(identity)}

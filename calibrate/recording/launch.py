@@ -30,8 +30,8 @@ class Party:
     def __init__(self, modules: Mapping[str, Any]) -> None:
         from runtime.compat.diffusers_private import lockstep_group
 
-        groups: list[Any] = [lockstep_group(module) for module in modules.values()]
-        self._group = next((group for group in groups if group is not None), None)
+        groups = [lockstep_group(module) for module in modules.values()]
+        self._group: Any = next((group for group in groups if group is not None), None)
         self.leads = True
         if self._group is not None:
             import torch.distributed

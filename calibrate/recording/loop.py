@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from calibrate.errors import CalibrateError, Incomplete
@@ -23,16 +24,26 @@ logger = logging.getLogger(__name__)
 
 
 class Loop:
-    """Records the prompts a run still lacks; ranks claim them one at a time."""
+    """Records the prompts a run still lacks; ranks claim them one at a time.
+
+    ``anew`` names finished groups that are recorded again for their Gram matrices, at most once by each process.
+    """
 
     def __init__(
-        self, run: RunFolder, session: Session, recorder: Any, lock: RunLock, party: Party
+        self,
+        run: RunFolder,
+        session: Session,
+        recorder: Any,
+        lock: RunLock,
+        party: Party,
+        anew: Iterable[str] = (),
     ) -> None:
         self.run = run
         self.session = session
         self.recorder = recorder
         self.lock = lock
         self.party = party
+        self.anew = set(anew)
         self.images = run.images
         self.job = f"{lock.job}#{restarts()}"
         self.outcomes: list[str | None] = []  # a failure's text, or None for a success
@@ -59,6 +70,8 @@ class Loop:
             self._record(groups[index])
 
     def _is_wanted(self, group: Group) -> bool:
+        if group.name in self.anew:
+            return group.name not in self.run.with_gram()
         return not self.run.is_finished(group) and self.run.failed_in(group) != self.job
 
     def _claim_and_record(self, group: Group, bar: Any) -> bool:
@@ -82,6 +95,7 @@ class Loop:
 
     def _record(self, group: Group) -> None:
         """Generate and measure one group; whatever a pipeline raises costs this prompt and no other."""
+        self.anew.discard(group.name)
         try:
             self.recorder.start()
             self.session.generate(group.prompt, self.images)

@@ -3,13 +3,20 @@
 import logging
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from calibrate.model.call import Call, call_text
+from calibrate.model.checkpoint import Checkpoint
+from calibrate.model.prompts import PromptSet
+from calibrate.recording.launch import rank
 from calibrate.runs.folder import RunFolder
+from calibrate.runs.pairs import seconds_per_prompt
+from calibrate.text import block, duration
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +51,61 @@ def now() -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     versions = {"teacal": __version__, **packages, "python": platform.python_version()}
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+
+
+def tell(text: str) -> None:
+    """On stderr, once for all ranks."""
+    if rank() == 0:
+        sys.stderr.write(f"{text}\n")
+
+
+def announcement(
+    checkpoint: Checkpoint, call: Call, prompts: PromptSet, dtype: str, device: str, out: Any
+) -> str:
+    """What a recording is going to do, before the weights are loaded."""
+    loaded = checkpoint.pipeline is not None
+    place = "as loaded" if loaded else f"on {device}"
+    size = checkpoint.weights_bytes / 2**30
+    count, more = len(prompts.prompts), prompts.total - len(prompts.prompts)
+    rest = (
+        f"; {more} more in it: --num-prompts {prompts.total} adds them to the run" if more else ""
+    )
+    protocol = {**call.protocol, "dtype": None if loaded else dtype}
+    model = f"{checkpoint.repository}, {checkpoint.pipeline_class}"
+    row = checkpoint.spec
+    recognised = f"{row.alias}, by {checkpoint.recognised}" if row and checkpoint.recognised else ""
+    facts = {
+        "model": model,
+        "settings of": recognised,
+        "call": f"{call_text(protocol)} {place}",
+        "prompts": f"{count} of {prompts.name}{rest}",
+        "memory": f"{size:.1f} GiB of weights on disk, and what a generation needs" if size else "",
+        "folder": str(out)
+        if out is not None
+        else "runs/<model>-<hash>, named when the model is loaded",
+    }
+    return block("record: every step computed, nothing cached", facts)
+
+
+def outlook(run: RunFolder, anew: Collection[str]) -> str:
+    """How much is left to record, and how long it will take where earlier prompts tell."""
+    missing = len({group.name for group in run.groups} - run.finished())
+    seconds = seconds_per_prompt(run)
+    todo = missing + len(anew)
+    time = f", about {duration(seconds * todo)}" if seconds and todo else ""
+    again = f", {len(anew)} of them again for their Gram matrices" if anew else ""
+    return f"{run.path}: {todo} of {len(run.groups)} prompts to record{again}{time}"
+
+
+def tell_lacking(path: Path, lacking: int, finished: int) -> None:
+    """Say how a run gets the Gram matrices that it was begun without."""
+    logger.warning(
+        "%s: %d of %d recorded prompts have no Gram matrices, which `calibrate plan` needs; the same command with "
+        "--gram records them again for it, and leaves their pairs as they are",
+        path,
+        lacking,
+        finished,
+    )
 
 
 def tell_changes(run: RunFolder, facts: Mapping[str, Any]) -> None:

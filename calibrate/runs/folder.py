@@ -16,6 +16,7 @@ from typing import Any
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
 from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.runs.files import encode_pairs, json_bytes, read_pairs, write_atomically
+from calibrate.text import did_you_mean, siblings
 
 # Of the whole folder, written as `format` into run.yaml; runs from before that line existed have the same format.
 # A new column needs no new format: where an older run lacks it, it reads as NaN.
@@ -99,6 +100,10 @@ class RunFolder:
         """Names of the groups whose pairs are on disk, by name only (`tidy` looks inside)."""
         return {path.stem for path in (self.path / "pairs").glob("*.parquet")}
 
+    def with_gram(self) -> set[str]:
+        """Names of the groups whose Gram matrices are on disk."""
+        return {path.stem for path in (self.path / "gram").glob("*.npz")}
+
     def is_finished(self, group: Group) -> bool:
         return self.shard(group.name).exists()
 
@@ -122,10 +127,11 @@ class RunFolder:
         name = group.name
         ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
         payload = encode_pairs([{**row, **ids} for row in rows])
-        write_atomically(self.path / "timing" / f"{name}.json", json_bytes(timing))
         if gram:
             write_atomically(self.path / "gram" / f"{name}.npz", _npz_bytes(gram))
-        write_atomically(self.shard(name), payload)
+        if not self.is_finished(group):  # else recorded again for its Gram matrices alone
+            write_atomically(self.path / "timing" / f"{name}.json", json_bytes(timing))
+            write_atomically(self.shard(name), payload)
         self._failure_path(name).unlink(missing_ok=True)
 
     def write_failure(self, group: Group, kind: str, message: str, job: str) -> None:
@@ -203,9 +209,7 @@ def tidy(path: Path) -> list[str]:
     if (path / "run.yaml").exists():
         RunFolder.open(path)
     _refuse_links(path)
-    for folder in ("", *_FOLDERS):
-        for leftover in (path / folder).glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+    remove_leftovers(path)
     moved = []
     for shard in sorted((path / "pairs").glob("*.parquet")):
         try:
@@ -217,6 +221,13 @@ def tidy(path: Path) -> list[str]:
             os.replace(shard, target / f"{shard.stem}.{number}.parquet")
             moved.append(shard.stem)
     return moved
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes had half written; nobody else may be in the folder."""
+    for depth in ("", "*/", "*/*/"):
+        for leftover in path.glob(f"{depth}.*.????*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def _npz_bytes(arrays: Mapping[str, Any]) -> bytes:
@@ -233,8 +244,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        folder = path.parent
+        hint = "" if folder.exists() else did_you_mean(str(folder), siblings(folder))
         raise RunFolderError(
-            f"{path.parent}: no run.yaml in it; expected a folder written by `calibrate record`"
+            f"{folder}: no run.yaml in it; {hint or 'expected a folder written by `calibrate record`'}"
         ) from None
     except OSError as error:
         raise RunFolderError(

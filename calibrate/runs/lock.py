@@ -24,7 +24,7 @@ except ImportError:  # Windows: one process at a time is then up to the user
 logger = logging.getLogger(__name__)
 
 _JOB_BYTE = 0
-_held: set[Path] = set()  # by this process, whose own locks never conflict with each other
+held: list[Path] = []  # folders of this process, whose own locks never conflict with each other
 _PATIENCE = 120.0  # seconds to wait for the first process of a job to write down whose it is and to clean up
 
 
@@ -38,24 +38,41 @@ def job_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
 
+def hold(folder: str | os.PathLike, work: str) -> "RunLock":
+    """The lock of a run for a command that works on it: ``with hold(run, "verifying"):``."""
+    return RunLock(Path(folder) / "lock", job_name(), work=work)
+
+
 class RunLock:
     """Holds a run folder for one job; a context manager.
 
-    ``prepare`` is called when no other process holds the folder, and before any other can.
+    Args:
+        path: The lock file.
+        job: Processes of the same job share the lock, see :func:`job_name`.
+        prepare: Called when no other process holds the folder, and before any other can.
+        work: What the holder does with the run, for the message to others.
     """
 
-    def __init__(self, path: Path, job: str, prepare: Callable[[], None] = lambda: None):
-        self.job, self.path, self.prepare = job, path, prepare
+    def __init__(
+        self,
+        path: Path,
+        job: str,
+        prepare: Callable[[], object] = lambda: None,
+        work: str = "recording into",
+    ):
+        self.path, self.job, self.prepare, self.work = path, job, prepare, work
         self.supported = fcntl is not None
         self._file = -1
 
     def __enter__(self) -> "RunLock":
-        if self.path.resolve() in _held:
-            raise RunInUse(f"{self.path.parent}: this process is recording into this run already")
-        try:
-            self._file = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+        folder = self.path.parent
+        if folder.resolve() in {other.resolve() for other in held}:
+            raise RunInUse(
+                f"{folder}: this process is recording into this run already, or using it"
             )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._file = os.open(self.path, flags, 0o644)
             self._join()
         except BaseException as error:
             if self._file >= 0:
@@ -64,11 +81,11 @@ class RunLock:
                 message = f"{error.filename or self.path}: cannot be written ({error.strerror}); choose another folder"
                 raise RunFolderError(f"{message} with --out") from None
             raise
-        _held.add(self.path.resolve())
+        held.append(folder)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _held.discard(self.path.resolve())
+        held.remove(self.path.parent)
         os.close(self._file)
 
     def claim(self, index: int) -> bool:
@@ -86,7 +103,7 @@ class RunLock:
             if self._lock(fcntl.LOCK_EX, _JOB_BYTE):
                 if not self.supported:
                     logger.warning(
-                        "%s: no file locks here; see to it that only one job records",
+                        "%s: no file locks here; see to it that only one job uses the run",
                         self.path.parent,
                     )
                     return
@@ -98,10 +115,10 @@ class RunLock:
             if holder is not None and holder.get("job") == self.job:
                 return
             if holder is not None or time.monotonic() > deadline:
-                pid, host = (holder or {}).get("pid", "?"), (holder or {}).get("host", "?")
+                known = {"pid": "?", "host": "?", "work": "recording into", **(holder or {})}
                 raise RunInUse(
-                    f"{self.path.parent}: process {pid} on {host} is recording into this run; wait for it, stop it "
-                    "(the lock goes with its process), or choose another folder with --out"
+                    f"{self.path.parent}: process {known['pid']} on {known['host']} is {known['work']} this run; wait "
+                    "for it, stop it (the lock goes with its process), or choose another folder with --out"
                 )
             time.sleep(0.05)
 
@@ -115,7 +132,12 @@ class RunLock:
         return True
 
     def _write_holder(self) -> None:
-        holder = {"job": self.job, "pid": os.getpid(), "host": socket.gethostname()}
+        holder = {
+            "job": self.job,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "work": self.work,
+        }
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(holder).encode(), 0)
 

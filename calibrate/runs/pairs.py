@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,27 +228,42 @@ def _first_difference(manifest: dict, other: dict) -> str:
     return ""
 
 
+def seconds_per_prompt(folder: RunFolder) -> float | None:
+    """Mean seconds that the denoiser took for a whole generation; None where nothing was timed."""
+    totals = [
+        sum(timing["call_seconds"] * timing["calls"] for timing in experts.values())
+        for experts in _timings(folder)
+    ]
+    return float(np.mean(totals)) if totals else None
+
+
 def _read_timing(folders: list[RunFolder]) -> dict[str, tuple[float, float]]:
-    """Means over all calls of all groups. Timing is a convenience: what cannot be read is left out, not fatal."""
+    """Means over all calls of all groups."""
     sums: dict[str, np.ndarray] = {}
-    for file in sorted(
-        file for folder in folders for file in (folder.path / "timing").glob("*.json")
-    ):
-        try:
-            groups = json.loads(file.read_text(encoding="utf-8"))
-            for expert, timing in groups.items():
-                calls = timing["calls"]
-                row = np.array(
-                    [timing["call_seconds"] * calls, timing["stack_seconds"] * calls, calls], float
-                )
-                sums[expert] = sums.get(expert, np.zeros(3)) + row
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+    for experts in (timings for folder in folders for timings in _timings(folder)):
+        for expert, timing in experts.items():
+            calls = timing["calls"]
+            row = np.array([timing["call_seconds"] * calls, timing["stack_seconds"] * calls, calls])
+            sums[expert] = sums.get(expert, np.zeros(3)) + row
     return {
         expert: (float(call / calls), float(stack / calls))
         for expert, (call, stack, calls) in sorted(sums.items())
         if calls > 0 and 0 < stack <= call and np.isfinite(call)
     }
+
+
+def _timings(folder: RunFolder) -> Iterator[dict[str, dict[str, float]]]:
+    """Timing of each group. It is a convenience: what cannot be read is left out, not fatal."""
+    names = ("calls", "call_seconds", "stack_seconds")
+    for file in sorted((folder.path / "timing").glob("*.json")):
+        try:
+            experts = json.loads(file.read_text(encoding="utf-8"))
+            yield {
+                expert: {name: float(timing[name]) for name in names}
+                for expert, timing in experts.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
 
 
 def _one_line(error: Exception) -> str:

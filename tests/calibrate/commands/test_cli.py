@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import click
@@ -15,8 +17,10 @@ import yaml
 from click.testing import CliRunner
 
 import calibrate
+import coeffs
 from calibrate.cli import cli
 from calibrate.errors import CalibrateError, Incomplete
+from calibrate.model.table import model_table
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
 
@@ -204,13 +208,107 @@ def test_whole_job_on_the_embedded_model(tmp_path):
     assert str(tmp_path) not in (run / "run.yaml").read_text()
 
 
-def test_scheduler_that_ends_a_job_is_treated_like_ctrl_c(recording):
-    recording(lambda **options: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert "interrupted; what is finished is kept" in refused("record", code=3)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+SENDS_SIGTERM = """
+import importlib, os, signal, sys
+sys.argv = ["calibrate", "record", "--out", "some/folder"]
+module = importlib.import_module("calibrate.recording.record")
+module.record = lambda **options: os.kill(os.getpid(), signal.SIGTERM)
+from calibrate.__main__ import main
+main()
+"""
+
+
+def test_scheduler_that_ends_a_job_is_treated_like_ctrl_c():
+    done = subprocess.run(
+        [sys.executable, "-c", SENDS_SIGTERM], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 3, done.stderr
+    assert "some/folder: interrupted; what is finished is kept" in done.stderr.strip()
+
+
+CALLED_AS = """
+import sys
+sys.argv = [f"/usr/bin/{sys.argv[1]}", "--help"]
+from calibrate.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("program", ["calibrate", "teacal"])
+def test_program_answers_to_both_names(program):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["scripts"][program] == "calibrate.__main__:main"
+    done = subprocess.run(
+        [sys.executable, "-c", CALLED_AS, program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"Usage: {program} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["reccord"], "No such command 'reccord'; did you mean record"),
+        (["verfy", "RUN"], "did you mean verify?"),
+        (["--model", "long-cat-image"], "did you mean LongCat-Image"),
+        (["record", "--prompts", "defalt"], "did you mean default?"),
+        (["fit", "runs/toy-2"], "did you mean runs/toy-1?"),
+    ],
+)
+def test_mistyped_names_are_answered_with_the_nearest(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "toy-1").mkdir(parents=True)
+    assert said in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", ""],
+        ["--out", ""],
+        ["record", "--out="],
+        ["fit", ""],
+        ["verify", "RUN", "--out", ""],
+    ],
+)
+def test_empty_values_are_refused(arguments, tmp_path, monkeypatch):
+    """Bug: an unset variable in a script calibrated the embedded model, or wrote into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert "empty; give a value, or leave the option away" in refused(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_names_the_model_and_the_order_of_work():
+    for flag in ("-h", "--help"):
+        text = invoke(flag).output
+        places = [
+            text.index(f"calibrate {word}") for word in ("--model", "plan", "verify", "report")
+        ]
+        assert places == sorted(places) and "calibrate models" in text
+        assert max(map(len, text.splitlines())) <= 100
+
+
+def test_models_lists_every_alias_in_100_columns():
+    lines = invoke("models").output.splitlines()
+    assert {line.split()[0] for line in lines[1:]} == {row.alias for row in model_table()}
+    assert max(map(len, lines)) <= 100
+
+
+def test_entries_that_the_help_names_exist():
+    """Bug: the example of `fit --help` failed."""
+    for command in cli.commands.values():
+        for entry in re.findall(r"--score (\S+)", command.help or ""):
+            assert coeffs.load(entry)
+
+
+def test_error_of_the_operating_system_without_a_file_name_is_one_line(recording):
+    """Bug: it was shown as a traceback; libraries that write through a stream raise it."""
+
+    def fail(**options):
+        raise OSError(28, "No space left on device")
+
+    recording(fail)
+    line = refused("record")
+    assert line.startswith("Error: calibrate record: No space left on device; check")
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):

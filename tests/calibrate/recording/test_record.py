@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from calibrate.errors import (
     RunFolderError,
     RunInUse,
 )
+from calibrate.recording.record import DEFAULT_PROMPTS
 from calibrate.runs.lock import RunLock
 from runtime.errors import UnsupportedModel
 
@@ -169,6 +171,71 @@ def test_what_is_wrong_with_the_model_is_no_failure_of_a_prompt(tmp_path):
     with pytest.raises(UnsupportedModel):
         record_toy(tmp_path / "run", failing("a cup", error=UnsupportedModel("no attention")))
     assert not (tmp_path / "run" / "failures").exists()
+
+
+def gram_files(run):
+    return {path.stem for path in (run.path / "gram").glob("*.npz")}
+
+
+def test_gram_matrices_are_kept_unless_declined(tmp_path):
+    run = record_toy(tmp_path / "with")
+    assert gram_files(run) == run.finished()
+    assert not gram_files(record_toy(tmp_path / "without", gram=False))
+
+
+def test_run_begun_without_gram_matrices_is_not_recorded_again_unasked(tmp_path, caplog):
+    """The default changed; a run that somebody recorded for hours did not."""
+    first = record_toy(tmp_path / "run", gram=False)
+    record_toy(tmp_path / "run", failing(*PROMPTS))
+    assert not gram_files(first)
+    assert "4 of 4 recorded prompts have no Gram matrices" in caplog.text
+    assert "--gram records them again" in caplog.text
+
+
+def test_gram_matrices_that_lack_are_recorded_on_request_and_pairs_stay(tmp_path):
+    """Bug: `record --gram` on an existing run did nothing, and `plan` told the user to run it."""
+    first = record_toy(tmp_path / "run", gram=False)
+    stamps = {path: path.stat().st_mtime_ns for path in (first.path / "pairs").iterdir()}
+    again = record_toy(tmp_path / "run", gram=True)
+    assert gram_files(again) == again.finished() and len(again.finished()) == 4
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_gram_matrices_of_some_prompts_only_are_said_and_the_rest_goes_on_with_them(
+    tmp_path, caplog
+):
+    run = record_toy(tmp_path / "run", num_prompts=2)
+    lost = run.groups[0].name
+    (run.path / "gram" / f"{lost}.npz").unlink()
+    more = record_toy(tmp_path / "run")
+    assert more.finished() - gram_files(more) == {lost}
+    assert "1 of 2 recorded prompts have no Gram matrices" in caplog.text
+
+
+def test_recorder_without_gram_matrices_does_not_record_for_ever(tmp_path, monkeypatch):
+    """A model may give none; asking for them must end all the same."""
+    record_toy(tmp_path / "run", gram=False)
+    finish = Recorder.finish
+    monkeypatch.setattr(Recorder, "finish", lambda self: replace(finish(self), gram={}))
+    assert not gram_files(record_toy(tmp_path / "run", gram=True))
+
+
+def test_shipped_set_gives_enough_prompts_and_a_list_all_of_its_own(tmp_path):
+    run = record_toy(tmp_path / "shipped", prompts="default")
+    assert len(run.groups) == DEFAULT_PROMPTS < 70
+    texts = [str(i) for i in range(DEFAULT_PROMPTS + 5)]
+    assert len(record_toy(tmp_path / "own", prompts=texts).groups) == len(texts)
+    more = record_toy(tmp_path / "shipped", prompts="default", num_prompts=DEFAULT_PROMPTS + 1)
+    assert len(more.groups) == DEFAULT_PROMPTS + 1
+
+
+def test_what_is_going_to_be_recorded_is_said_first(tmp_path, capsys):
+    record_toy(tmp_path / "run", num_prompts=2)
+    assert f"{tmp_path / 'run'}: 2 of 2 prompts to record" in capsys.readouterr().err
+    record_toy(tmp_path / "run")
+    assert "2 of 4 prompts to record" in capsys.readouterr().err
+    record_toy(tmp_path / "run", progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
