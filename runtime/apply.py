@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import coeffs
+from runtime.anchors import Guided
 from runtime.cache import CacheHandler
 from runtime.compat.diffusers_private import enabled_cache, unwrapped
 from runtime.decide.forecast import Forecast
@@ -147,8 +148,10 @@ def apply_tea_cache(
         forecast: What a skipped step makes of computed ones: ``reuse`` the last, or extrapolate ``linear`` or
             ``quadratic`` in the noise level (one or two more residuals are kept); or a :class:`runtime.Forecast`.
             Default: the plan's own, else ``reuse``.
-        forecast_of: ``residual`` of the block stack, or the denoiser's ``output``, which is far smaller but no longer
-            follows the latents of the skipped step. Default: with the plan's forecast the plan's, else ``residual``.
+        forecast_of: ``residual`` of the block stack; or the denoiser's ``output``, which is far smaller but no longer
+            follows the latents of the skipped step; or the ``guided`` prediction that a pipeline's scheduler receives,
+            one small tensor for all branches, and what the solver sees whatever the guidance does to it.
+            Default: with the plan's forecast the plan's, else ``residual``.
         branches: ``together``: the first CFG branch of a step decides for all, which costs one measurement and lets
             their errors cancel in the guidance (default); ``apart``: each decides by its own polynomial (default with
             ``compat``).
@@ -212,10 +215,15 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | No
     def on_generation(num_steps: int | None) -> None:
         handle.differs(settings.differences(num_steps, watch.sigma))
 
-    def new_handler(expert: str) -> CacheHandler:
-        return CacheHandler(expert, settings, handle.stats, on_generation)
+    guided = None
+    if settings.forecast_of == "guided":
+        guided = Guided(settings.forecast, settings.offload)
 
-    watch = Watch(modules, new_handler, pipeline, blocks, asked.num_steps)
+    def new_handler(expert: str) -> CacheHandler:
+        return CacheHandler(expert, settings, handle.stats, guided, on_generation)
+
+    on_step = None if guided is None else guided.step
+    watch = Watch(modules, new_handler, pipeline, blocks, asked.num_steps, on_step)
     for stack in watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
     watch.install()

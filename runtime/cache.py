@@ -6,7 +6,8 @@ from zlib import crc32
 
 import torch
 
-from runtime.anchors import Anchors
+from runtime.anchors import Anchors, Guided
+from runtime.decide.forecast import Forecast
 from runtime.decide.gate import Decision, Policy
 from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
@@ -52,6 +53,7 @@ class CacheHandler(Handler):
         expert: The denoiser's name in the pipeline (``transformer``, ``transformer_2``).
         settings: What is in force.
         stats: Where decisions are counted.
+        guided: Forecasts the guided prediction, if the settings say so.
         on_generation: Told the number of steps when a generation begins.
     """
 
@@ -60,29 +62,37 @@ class CacheHandler(Handler):
         expert: str,
         settings: Settings,
         stats: Stats,
+        guided: Guided | None,
         on_generation: Callable[[int | None], None] = lambda num_steps: None,
     ) -> None:
         self.expert, self.settings, self.stats = expert, settings, stats
-        self._on_generation = on_generation
-        self._of_output = settings.forecast_of == "output"
+        self._guided, self._on_generation = guided, on_generation
+        self._of_output = settings.forecast_of != "residual"
         self._lead: tuple[int, str, Decision] | None = None
 
     def begin(self, position: Position) -> None:
         self._on_generation(position.num_steps)
         self._lead = None
         self.stats.begin(self.expert, position.schedule)
+        if self._guided is not None:
+            self._guided.begin(self.expert, position.schedule)
 
-    def new_trajectory(self, branch: str, sigma: Callable[[int], float | None]) -> Trajectory:
-        settings = self.settings
-        anchors = Anchors(settings.forecast, sigma, settings.offload)
-        return _CachedTrajectory(settings.new_policy(self.expert, branch), anchors)
+    def end(self) -> None:
+        if self._guided is not None:
+            self._guided.clear()
+
+    def new_trajectory(self, branch: str) -> Trajectory:
+        # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
+        forecast = self.settings.forecast if self._guided is None else Forecast()
+        anchors = Anchors(forecast, self.settings.offload)
+        return _CachedTrajectory(self.settings.new_policy(self.expert, branch), anchors)
 
     @torch.no_grad()
     def decide(self, call: Call, changed: bool) -> bool:
         trajectory, where = _kept(call), call.position
         decision = self._led(where)
         # Ranks that run in lockstep all take part in every round, also where another branch has decided.
-        if decision is None or lockstep_group(call.stack.root) is not None:
+        if decision is None or lockstep_group(call.root) is not None:
             own = self._decide(call)
         else:
             trajectory.previous = None  # not looked at, so it is no reference of a later step
@@ -97,6 +107,8 @@ class CacheHandler(Handler):
             decision = Decision("first")
         if not decision.skip:
             trajectory.anchors.make_room(where.step)  # frees what the stack's own memory can use
+        if self._guided is not None:
+            self._guided.decided(where.step, call.locator, decision.skip)
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
@@ -121,7 +133,7 @@ class CacheHandler(Handler):
         signal = measured(call, self.settings.signal)
         if signal is None:
             raise UnsupportedModel(
-                f"{type(call.stack.root).__name__}: no {self.settings.signal} is handed to the first block, and this "
+                f"{type(call.root).__name__}: no {self.settings.signal} is handed to the first block, and this "
                 "entry's coefficients were fitted on it; use an entry fitted on the modulated_input"
             )
         trajectory = _kept(call)
@@ -132,7 +144,7 @@ class CacheHandler(Handler):
             before.copy_(signal)
         else:
             trajectory.previous = signal.detach().clone()
-        group = lockstep_group(call.stack.root)
+        group = lockstep_group(call.root)
         if group is None:
             return None if sums is None else ratio(*sums.tolist())
         past = crc32(call.position.branch.encode(), trajectory.past)
@@ -154,13 +166,13 @@ class CacheHandler(Handler):
 
     def keep(self, call: Call, results: list[torch.Tensor]) -> None:
         if not self._of_output:
-            _kept(call).anchors.add(call.position.step, results)
+            _kept(call).anchors.add(call.position.step, call.locator, results)
 
     @torch.no_grad()
     def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
         if self._of_output:  # it is replaced as a whole; what runs until then does not matter
             return base if base is not None else call.wiring.exits[index].spec.make()
-        forecast = _kept(call).anchors.forecast(call.position.step, index)
+        forecast = _kept(call).anchors.forecast(call.position.step, call.locator, index)
         # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
         return forecast.clone() if base is None else (base + forecast).to(base.dtype)
 
@@ -177,11 +189,13 @@ class CacheHandler(Handler):
         anchors, step = _kept(call).anchors, call.position.step
         outputs = [tensor for _, tensor in tensors(output)]
         if not call.skip:
-            anchors.add(step, [tensor.clone() for tensor in outputs])
+            anchors.add(step, call.locator, [tensor.clone() for tensor in outputs])
             return None
-        if lockstep_group(call.stack.root) is not None:
+        if lockstep_group(call.root) is not None:
             await_gathered(outputs)
         places = iter(range(len(outputs)))
-        return mapped(
-            output, lambda tensor: anchors.forecast(step, next(places)).to(tensor.dtype, copy=True)
-        )
+
+        def forecast(tensor: torch.Tensor) -> torch.Tensor:
+            return anchors.forecast(step, call.locator, next(places)).to(tensor.dtype, copy=True)
+
+        return mapped(output, forecast)

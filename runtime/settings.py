@@ -19,7 +19,7 @@ from runtime.source import (
     threshold_for,
 )
 
-FORECAST_OF = ("residual", "output")
+FORECAST_OF = ("residual", "output", "guided")
 BRANCHES = ("together", "apart")
 LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 
@@ -130,6 +130,8 @@ def resolve(asked: Asked, model: Model) -> Settings:
             settings = replace(settings, mismatches=source.mismatches)
         else:
             settings = _gated(replace(asked, threshold=found), source, model)
+    if settings.forecast_of == "guided":
+        _check_guided(settings, model)
     for expert in model.classes:
         settings.new_policy(expert, "")  # an unusable policy shows before anything is hooked
     return settings
@@ -155,10 +157,22 @@ def _check(asked: Asked, model: Model) -> None:
         )
     if asked.forecast_of not in (None, *FORECAST_OF):
         raise InvalidSetting(
-            f"forecast_of {asked.forecast_of!r}: expected {' or '.join(FORECAST_OF)}"
+            f"forecast_of {asked.forecast_of!r}: expected {', '.join(FORECAST_OF)}"
         )
     if asked.branches not in (None, *BRANCHES):
         raise InvalidSetting(f"branches {asked.branches!r}: expected {' or '.join(BRANCHES)}")
+
+
+def _check_guided(settings: Settings, model: Model) -> None:
+    if not model.has_scheduler:
+        raise InvalidSetting(
+            "forecast_of='guided' forecasts what a pipeline's scheduler receives, and a bare denoiser has none: "
+            "apply it to the pipeline, or use forecast_of='output'"
+        )
+    if settings.branches != "together":
+        raise InvalidSetting(
+            "forecast_of='guided' is of all branches together: leave branches= and compat= out"
+        )
 
 
 def _for_speedup(asked: Asked, source: Source) -> "float | coeffs.Plan":

@@ -183,9 +183,7 @@ class RecordHandler(Handler):
         if self._products is not None:
             self._products.clear()
 
-    def new_trajectory(
-        self, branch: str, sigma: Callable[[int], float | None]
-    ) -> RecordedTrajectory:
+    def new_trajectory(self, branch: str) -> RecordedTrajectory:
         self._recorded.append([])
         return RecordedTrajectory(self._recorded[-1])
 
@@ -235,7 +233,7 @@ class RecordHandler(Handler):
         parts = [tensor for _, tensor in tensors(prediction(output))]
         value = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         self._compare(call, "y_output", value)
-        where, sigma = call.position, call.stack.trajectories.locator.sigma
+        where, sigma = call.position, call.locator.sigma
         if self._products is not None:
             self._products.add_output(where.branch, where.step, value)
             for step in (where.step, where.step + 1):
@@ -267,7 +265,7 @@ class RecordHandler(Handler):
             self._products.add_residual(where.branch, where.step, hidden, entry)
 
     def _finished_row(self, call: Call) -> Row:
-        where, locator = call.position, call.stack.trajectories.locator
+        where, locator = call.position, call.locator
         timestep, sigma = locator.timestep(call.args, call.kwargs), locator.sigma(where.step)
         return {
             "branch": where.branch,

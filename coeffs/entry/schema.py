@@ -170,7 +170,7 @@ class Plan(Record):
     computed_steps: Count | None = None
     sigmas: tuple[float, ...] | None = None
     forecast: str | None = None
-    forecast_of: Literal["residual", "output"] | None = None
+    forecast_of: Literal["residual", "output", "guided"] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
     figures: dict[Name, float | None] | None = None
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +13,6 @@ from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, call_tensors, signature
 from runtime.watch.scheduler import Locator
 from runtime.watch.wiring import Spec, Wiring
-
-if TYPE_CHECKING:
-    from runtime.watch.hooks import StackHooks
 
 
 class Trajectory:
@@ -34,6 +31,9 @@ class Call:
     """One forward of the denoiser.
 
     Attributes:
+        root: The denoiser.
+        locator: Tells noise levels and timesteps.
+        time_embedding: Where it stands in the first block's arguments, if that is known.
         compiler: What ``torch.compile(model)`` runs the forward with.
         decided, skip: Whether the first block was reached, and what was decided there.
         observation: Learns the wiring while the forward runs; ``None`` where it is known.
@@ -49,15 +49,18 @@ class Call:
 
     def __init__(
         self,
-        stack: "StackHooks",
+        root: nn.Module,
+        locator: Locator,
         trajectory: Trajectory,
         position: Position,
         args: tuple,
         kwargs: dict,
-        compiler: Any = None,
     ) -> None:
-        self.stack, self.trajectory, self.position = stack, trajectory, position
-        self.args, self.kwargs, self.compiler = args, kwargs, compiler
+        self.root, self.locator = root, locator
+        self.trajectory, self.position = trajectory, position
+        self.args, self.kwargs = args, kwargs
+        self.time_embedding: Place | None = None
+        self.compiler: Any = None
         self.decided = self.skip = False
         self.observation: Observation | None = None
         self.bases: dict[Place, torch.Tensor] = {}
@@ -115,8 +118,11 @@ class Handler:
     def begin(self, position: Position) -> None:
         """A generation begins."""
 
-    def new_trajectory(self, branch: str, sigma: Callable[[int], float | None]) -> Trajectory:
-        """What is kept of a branch that is called for the first time; ``sigma`` tells a step's noise level."""
+    def end(self) -> None:
+        """The generation is over: free what was kept."""
+
+    def new_trajectory(self, branch: str) -> Trajectory:
+        """What is kept of a branch that is called for the first time."""
         raise NotImplementedError
 
     def open(self, call: Call) -> None:
@@ -159,9 +165,10 @@ class Trajectories:
         """The generation is over: free what was kept, the next call begins a new one."""
         self.branches.clear()
         self.locator.reset()
+        self._handler.end()
 
-    def of(self, args: tuple, kwargs: dict) -> tuple[Trajectory, Position]:
-        """The trajectory of a call with these arguments, and where in the generation the call stands."""
+    def call(self, root: nn.Module, args: tuple, kwargs: dict) -> Call:
+        """A call of ``root`` with these arguments: its trajectory, and where in the generation it stands."""
         position = self.locator.locate(args, kwargs)
         if position.new_generation:
             for other in self.siblings:  # an aborted generation may have left them in the middle
@@ -176,13 +183,11 @@ class Trajectories:
                 if other._step < position.step - 1:
                     other.branches.clear()
         if position.branch not in self.branches:
-            self.branches[position.branch] = self._handler.new_trajectory(
-                position.branch, self.locator.sigma
-            )
+            self.branches[position.branch] = self._handler.new_trajectory(position.branch)
         trajectory = self.branches[position.branch]
         if not position.consecutive:
             trajectory.restart()
-        return trajectory, position
+        return Call(root, self.locator, trajectory, position, args, kwargs)
 
 
 def measured(call: Call, signal: str) -> torch.Tensor | None:
@@ -192,7 +197,7 @@ def measured(call: Call, signal: str) -> torch.Tensor | None:
 
 def _time_embedding(call: Call) -> torch.Tensor | None:
     # At the first step ever only what has been observed so far tells where it stands.
-    place = call.stack.time_embedding or call.wiring.time_embedding
+    place = call.time_embedding or call.wiring.time_embedding
     return None if place is None else at(place, *call.head)
 
 
@@ -230,7 +235,7 @@ def probed(
         for handle in handles:
             handle.remove()
     raise UnsupportedModel(
-        f"{type(call.stack.root).__name__}: the first block ({type(block).__name__}) ran without calling any of its "
+        f"{type(call.root).__name__}: the first block ({type(block).__name__}) ran without calling any of its "
         "attention layers, so there is no modulated input to watch; name another stack with blocks=[...]"
     )
 

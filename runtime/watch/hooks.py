@@ -141,8 +141,9 @@ class StackHooks(HookSet):
         try:
             self._take_lock()
             try:
-                trajectory, position = self.trajectories.of(args, kwargs)
-                self.call = Call(self, trajectory, position, args, kwargs, compiler)
+                self.call = self.trajectories.call(root, args, kwargs)
+                self.call.compiler = compiler
+                self.call.time_embedding = self.time_embedding
                 self.handler.open(self.call)
                 if self.call.trajectory.wiring is None:
                     self._observe(self.call)

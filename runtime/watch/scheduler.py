@@ -196,6 +196,11 @@ class Locator:
         """Noise level of ``step``; ``None`` without a scheduler that tells."""
         return None if self._clock is None else self._clock.sigma(step)
 
+    def level(self, step: int) -> float:
+        """Abscissa of forecasts: the noise level, or minus the step where there is none."""
+        sigma = self.sigma(step)
+        return float(-step) if sigma is None else sigma
+
     def timestep(self, args: tuple, kwargs: dict) -> torch.Tensor | float | None:
         """The timestep that this call was given, as it was given."""
         return timestep({**dict(zip(self._names, args, strict=False)), **kwargs})
