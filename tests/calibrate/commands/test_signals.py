@@ -1,0 +1,104 @@
+"""SIGINT and SIGTERM at random moments of every command: one clean line, exit code 3, and nothing lost.
+
+    SIGNAL_MOMENTS=40 python -m pytest tests/calibrate/commands/test_signals.py
+
+spreads that many moments over the commands; the suite takes a few of them.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import calibrate
+import coeffs
+
+REPOSITORY = Path(calibrate.__file__).parents[1]
+MOMENTS = int(os.environ.get("SIGNAL_MOMENTS", 0))
+# "RUN" stands for the folder that each command works on.
+COMMANDS = {
+    "record": "record --num-prompts 8 --steps 6 --device cpu --out RUN",
+    "run": "--num-prompts 3 --steps 6 --device cpu --out RUN",
+    "fit": "fit RUN",
+    "plan": "plan RUN --computed 3 --choosing 1 --num-prompts 1 --candidates 1 --device cpu",
+    "verify": "verify RUN --num-prompts 1 --budgets 3 --policies gate,uniform --device cpu",
+    "report": "report RUN",
+    "show": "show RUN",
+    "check": "check RUN/entry.yaml",
+}
+PROGRAM = [sys.executable, "-m", "calibrate"]
+# Python itself needs so long until the program's first line; before it, a signal ends the process the usual way.
+START_SECONDS = 0.15
+
+
+def arguments_of(command, folder):
+    return [*PROGRAM, *(word.replace("RUN", str(folder)) for word in COMMANDS[command].split())]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A small run with its entry, which every command gets a copy of."""
+    folder = tmp_path_factory.mktemp("signals") / "run"
+    subprocess.run(arguments_of("run", folder), cwd=REPOSITORY, check=True, capture_output=True)
+    return folder
+
+
+def pairs_of(folder):
+    shards = sorted((folder / "pairs").glob("*.parquet"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
+
+
+def interrupt(command, folder, number, after):
+    """(exit code, stderr) of a command that gets a signal so many seconds after its start."""
+    process = subprocess.Popen(
+        arguments_of(command, folder),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(after)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_ends_cleanly_at_any_moment(command, recorded, tmp_path):
+    folder = tmp_path / "run"
+    if command not in ("record", "run"):
+        shutil.copytree(recorded, folder)
+    undisturbed = tmp_path / "undisturbed"
+    if folder.exists():
+        shutil.copytree(folder, undisturbed)
+    begun = time.monotonic()
+    arguments = arguments_of(command, undisturbed)
+    subprocess.run(arguments, cwd=REPOSITORY, check=True, capture_output=True)
+    longest = time.monotonic() - begun
+    moments = random.Random(command)
+    outcomes = []
+    for _ in range(max(1, MOMENTS // len(COMMANDS))):
+        after = moments.uniform(START_SECONDS, longest)
+        number = moments.choice([signal.SIGINT, signal.SIGTERM])
+        kept = pairs_of(folder)
+        code, err = interrupt(command, folder, number, after)
+        outcomes.append((number.name, round(after, 2), code, err.strip().splitlines()[-1:]))
+        assert "Traceback" not in err, outcomes[-1]
+        assert code in (0, 3), (outcomes[-1], err)  # 0: it was done before the signal came
+        if code == 3:
+            assert "interrupted; what is finished is kept" in err, outcomes[-1]
+            assert str(folder) in err, outcomes[-1]
+        assert kept.items() <= pairs_of(folder).items(), "a finished prompt is lost"
+        if (folder / "entry.yaml").exists():
+            coeffs.load(folder / "entry.yaml")
+    print(*outcomes, sep="\n")  # noqa: T201 - shown with -s
+    subprocess.run(arguments_of(command, folder), cwd=REPOSITORY, check=True, capture_output=True)
+    assert pairs_of(folder) == pairs_of(undisturbed)
