@@ -43,6 +43,8 @@ def block(title: str, facts: Mapping[str, str]) -> str:
 
 def duration(seconds: float) -> str:
     """``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 1:
+        return "1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -132,7 +132,7 @@ _RERUNNING = (
     _SEED,
     _IMAGE,
     click.option("--dtype", type=DTYPES, help="[default: as recorded]"),
-    _SESSION[0],
+    *_SESSION,
 )
 
 

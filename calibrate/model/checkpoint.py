@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,20 @@ def pipeline_class_of(checkpoint: Checkpoint) -> type:
 
 def weights_sha256(folder: Path) -> str:
     """One hash over names and contents of the denoisers' configuration and weights."""
+    parts = [part for part in folder.iterdir() if re.match(r"transformer|denoiser|dit", part.name)]
+    suffixes = {".json", ".safetensors", ".bin"}
+    paths = sorted(path for part in parts for path in part.glob("*") if path.suffix in suffixes)
     digest = hashlib.sha256()
-    for path in _denoiser_files(folder):
-        with path.open("rb") as stream:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in paths:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(_file_digest(path, path.stat().st_mtime_ns))
     return digest.hexdigest()
 
 
-def _denoiser_files(folder: Path) -> list[Path]:
-    parts = [part for part in folder.iterdir() if re.match(r"transformer|denoiser|dit", part.name)]
-    suffixes = {".json", ".safetensors", ".bin"}
-    return sorted(path for part in parts for path in part.glob("*") if path.suffix in suffixes)
+@cache  # tens of gigabytes, asked for more than once
+def _file_digest(path: Path, changed: int) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _loaded(pipeline: Any) -> Checkpoint:

@@ -51,6 +51,9 @@ def plan(
     images: Iterable[str | os.PathLike] = (),
     dtype: str | None = None,
     device: str = "auto",
+    cpu_offload: bool = False,
+    allow_pickle: bool = False,
+    pipe_args: Mapping[str, Any] | None = None,
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> list[Planned]:
@@ -89,7 +92,17 @@ def plan(
         ]
     from calibrate.trials.case import held_out_prompts, open_case
 
-    case = open_case(source, model=model, registry=None, out=None, dtype=dtype, device=device)
+    case = open_case(
+        source,
+        model=model,
+        registry=None,
+        out=None,
+        dtype=dtype,
+        device=device,
+        cpu_offload=cpu_offload,
+        allow_pickle=allow_pickle,
+        pipe_args=pipe_args,
+    )
     if num_steps != case.num_steps:
         case = case.at_steps(num_steps)
     held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)

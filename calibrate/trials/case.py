@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import coeffs
 from calibrate.errors import InvalidOption, InvalidPrompts, ModelNotFound
 from calibrate.model.call import Call, prepare_call
 from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
-from calibrate.model.prompts import Prompt, PromptSet, load_prompts
+from calibrate.model.loading import pick_device
+from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_prompts
 from calibrate.model.session import Session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
 from coeffs import Entry
 
-HELD_OUT_SET = "held-out"
 STEPS = "num_inference_steps"
 MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
 
@@ -28,19 +29,42 @@ MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
 class Case:
     """Everything that stays the same during a verification or a planning.
 
+    The weights are loaded when ``session`` is asked for first, so that every setting can be checked before.
+
     Attributes:
-        identity: What a sample depends on besides arguments and prompt: model, weights, dtype, device.
         folder: Where ``verify/`` and the entry go.
-        prompt_source: The model's own prompt set.
+        weights: What is known of the checkpoint's weights.
+        loading: Options of :func:`calibrate.model.session.load_session`.
     """
 
     entry: Entry
     run: Run | None
-    session: Session
-    num_steps: int
-    identity: dict[str, Any]
     folder: Path
-    prompt_source: str = "default"
+    checkpoint: Checkpoint
+    call: Call
+    weights: dict[str, Any]
+    loading: dict[str, Any]
+
+    @cached_property
+    def session(self) -> Session:
+        """The loaded model and its call."""
+        session = load_session(self.checkpoint, self.call, **self.loading)
+        session.pipeline.set_progress_bar_config(disable=True)
+        return session
+
+    @property
+    def num_steps(self) -> int:
+        return self.call.protocol["num_steps"]
+
+    @property
+    def prompt_source(self) -> str:
+        """The model's own prompt set."""
+        return self.checkpoint.spec.prompts if self.checkpoint.spec else "default"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a sample depends on besides arguments and prompt: model, weights, dtype, device."""
+        return _identity(self.entry, self.session, self.weights)
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -64,9 +88,9 @@ class Case:
 
     def at_steps(self, num_steps: int) -> Case:
         """The same with another number of denoising steps."""
-        arguments = {**self.session.arguments, STEPS: num_steps}
-        call = replace(self.session.call, arguments=arguments)
-        return replace(self, session=replace(self.session, call=call), num_steps=num_steps)
+        arguments = {**self.call.arguments, STEPS: num_steps}
+        protocol = {**self.call.protocol, "num_steps": num_steps}
+        return replace(self, call=replace(self.call, arguments=arguments, protocol=protocol))
 
 
 def open_case(
@@ -76,9 +100,12 @@ def open_case(
     registry: str | os.PathLike | None,
     out: str | os.PathLike | None,
     dtype: str | None,
-    device: str,
+    device: str = "auto",
+    cpu_offload: bool = False,
+    allow_pickle: bool = False,
+    pipe_args: Mapping[str, Any] | None = None,
 ) -> Case:
-    """Find entry, run and weights, check that they belong together, and load the pipeline."""
+    """Find entry, run and weights, and check that they belong together; nothing is loaded yet."""
     folder = _run_folder(source)
     run = None if folder is None else load_run(folder)
     entry = _entry(source, folder, registry)
@@ -90,24 +117,24 @@ def open_case(
         default = Path("runs") / f"verify-{entry.label.replace('/', '-')}"
         folder = default if out is None else Path(out)
     manifest = {} if run is None else run.manifest
-    checkpoint, weights = _checkpoint(entry, manifest, model)
-    call = _call(entry, manifest, checkpoint)
+    checkpoint, weights = _checkpoint(entry, manifest, model, allow_pickle)
+    call = _call(entry, manifest, checkpoint, pipe_args or {})
     num_steps = call.protocol["num_steps"]
     if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
         raise InvalidOption(
             f"{num_steps!r} denoising steps: a verification needs at least {MIN_STEPS} to have something to skip"
         )
     recorded = (manifest.get("protocol") or {}).get("dtype") or entry.protocol.dtype
-    session = load_session(checkpoint, call, dtype=dtype or recorded or "bfloat16", device=device)
-    session.pipeline.set_progress_bar_config(disable=True)
+    loading = {"device": pick_device(device), "cpu_offload": cpu_offload}
+    loading |= {"dtype": dtype or recorded or "bfloat16", "allow_pickle": allow_pickle}
     return Case(
         entry=entry,
         run=run,
-        session=session,
-        num_steps=num_steps,
-        identity=_identity(entry, session, weights),
         folder=folder,
-        prompt_source=checkpoint.spec.prompts if checkpoint.spec else "default",
+        checkpoint=checkpoint,
+        call=call,
+        weights=weights,
+        loading=loading,
     )
 
 
@@ -116,13 +143,13 @@ def held_out_prompts(
 ) -> PromptSet:
     """Prompts that the run did not record, by content and whatever their seed.
 
-    By default the model's own set; where the set ``default`` is used up, the shipped ``held-out``.
+    By default the model's own set; where a run recorded all of it, the shipped set that is kept back for that.
     """
     recorded = {prompt.prompt_id for prompt in case.recorded_prompts}
     images = list(images)
     sources = [case.prompt_source if prompts is None else prompts]
-    if sources == ["default"]:
-        sources.append(HELD_OUT_SET)
+    if prompts is None and case.prompt_source in HELD_OUT_SETS:
+        sources.append(HELD_OUT_SETS[case.prompt_source])
     for source in sources:
         offered = load_prompts(source, seed=seed, images=images)
         unseen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id not in recorded)
@@ -161,7 +188,7 @@ def _entry(
 
 
 def _checkpoint(
-    entry: Entry, manifest: Mapping[str, Any], model: Any
+    entry: Entry, manifest: Mapping[str, Any], model: Any, allow_pickle: bool
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint to run, and what is known of its weights; other weights than the recorded ones are refused."""
     stated = manifest.get("checkpoint") or {"repository": entry.checkpoint.repository}
@@ -173,7 +200,7 @@ def _checkpoint(
     if not name:
         raise InvalidOption(f"{entry.label}: it names no checkpoint; give the model with --model")
     try:
-        checkpoint = find_checkpoint(name)
+        checkpoint = find_checkpoint(name, allow_pickle=allow_pickle)
     except ModelNotFound as error:
         if model:
             raise
@@ -191,11 +218,18 @@ def _checkpoint(
     return replace(checkpoint, spec=spec), weights
 
 
-def _call(entry: Entry, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Call:
-    """The recorded arguments, or those of the entry's protocol."""
+def _call(
+    entry: Entry,
+    manifest: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    pipe_args: Mapping[str, Any],
+) -> Call:
+    """The recorded arguments, or those of the entry's protocol; ``pipe_args`` win."""
     pipeline_call = pipeline_class_of(checkpoint).__call__
     if manifest:
-        return prepare_call(pipeline_call, None, pipe_args=manifest.get("call"))
+        return prepare_call(
+            pipeline_call, None, pipe_args={**manifest.get("call", {}), **pipe_args}
+        )
     protocol = entry.protocol
     return prepare_call(
         pipeline_call,
@@ -205,7 +239,7 @@ def _call(entry: Entry, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> 
         height=protocol.height,
         width=protocol.width,
         num_frames=protocol.num_frames,
-        pipe_args=protocol.call_arguments,
+        pipe_args={**protocol.call_arguments, **pipe_args},
     )
 
 

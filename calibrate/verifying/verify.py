@@ -7,7 +7,7 @@ new fit makes only the gate's results anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,9 @@ def verify(
     out: str | os.PathLike | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    cpu_offload: bool = False,
+    allow_pickle: bool = False,
+    pipe_args: Mapping[str, Any] | None = None,
     lpips: bool = False,
     progress: bool = True,
     say: Say = lambda text: None,
@@ -75,7 +78,17 @@ def verify(
     if any(value < 0 or not np.isfinite(value) for value in thresholds or ()):
         raise InvalidOption(f"--thresholds {list(thresholds)}: expected numbers of 0 or more")
     perceptual = Lpips() if lpips else None
-    case = open_case(source, model=model, registry=registry, out=out, dtype=dtype, device=device)
+    case = open_case(
+        source,
+        model=model,
+        registry=registry,
+        out=out,
+        dtype=dtype,
+        device=device,
+        cpu_offload=cpu_offload,
+        allow_pickle=allow_pickle,
+        pipe_args=pipe_args,
+    )
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
     held_out = held_out_prompts(case, prompts, num_prompts, seed, images)

@@ -637,7 +637,7 @@ def test_the_command_says_first_where_fewer_steps_is_better(verified, fitted, mo
     table = with_solvers((1, 1), (2, 2), (0, 0))
     shown = dataclasses.replace(verified, results=table, summary=verdict.summarize(table))
     monkeypatch.setattr("calibrate.verifying.verify.verify", lambda *args, **options: shown)
-    lines = CliRunner().invoke(cli, ["verify", str(fitted)]).output.splitlines()
+    lines = CliRunner().invoke(cli, ["verify", str(fitted)]).stdout.splitlines()
     assert lines[: lines.index("")] == verdict.first_lines(table, shown.headline)
     assert lines[0].startswith("Fewer steps is better than the plan at 14 of 28 steps (")
     assert any(line.startswith("the plan does not beat fewer steps here") for line in lines)
