@@ -1,4 +1,6 @@
-"""Calibrated step-cache coefficients with their provenance: load, list, check, write and publish entries.
+"""Calibrated step-cache coefficients with their provenance.
+
+Load, list, check, write and publish entries:
 
 >>> import coeffs
 >>> entry = coeffs.load("vllm-omni/longcat-image")
@@ -11,18 +13,8 @@ Imports the standard library and PyYAML only.
 from importlib import import_module
 
 from coeffs.entry.polynomial import Polynomial
-from coeffs.entry.schema import (
-    Candidate,
-    Checkpoint,
-    Counts,
-    Entry,
-    Expert,
-    Fit,
-    Plan,
-    Protocol,
-    Source,
-    Threshold,
-)
+from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
+from coeffs.entry.schema import Candidate, Entry, Expert, Fit, Plan, Threshold
 from coeffs.errors import CoeffsError
 from coeffs.store import dump, entries, load, loads, save
 

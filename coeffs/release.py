@@ -47,7 +47,7 @@ def _publish(entry: Entry, root: Path) -> Path:
     version = newest.version + 1 if newest else 1
     path = root / entry.model / f"v{version}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump(replace(entry, version=version)), exclusive=True)
+    write_atomically(path, dump(replace(entry, version=version)))
     try:
         name = path.relative_to(root).as_posix()
         write_checksums(root, read_checksums(root) | {name: checksum(path)})
@@ -59,7 +59,7 @@ def _publish(entry: Entry, root: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One publisher at a time; the operating system releases the lock when its holder dies."""
+    """One publisher at a time, so that no version is given twice; the lock dies with its holder."""
     with (root / ".lock").open("a+b") as stream:
         if sys.platform == "win32":
             import msvcrt

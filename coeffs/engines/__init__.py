@@ -6,7 +6,8 @@ from types import ModuleType
 from typing import Any
 
 from coeffs.engines.setting import Carried, Request, stripped
-from coeffs.entry.schema import Entry, Expert, Fit, Plan, Source, Threshold
+from coeffs.entry.provenance import Source
+from coeffs.entry.schema import Entry, Expert, Fit, Plan, Threshold
 from coeffs.errors import EngineError
 
 ENGINES = {

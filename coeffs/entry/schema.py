@@ -7,79 +7,41 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from coeffs.entry import fields
-from coeffs.entry.fields import Limits, Pattern, Record, finite_number
-from coeffs.entry.polynomial import CONTROL_X, Polynomial, check_control_value, check_order
+from coeffs.entry.fields import (
+    MAX_STEPS,
+    Count,
+    Limits,
+    Name,
+    Positive,
+    Record,
+    Schedule,
+    Slug,
+    Steps,
+    finite_number,
+)
+from coeffs.entry.polynomial import (
+    CONTROL_X,
+    MAX_DEGREE,
+    Polynomial,
+    check_control_value,
+    check_order,
+)
+from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
 from coeffs.errors import EntryError, InvalidPolynomial
 
 SCHEMA = 1
-
-_SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
-Slug = Annotated[
-    str,
-    Pattern(
-        f"{_SEGMENT}(?:/{_SEGMENT})?", "a name such as longcat-image or vllm-omni/longcat-image"
-    ),
-]
-Name = Annotated[
-    str, Pattern(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", "a name of letters, digits and _.-")
-]
-Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}", "64 hexadecimal digits")]
-Schedule = Annotated[
-    str, Pattern(r"[CS]{1,10000}", "letters C (compute) and S (skip), one per step")
-]
-Count = Annotated[int, Limits(0, 10**12)]
-Steps = Annotated[int, Limits(1, 10_000)]
-Pixels = Annotated[int, Limits(1, 10**6)]
-Positive = Annotated[float, Limits(0)]
-Scalar = str | int | float | bool | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint(Record):
-    """Which weights: hub repository or folder name, revision, and the SHA-256 of the weights where known."""
-
-    repository: str | None = None
-    revision: str | None = None
-    sha256: Sha256 | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol(Record):
-    """How images were generated while measuring; ``None`` means not stated by the source."""
-
-    scheduler: str | None = None
-    num_steps: Steps | None = None
-    shift: float | str | None = None
-    guidance_scale: float | None = None
-    height: Pixels | None = None
-    width: Pixels | None = None
-    num_frames: Pixels | None = None
-    dtype: str | None = None
-    quantization: str | None = None
-    lora: str | None = None
-    call_arguments: dict[Name, Scalar] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts(Record):
-    """What the fit saw."""
-
-    prompts: Count | None = None
-    trajectories: Count | None = None
-    pairs: Count | None = None
-    excluded_non_finite: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Record):
     """One fitted polynomial with its domain and figures.
 
-    ``value_at_0p1`` is the bare polynomial's value at x = 0.1. It is filled in when missing and compared when stored,
-    so that a list pasted in the other order cannot be loaded.
+    ``value_at_0p1`` is the bare polynomial's value at x = 0.1. It is filled in when missing and
+    compared when stored, so that a list pasted in the other order cannot be loaded.
     """
 
     coefficients_high_to_low: tuple[float, ...]
-    degree: Annotated[int, Limits(0, 6)] | None = None
+    degree: Annotated[int, Limits(0, MAX_DEGREE)] = None  # type: ignore[assignment]  # filled in
     method: Literal["polyfit", "constrained", "published"] = "polyfit"
     value_at_0p1: float | None = None
     domain: tuple[float, float] | None = None
@@ -121,7 +83,7 @@ class Fit(Candidate):
 
 @dataclass(frozen=True, kw_only=True)
 class Expert(Record):
-    """One denoiser of the pipeline: a fit and MagCache ratios per branch (``pooled``, ``cond``, ``uncond``).
+    """A denoiser of the pipeline: fit and MagCache ratios per branch (pooled, cond, uncond).
 
     Ratios are one per step of the schedule: index = step, 1 at step 0.
     """
@@ -132,9 +94,8 @@ class Expert(Record):
 
     def _check(self) -> None:
         if self.branches and self.recommended not in self.branches:
-            problem = (
-                f"{self.recommended!r}: expected one of the branches {', '.join(self.branches)}"
-            )
+            known = ", ".join(self.branches)
+            problem = f"{self.recommended!r}: expected one of the branches {known}"
             raise EntryError(problem, ("recommended",))
         if self.recommended and not self.branches:
             raise EntryError(f"{self.recommended!r}, but there are no branches", ("recommended",))
@@ -142,10 +103,10 @@ class Expert(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Record):
-    """What a threshold costs and gives with this entry's polynomial; a threshold means nothing without it."""
+    """What a threshold costs and gives with this entry's polynomial, and with no other."""
 
     threshold: Positive
-    computed_steps: Annotated[float, Limits(0, 10_000)] | None = None
+    computed_steps: Annotated[float, Limits(0, MAX_STEPS)] | None = None
     num_steps: Steps | None = None
     speedup: Positive | None = None
     psnr_db: float | None = None
@@ -162,8 +123,8 @@ class Threshold(Record):
 class Plan(Record):
     """A fixed schedule: C computes, S skips, one letter per step.
 
-    ``weights`` belong to a fitted forecast: one row per skipped step, in order, of the last computed steps, the newest
-    first.
+    ``weights`` belong to a fitted forecast: one row per skipped step, of the last computed steps,
+    the newest first.
     """
 
     schedule: Schedule
@@ -177,49 +138,31 @@ class Plan(Record):
     def _check(self) -> None:
         computed = self.schedule.count("C")
         if self.computed_steps not in (None, computed):
-            raise EntryError(
-                f"{self.computed_steps}, but the schedule computes {computed}", ("computed_steps",)
-            )
+            problem = f"{self.computed_steps}, but the schedule computes {computed}"
+            raise EntryError(problem, ("computed_steps",))
         object.__setattr__(self, "computed_steps", computed)
-        skipped = len(self.schedule) - computed
         if (self.forecast == "fitted") != (self.weights is not None):
-            raise EntryError(
-                f"forecast {self.forecast!r}: only fitted has weights, and must", ("weights",)
-            )
+            problem = f"forecast {self.forecast!r}: only fitted has weights, and must"
+            raise EntryError(problem, ("weights",))
+        skipped = len(self.schedule) - computed
         if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
-            raise EntryError(
-                f"{len(self.weights)} rows: expected one per skipped step ({skipped})", ("weights",)
-            )
+            problem = f"{len(self.weights)} rows: expected one per skipped step ({skipped})"
+            raise EntryError(problem, ("weights",))
 
     @property
     def weights_by_step(self) -> dict[int, tuple[float, ...]]:
-        """Skipped step -> weights of the last computed ones, newest first; empty but for a fitted forecast."""
+        """Skipped step -> weights of the last computed ones; empty but for a fitted forecast."""
         skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
         return dict(zip(skipped, self.weights or (), strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Record):
-    """Where the numbers come from; free of machine paths."""
-
-    run_id: str | None = None
-    log_sha256: Sha256 | None = None
-    toolkit: str | None = None
-    torch: str | None = None
-    diffusers: str | None = None
-    device: str | None = None
-    command: str | None = None
-    created: str | None = None
-    url: str | None = None
-    reference: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry(Record):
-    """One version of one model's calibration. Construction checks everything and raises ``EntryError``.
+    """A version of a model's calibration; construction checks it all and raises ``EntryError``.
 
-    ``forecast`` and ``forecast_of`` say what a skipped step is made of under this entry's gate; nothing means reuse
-    of the residual. With the target ``forecast_error`` the polynomial predicts the error of that forecast.
+    ``forecast`` and ``forecast_of`` say what a skipped step is made of under this entry's gate;
+    nothing means reuse of the residual. With the target ``forecast_error`` (written by earlier
+    versions only) the polynomial predicts the error of that forecast.
     """
 
     schema: int = SCHEMA
@@ -253,59 +196,54 @@ class Entry(Record):
         if self.schema != SCHEMA:
             raise EntryError(f"{self.schema}: expected {SCHEMA}", ("schema",))
         if (self.status == "copied") != (self.copied_from is not None):
-            raise EntryError(
-                f"{self.copied_from!r} with status {self.status}: only a copied entry says from whom, and must",
-                ("copied_from",),
+            problem = f"{self.copied_from!r} with status {self.status}"
+            advice = "only a copied entry says from whom, and must"
+            raise EntryError(f"{problem}: {advice}", ("copied_from",))
+        extrapolates = self.forecast in ("linear", "quadratic") and self.forecast_of is not None
+        if self.target == "forecast_error" and not extrapolates:
+            problem = f"{self.forecast!r} of {self.forecast_of!r}"
+            advice = (
+                "the target is the error of a linear or quadratic forecast, of output or residual"
             )
-        if self.target == "forecast_error" and (
-            self.forecast in (None, "reuse") or self.forecast_of is None
-        ):
-            problem = f"{self.forecast!r} of {self.forecast_of!r}, but the target is the error of a forecast"
-            raise EntryError(
-                f"{problem}: expected linear or quadratic, of output or residual", ("forecast",)
-            )
+            raise EntryError(f"{problem}, but {advice}", ("forecast",))
         if not self.experts:
             raise EntryError("no expert: expected at least transformer", ("experts",))
         for name, expert in self.experts.items():
             if not (expert.branches or expert.mag_ratios or self.plans):
-                raise EntryError(
-                    "no fit, no mag_ratios and no plan: nothing to use", ("experts", name)
-                )
-        for name in ("start", "end"):
-            _check_window(getattr(self, name), name)
+                problem = "no fit, no mag_ratios and no plan: nothing to use"
+                raise EntryError(problem, ("experts", name))
+        _check_window(self.start, "start")
+        _check_window(self.end, "end")
 
     @property
     def label(self) -> str:
         return f"{self.model}@v{self.version}"
 
     def fit(self, expert: str = "transformer", branch: str | None = None) -> Fit:
-        """The fit of a branch; the recommended one for ``None`` or a branch that has no fit of its own.
+        """The fit of a branch, or the recommended one where the branch has no fit of its own.
 
         Raises:
             EntryError: If the entry has no such expert, or only ratios or plans for it.
         """
         if expert not in self.experts:
-            raise EntryError(
-                f"{self.label} has no expert {expert!r}: expected one of {', '.join(self.experts)}"
-            )
-        found = self.experts[expert]
-        if not found.branches:
-            raise EntryError(
-                f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
-            )
-        return found.branches.get(branch or found.recommended, found.branches[found.recommended])
+            known = ", ".join(self.experts)
+            raise EntryError(f"{self.label} has no expert {expert!r}: expected one of {known}")
+        branches, recommended = self.experts[expert].branches, self.experts[expert].recommended
+        if not branches or recommended is None:
+            problem = f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
+            raise EntryError(problem)
+        return branches.get(branch or recommended, branches[recommended])
 
 
 def _check_window(value: int | float | None, name: str) -> None:
+    """A whole number counts steps, a number with a decimal point is a share of the schedule."""
     if isinstance(value, float) and not 0 <= value <= 1:
-        raise EntryError(
-            f"{value}: expected a fraction of the schedule from 0.0 to 1.0, or a whole number of steps",
-            (name,),
-        )
-    if isinstance(value, int) and not 0 <= value <= 10_000:
-        raise EntryError(
-            f"{value}: expected 0 to 10000 steps, or a fraction from 0.0 to 1.0", (name,)
-        )
+        expected = "a fraction of the schedule from 0.0 to 1.0, or a whole number of steps"
+    elif isinstance(value, int) and not 0 <= value <= MAX_STEPS:
+        expected = f"0 to {MAX_STEPS} steps, or a fraction from 0.0 to 1.0"
+    else:
+        return
+    raise EntryError(f"{value}: expected {expected}", (name,))
 
 
 def from_plain(data: Any) -> Entry:
