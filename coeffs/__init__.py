@@ -10,16 +10,13 @@ Load, list, check, write and publish entries:
 Imports the standard library and PyYAML only.
 """
 
-from importlib import import_module
-
 from coeffs.entry.polynomial import Polynomial
 from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
 from coeffs.entry.schema import Candidate, Entry, Expert, Fit, Plan, Threshold
 from coeffs.errors import CoeffsError
+from coeffs.match import Facts, Match, find
+from coeffs.release import publish
 from coeffs.store import dump, entries, load, loads, save
-
-# What only matters once a pipeline is loaded or an entry released is imported when it is asked for.
-_ON_DEMAND = {"Facts": "match", "Match": "match", "find": "match", "publish": "release"}
 
 __all__ = [
     "Candidate",
@@ -44,9 +41,3 @@ __all__ = [
     "publish",
     "save",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name in _ON_DEMAND:
-        return getattr(import_module(f"coeffs.{_ON_DEMAND[name]}"), name)
-    raise AttributeError(f"module 'coeffs' has no attribute {name!r}")

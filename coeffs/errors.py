@@ -1,8 +1,11 @@
-"""Errors of the registry: one line each, saying what was found, what was expected and what to do next."""
+"""Errors of the registry, one line each: what is there, what is expected, what to do next."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class CoeffsError(Exception):
-    """Base of every expected error of ``coeffs``; ``exit_code`` is what the command line returns for it."""
+    """Base of every expected error of ``coeffs``; the command line returns ``exit_code``."""
 
     exit_code = 2
 
@@ -12,10 +15,10 @@ class InvalidPolynomial(CoeffsError, ValueError):
 
 
 class EntryError(CoeffsError, ValueError):
-    """A document that is not a valid entry: says the file and line, the key, what was found and what was expected.
+    """A document that is not a valid entry.
 
     Args:
-        problem: Found, expected, next step; one line.
+        problem: What is there, what is expected, what to do next; one line.
         path: Keys and list positions from the document's root to the value.
         file: Name of the file, ``None`` for text without one.
         line: Line of the value, counted from 1.
@@ -27,16 +30,19 @@ class EntryError(CoeffsError, ValueError):
         path: tuple[str | int, ...] = (),
         file: str | None = None,
         line: int | None = None,
-    ):
+    ) -> None:
         super().__init__(problem)
-        self.problem, self.path, self.file, self.line = problem, tuple(path), file, line
+        self.problem = problem
+        self.path = tuple(path)
+        self.file = file
+        self.line = line
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
-        key = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path
-        ).lstrip(".")
-        text = ": ".join(part for part in (place, key, self.problem) if part)
+        key = ""
+        for part in self.path:
+            key += f"[{part}]" if isinstance(part, int) else f".{part}"
+        text = ": ".join(filter(None, (place, key.lstrip("."), self.problem)))
         return "".join(character if character.isprintable() else " " for character in text)
 
     def under(self, *path: str | int) -> "EntryError":
@@ -67,6 +73,18 @@ class CheckFailed(CoeffsError):
 
 
 class PublishError(CoeffsError):
-    """A draft that may not be published, or a registry folder that cannot be written."""
+    """An entry that may not be published."""
 
     exit_code = 1
+
+
+class WriteError(PublishError):
+    """A file or folder that cannot be written; nothing was changed."""
+
+    exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """``did you mean A or B?``; empty where nothing known is close."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coeffs.entry.polynomial import falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
-from coeffs.errors import CoeffsError, EntryError, PublishError
+from coeffs.errors import CoeffsError, EntryError, PublishError, WriteError
 from coeffs.store import Layer, dump, in_folder, in_layer, layers, user_registry, write_atomically
 
 CHECKSUMS = "CHECKSUMS"
@@ -18,6 +18,10 @@ CHECKSUMS = "CHECKSUMS"
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 _MACHINE_PATH = re.compile(r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)")
 _HELD_OUT = ("r2_held_out", "rmse_held_out")
+# Below it `calibrate fit` calls its own held-out figures and intervals rough.
+FEW_PROMPTS = 8
+# The words with which `calibrate fit` advises against its own polynomial.
+_USELESS = "skip uniformly instead"
 
 
 def publish(entry: Entry, registry: str | Path | None = None) -> Path:
@@ -28,7 +32,8 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
     processes may publish at the same time.
 
     Raises:
-        PublishError: If the newest version already says the same, or the folder cannot be written.
+        PublishError: If the newest version already says the same.
+        WriteError: If the folder cannot be written.
     """
     root = Path(registry) if registry is not None else user_registry()
     try:
@@ -36,7 +41,7 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
         with _locked(root):
             return _publish(entry, root)
     except OSError as error:
-        raise PublishError(f"{root}: {error.strerror or error}; nothing was published") from None
+        raise WriteError(f"{root}: {error.strerror or error}; nothing was published") from None
 
 
 def _publish(entry: Entry, root: Path) -> Path:
@@ -127,13 +132,19 @@ def _layer_problems(layer: Layer) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What speaks against a release; ``fatal`` ones forbid it."""
+    """What speaks against a release.
+
+    ``fatal`` ones forbid it; those that are also ``forcible`` doubt the entry's worth, not its
+    form, and the owner may release it all the same.
+    """
 
     text: str
     fatal: bool
+    forcible: bool = False
 
     def __str__(self) -> str:
-        return f"{'error' if self.fatal else 'warning'}: {self.text}"
+        advice = "; --force releases it all the same" if self.forcible else ""
+        return f"{'error' if self.fatal else 'warning'}: {self.text}{advice}"
 
 
 def entry_problems(entry: Entry) -> list[Problem]:
@@ -144,6 +155,7 @@ def entry_problems(entry: Entry) -> list[Problem]:
             problems += _fit_problems(f"{name}/{branch}", fit, entry.status == "measured")
     if entry.status == "measured":
         problems += _measured_problems(entry)
+        problems += _doubts(entry)
     return sorted(problems, key=lambda problem: not problem.fatal)
 
 
@@ -163,6 +175,25 @@ def _measured_problems(entry: Entry) -> Iterator[Problem]:
         yield Problem("no thresholds: nobody can tell what the coefficients are worth", True)
     elif all(row.kind != "verified" for row in entry.thresholds):
         yield Problem("no verified threshold: run `calibrate verify`", False)
+
+
+def _doubts(entry: Entry) -> Iterator[Problem]:
+    """What makes the entry worthless although it is complete."""
+    useless = [warning for warning in entry.warnings if _USELESS in warning]
+    for name, expert in entry.experts.items():
+        for branch, fit in expert.branches.items():
+            if branch == "pooled" and branch != expert.recommended:
+                continue  # nothing uses it
+            r2 = (fit.figures or {}).get("r2_held_out")
+            label = f"{name}/{branch}"
+            if r2 is not None and r2 <= 0 and not useless:
+                useless.append(f"{label}: no better than a constant (held-out R² {r2:.2f})")
+            prompts = fit.counts.prompts if fit.counts else None
+            if prompts is not None and prompts < FEW_PROMPTS:
+                text = f"{label}: {prompts} prompts, expected at least {FEW_PROMPTS}; record more"
+                yield Problem(text, True, forcible=True)
+    for text in useless:
+        yield Problem(text, True, forcible=True)
 
 
 def _fit_problems(name: str, fit: Candidate, measured: bool) -> Iterator[Problem]:

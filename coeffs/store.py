@@ -7,7 +7,6 @@ change; a new calibration is a new version.
 """
 
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -19,7 +18,14 @@ from pathlib import Path
 from coeffs.entry import strict_yaml
 from coeffs.entry.fields import plain
 from coeffs.entry.schema import Entry, from_plain
-from coeffs.errors import AmbiguousEntry, CoeffsError, EntryError, EntryNotFound, PublishError
+from coeffs.errors import (
+    AmbiguousEntry,
+    CoeffsError,
+    EntryError,
+    EntryNotFound,
+    WriteError,
+    did_you_mean,
+)
 
 ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
@@ -73,11 +79,16 @@ def save(entry: Entry, path: str | Path) -> Path:
     if len(text.encode()) > strict_yaml.MAX_BYTES:
         problem = f"{entry.label} would take more than {strict_yaml.MAX_BYTES} bytes"
         raise EntryError(f"{problem}: leave out alternatives or plans")
+    return write(text, path)
+
+
+def write(text: str, path: Path) -> Path:
+    """Write a file atomically, with its folder; ``WriteError`` where that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise PublishError(f"{path}: {error.strerror or error}; nothing was changed") from None
+        raise WriteError(f"{path}: {error.strerror or error}; nothing was changed") from None
     return path
 
 
@@ -281,8 +292,9 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
 def _no_such(model: str, files: list[Released]) -> str:
     stem = model.rpartition("/")[2]
     known = sorted({item.model for item in files})
-    close = difflib.get_close_matches(model, known, 3, 0.5)
-    close = close or [name for name in known if stem in name][:3]
-    hint = f"did you mean {', '.join(close)}?" if close else "see `calibrate list`"
+    hint = did_you_mean(model, known)
+    similar = [name for name in known if stem in name][:3]
+    if not hint and similar:
+        hint = f"did you mean {' or '.join(similar)}?"
     asked = ", ".join(dict.fromkeys(item.layer.name for item in files))
-    return f"no entry {model!r} in {asked}: {hint}"
+    return f"no entry {model!r} in {asked}: {hint or 'see `calibrate list`'}"

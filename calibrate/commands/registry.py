@@ -1,25 +1,30 @@
-"""The commands of the registry: list, show, diff, check, export, import, publish. Shells over ``coeffs``."""
+"""The commands of the registry: list, show, diff, check, export, import, publish."""
+
+import shutil
+from pathlib import Path
+from typing import TextIO
 
 import click
 
-ENGINES = click.Choice(
-    [
-        "vllm-omni",
-        "vllm-omni-magcache",
-        "sglang",
-        "sglang-cache-dit",
-        "tensorrt-llm",
-        "lightx2v",
-        "lightx2v-magcache",
-        "comfyui-teacache",
-        "mlx-teacache",
-        "diffusers-magcache",
-        "cache-dit-mask",
-        "xfuser",
-        "angelslim",
-        "json",
-    ]
-)
+import coeffs
+from coeffs import describe, difference, store
+from coeffs import release as releases
+from coeffs.engines import ENGINES as ENGINE_NAMES
+from coeffs.engines import export_entry, import_entry
+from coeffs.errors import CheckFailed, did_you_mean
+
+
+class _Engine(click.Choice[str]):
+    """A choice that says which engine was probably meant."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        hint = did_you_mean(str(value), self.choices)
+        if value not in self.choices and hint:
+            self.fail(f"{value!r} is no engine: {hint}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+ENGINES = _Engine(list(ENGINE_NAMES))
 STATUSES = click.Choice(["measured", "published", "copied"])
 registry_option = click.option(
     "--registry",
@@ -55,18 +60,27 @@ def list_entries(
     Example:
         calibrate list --model longcat
     """
-    from coeffs import describe as tables
-    from coeffs import store
-
-    readable, broken = store.readable(registry)
-    found = tables.matching(readable, model=model, engine=engine, status=status)
-    click.echo(
-        {"table": tables.as_table, "json": tables.as_json, "csv": tables.as_csv}[form](found)
-    )
-    for error in broken:
+    readable, errors = store.readable(registry)
+    if engine is not None:
+        _check_engine(engine, readable)
+    entries = describe.matching(readable, model=model, engine=engine, status=status)
+    if form == "json":
+        click.echo(describe.as_json(entries))
+    elif form == "csv":
+        click.echo(describe.as_csv(entries))
+    else:
+        click.echo(describe.as_table(entries, _width()))
+    for error in errors:
         click.echo(f"not readable: {error}", err=True)
     if form == "table":
-        click.echo(f"{len(found)} of {len(readable)} entries", err=True)
+        click.echo(f"{len(entries)} of {len(readable)} entries", err=True)
+
+
+def _check_engine(engine: str, entries: list[coeffs.Entry]) -> None:
+    known = sorted({entry.engine for entry in entries if entry.engine})
+    if engine not in known:
+        hint = did_you_mean(engine, known) or f"expected one of {', '.join(known)}"
+        raise click.BadParameter(f"no entry was published by {engine!r}: {hint}")
 
 
 @click.command()
@@ -80,11 +94,11 @@ def show(entry: str, as_yaml: bool, registry: str | None) -> None:
     Example:
         calibrate show vllm-omni/longcat-image
     """
-    import coeffs
-    from coeffs import describe as tables
-
-    found = coeffs.load(entry, registry)
-    click.echo(coeffs.dump(found).rstrip("\n") if as_yaml else tables.described(found))
+    loaded = coeffs.load(entry, registry)
+    if as_yaml:
+        click.echo(coeffs.dump(loaded), nl=False)
+    else:
+        click.echo(describe.described(loaded, _width()))
 
 
 @click.command()
@@ -98,10 +112,8 @@ def diff(first: str, second: str, registry: str | None) -> None:
     Example:
         calibrate diff vllm-omni/longcat-image sglang/longcat-image-pr36767
     """
-    import coeffs
-    from coeffs import describe as tables
-
-    click.echo(tables.difference(coeffs.load(first, registry), coeffs.load(second, registry)))
+    entries = coeffs.load(first, registry), coeffs.load(second, registry)
+    click.echo(difference.difference(*entries, _width()))
 
 
 @click.command()
@@ -114,23 +126,28 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
     Example:
         calibrate check runs/my-model
     """
-    import coeffs
-    from coeffs import release, store
-    from coeffs.errors import CheckFailed
-
     fatal = 0
     for name in entries:
-        found = release.entry_problems(coeffs.load(name, registry))
-        fatal += sum(problem.fatal for problem in found)
-        click.echo("\n".join([f"{name}: {problem}" for problem in found] or [f"{name}: sound"]))
+        lines, problems = _problems(coeffs.load(name, registry))
+        fatal += len(problems)
+        lines = lines if problems else ["sound", *lines]
+        click.echo("\n".join(f"{name}: {line}" for line in lines))
     if not entries:
-        problems = release.problems(registry)
-        fatal = len(problems)
-        click.echo(
-            "\n".join(problems) or f"{len(store.released(registry))} entries, all as released"
-        )
+        found = releases.problems(registry)
+        fatal = len(found)
+        sound = f"{len(store.released(registry))} entries, all as released"
+        click.echo("\n".join(found) or sound)
     if fatal:
         raise CheckFailed(f"{fatal} problem{'s' if fatal > 1 else ''}, see above")
+
+
+def _problems(entry: coeffs.Entry) -> tuple[list[str], list[releases.Problem]]:
+    """Lines to print, the entry's own warnings among them, and the problems that are fatal."""
+    problems = releases.entry_problems(entry)
+    known = {problem.text for problem in problems}
+    lines = list(map(str, problems))
+    lines += [f"warning: {text}" for text in entry.warnings if text not in known]
+    return lines, [problem for problem in problems if problem.fatal]
 
 
 @click.command()
@@ -159,16 +176,13 @@ def export(
     force: bool,
     out: str | None,
     registry: str | None,
-):
+) -> None:
     """Write an entry in the form that an engine takes, or refuse what the engine cannot express.
 
     \b
     Example:
         calibrate export alivilab/wan2.1-t2v-1.3b --to sglang --threshold 0.08
     """
-    import coeffs
-    from coeffs.engines import export_entry
-
     text = export_entry(
         coeffs.load(entry, registry),
         engine,
@@ -197,7 +211,12 @@ def export(
 @out_option
 @registry_option
 def import_form(
-    file, engine: str, like: str | None, out: str | None, registry: str | None, **facts: str | None
+    file: TextIO,
+    engine: str,
+    like: str | None,
+    out: str | None,
+    registry: str | None,
+    **facts: str | None,
 ) -> None:
     """Read an engine's form into a draft entry.
 
@@ -205,9 +224,6 @@ def import_form(
     Example:
         calibrate import cache_config.yaml --from tensorrt-llm --model flux2-dev --signal modulated_input
     """
-    import coeffs
-    from coeffs.engines import import_entry
-
     given = {name: value for name, value in facts.items() if value is not None}
     given |= {"status": "copied"} if "copied_from" in given else {}
     base = coeffs.load(like, registry) if like else None
@@ -217,8 +233,11 @@ def import_form(
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True))
 @click.option("--dry-run", is_flag=True, help="Only check.")
+@click.option(
+    "--force", is_flag=True, help="Release an entry that is complete but of little worth."
+)
 @registry_option
-def publish(run: str, dry_run: bool, registry: str | None) -> None:
+def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
     """Release a run's draft entry as the next version of its model, once its checks pass.
 
     Goes to --registry, or to your own registry folder.
@@ -227,17 +246,11 @@ def publish(run: str, dry_run: bool, registry: str | None) -> None:
     Example:
         calibrate publish runs/my-model
     """
-    from pathlib import Path
-
-    import coeffs
-    from coeffs import release
-    from coeffs.errors import CheckFailed
-
     entry = coeffs.load(Path(run))
-    found = release.entry_problems(entry)
-    for problem in found:
-        click.echo(str(problem), err=True)
-    if any(problem.fatal for problem in found):
+    lines, problems = _problems(entry)
+    for line in lines:
+        click.echo(line, err=True)
+    if any(not (force and problem.forcible) for problem in problems):
         raise CheckFailed(f"{run}: not fit for release, see above")
     click.echo("fit for release" if dry_run else f"released: {coeffs.publish(entry, registry)}")
 
@@ -246,8 +259,12 @@ def _put(text: str, out: str | None) -> None:
     if out is None:
         click.echo(text, nl=False)
     else:
-        with open(out, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        store.write(text, Path(out))
+
+
+def _width() -> int:
+    """Columns of the terminal; 100 where the output goes elsewhere."""
+    return max(60, shutil.get_terminal_size((describe.WIDTH, 24)).columns)
 
 
 COMMANDS = [list_entries, show, diff, check, export, import_form, publish]

@@ -116,8 +116,11 @@ def chosen_threshold(entry: Entry, wanted: float | None) -> tuple[float, list[st
         )
     if not (math.isfinite(wanted) and wanted > 0):
         raise EngineError(f"threshold {wanted}: expected a number above 0")
+    for value in known:
+        if f"{value:.4g}" == f"{wanted:.4g}":  # `calibrate show` prints four digits
+            return value, []
     unknown = [f"threshold {wanted:g} is not one that the entry reports on"]
-    return wanted, [] if wanted in known else unknown
+    return wanted, unknown
 
 
 def _fit(entry: Entry, expert: str, release: Release, engine: str) -> tuple[Candidate, list[str]]:

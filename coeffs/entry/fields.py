@@ -1,7 +1,6 @@
 """Dataclasses whose annotations are the format: they check values and decide what is written."""
 
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
@@ -12,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from coeffs.entry.strict_yaml import number_hint
-from coeffs.errors import EntryError
+from coeffs.errors import EntryError, did_you_mean
 
 # No calibration has larger numbers; powers of such coefficients still fit a float.
 MAX_NUMBER = 1e30
@@ -163,8 +162,7 @@ def _advice(key: str, fields: dict[str, Any]) -> str:
     if "coefficients" in key:
         order = "coefficients_high_to_low, highest power first (numpy.polyfit's order)"
         return f"coefficients are given as {order}"
-    close = difflib.get_close_matches(key, fields, 1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(fields)}"
+    return did_you_mean(key, fields, most=1) or f"expected one of {', '.join(fields)}"
 
 
 def _constrained(check: Check, limits: Limits | Pattern, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The commands of the registry: what they print, where, and with which exit code."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -41,13 +42,13 @@ def calibrate(*arguments: str, code: int = 0, given: str | None = None):
 def test_list_filters_and_prints_a_table():
     result = calibrate("list", "--model", "longcat")
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:3] == ["entry", "status", "engine"]
+    assert lines[0].split()[:3] == ["entry", "status", "steps"]
     assert [line.split()[0] for line in lines[1:] if "/" in line.split()[0]] == [
         "sglang/longcat-image-borrowed@v1",
         "sglang/longcat-image-pr36767@v1",
         "vllm-omni/longcat-image@v1",
     ]
-    assert "copied from alivilab/hunyuanvideo" in result.stdout
+    assert lines[1].split()[:2] == ["sglang/longcat-image-borrowed@v1", "copied"]
     assert len(calibrate("list", "--status", "copied").stdout.splitlines()) == 1 + 15
     assert (
         len(calibrate("list", "--engine", "lightx2v", "--status", "published").stdout.splitlines())
@@ -245,6 +246,125 @@ def test_publish_refuses_an_unfit_draft_and_publishes_nothing(tmp_path):
     result = calibrate("publish", tmp_path / "run", "--registry", tmp_path / "registry", code=1)
     assert "error: no thresholds" in result.stderr and "not fit for release" in result.stderr
     assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.parametrize("width", [None, 80, 130])
+def test_tables_fit_the_terminal_or_100_columns(width, monkeypatch, tmp_path):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    long_notes = sample_entry(notes="a long remark " * 30, warnings=("mind this " * 30,))
+    path = coeffs.save(long_notes, tmp_path / "entry.yaml")
+    for arguments in (
+        ("list",),
+        ("show", path),
+        ("show", "tiny-longcat-image"),
+        ("diff", path, "mlx-teacache/flux2-klein-base-4b"),
+    ):
+        lines = calibrate(*arguments).stdout.splitlines()
+        assert max(map(len, lines)) <= (width or 100), max(lines, key=len)
+        assert len(lines) > 5
+
+
+def test_list_has_a_line_for_every_entry():
+    lines = calibrate("list").stdout.splitlines()
+    assert len(lines) == 1 + len(coeffs.entries())
+
+
+def fitted(r2: float, prompts: int = 70, **changes) -> coeffs.Entry:
+    fit = {
+        "coefficients_high_to_low": [1.0, 0.0],
+        "domain": (0.0, 0.2),
+        "counts": {"prompts": prompts, "pairs": 27 * prompts},
+        "figures": {"r2_held_out": r2, "rmse_held_out": 0.1},
+    }
+    expert = {"recommended": "cond", "branches": {"cond": fit}}
+    return sample_entry(experts={"transformer": expert}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (fitted(-0.5), "no better than a constant (held-out R² -0.50)"),
+        (fitted(0.0), "no better than a constant"),
+        (fitted(0.8, prompts=2), "2 prompts, expected at least 8"),
+        (
+            fitted(0.01, warnings=("transformer/cond: no better: skip uniformly instead",)),
+            "skip uniformly instead",
+        ),
+    ],
+)
+def test_an_entry_of_no_worth_is_released_only_by_force(entry, reason, tmp_path):
+    coeffs.save(entry, tmp_path / "run" / "entry.yaml")
+    registry = ("--registry", tmp_path / "registry")
+    refused = calibrate("publish", tmp_path / "run", *registry, code=1)
+    assert reason in refused.stderr and "--force" in refused.stderr
+    assert not (tmp_path / "registry").exists()
+    assert reason in calibrate("check", tmp_path / "run", code=1).stdout
+    assert (
+        "fit for release" in calibrate("publish", tmp_path / "run", "--force", "--dry-run").stdout
+    )
+    forced = calibrate("publish", tmp_path / "run", "--force", *registry)
+    assert reason in forced.stderr and "v1.yaml" in forced.stdout
+
+
+def test_force_releases_nothing_that_is_incomplete(tmp_path):
+    coeffs.save(sample_entry(thresholds=()), tmp_path / "run" / "entry.yaml")
+    result = calibrate("publish", tmp_path / "run", "--force", "--dry-run", code=1)
+    assert "error: no thresholds" in result.stderr
+
+
+def test_the_entrys_own_warnings_are_always_repeated(tmp_path):
+    entry = fitted(0.8, warnings=("transformer/cond: poor on dark images",))
+    coeffs.save(entry, tmp_path / "run" / "entry.yaml")
+    warning = "warning: transformer/cond: poor on dark images"
+    assert warning in calibrate("publish", tmp_path / "run", "--dry-run").stderr
+    checked = calibrate("check", tmp_path / "run").stdout
+    assert warning in checked and "sound" in checked
+
+
+def test_a_version_published_into_a_registry_is_found_by_its_name(tmp_path, monkeypatch):
+    """The shipped v1 of the same model once hid it."""
+    entry = dataclasses.replace(coeffs.load("tiny-longcat-image"), notes="measured again")
+    coeffs.publish(entry, tmp_path / "registry")
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "registry"))
+    assert calibrate("show", "tiny-longcat-image").stdout.startswith("tiny-longcat-image@v2\n")
+
+
+def test_the_rounded_threshold_that_show_prints_is_the_entrys(tmp_path):
+    rows = [{"threshold": 0.0270799123, "kind": "verified"}, {"threshold": 0.3, "kind": "replay"}]
+    path = coeffs.save(sample_entry(thresholds=rows), tmp_path / "entry.yaml")
+    printed = next(
+        line for line in calibrate("show", path).stdout.splitlines() if "verified" in line
+    )
+    rounded = printed.split()[0]
+    assert rounded == "0.02708"
+    text = calibrate("export", path, "--to", "vllm-omni", "--threshold", rounded, "--force").stdout
+    assert "0.0270799123" in text and "not one that the entry reports on" not in text
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(tmp_path, run_folder):
+    (tmp_path / "file").write_text("")
+    registry = tmp_path / "file" / "registry"
+    published = calibrate("publish", run_folder, "--registry", registry, code=2)
+    assert "Not a directory; nothing was published" in published.stderr
+    out = tmp_path / "file" / "x.py"
+    exported = calibrate("export", "mochi-1", "--to", "json", "--out", out, code=2)
+    assert "nothing was changed" in exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("show", "mochi-2"), "did you mean alivilab/mochi-1?"),
+        (("export", "mochi-1", "--to", "sglan"), "did you mean sglang"),
+        (("import", "-", "--from", "tensorrt"), "did you mean tensorrt-llm"),
+        (("list", "--engine", "lightx2"), "did you mean lightx2v or"),
+        (("list", "--engine", "qqq"), "expected one of"),
+    ],
+)
+def test_what_was_probably_meant_is_said(arguments, hint):
+    assert hint in " ".join(calibrate(*arguments, code=2).stderr.split())
 
 
 @pytest.mark.parametrize(
