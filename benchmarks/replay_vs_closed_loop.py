@@ -51,7 +51,7 @@ def main(
     from calibrate.planning.problem import Problem, fit_weights
     from calibrate.runs.gram_log import load_gram
     from calibrate.trials.case import open_case
-    from calibrate.trials.measures import latent_rel_l2
+    from calibrate.trials.measures import rel_l2
     from calibrate.trials.sampler import Sampler
     from calibrate.trials.setting import plan_setting
 
@@ -85,7 +85,7 @@ def main(
                 setting = plan_setting("random", plan)
                 samples = [sampler.run(setting, prompt) for prompt in prompts]
                 done[key] = [
-                    latent_rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)
+                    rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)
                 ]
                 if file:
                     with file.open("a") as stream:

@@ -203,7 +203,7 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | No
             )
     pipeline = None if isinstance(target, nn.Module) else target
     if isinstance(target, OwnLoop):
-        pipeline = None if target.scheduler is None else target
+        pipeline = target.driver
         blocks = target.blocks if blocks is None else blocks
     classes = {name: class_name(module) for name, module in modules.items()}
     facts = facts_of(target, modules)

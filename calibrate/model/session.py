@@ -1,6 +1,7 @@
 """A loaded model and its call: the one holder that record, plan and verify share."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ _PROTOCOL = (
     *("dtype", "quantization", "lora", "call_arguments"),
 )
 
+STEPS = "num_inference_steps"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -30,13 +33,30 @@ class Session:
         identity: The manifest's fields that a coefficient depends on, hashed in ``protocol_sha256``.
         pipeline: A diffusers pipeline; None for a callable.
         function: ``function(prompt, seed)`` runs one generation; None for a pipeline.
+        loop: The :class:`runtime.OwnLoop` of a callable.
     """
 
     modules: Mapping[str, Any]
     call: Call
     identity: dict[str, Any]
     pipeline: Any = None
-    function: Callable[[str, int], Any] | None = None
+    function: Callable[..., Any] | None = None
+    loop: Any = None
+
+    @property
+    def target(self) -> Any:
+        """What a cache is applied to."""
+        return self.loop if self.pipeline is None else self.pipeline
+
+    @property
+    def driver(self) -> Any:
+        """Whose scheduler is read; None where there is none."""
+        return self.loop.driver if self.pipeline is None else self.pipeline
+
+    @property
+    def blocks(self) -> Any:
+        """The block stack where it was named by hand."""
+        return None if self.loop is None else self.loop.blocks
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -74,11 +94,7 @@ class Session:
         import torch
 
         if self.function is not None:
-            if prompt.image or prompt.negative_prompt is not None or overrides:
-                raise InvalidOption(
-                    "generate(prompt, seed) takes no image, no negative prompt and no further argument"
-                )
-            return self.function(prompt.prompt, prompt.seed)
+            return self._call_function(prompt, {**self.arguments, **overrides})
         arguments = {**self.arguments, "prompt": prompt.prompt, **overrides}
         if prompt.negative_prompt is not None:
             arguments["negative_prompt"] = prompt.negative_prompt
@@ -87,6 +103,16 @@ class Session:
             arguments["image"] = opened[0] if len(opened) == 1 else opened
         generator = torch.Generator("cpu").manual_seed(prompt.seed)
         return self.pipeline(**arguments, generator=generator)
+
+    def _call_function(self, prompt: Prompt, arguments: dict[str, Any]) -> Any:
+        assert self.function is not None
+        steps = arguments.pop(STEPS, None)
+        if prompt.image or prompt.negative_prompt is not None or arguments:
+            raise InvalidOption(
+                "generate(prompt, seed) takes no image, no negative prompt and no argument but num_steps"
+            )
+        options = {} if steps is None else {"num_steps": steps}
+        return self.function(prompt.prompt, prompt.seed, **options)
 
 
 def load_session(
@@ -123,24 +149,36 @@ def load_session(
 
 
 def callable_session(
-    name: str, generate: Callable[[str, int], Any], modules: Any, settings: dict[str, Any]
+    name: str,
+    generate: Callable[..., Any],
+    modules: Any,
+    settings: dict[str, Any],
+    blocks: Sequence[str] | None = None,
 ) -> Session:
-    """Any ``generate(prompt, seed)`` with the module, or expert name -> module, that it runs."""
+    """Any ``generate(prompt, seed)`` with its denoiser: a module, expert name -> module, or an OwnLoop.
+
+    Where it also takes ``num_steps``, it is given the protocol's, and fewer of them can be compared with.
+    """
+    from runtime import OwnLoop
+
     if modules is None:
         raise InvalidOption(
             "generate without modules: name the denoiser to watch, such as modules=model.transformer"
         )
-    modules = dict(modules) if isinstance(modules, Mapping) else {"transformer": modules}
+    loop = modules if isinstance(modules, OwnLoop) else OwnLoop(modules, blocks=blocks)
+    takes_steps = "num_steps" in inspect.signature(generate).parameters
+    steps = {STEPS: settings["num_steps"]} if takes_steps and settings.get("num_steps") else {}
     identity = _identity(
         model=slug_of(name),
-        modules=modules,
+        modules=loop.modules,
         pipeline_class=None,
         checkpoint={"repository": name, "revision": None, "sha256": None},
-        scheduler=None,
+        scheduler=loop.scheduler,
         settings=settings,
     )
-    call = Call(arguments={}, accepted=frozenset({"prompt"}), protocol=settings)
-    return Session(modules=modules, call=call, identity=identity, function=generate)
+    accepted = frozenset({"prompt", STEPS} if takes_steps else {"prompt"})
+    call = Call(arguments=steps, accepted=accepted, protocol=settings)
+    return Session(modules=loop.modules, call=call, identity=identity, function=generate, loop=loop)
 
 
 def _identity(
@@ -152,13 +190,13 @@ def _identity(
     scheduler: Any,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from runtime.facts import lora_of, quantization_of, shift_of
+    from runtime.facts import dtype_of, lora_of, quantization_of, shift_of
 
     first = next(iter(modules.values()))
     protocol = {
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
         "shift": shift_of(scheduler),
-        "dtype": str(getattr(first, "dtype", "")).removeprefix("torch.") or None,
+        "dtype": dtype_of(first),
         "quantization": quantization_of(first),
         "lora": lora_of(first),
         **settings,

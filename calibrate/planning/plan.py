@@ -54,6 +54,8 @@ def plan(
     cpu_offload: bool = False,
     allow_pickle: bool = False,
     pipe_args: Mapping[str, Any] | None = None,
+    generate: Callable[..., Any] | None = None,
+    modules: Any = None,
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> list[Planned]:
@@ -63,6 +65,7 @@ def plan(
         computed: Numbers of computed steps; or ``speedup`` of the denoiser.
         steps: Plan for this many steps instead of the recorded number, where the log allows it.
         choosing: Held-out prompts on which the winner is chosen; ``num_prompts`` others judge it.
+        generate, modules: A model of your own, as :func:`calibrate.record` was given it.
         candidates: How many planned candidates of a budget are run at least, beside the uniform ones.
 
     Raises:
@@ -102,6 +105,8 @@ def plan(
         cpu_offload=cpu_offload,
         allow_pickle=allow_pickle,
         pipe_args=pipe_args,
+        generate=generate,
+        modules=modules,
     )
     if num_steps != case.num_steps:
         case = case.at_steps(num_steps)

@@ -44,7 +44,7 @@ def record(
     device: str = "auto",
     out: str | os.PathLike | None = None,
     pipe_args: Mapping[str, Any] | None = None,
-    generate: Callable[[str, int], Any] | None = None,
+    generate: Callable[..., Any] | None = None,
     modules: Any = None,
     blocks: Sequence[str] | None = None,
     gram: bool | None = None,
@@ -61,8 +61,10 @@ def record(
         model: An alias, a diffusers folder, a hub id, or a loaded diffusers pipeline, which is used as it is
             (``dtype`` and ``device`` are then its own). With ``generate`` and ``modules`` only a name.
         prompts: A file, a shipped set or texts; by default the model's own set.
-        generate: ``generate(prompt, seed)`` runs one whole generation through ``modules``.
-        modules: One module, or expert name -> module.
+        generate: ``generate(prompt, seed)`` runs one whole generation through ``modules``. What it returns can be
+            verified: an image (height, width, channels), a video (frames first) or series (channels, values). Where it
+            also takes ``num_steps``, fewer steps can be compared with.
+        modules: One module, expert name -> module, or a :class:`runtime.OwnLoop` that also holds the scheduler.
         blocks: Names the block stack of a denoiser in which it cannot be found.
         gram: Keep the inner products of all steps, which `calibrate plan` needs: outputs and residuals of a generation
             are held for them, within limits. By default kept, except in a run begun without; True also records anew
@@ -90,7 +92,7 @@ def record(
         prompt_set = _enough_prompts(prompts, num_prompts, seed, images)
         settings["num_steps"] = settings.pop("steps")
         settings["call_arguments"] = pipe_args
-        session = callable_session(str(model), generate, modules, settings)
+        session = callable_session(str(model), generate, modules, settings, blocks)
     else:
         checkpoint = find_checkpoint(model, allow_pickle=allow_pickle)
         call = prepare_call(
@@ -131,7 +133,7 @@ def _record_all(
     run_id = canonical_sha256([session.identity["protocol_sha256"], prompts.sha256])[:8]
     path = Path("runs") / f"{session.identity['model']}-{run_id}" if out is None else Path(out)
     with_gram, anew = _gram_setting(path, gram)
-    recorder = Recorder(session.modules, session.pipeline, blocks=blocks, gram=with_gram)
+    recorder = Recorder(session.modules, session.driver, session.blocks or blocks, gram=with_gram)
     _make_folder(path)
     with RunLock(path / "lock", job_name(), lambda: notes.tell_tidied(path, tidy(path))) as lock:
         facts = {"command": command, **notes.now(), "device": session.device_name}

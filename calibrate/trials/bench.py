@@ -104,7 +104,8 @@ class Bench:
         from calibrate.recording.recorder import Recorder
 
         session = self.case.session
-        with torch.inference_mode(), Recorder(session.modules, session.pipeline) as recorder:
+        watched = Recorder(session.modules, session.driver, blocks=session.blocks)
+        with torch.inference_mode(), watched as recorder:
             recorder.start()
             first = self._sampler(prompt)
             rows = recorder.finish().rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from calibrate.model.call import Call, prepare_call
 from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
 from calibrate.model.loading import pick_device
 from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_prompts
-from calibrate.model.session import Session, load_session
+from calibrate.model.session import Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
@@ -35,19 +35,24 @@ class Case:
         folder: Where ``verify/`` and the entry go.
         weights: What is known of the checkpoint's weights.
         loading: Options of :func:`calibrate.model.session.load_session`.
+        own: The model where the caller drives it; there is no checkpoint then.
     """
 
     entry: Entry
     run: Run | None
     folder: Path
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     call: Call
     weights: dict[str, Any]
     loading: dict[str, Any]
+    own: Session | None = None
 
     @cached_property
     def session(self) -> Session:
         """The loaded model and its call."""
+        if self.own is not None:
+            return replace(self.own, call=self.call)
+        assert self.checkpoint is not None
         session = load_session(self.checkpoint, self.call, **self.loading)
         session.pipeline.set_progress_bar_config(disable=True)
         return session
@@ -59,7 +64,8 @@ class Case:
     @property
     def prompt_source(self) -> str:
         """The model's own prompt set."""
-        return self.checkpoint.spec.prompts if self.checkpoint.spec else "default"
+        spec = None if self.checkpoint is None else self.checkpoint.spec
+        return "default" if spec is None else spec.prompts
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -104,8 +110,13 @@ def open_case(
     cpu_offload: bool = False,
     allow_pickle: bool = False,
     pipe_args: Mapping[str, Any] | None = None,
+    generate: Callable[..., Any] | None = None,
+    modules: Any = None,
 ) -> Case:
-    """Find entry, run and weights, and check that they belong together; nothing is loaded yet."""
+    """Find entry, run and weights, and check that they belong together; nothing is loaded yet.
+
+    ``generate`` and ``modules`` are a model of the caller's own, as the run was recorded with.
+    """
     folder = _run_folder(source)
     run = None if folder is None else load_run(folder)
     entry = _entry(source, folder, registry)
@@ -117,8 +128,14 @@ def open_case(
         default = Path("runs") / f"verify-{entry.label.replace('/', '-')}"
         folder = default if out is None else Path(out)
     manifest = {} if run is None else run.manifest
-    checkpoint, weights = _checkpoint(entry, manifest, model, allow_pickle)
-    call = _call(entry, manifest, checkpoint, pipe_args or {})
+    own = checkpoint = None
+    if generate is not None:
+        own = _own_session(entry, manifest, generate, modules)
+        call = own.call
+        weights = dict(manifest.get("checkpoint") or {"repository": entry.checkpoint.repository})
+    else:
+        checkpoint, weights = _checkpoint(entry, manifest, model, allow_pickle)
+        call = _call(entry, manifest, checkpoint, pipe_args or {})
     num_steps = call.protocol["num_steps"]
     if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
         raise InvalidOption(
@@ -135,7 +152,19 @@ def open_case(
         call=call,
         weights=weights,
         loading=loading,
+        own=own,
     )
+
+
+def _own_session(
+    entry: Entry, manifest: Mapping[str, Any], generate: Callable[..., Any], modules: Any
+) -> Session:
+    """A callable under the recorded protocol."""
+    stated = manifest.get("protocol") or {}
+    names = ("num_steps", "guidance_scale", "height", "width", "num_frames", "call_arguments")
+    settings = {name: stated.get(name, getattr(entry.protocol, name)) for name in names}
+    model = str(manifest.get("model") or entry.model)
+    return callable_session(model, generate, modules, settings)
 
 
 def held_out_prompts(
@@ -250,7 +279,7 @@ def _identity(entry: Entry, session: Session, weights: dict[str, Any]) -> dict[s
             f"{entry.label} is for {entry.transformer_class}, but the pipeline has {', '.join(classes)}; "
             "its coefficients mean nothing there"
         )
-    first = next(iter(session.modules.values()))
+    first = next(next(iter(session.modules.values())).parameters())
     return {
         "classes": classes,
         "weights": weights,

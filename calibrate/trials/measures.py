@@ -66,7 +66,7 @@ def snr_db(candidate: ArrayLike, reference: ArrayLike) -> float:
     return _decibels(float(np.sum(np.square(b))), float(np.sum(np.square(a - b))))
 
 
-def latent_rel_l2(candidate: ArrayLike, reference: ArrayLike) -> float:
+def rel_l2(candidate: ArrayLike, reference: ArrayLike) -> float:
     """Relative L2 error |candidate - reference| / |reference|; NaN for an all-zero reference."""
     a, b = _pair(candidate, reference)
     norm = np.linalg.norm(b)
@@ -121,10 +121,12 @@ _TABLE = (
             f"SSIM of Wang et al. 2004: Gaussian window, {SSIM_TAPS} taps, sigma {SSIM_SIGMA}, "
             f"K = {SSIM_K1} and {SSIM_K2}, per channel, interior pixels, then averaged, over frames too",
             _ssim_where_it_fits),
+    Measure("rel_l2", "relative error", "", False, 3, ("audio",), 1.0,
+            "|cached - uncached| / |uncached| (L2) over all samples", rel_l2),
     Measure("lpips", "LPIPS", "", False, 3, ("image", "video"), 1.0,
             "LPIPS v0.1, AlexNet, images scaled to [-1, 1]; video: mean over frames", None),
     Measure("latent_rel_l2", "latent error", "", False, 3, ("latents",), 1.0,
-            "|cached - uncached| / |uncached| (L2) of the latents handed to the decoder", latent_rel_l2),
+            "|cached - uncached| / |uncached| (L2) of the latents handed to the decoder", rel_l2),
 )  # fmt: skip
 MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _TABLE}
 

@@ -72,6 +72,8 @@ class Sampler:
                 raise Refused(
                     "the schedule is given step by step (sigmas or timesteps) and cannot be shortened"
                 )
+            if not self.session.accepts(STEPS):
+                raise Refused("generate(prompt, seed) takes no num_steps; let it, to compare with")
             overrides[STEPS] = num_steps
         with torch.inference_mode(), _captured_latents(self.session.pipeline) as latents:
             _synchronize()
@@ -119,7 +121,9 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
         with diffusers_cache(session.modules, setting.kind, options) as patterns_of:
             yield patterns_of
     else:
-        target = session.pipeline
+        if session.driver is None:  # nothing else tells how long the schedule is
+            options["num_steps"] = session.num_steps
+        target = session.target
         with apply_tea_cache(target, setting.entry, schedule=setting.plan, **options) as cache:
             yield lambda: {
                 f"{expert}/{branch}": seen.pattern
@@ -154,7 +158,14 @@ def _captured_latents(pipeline: Any) -> Iterator[list[np.ndarray]]:
 
 
 def _media(output: Any) -> list[np.ndarray]:
-    """The first sample of everything a pipeline returned that can be looked at or listened to."""
+    """The first sample of everything a pipeline returned that can be looked at or listened to.
+
+    A callable returns its sample itself, or several.
+    """
+    if isinstance(output, torch.Tensor | np.ndarray):
+        return [_array(output)]
+    if type(output) in (list, tuple):
+        return [_array(sample) for sample in output]
     media = []
     for name in ("images", "frames", "videos", "audios", "audio"):
         value = getattr(output, name, None)
@@ -162,7 +173,8 @@ def _media(output: Any) -> list[np.ndarray]:
             media.append(_array(value[0]))
     if not media:
         raise NothingSampled(
-            f"{type(output).__name__} holds no images, frames or audios; verify needs one of them"
+            f"{type(output).__name__} holds no images, frames or audios; verify needs one of them, "
+            "or an array of a generate(prompt, seed)"
         )
     return media
 

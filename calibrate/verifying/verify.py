@@ -52,6 +52,8 @@ def verify(
     allow_pickle: bool = False,
     pipe_args: Mapping[str, Any] | None = None,
     lpips: bool = False,
+    generate: Callable[..., Any] | None = None,
+    modules: Any = None,
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> Verification:
@@ -65,6 +67,7 @@ def verify(
         budgets: Numbers of computed steps, five by default; ``thresholds`` of the fitted gate instead.
         policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`; all by default.
         out: Folder for an entry without a run (default: ``runs/verify-<label>``).
+        generate, modules: A model of your own, as :func:`calibrate.record` was given it.
         lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
 
     Raises:
@@ -88,6 +91,8 @@ def verify(
         cpu_offload=cpu_offload,
         allow_pickle=allow_pickle,
         pipe_args=pipe_args,
+        generate=generate,
+        modules=modules,
     )
     for budget in budgets or ():
         check_budget(budget, case.num_steps)

@@ -43,6 +43,11 @@ class OwnLoop:
         self.scheduler = scheduler
         self.blocks = blocks
 
+    @property
+    def driver(self) -> "OwnLoop | None":
+        """Itself where it has a scheduler to read; ``None`` for a bare loop."""
+        return None if self.scheduler is None else self
+
 
 class SchedulerClock:
     """Reads a pipeline's scheduler: its schedule, the step it is at, the length, the noise level.
