@@ -88,7 +88,8 @@ def test_noise_against_a_silent_reference_is_below_any_limit():
 
 def test_audio_measures_of_a_known_gain():
     reference = np.random.default_rng(0).standard_normal((2, 6000))
-    assert metrics.compare(1.1 * reference, reference) == {"snr_db": pytest.approx(20.0)}
+    figures = metrics.compare(1.1 * reference, reference)
+    assert figures == {"snr_db": pytest.approx(20.0), "rel_l2": pytest.approx(0.1)}
 
 
 def test_small_images_have_no_ssim():
