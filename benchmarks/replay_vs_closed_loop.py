@@ -84,9 +84,7 @@ def main(
                 )
                 setting = plan_setting("random", plan)
                 samples = [sampler.run(setting, prompt) for prompt in prompts]
-                done[key] = [
-                    rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)
-                ]
+                done[key] = [rel_l2(s.latents, r) for s, r in zip(samples, references, strict=True)]
                 if file:
                     with file.open("a") as stream:
                         stream.write(json.dumps({"key": key, "errors": done[key]}) + "\n")
