@@ -54,14 +54,14 @@ class DdimScheduler:
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor]:
         """The sample at the next noise level, from the predicted noise at this one."""
         sigma, following = self.sigmas[self.step_index : self.step_index + 2]
         clean = sample - sigma * model_output
         if self._dynamic_threshold:
             clean = thresholded(clean)
         self.step_index += 1
-        return clean + following * (sample - clean) / sigma
+        return (clean + following * (sample - clean) / sigma,)
 
 
 def thresholded(clean: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def thresholded(clean: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Generator:
-    """``generate(prompt, seed, num_steps)`` of one denoiser, the shape that ``calibrate.record`` takes.
+    """``generate(prompt, seed, num_steps, scheduler)`` of one denoiser, the shape that ``calibrate.record`` takes.
 
     Attributes:
         guidance: Scale of classifier-free guidance; 1 calls the denoiser once a step.
@@ -86,9 +86,15 @@ class Generator:
     guidance: float = 1.0
 
     @torch.inference_mode()
-    def __call__(self, prompt: str, seed: int, num_steps: int = NUM_STEPS) -> np.ndarray:
+    def __call__(
+        self,
+        prompt: str,
+        seed: int,
+        num_steps: int = NUM_STEPS,
+        scheduler: DdimScheduler | None = None,
+    ) -> np.ndarray:
         """The generated series, shape (channels, values)."""
-        scheduler = self.scheduler
+        scheduler = scheduler or self.scheduler
         scheduler.set_timesteps(num_steps)
         condition = condition_of(prompt, self.model.conditions)
         unguided = condition.clone()
@@ -103,7 +109,7 @@ class Generator:
             if self.guidance != 1:
                 without = self.model(seen, time, unguided)
                 prediction = without + self.guidance * (prediction - without)
-            sample = scheduler.step(prediction, timestep, sample)
+            (sample,) = scheduler.step(prediction, timestep, sample)
         return sample[0].float().numpy()
 
 

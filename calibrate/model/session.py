@@ -112,6 +112,8 @@ class Session:
                 "generate(prompt, seed) takes no image, no negative prompt and no argument but num_steps"
             )
         options = {} if steps is None else {"num_steps": steps}
+        if "scheduler" in inspect.signature(self.function).parameters:
+            options["scheduler"] = self.loop.scheduler
         return self.function(prompt.prompt, prompt.seed, **options)
 
 

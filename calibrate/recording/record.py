@@ -63,7 +63,8 @@ def record(
         prompts: A file, a shipped set or texts; by default the model's own set.
         generate: ``generate(prompt, seed)`` runs one whole generation through ``modules``. What it returns can be
             verified: an image (height, width, channels), a video (frames first) or series (channels, values). Where it
-            also takes ``num_steps``, fewer steps can be compared with.
+            also takes ``num_steps``, fewer steps can be compared with; where it takes ``scheduler``, it is given that
+            of ``modules`` or a copy to use in its place.
         modules: One module, expert name -> module, or a :class:`runtime.OwnLoop` that also holds the scheduler.
         blocks: Names the block stack of a denoiser in which it cannot be found.
         gram: Keep the inner products of all steps, which `calibrate plan` needs: outputs and residuals of a generation

@@ -29,7 +29,7 @@ def test_the_sampler_is_ddim_without_noise(num_steps):
     steps = [*ours.timesteps.tolist(), -1]
     for now, following in pairwise(steps):
         prediction = torch.sin(expected.double() + now)  # any function of what the denoiser sees
-        sample = ours.step(prediction, now, sample)
+        (sample,) = ours.step(prediction, now, sample)
         clean = (expected - (1 - alpha_bar[now]).sqrt() * prediction) / alpha_bar[now].sqrt()
         left = alpha_bar[following] if following >= 0 else torch.ones(())
         expected = left.sqrt() * clean + (1 - left).sqrt() * prediction

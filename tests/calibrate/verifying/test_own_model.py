@@ -41,10 +41,10 @@ class Scheduler:
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor]:
         now, following = self.sigmas[self.step_index : self.step_index + 2]
         self.step_index += 1
-        return sample + (following - now) * model_output
+        return (sample + (following - now) * model_output,)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,14 @@ def own():
 
 def generator(loop):
     @torch.inference_mode()
-    def generate(prompt: str, seed: int, num_steps: int = STEPS) -> np.ndarray:
-        loop.scheduler.set_timesteps(num_steps)
+    def generate(prompt: str, seed: int, num_steps: int = STEPS, scheduler=None) -> np.ndarray:
+        scheduler = scheduler or loop.scheduler
+        scheduler.set_timesteps(num_steps)
         random = torch.Generator().manual_seed(1000 * seed + len(prompt) + ord(prompt[-1]))
         sample = torch.randn(1, 12, generator=random)
-        for timestep in loop.scheduler.timesteps:
+        for timestep in scheduler.timesteps:
             prediction = loop.modules["transformer"](sample, timestep)
-            sample = loop.scheduler.step(prediction, timestep, sample)
+            (sample,) = scheduler.step(prediction, timestep, sample)
         return sample.numpy()
 
     return generate
