@@ -229,6 +229,8 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | No
     watch.install()
     handle._watch = watch
     handle.differs(settings.mismatches)
+    if settings.advice is not None:
+        _logger.warning("%s: %s", settings.entry, settings.advice)
     if hasattr(pipeline, "maybe_free_model_hooks"):
         _free_after_generation(pipeline, handle)
     return handle

@@ -14,6 +14,7 @@ from runtime.source import (
     Model,
     Source,
     best_for,
+    fewer_steps_advice,
     loaded,
     source_of,
     threshold_for,
@@ -36,6 +37,7 @@ class Settings:
         mismatches: In what the model differs from what the entry was measured on, known before it runs.
         num_steps: Length of the schedule that the entry was measured on, where it matters.
         sigmas: Noise levels that the plan was made for.
+        advice: What does better than a plan that was chosen by its speed-up, if its figures say so.
     """
 
     policy: str
@@ -54,6 +56,7 @@ class Settings:
     mismatches: tuple[str, ...] = ()
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
+    advice: str | None = None
 
     def new_policy(self, expert: str, branch: str) -> Policy:
         """The policy of one branch of one expert."""
@@ -73,7 +76,8 @@ class Settings:
             "forecast_of",
             "branches",
         ]
-        return {name: getattr(self, name) for name in names} | {"forecast": self.forecast.kind}
+        described = {name: getattr(self, name) for name in names} | {"forecast": self.forecast.kind}
+        return described if self.advice is None else described | {"advice": self.advice}
 
     def differences(
         self, num_steps: int | None, level: Callable[[int], float | None] | None
@@ -127,7 +131,8 @@ def resolve(asked: Asked, model: Model) -> Settings:
         found = asked.threshold if asked.speedup is None else _for_speedup(asked, source)
         if isinstance(found, coeffs.Plan):
             settings = _planned(asked, found, source.label)
-            settings = replace(settings, mismatches=source.mismatches)
+            advice = fewer_steps_advice(found)
+            settings = replace(settings, mismatches=source.mismatches, advice=advice)
         else:
             settings = _gated(replace(asked, threshold=found), source, model)
     if settings.forecast_of == "guided":

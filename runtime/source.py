@@ -14,6 +14,8 @@ from coeffs.match import compare, find
 from runtime.decide.forecast import Forecast
 from runtime.errors import InvalidSetting
 
+NOISE_DB = 0.3  # differences of means below it are not told apart by a plan's few prompts
+SECOND_ORDER = "fewer_steps_second_order_solver"  # how a plan's figures name that rival
 FROM_ENTRY: Any = "entry"  # default of max_skips, where None lifts the cap
 
 
@@ -191,6 +193,23 @@ def best_for(entry: "coeffs.Entry | None", speedup: float) -> "float | coeffs.Pl
     if plan is None or (gate.psnr_db is not None and gate.psnr_db >= fidelity):
         return threshold
     return plan
+
+
+def fewer_steps_advice(plan: "coeffs.Plan") -> str | None:
+    """What to do instead of a plan, where fewer steps without a cache was measured better; else None."""
+    figures = plan.figures or {}
+    for measure in ("psnr_db", "snr_db"):
+        own = figures.get(measure)
+        names = (f"fewer_steps_{measure}", f"{SECOND_ORDER}_{measure}")
+        rivals = {name: figures.get(name) or -math.inf for name in names}
+        best = max(names, key=rivals.__getitem__)
+        if own is not None and rivals[best] > own + NOISE_DB:
+            solver = " and DPM-Solver++ of order 2" if best.startswith(SECOND_ORDER) else ""
+            return (
+                f"use fewer steps instead: num_inference_steps={plan.computed_steps}{solver} without a cache gave "
+                f"{rivals[best]:.1f} dB, this plan {own:.1f} dB"
+            )
+    return None
 
 
 def _verified(entry: "coeffs.Entry") -> list[tuple[float, "coeffs.Threshold"]]:

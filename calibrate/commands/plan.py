@@ -16,7 +16,7 @@ from calibrate.commands.options import POSITIVE, Numbers, rerunning_options
 @click.option(
     "--steps",
     type=click.IntRange(min=3),
-    help="Plan for fewer steps than recorded, from the same log.",
+    help="Plan for this many steps instead of the recorded number.",
 )
 @click.option(
     "--no-runs",
@@ -24,7 +24,16 @@ from calibrate.commands.options import POSITIVE, Numbers, rerunning_options
     help="Only from the log; nothing is run, nothing goes into the entry.",
 )
 @click.option(
-    "--candidates", type=POSITIVE, default=6, show_default=True, help="Planned ones to run."
+    "--candidates",
+    type=POSITIVE,
+    default=2,
+    show_default=True,
+    help="Planned schedules to fit, beside the uniform one.",
+)
+@click.option(
+    "--anchors",
+    type=POSITIVE,
+    help="Most predictions that a skipped step is made of, where memory counts [default: all].",
 )
 @click.option(
     "--choosing", type=POSITIVE, default=6, show_default=True, help="Prompts to choose by."
@@ -34,7 +43,9 @@ from calibrate.commands.options import POSITIVE, Numbers, rerunning_options
 )
 @rerunning_options
 def plan(run: str, no_runs: bool, **options: Any) -> None:
-    """Find the best schedule and forecast for a number of computed steps, and prove them on real runs.
+    """Find the best schedule for a number of computed steps, fit its forecasts, and prove them on real runs.
+
+    The recorded prompts are run once uncached, and then under each schedule, which fits its weights on the way.
 
     Writes the plans into the run's entry.yaml. Interrupted, the same command continues.
 

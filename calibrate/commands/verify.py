@@ -35,7 +35,7 @@ from calibrate.commands.options import POSITIVE, Numbers, registry, rerunning_op
     "--policies",
     metavar="P,P,...",
     help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, uniform-fitted, "
-    "fewer-steps, fewer-steps-2, magcache, published, "
+    "uniform-linear-guided, fewer-steps, fewer-steps-2, magcache, published, "
     "first-block-cache, mag-cache, sea-cache [default: all].",
 )
 @click.option(

@@ -9,6 +9,7 @@
 ``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
                           branch b, so that the cross terms of the branches are in it
 ``<expert>/residual``     the same of the stack's residuals
+``<expert>/guided``       where the pipeline steps a scheduler: inner products of what its ``step`` received, (T, T)
 ``<expert>/joint``        name that the branches have in the pairs, where one call holds both as halves of its batch
 ``<expert>/guidance``     guidance scale measured there: along which combination of the halves the latents moved
 ``<expert>/residual_error``  relative standard error of a squared distance of residuals; 0 where they are exact
@@ -46,8 +47,9 @@ class GramLog:
     Attributes:
         output: Gram matrices of the guided outputs, shape (samples, T, T).
         residual: Of the guided residuals, or ``None`` where steps differ in shape.
+        guided: Of what the scheduler's ``step`` received, or ``None`` where none was seen.
         sigmas: Noise levels, shape (T + 1,); NaN where unknown.
-        prompt_ids: Prompt of each sample: what cross-validation leaves out together.
+        prompt_ids: Prompt of each sample.
         first_step: Where in the schedule this expert takes over; 0 for the only one.
         residual_error: Relative standard error of squared distances of residuals; 0 where exact.
     """
@@ -60,6 +62,7 @@ class GramLog:
     first_step: int = 0
     guidance_scale: float | None = None
     residual_error: float = 0.0
+    guided: Array | None = None
 
     @property
     def num_steps(self) -> int:
@@ -79,17 +82,9 @@ class GramLog:
 
     @property
     def grams(self) -> dict[str, Array]:
-        """``output`` and, where it is known, ``residual``."""
-        return {"output": self.output} | (
-            {} if self.residual is None else {"residual": self.residual}
-        )
-
-    def select(self, samples: Any) -> "GramLog":
-        """Only these samples."""
-        chosen = np.arange(len(self.output))[samples]
-        residual = None if self.residual is None else self.residual[chosen]
-        ids = tuple(self.prompt_ids[i] for i in chosen)
-        return replace(self, output=self.output[chosen], residual=residual, prompt_ids=ids)
+        """``output`` and, where they are known, ``residual`` and ``guided``."""
+        every = {"output": self.output, "residual": self.residual, "guided": self.guided}
+        return {name: matrix for name, matrix in every.items() if matrix is not None}
 
 
 def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) -> GramLog:
@@ -136,7 +131,8 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
     for path, sample in samples.items():
         if _form(sample) != _form(first):
             raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
-    logs, begin = [], 0
+    logs: list[GramLog] = []
+    begin = 0
     for expert in experts:
         arrays = {ids[path.stem]: samples[path][expert] for path in usable}
         # As the pipelines do: the later expert has a guidance of its own where the call gives one.
@@ -156,14 +152,20 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
 def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float | None) -> GramLog:
     first = parts[0][1]
     names = [str(name) for name in first["branches"]]
-    residuals = [arrays.get("residual") for _, arrays in parts]
     if scale is None and all("guidance" in arrays for _, arrays in parts):
         scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
+    everywhere = set.intersection(*(set(arrays) for _, arrays in parts))
+    matrices: dict[str, Array] = {
+        name: np.stack([guided(arrays[name], names, scale) for _, arrays in parts])
+        for name in ("output", "residual")
+        if name in everywhere
+    }
+    if "guided" in everywhere:
+        matrices["guided"] = np.stack([arrays["guided"] for _, arrays in parts])
     return GramLog(
-        output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
-        residual=None
-        if any(r is None for r in residuals)
-        else np.stack([guided(r, names, scale) for r in residuals]),
+        output=matrices["output"],
+        residual=matrices.get("residual"),
+        guided=matrices.get("guided"),
         sigmas=np.asarray(first["sigmas"], float),
         prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
         expert=expert,
@@ -189,7 +191,7 @@ def _finite(sample: dict[str, dict[str, Any]]) -> bool:
     return all(
         np.isfinite(arrays[name]).all()
         for arrays in sample.values()
-        for name in ("output", "residual")
+        for name in ("output", "residual", "guided")
         if name in arrays
     )
 
@@ -204,9 +206,8 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
     steps = len(gram) // count
     blocks = np.asarray(gram, float).reshape(count, steps, count, steps)
     if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
-        factors = np.array(
-            [guidance_scale if name == "cond" else 1 - guidance_scale for name in branches]
-        )
+        scales = {"cond": guidance_scale, "uncond": 1 - guidance_scale}
+        factors = np.array([scales[name] for name in branches])
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
     return branch_gram(gram, count).sum(0)
 
@@ -258,8 +259,9 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
     matrix[np.arange(num_steps), below] = 1 - share
     matrix[np.arange(num_steps), below + 1] = share
     sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
-    residual = None if log.residual is None else matrix @ log.residual @ matrix.T
-    return replace(log, output=matrix @ log.output @ matrix.T, residual=residual, sigmas=sigmas)
+    new = {name: matrix @ gram @ matrix.T for name, gram in log.grams.items()}
+    residual, guided = new.get("residual"), new.get("guided")
+    return replace(log, output=new["output"], residual=residual, guided=guided, sigmas=sigmas)
 
 
 def interpolation_error(log: GramLog) -> float:

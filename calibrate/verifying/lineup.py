@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from calibrate.errors import CalibrateError, InvalidOption
-from calibrate.planning.stages import Stages
-from calibrate.runs.gram_log import NoPlan, load_grams
+from calibrate.planning.results import uniform_fitted as fitted_plan
+from calibrate.runs.gram_log import NoPlan
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import magcache_at, uniform
 from calibrate.trials.bench import Entered
@@ -129,25 +129,12 @@ def uniform_with(forecast: str | None = None, of: str | None = None) -> Make:
 
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
-    """The same with weights fitted on the run's Gram log of the outputs."""
-    if lineup.run.path is None:
-        raise NoPlan(
-            "no run, and so no Gram log to fit weights on; verify the folder of one recorded with --gram"
-        )
-    stages = Stages.of(load_grams(lineup.run.path), "output")
-    if stages.num_steps != lineup.num_steps:
-        raise NoPlan(
-            f"the Gram log is of {stages.num_steps} steps, here are {lineup.num_steps}; record this number"
-        )
-    settings = []
-    for budget in lineup.budgets:
-        schedule = stages.uniform(budget)
-        rows = stages.fit(schedule)
-        weights = tuple(rows[step] for step in sorted(rows)) or None
-        forecast = "fitted" if weights else None
-        plan = Plan(schedule=schedule, forecast=forecast, forecast_of="output", weights=weights)
-        settings.append(plan_setting(label, plan))
-    return settings
+    """The same with the weights that planning fitted for these schedules."""
+    folder = lineup.run.path
+    if folder is None:
+        raise NoPlan("no run, and so no fitted weights; verify the folder of a planned run")
+    plans = [fitted_plan(folder, lineup.num_steps, budget) for budget in lineup.budgets]
+    return [plan_setting(label, plan) for plan in plans]
 
 
 def fewer_steps(**options: Any) -> Make:
@@ -191,7 +178,10 @@ POLICIES: dict[str, Policy] = {
     "uniform-linear-output": Policy(
         "uniform skipping, linear outputs", uniform_with("linear", "output")
     ),
-    "uniform-fitted": Policy("uniform skipping, fitted outputs", uniform_fitted),
+    "uniform-fitted": Policy("uniform skipping, fitted guided", uniform_fitted),
+    "uniform-linear-guided": Policy(
+        "uniform skipping, linear guided", uniform_with("linear", "guided")
+    ),
     "fewer-steps": Policy(FEWER_STEPS, fewer_steps()),
     "fewer-steps-2": Policy(FEWER_STEPS_2, fewer_steps(solver_order=2)),
     "magcache": Policy("MagCache's rule", magcache_rule),

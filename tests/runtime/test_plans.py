@@ -176,3 +176,17 @@ def test_an_entry_of_a_forecasts_error_loads_and_is_refused_as_a_gate(how, field
         apply_tea_cache(pipe, entry, **how)
     assert not hasattr(pipe.transformer, "_teacal_hooks")
     assert images_of(pipe, entry=entry, schedule=FITTED)[1].settings["forecast"] == "fitted"
+
+
+def test_fewer_steps_are_advised_where_they_were_measured_better(caplog):
+    figures = {"speedup": 1.9, "psnr_db": 40.0, "fewer_steps_psnr_db": 40.2}
+    figures["fewer_steps_second_order_solver_psnr_db"] = 43.0
+    worse = dataclasses.replace(FITTED, figures=figures)
+    with apply_tea_cache(TinyPipeline(), an_entry((worse,)), speedup=1.8) as cache:
+        advice = cache.settings["advice"]
+    assert "num_inference_steps=4 and DPM-Solver++ of order 2" in advice and "43.0 dB" in advice
+    assert advice in caplog.text
+    figures = figures | {"fewer_steps_second_order_solver_psnr_db": 40.1}
+    alike = dataclasses.replace(FITTED, figures=figures)
+    with apply_tea_cache(TinyPipeline(), an_entry((alike,)), speedup=1.8) as cache:
+        assert "advice" not in cache.settings  # no better than noise

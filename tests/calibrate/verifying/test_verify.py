@@ -15,9 +15,9 @@ import coeffs
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.fitting.draft import draft_entry
-from calibrate.planning.problem import Problem, fit_weights
+from calibrate.planning.candidates import UNIFORM_FITTED
 from calibrate.recording.record import record
-from calibrate.runs.gram_log import NoPlan, load_gram
+from calibrate.runs.gram_log import NoPlan
 from calibrate.runs.pairs import load_run
 from calibrate.trials import baselines as policies
 from calibrate.trials.baselines import InvalidBudget
@@ -520,7 +520,7 @@ def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
 # --- uniform skipping with every forecast
 
 
-UNIFORM_KEYS = ("uniform", "uniform-linear", "uniform-linear-output", "uniform-fitted")
+UNIFORM_KEYS = ("uniform", "uniform-linear", "uniform-linear-output")
 
 
 def uniform_setting(fitted, key, budget, num_steps=8, **other):
@@ -545,28 +545,23 @@ def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_a
     assert described["uniform-linear-output"] == linear
 
 
-def test_fitted_uniform_weights_are_those_of_the_runs_gram_log(fitted):
-    plan = uniform_setting(fitted, "uniform-fitted", 3).plan
-    expected = fit_weights(Problem.of(load_gram(fitted), "output"), policies.uniform(8, 3)).rows
-    assert plan.weights_by_step == expected and len(expected) == 5
-    assert plan.schedule == policies.uniform(8, 3)
-
-
-def test_all_steps_computed_leave_nothing_to_forecast(fitted):
-    setting = uniform_setting(fitted, "uniform-fitted", 8)
-    assert setting.identity() == {"schedule": "C" * 8, "forecast_of": "output"}
-
-
-def test_fitted_uniform_without_a_log_of_these_steps_says_why(fitted, tmp_path):
+def test_fitted_uniform_plans_are_those_that_planning_kept(fitted, tmp_path):
     import shutil
 
-    with pytest.raises(NoPlan, match="the Gram log is of 8 steps, here are 6"):
-        uniform_setting(fitted, "uniform-fitted", 3, num_steps=6)
+    copy = tmp_path / "planned"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify"))
+    with pytest.raises(NoPlan, match=r"calibrate plan .* --computed 3"):
+        uniform_setting(copy, "uniform-fitted", 3)
     with pytest.raises(NoPlan, match="no run"):
         uniform_setting(fitted, "uniform-fitted", 3, path=None)
-    shutil.copytree(fitted, tmp_path / "bare", ignore=shutil.ignore_patterns("gram", "verify"))
-    with pytest.raises(NoPlan, match="calibrate record --gram"):
-        uniform_setting(tmp_path / "bare", "uniform-fitted", 3)
+    schedule = policies.uniform(8, 3)
+    weights = [[1.5, -0.5]] * 5
+    own = {"name": UNIFORM_FITTED, "schedule": schedule, "forecast": "fitted"}
+    own |= {"forecast_of": "guided", "weights": weights}
+    row = {"steps": 8, "computed": 3, "candidates": [own]}
+    (copy / "plan.json").write_text(json.dumps([row]))
+    plan = uniform_setting(copy, "uniform-fitted", 3).plan
+    assert plan.schedule == schedule and plan.weights_by_step[1] == (1.5, -0.5)
 
 
 def test_a_plan_and_the_uniform_policies_describe_one_way_to_run_alike():

@@ -1,0 +1,205 @@
+"""Plans against their rivals on prompts that were used for nothing else: the table of docs/planning.md.
+
+    calibrate record --model MODEL --steps 50 --dtype float32 --num-prompts 20 --prompts A --gram --out runs/x
+    calibrate fit runs/x
+    python -m benchmarks.closed_loop runs/x --choosing-prompts B --prompts C --computed 25,19,15,12,9,7,5
+
+A, B and C are different files: what is recorded, what plans are chosen by, and what all are judged by. It plans what
+the run lacks, runs everything that it lacks, and continues where it was stopped. ``--beside`` shows the plans of
+another entry of the same model, ``--curve`` how many recorded prompts a fit needs. Differences are paired by prompt;
+intervals are of the mean, 95 %.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+from scipy import stats
+
+from benchmarks.common import RESULTS, surroundings
+
+BESIDE = "plan of the other entry"
+CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(exists=True, file_okay=False))
+@click.option("--name", default="closed_loop", show_default=True, help="Of the result file.")
+@click.option("--computed", default="25,19,15,12,9,7,5", show_default=True)
+@click.option("--model", help="Weights, where the run's are not known by name.")
+@click.option("--choosing-prompts", help="What plans are chosen by.")
+@click.option("--prompts", help="What all are judged by.")
+@click.option("--num-prompts", type=int, default=24, show_default=True)
+@click.option("--seed", type=int, default=90000, show_default=True, help="Of the first judged one.")
+@click.option(
+    "--policies", default="", help="Further ones of `calibrate verify`, such as sea-cache."
+)
+@click.option("--beside", type=click.Path(exists=True, dir_okay=False), help="Another entry.")
+@click.option("--curve", type=int, help="Computed steps at which fits on fewer prompts are shown.")
+def main(run: str | None, name: str, **options: Any) -> None:
+    path = RESULTS / f"{name}.json"
+    if run is not None:
+        figures = measured(run, **options)
+        path.write_text(json.dumps({"surroundings": surroundings(), **figures}, indent=1) + "\n")
+        click.echo(f"{path}\n", err=True)
+    click.echo(markdown(json.loads(path.read_text())))
+
+
+def measured(
+    run: str,
+    computed: str,
+    model: str | None,
+    choosing_prompts: str | None,
+    prompts: str | None,
+    num_prompts: int,
+    seed: int,
+    policies: str,
+    beside: str | None,
+    curve: int | None,
+) -> dict[str, Any]:
+    """Plan, run and compare."""
+    import coeffs
+    from calibrate.planning.plan import plan
+    from calibrate.trials.bench import Bench, Entered
+    from calibrate.trials.case import held_out_prompts, open_case
+    from calibrate.trials.measures import main_measure
+    from calibrate.trials.setting import plan_setting
+    from calibrate.verifying.lineup import Lineup, entered
+
+    budgets = [int(part) for part in computed.split(",")]
+    known = {p.computed_steps for p in coeffs.load(Path(run) / "entry.yaml").plans or ()}
+    missing = [budget for budget in budgets if budget not in known]
+    if missing:
+        plan(run, computed=missing, model=model, prompts=choosing_prompts, num_prompts=2, say=say)
+    case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
+    judged = held_out_prompts(case, prompts, num_prompts, seed, ())
+    bench = Bench(case, judged, None, progress=True)
+    lineup = Lineup(
+        entry=case.entry,
+        run=case.run,
+        num_steps=case.num_steps,
+        budgets=budgets,
+        counted=bench.tuning_count,
+    )
+    names = ["plan", "uniform", "uniform-linear", "uniform-linear-output", "uniform-linear-guided"]
+    names += ["uniform-fitted", "fewer-steps", "fewer-steps-2", *filter(None, policies.split(","))]
+    contest = entered(lineup, names, say)
+    settings = list(contest.settings)
+    if beside is not None:
+        plans = coeffs.load(beside).plans or ()
+        settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
+    if curve is not None:
+        settings += fits_on_fewer_prompts(case, curve)
+    rows, refused = bench.results(Entered(settings, contest.refused))
+    return {
+        "model": case.entry.model,
+        "steps": case.num_steps,
+        "dtype": case.identity["dtype"],
+        "prompts": len(judged.prompts),
+        "floor": bench.floor(),
+        "refused": refused,
+        "budgets": [of_budget(rows, budget, main_measure(rows)) for budget in budgets],
+    }
+
+
+def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
+    """The plan's own schedule, its weights fitted on the first few recorded prompts."""
+    import torch
+
+    import coeffs
+    from calibrate.planning.closed_loop import fit
+    from calibrate.planning.trajectories import Runner, load_trajectories
+    from calibrate.trials.setting import plan_setting
+
+    own = next(p for p in case.entry.plans if p.computed_steps == computed)
+    runner = Runner(case)
+    trajectories = load_trajectories(runner, True, say)
+    settings = []
+    for count in CURVE:
+        some = trajectories[:count]
+        teachers = [torch.from_numpy(trajectory.latents) for trajectory in some]
+        with runner.running(case.recorded_prompts[:count]) as running:
+            rows = fit(running, teachers, own.schedule, walls=some[0].walls).rows
+        weights = tuple(rows[step] for step in sorted(rows))
+        plan = coeffs.Plan(
+            schedule=own.schedule, forecast="fitted", forecast_of="guided", weights=weights
+        )
+        settings.append(plan_setting(f"plan's schedule, fitted on {count} prompts", plan))
+    return settings
+
+
+def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:
+    """Mean, worst prompt, and the plan's paired gain, policy by policy."""
+    from calibrate.planning.results import fidelity
+    from calibrate.trials.setting import PLAN
+
+    own = rows[rows["budget"] == budget]
+    table = fidelity(own, measure)
+    computed = own.groupby("policy")["computed_steps"].mean()
+    policies = {}
+    for policy, values in table.items():
+        policies[policy] = {
+            "mean": float(values.mean()),
+            "worst": float(values.min()),
+            "computed_steps": float(computed[policy]),
+            "plan_minus": _interval((table[PLAN] - values).dropna()) if PLAN in table else None,
+        }
+    return {"computed": budget, "policies": policies}
+
+
+def _interval(difference: pd.Series) -> list[float]:
+    mean = float(difference.mean())
+    if len(difference) < 3 or not difference.std():
+        return [mean, mean, mean]
+    low, high = stats.t.interval(0.95, len(difference) - 1, mean, stats.sem(difference))
+    return [mean, float(low), float(high)]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Every policy at every budget, and the plan's gain over each."""
+    budgets = found["budgets"]
+    policies = list(dict.fromkeys(policy for one in budgets for policy in one["policies"]))
+    floor = "identical" if found["floor"]["identical"] else found["floor"]["worst_psnr_db"]
+    lines = [
+        f"{found['model']}, {found['dtype']}, {found['prompts']} prompts, "
+        f"two uncached runs: {floor}",
+        "",
+        _row(f"computed of {found['steps']}", [str(one["computed"]) for one in budgets]),
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for policy in policies:
+        cells = [one["policies"].get(policy) for one in budgets]
+        lines.append(_row(policy, [_cell(cell) for cell in cells]))
+    lines.append("")
+    lines.append(_row("plan minus", [str(one["computed"]) for one in budgets]))
+    lines.append("|---" * (len(budgets) + 1) + "|")
+    for policy in policies:
+        if policy != "plan":
+            cells = [one["policies"].get(policy) for one in budgets]
+            lines.append(_row(policy, [_gain(cell) for cell in cells]))
+    return "\n".join(lines)
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _cell(figures: dict[str, Any] | None) -> str:
+    return "-" if figures is None else "{mean:.1f} ({worst:.1f})".format(**figures)
+
+
+def _gain(figures: dict[str, Any] | None) -> str:
+    if figures is None or figures["plan_minus"] is None:
+        return "-"
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*figures["plan_minus"])
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()
