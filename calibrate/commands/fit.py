@@ -92,7 +92,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     first, *further = [runs] if isinstance(runs, str | Path) else runs
     more = {
         "with": ", ".join(map(str, further)),
-        "seconds": "well under a minute, without the model",
+        "cost": "under a minute, on the CPU alone",
     }
     tell_plan(f"fit: a polynomial from {chosen['signal']} to {chosen['target']}", first, **more)
     run = load_run(runs)

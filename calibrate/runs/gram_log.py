@@ -19,6 +19,7 @@ With guidance g the sampler follows ``g cond + (1 - g) uncond``, and the Gram ma
 pipeline that rescales the guided prediction (LongCat-Image's guidance renormalisation) is described up to that scale.
 """
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from numpy.typing import NDArray
 
 from calibrate.errors import RunFolderError
 from calibrate.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 # Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
@@ -119,9 +122,14 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
     ids = {group.name: group.prompt.prompt_id for group in run.groups}
     files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
     if not files:
+        command = run.manifest.get("command") or "calibrate record"
         raise NoPlan(
-            f"{run.path}: no Gram matrices in gram/; record it again with `calibrate record --gram`"
+            f"{run.path}: recorded without Gram matrices; this adds them and leaves its pairs as they are: "
+            f"{command} --gram --out {run.path}"
         )
+    lacking = len(run.finished() - run.with_gram())
+    if lacking:
+        logger.warning("%s: %d prompts have no Gram matrices and are left out", run.path, lacking)
     samples = {path: read_gram(path) for path in files}
     first = samples[files[0]]
     experts = sorted(first, key=lambda expert: int(first[expert].get("first_step", 0)))

@@ -24,8 +24,8 @@ REPOSITORY = Path(calibrate.__file__).parents[1]
 MOMENTS = int(os.environ.get("SIGNAL_MOMENTS", 0))
 # "RUN" stands for the folder that each command works on.
 COMMANDS = {
-    "record": "record --num-prompts 8 --steps 6 --device cpu --out RUN",
-    "run": "--num-prompts 3 --steps 6 --device cpu --out RUN",
+    "record": "record --num-prompts 4 --steps 5 --device cpu --out RUN",
+    "run": "--num-prompts 2 --steps 5 --device cpu --out RUN",
     "fit": "fit RUN",
     "plan": "plan RUN --computed 3 --choosing 1 --num-prompts 1 --candidates 1 --device cpu",
     "verify": "verify RUN --num-prompts 1 --budgets 3 --policies gate,uniform --device cpu",

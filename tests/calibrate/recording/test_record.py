@@ -25,6 +25,7 @@ from calibrate.errors import (
     RunInUse,
 )
 from calibrate.recording.record import DEFAULT_PROMPTS
+from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.lock import RunLock
 from runtime.errors import UnsupportedModel
 
@@ -190,6 +191,13 @@ def test_run_begun_without_gram_matrices_is_not_recorded_again_unasked(tmp_path,
     assert not gram_files(first)
     assert "4 of 4 recorded prompts have no Gram matrices" in caplog.text
     assert "--gram records them again" in caplog.text
+
+
+def test_plan_says_the_command_that_adds_what_it_lacks(tmp_path, caplog):
+    """Bug: it said `calibrate record --gram`, which changed nothing."""
+    run = record_toy(tmp_path / "run", gram=False)
+    with pytest.raises(NoPlan, match=f"record --model toy --gram --out {run.path}"):
+        load_grams(run.path)
 
 
 def test_gram_matrices_that_lack_are_recorded_on_request_and_pairs_stay(tmp_path):

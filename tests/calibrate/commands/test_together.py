@@ -1,0 +1,77 @@
+"""Several commands on one run, and one command started as several ranks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import calibrate
+from calibrate.cli import cli
+
+REPOSITORY = Path(calibrate.__file__).parents[1]
+COMMANDS = {"plan": ["--computed", "3"], "verify": []}
+HOLDER = """
+import sys, time
+from calibrate.runs.lock import hold
+with hold(sys.argv[1], "verifying"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    manifest = {"format": 1, "model": "toy", "prompts": [], "protocol": {"num_steps": 4}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(manifest))
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Which of the library's functions were called."""
+    called = []
+    for name, module in (
+        ("plan", "calibrate.planning.plan"),
+        ("verify", "calibrate.verifying.verify"),
+    ):
+        monkeypatch.setattr(
+            f"{module}.{name}", lambda *args, name=name, **options: called.append(name)
+        )
+    return called
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_second_command_on_a_run_is_refused_and_names_the_first(command, run, calls):
+    """Bug: two verifications in one folder did everything twice and spoiled each other's timings."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        result = CliRunner().invoke(cli, [command, str(run), *COMMANDS[command]])
+        other.kill()
+    assert result.exit_code == 2 and calls == []
+    assert f"process {other.pid} on" in result.stderr and "is verifying this run" in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_only_rank_0_works_and_the_others_say_so(command, run, calls, monkeypatch):
+    """Bug: `torchrun -m calibrate verify` made every rank do everything."""
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(cli, [command, str(run), *COMMANDS[command]])
+    assert (result.exit_code, calls, result.stdout) == (0, [], "")
+    assert (
+        result.stderr == f"rank 1: `calibrate {command}` works in one process; rank 0 does it all\n"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_says_first_what_it_works_on(command, run):
+    result = CliRunner().invoke(cli, [command, str(run), *COMMANDS[command]])
+    head = result.stderr.split("folder")[0]
+    for text in (f"{command}: ", "toy", "4 steps", "0 of 0 prompts"):
+        assert text in head
+    assert str(run) in result.stderr
