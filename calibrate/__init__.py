@@ -6,6 +6,8 @@ The functions are the commands: ``record``, ``fit``, ``plan``, ``verify`` and ``
 from importlib import import_module
 from typing import Any
 
+from teacal import check_packages
+
 _VERBS = {
     "record": "calibrate.recording.record",
     "fit": "calibrate.fitting.draft",
@@ -26,5 +28,6 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from a checkout that was never installed
             return "0.1.0"
     if name in _VERBS:
+        check_packages("coeffs", "runtime")
         return getattr(import_module(_VERBS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

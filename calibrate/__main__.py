@@ -5,6 +5,8 @@ import signal
 import sys
 from typing import Any
 
+from teacal import PACKAGES, end_if_in_the_way
+
 _PROCESS = os.getpid()
 
 
@@ -12,6 +14,7 @@ def main() -> None:
     """Entry point of the program: first it sees to it that signals end it cleanly, then it imports the rest."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
+    end_if_in_the_way(*PACKAGES)
     from calibrate.cli import main as run
 
     run()

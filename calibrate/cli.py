@@ -9,6 +9,7 @@ from click_default_group import DefaultGroup
 
 from calibrate import __version__
 from calibrate.text import did_you_mean
+from teacal import missing_package
 
 AREAS = ("record", "fit", "plan", "verify", "registry", "models")
 
@@ -47,6 +48,11 @@ class _Group(DefaultGroup):
             reason = error.strerror or error
             message = f"{where}: {reason}; check the path, its rights and the room on the disk"
             raise _ExpectedError(message, 2) from error
+        except ImportError as error:
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            raise _ExpectedError(missing, 2) from error
         except Exception as error:
             from calibrate.errors import CalibrateError
             from coeffs.errors import CoeffsError

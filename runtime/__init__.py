@@ -9,6 +9,10 @@ print(cache.stats)
 
 from typing import Any
 
+from teacal import check_packages
+
+check_packages("coeffs")  # before any module of ours imports it
+
 from runtime.decide.forecast import Forecast
 from runtime.decide.gate import Decision, FixedSchedule, Gate, GateConfig
 from runtime.errors import (

@@ -32,6 +32,7 @@ LAYERS = {
     "runtime, pure": layer(
         "runtime/decide/*.py runtime/stats.py runtime/errors.py", "coeffs runtime"
     ),
+    "runtime, its face": layer("runtime/__init__.py", "coeffs runtime teacal"),
     "runtime, compatibility": layer("runtime/compat/*.py", "torch diffusers"),
     "runtime": layer("runtime/**/*.py", "coeffs runtime torch diffusers"),
     "calibrate, analysis": layer(
@@ -49,7 +50,7 @@ LAYERS = {
     ),
     "calibrate, command line": layer(
         "calibrate/cli.py calibrate/__init__.py calibrate/__main__.py calibrate/commands/*.py",
-        "calibrate coeffs runtime click click_default_group",
+        "calibrate coeffs runtime teacal click click_default_group",
     ),
     "calibrate": layer(
         "calibrate/**/*.py",

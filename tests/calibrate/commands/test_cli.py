@@ -237,7 +237,7 @@ main()
 @pytest.mark.parametrize("program", ["calibrate", "teacal"])
 def test_program_answers_to_both_names(program):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert project["scripts"][program] == "calibrate.__main__:main"
+    assert project["scripts"][program] == "teacal:main"
     done = subprocess.run(
         [sys.executable, "-c", CALLED_AS, program], cwd=REPOSITORY, capture_output=True, text=True
     )

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -341,6 +344,23 @@ def test_the_rounded_threshold_that_show_prints_is_the_entrys(tmp_path):
     assert rounded == "0.02708"
     text = calibrate("export", path, "--to", "vllm-omni", "--threshold", rounded, "--force").stdout
     assert "0.0270799123" in text and "not one that the entry reports on" not in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is played by /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list",),
+        ("show", "mochi-1"),
+        ("export", "alivilab/wan2.1-t2v-1.3b", "--to", "json"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_exit_2(arguments):
+    command = [sys.executable, "-m", "calibrate", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(tmp_path, run_folder):
