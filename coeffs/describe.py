@@ -31,7 +31,9 @@ _THRESHOLD_COLUMNS = {
     "speedup": "speed-up",
     "psnr_db": "PSNR dB",
     "worst_psnr_db": "worst dB",
+    "snr_db": "SNR dB",
     "ssim": "SSIM",
+    "lpips": "LPIPS",
     "latent_rel_l2": "latent L2",
 }
 

@@ -110,8 +110,10 @@ class Threshold(Record):
     num_steps: Steps | None = None
     speedup: Positive | None = None
     psnr_db: float | None = None
+    snr_db: float | None = None
     ssim: float | None = None
     ms_ssim: float | None = None
+    lpips: float | None = None
     latent_rel_l2: Positive | None = None
     worst_psnr_db: float | None = None
     kind: Literal["replay", "verified", "reported"]

@@ -108,7 +108,12 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     assert set(found.facts["measures"]) == {"snr_db", "rel_l2"}
     assert np.allclose(rows["snr_db"], -20 * np.log10(rows["rel_l2"]))
     assert (rows.loc[rows["policy"] == "fewer steps", "computed_steps"] == 5).all()
-    assert coeffs.load(run / "entry.yaml").plans
+    entry = coeffs.load(run / "entry.yaml")
+    assert entry.plans
+    verified = [row for row in entry.thresholds if row.kind == "verified"]
+    assert [row.snr_db for row in verified] == pytest.approx(
+        found.summary.loc[found.summary["policy"] == GATE, "snr_db"].tolist()
+    )
 
 
 def test_a_plan_is_applied_by_the_loop(own, run):
