@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Session:
     def target(self) -> Any:
         """What a cache is applied to."""
         return self.loop if self.pipeline is None else self.pipeline
+
+    def driven_by(self, copied: Any) -> "Session":
+        """The same with a copy of its pipeline or loop."""
+        return replace(self, **{"loop" if self.pipeline is None else "pipeline": copied})
 
     @property
     def driver(self) -> Any:
@@ -112,7 +116,7 @@ class Session:
                 "generate(prompt, seed) takes no image, no negative prompt and no argument but num_steps"
             )
         options = {} if steps is None else {"num_steps": steps}
-        if "scheduler" in inspect.signature(self.function).parameters:
+        if self.accepts("scheduler"):
             options["scheduler"] = self.loop.scheduler
         return self.function(prompt.prompt, prompt.seed, **options)
 
@@ -168,8 +172,12 @@ def callable_session(
             "generate without modules: name the denoiser to watch, such as modules=model.transformer"
         )
     loop = modules if isinstance(modules, OwnLoop) else OwnLoop(modules, blocks=blocks)
-    takes_steps = "num_steps" in inspect.signature(generate).parameters
-    steps = {STEPS: settings["num_steps"]} if takes_steps and settings.get("num_steps") else {}
+    taken = inspect.signature(generate).parameters
+    accepted = (
+        {"prompt"} | {"scheduler"} & set(taken) | ({STEPS} if "num_steps" in taken else set())
+    )
+    stated = settings.get("num_steps")
+    arguments = {STEPS: stated} if stated and STEPS in accepted else {}
     identity = _identity(
         model=slug_of(name),
         modules=loop.modules,
@@ -178,8 +186,7 @@ def callable_session(
         scheduler=loop.scheduler,
         settings=settings,
     )
-    accepted = frozenset({"prompt", STEPS} if takes_steps else {"prompt"})
-    call = Call(arguments=steps, accepted=accepted, protocol=settings)
+    call = Call(arguments=arguments, accepted=frozenset(accepted), protocol=settings)
     return Session(modules=loop.modules, call=call, identity=identity, function=generate, loop=loop)
 
 

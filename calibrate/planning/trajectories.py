@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,17 @@ class Runner:
         """See :func:`calibrate.planning.lockstep.generations`.
 
         Raises:
-            NoSolver: There is no pipeline with a scheduler.
+            NoSolver: There is no scheduler, or a callable that does not take one.
         """
-        if not hasattr(getattr(self.session.pipeline, "scheduler", None), "step"):
-            raise NoSolver("no pipeline with a scheduler whose steps could be watched")
+        driver = self.session.driver
+        if not hasattr(getattr(driver, "scheduler", None), "step"):
+            raise NoSolver("no scheduler whose steps could be watched")
+        if self.session.function is not None and not self.session.accepts("scheduler"):
+            raise NoSolver("generate(prompt, seed) takes no scheduler that could be watched")
 
         def call_of(prompt: Prompt) -> Callable[[Any], Any]:
-            def generate(pipeline: Any) -> Any:
-                own = replace(self.session, pipeline=pipeline)
+            def generate(copied: Any) -> Any:
+                own = self.session.driven_by(copied)
                 return own.generate(prompt, self.case.recorded_images, **options)
 
             return generate
@@ -104,7 +107,7 @@ class Runner:
         # Latents are enough: nothing is decoded.
         options = {"output_type": "latent"} if self.session.accepts("output_type") else {}
         calls = [call_of(prompt) for prompt in prompts]
-        return generations(self.session.pipeline, self.session.modules, calls)
+        return generations(driver, self.session.modules, calls)
 
 
 def load_trajectories(

@@ -11,6 +11,8 @@ from calibrate.errors import CalibrateError
 from calibrate.trials.setting import GATE
 from runtime import OwnLoop, apply_tea_cache
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 PROMPTS = [f"a day of kind {index}" for index in range(9)]
 
@@ -110,6 +112,7 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     assert (rows.loc[rows["policy"] == "fewer steps", "computed_steps"] == 5).all()
     entry = coeffs.load(run / "entry.yaml")
     assert entry.plans
+    assert list((run / "trajectories").glob("*/fit-*.json")), "weights are fitted where it runs"
     verified = [row for row in entry.thresholds if row.kind == "verified"]
     assert [row.snr_db for row in verified] == pytest.approx(
         found.summary.loc[found.summary["policy"] == GATE, "snr_db"].tolist()
