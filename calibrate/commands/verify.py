@@ -34,9 +34,16 @@ from calibrate.commands.options import POSITIVE, Numbers, registry, rerunning_op
 @click.option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, uniform-fitted, "
-    "uniform-linear-guided, fewer-steps, fewer-steps-2, magcache, published, "
+    help="Of gate, apart, plan, plan-cache-dit, plan-diffusers-magcache (not by default), uniform, "
+    "uniform-linear, uniform-linear-output, uniform-fitted, uniform-linear-guided, "
+    "fewer-steps, fewer-steps-2, magcache, published, "
     "first-block-cache, mag-cache, sea-cache [default: all].",
+)
+@click.option(
+    "--through",
+    multiple=True,
+    type=click.Choice(["cache-dit", "diffusers-magcache"]),
+    help="Run the plans by this engine's own code from their export; repeat.",
 )
 @click.option(
     "--lpips",

@@ -133,31 +133,36 @@ def diffusers_cache(
     config = getattr(diffusers, f"{name}Config", None)
     if config is None:
         raise Refused(f"diffusers {diffusers.__version__} has no {name}")
-    before = {part: set(registry.hooks) for part, registry in _registries(modules)}
-    counters = {}
+    with hooks_restored(modules):
+        try:
+            for module in modules.values():
+                _enable(module, name, lambda: config(**options))
+            with counted(modules) as patterns_of:
+                yield patterns_of
+        finally:
+            for module in modules.values():
+                if getattr(module, "is_cache_enabled", False):
+                    module.disable_cache()
+
+
+def _enable(module: torch.nn.Module, name: str, config: Callable[[], Any]) -> None:
+    if not hasattr(module, "enable_cache"):
+        raise Refused(f"{type(module).__name__} has no enable_cache")
     try:
-        for expert, module in modules.items():
-            if not hasattr(module, "enable_cache"):
-                raise Refused(f"{type(module).__name__} has no enable_cache")
-            try:
-                module.enable_cache(config(**options))
-            except Exception as error:  # a cache raises anything on a model it was not written for
-                raise Refused(
-                    f"{name} on {type(module).__name__}: {' '.join(str(error).split())[:200]}"
-                ) from None
-            counters[expert] = _StackCounter(module)
-        yield lambda: {
-            f"{expert}/branch {index}": pattern
-            for expert, counter in counters.items()
-            for index, pattern in enumerate(counter.patterns())
-        }
+        module.enable_cache(config())
+    except Exception as error:  # a cache raises anything on a model it was not written for
+        raise Refused(
+            f"{name} on {type(module).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+@contextmanager
+def hooks_restored(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Take off every diffusers hook that was put on the modules meanwhile; a refusal half-way leaves some."""
+    before = {part: set(registry.hooks) for part, registry in _registries(modules)}
+    try:
+        yield
     finally:
-        for counter in counters.values():
-            counter.remove()
-        for module in modules.values():
-            if getattr(module, "is_cache_enabled", False):
-                module.disable_cache()
-        # A refusal half-way leaves hooks behind, which disable_cache does not know of.
         for part, registry in _registries(modules):
             for hook in set(registry.hooks) - before.get(part, set()):
                 registry.remove_hook(hook, recurse=False)
@@ -169,6 +174,21 @@ def _registries(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[torch.
             registry = hook_registry(part)
             if registry is not None:
                 yield part, registry
+
+
+@contextmanager
+def counted(modules: Mapping[str, torch.nn.Module]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Watch the last block of every denoiser; the function tells which calls computed it, branch by branch."""
+    counters = {expert: _StackCounter(module) for expert, module in modules.items()}
+    try:
+        yield lambda: {
+            f"{expert}/branch {index}": pattern
+            for expert, counter in counters.items()
+            for index, pattern in enumerate(counter.patterns())
+        }
+    finally:
+        for counter in counters.values():
+            counter.remove()
 
 
 class _StackCounter:

@@ -17,6 +17,8 @@ from calibrate.model.prompts import Prompt
 from calibrate.model.session import Session
 from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, second_order
 from calibrate.trials.setting import Refused, Setting
+from calibrate.trials.through import KIND as THROUGH
+from calibrate.trials.through import run_through
 from runtime.apply import apply_tea_cache
 
 STEPS = "num_inference_steps"
@@ -91,7 +93,7 @@ class Sampler:
             try:
                 sample = self(prompt, num_steps=shorter)
             except Exception as error:
-                if setting.kind not in DIFFUSERS_CACHES:
+                if setting.kind not in (*DIFFUSERS_CACHES, THROUGH):
                     raise
                 raise Refused(
                     f"{setting.policy} fails on this model: {' '.join(str(error).split())[:200]}"
@@ -119,6 +121,9 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
             yield dict
     elif setting.kind in DIFFUSERS_CACHES:
         with diffusers_cache(session.modules, setting.kind, options) as patterns_of:
+            yield patterns_of
+    elif setting.kind == THROUGH:
+        with run_through(session, setting) as patterns_of:
             yield patterns_of
     else:
         if session.driver is None:  # nothing else tells how long the schedule is

@@ -24,6 +24,7 @@ from calibrate.trials.setting import (
     Setting,
     plan_setting,
 )
+from calibrate.trials.through import ENGINES, through_setting
 from calibrate.verifying.tuning import Counted, given_gate, tuned_diffusers, tuned_gate
 from coeffs import Entry, Plan
 from coeffs.errors import CoeffsError
@@ -75,12 +76,14 @@ class Policy:
         make: Its settings, one per budget, given the label; raises an expected error for what it lacks.
         tuned: Whether thresholds are searched for by real runs.
         enters: Whether this entry has anything to show.
+        default: Whether it enters without being named.
     """
 
     label: str
     make: Make
     tuned: bool = False
     enters: Callable[[Entry], bool] = lambda entry: True
+    default: bool = True
 
 
 def own_gate(lineup: Lineup, label: str) -> list[Setting]:
@@ -112,6 +115,19 @@ def planned(lineup: Lineup, label: str) -> list[Setting]:
             f"no plan in the entry for these budgets; make some: calibrate plan --computed {wanted}"
         )
     return [plan_setting(label, plan) for plan in plans]
+
+
+def planned_through(engine: str) -> Make:
+    """The entry's plans for these budgets as an engine's own code runs the exported form."""
+
+    def make(lineup: Lineup, label: str) -> list[Setting]:
+        return [
+            through_setting(label, engine, lineup.entry, setting.plan)
+            for setting in planned(lineup, label)
+            if setting.plan is not None
+        ]
+
+    return make
 
 
 def uniform_with(forecast: str | None = None, of: str | None = None) -> Make:
@@ -173,6 +189,10 @@ POLICIES: dict[str, Policy] = {
     "gate": Policy(GATE, own_gate, tuned=True),
     "apart": Policy(APART_GATE, own_gate, tuned=True, enters=_has_branches),
     "plan": Policy(PLAN, planned, enters=lambda entry: bool(entry.plans)),
+    **{
+        f"plan-{engine}": Policy(f"plan through {engine}", planned_through(engine), default=False)
+        for engine in ENGINES
+    },
     "uniform": Policy(UNIFORM, uniform_with()),
     "uniform-linear": Policy("uniform skipping, linear forecast", uniform_with("linear")),
     "uniform-linear-output": Policy(
@@ -193,8 +213,9 @@ POLICIES: dict[str, Policy] = {
 
 
 def checked_policies(names: Sequence[str] | None) -> list[str]:
-    """The keys of the policies to run, the fitted gate first; all for None."""
-    chosen = list(dict.fromkeys(names or POLICIES))
+    """The keys of the policies to run, the fitted gate first; for None all that need not be named."""
+    usual = [name for name, policy in POLICIES.items() if policy.default]
+    chosen = list(dict.fromkeys(names or usual))
     for name in chosen:
         if name not in POLICIES:
             raise InvalidOption(f"policy {name!r}: expected {', '.join(POLICIES)}")

@@ -23,7 +23,7 @@ from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
 from calibrate.verifying import comparison as verdict
-from calibrate.verifying.lineup import Lineup, checked_policies, entered
+from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, entered
 from calibrate.verifying.results import Verification, write_verification
 from calibrate.verifying.tuning import given_gate
 from coeffs import Entry
@@ -52,6 +52,7 @@ def verify(
     allow_pickle: bool = False,
     pipe_args: Mapping[str, Any] | None = None,
     lpips: bool = False,
+    through: Sequence[str] = (),
     generate: Callable[..., Any] | None = None,
     modules: Any = None,
     progress: bool = True,
@@ -69,11 +70,14 @@ def verify(
         out: Folder for an entry without a run (default: ``runs/verify-<label>``).
         generate, modules: A model of your own, as :func:`calibrate.record` was given it.
         lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
+        through: Engines whose own code runs the entry's plans as they are exported for it, beside our replay of them;
+            then the plans are what is compared, unless ``policies`` names others.
 
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be verified, and why.
     """
-    chosen = checked_policies(policies)
+    exported = [f"plan-{engine}" for engine in through]
+    chosen = checked_policies([*(policies or ["plan"]), *exported] if through else policies)
     if budgets and thresholds:
         raise InvalidOption(
             "--budgets and --thresholds: one follows from the other; give one of them"
@@ -94,6 +98,8 @@ def verify(
         generate=generate,
         modules=modules,
     )
+    if through and not (budgets or thresholds):
+        budgets = _budgets_of_plans(case)
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
     held_out = held_out_prompts(case, prompts, num_prompts, seed, images)
@@ -112,7 +118,11 @@ def verify(
         known=coeffs.entries(registry),
         transformer_class=case.transformer_class,
     )
-    results, refused = bench.results(entered(lineup, chosen, say))
+    settings = entered(lineup, chosen, say)
+    for engine in through:
+        if reason := settings.refused.get(POLICIES[f"plan-{engine}"].label):
+            raise InvalidOption(f"--through {engine}: {reason}")
+    results, refused = bench.results(settings)
     if results.empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")
@@ -120,6 +130,15 @@ def verify(
     write_verification(found)
     coeffs.save(verified_entry(case.entry, found), case.folder / "entry.yaml")
     return found
+
+
+def _budgets_of_plans(case: Case) -> list[int]:
+    plans = [plan for plan in case.entry.plans or () if len(plan.schedule) == case.num_steps]
+    if not plans:
+        raise InvalidOption(
+            f"--through: {case.entry.label} has no plan of {case.num_steps} steps; make some with `calibrate plan`"
+        )
+    return [plan.schedule.count("C") for plan in plans]
 
 
 def verified_entry(entry: Entry, found: Verification) -> Entry:

@@ -1,0 +1,118 @@
+"""A plan run by an engine's own code on the real pipeline, from the form that users of the engine get."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from calibrate.errors import InvalidOption
+from calibrate.model.session import Session
+from calibrate.trials.rivals import counted, hooks_restored
+from calibrate.trials.setting import Refused, Setting
+from coeffs import Entry, Plan
+from coeffs.engines import export_entry
+from coeffs.engines.text import read_calls
+from coeffs.errors import CheckFailed
+
+KIND = "through"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that runs on diffusers pipelines.
+
+    Attributes:
+        form: What ``calibrate export --to`` calls its form of a plan.
+        applied: ``applied(session, text)`` has the engine's code run the exported text.
+    """
+
+    form: str
+    applied: Callable[[Session, str], Any]
+
+
+def through_setting(policy: str, engine: str, entry: Entry, plan: Plan) -> Setting:
+    """A plan as ``engine`` runs it. Raises ``EngineError`` for what the engine cannot run."""
+    text = export_entry(entry, ENGINES[engine].form, schedule=plan.schedule)
+    options = {"engine": engine, "form": text}
+    return Setting(policy, KIND, plan.schedule.count("C"), plan=plan, options=options)
+
+
+@contextmanager
+def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dict[str, str]]]:
+    """Have the engine run the setting's form; the function that is yielded checks the executed patterns.
+
+    Raises:
+        Refused: The engine is not installed, or fails on the model.
+        CheckFailed: It executed something else than was exported.
+    """
+    engine, text = setting.options["engine"], setting.options["form"]
+    exported = "" if setting.plan is None else setting.plan.schedule
+    # Counted from before: an engine may put its own modules around the blocks.
+    with counted(session.modules) as patterns_of:
+
+        def executed() -> dict[str, str]:
+            patterns = patterns_of()
+            for branch, pattern in patterns.items():
+                if pattern != exported:
+                    raise CheckFailed(
+                        f"{engine} executed {pattern} in {branch}, exported was {exported}: do not use "
+                        "the export there"
+                    )
+            return patterns
+
+        with hooks_restored(session.modules), ENGINES[engine].applied(session, text):
+            yield executed
+
+
+@contextmanager
+def _cache_dit(session: Session, text: str) -> Iterator[None]:
+    import yaml
+
+    # It logs several lines for every generation; read when it is imported.
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
+    try:
+        import cache_dit
+    except ImportError:
+        raise InvalidOption(
+            "--through cache-dit needs cache-dit: pip install 'teacal[cache-dit]'"
+        ) from None
+    loaded = cache_dit.load_configs(yaml.safe_load(text))
+    configs = {name: loaded[name] for name in ("cache_config", "calibrator_config")}
+    try:
+        cache_dit.enable_cache(session.pipeline, **configs)
+    except Exception as error:  # it raises anything on a pipeline it was not written for
+        raise Refused(f"cache-dit: {' '.join(str(error).split())[:200]}") from None
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(session.pipeline)
+
+
+@contextmanager
+def _mag_cache(session: Session, text: str) -> Iterator[None]:
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
+    ((_, arguments),) = read_calls(text, "MagCacheConfig")
+    try:
+        for module in session.modules.values():
+            # Some classes (Stable Diffusion 3) have blocks that MagCache knows, but no enable_cache.
+            enable = getattr(module, "enable_cache", partial(apply_mag_cache, module))
+            try:
+                enable(MagCacheConfig(**arguments))
+            except ValueError as error:
+                raise Refused(f"MagCache on {type(module).__name__}: {error}") from None
+        yield
+    finally:
+        for module in session.modules.values():
+            if getattr(module, "is_cache_enabled", False):
+                module.disable_cache()
+
+
+ENGINES = {
+    "cache-dit": Engine("cache-dit-mask", _cache_dit),
+    "diffusers-magcache": Engine("diffusers-magcache", _mag_cache),
+}
