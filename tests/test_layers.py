@@ -48,6 +48,9 @@ LAYERS = {
         "calibrate/recording/recorder.py calibrate/model/table.py",
         "calibrate coeffs runtime torch diffusers yaml",
     ),
+    "calibrate, other engines": layer(
+        "calibrate/trials/through.py", "calibrate coeffs diffusers yaml cache_dit"
+    ),
     "calibrate, command line": layer(
         "calibrate/cli.py calibrate/__init__.py calibrate/__main__.py calibrate/commands/*.py",
         "calibrate coeffs runtime teacal click click_default_group",
