@@ -57,7 +57,8 @@ LAYERS = {
     ),
     "calibrate": layer(
         "calibrate/**/*.py",
-        "calibrate coeffs runtime torch diffusers transformers numpy scipy pandas pyarrow matplotlib yaml tqdm PIL",
+        "calibrate coeffs runtime torch diffusers transformers numpy scipy pandas pyarrow matplotlib yaml tqdm "
+        "PIL jinja2 markupsafe",
     ),
 }
 # What the pure layers may take from runtime: the files without torch, and the package itself.

@@ -1,5 +1,6 @@
 """The commands that judge and show: ``verify`` (real cached runs against uncached ones) and ``report``."""
 
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,11 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     """
     if leave_to_rank_0("verify"):
         return
+    import coeffs
     from calibrate.runs.lock import hold
-    from calibrate.verifying.comparison import first_lines, judge_plan, verdict_table
-    from calibrate.verifying.lineup import GATE
+    from calibrate.trials.setting import GATE
+    from calibrate.verifying.advice import advise, export_line, python_lines
+    from calibrate.verifying.comparison import judge_plan, verdict_table
     from calibrate.verifying.verify import verify as run_verification
 
     is_run = (Path(source) / "run.yaml").exists()
@@ -82,22 +85,22 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         found = run_verification(
             source, policies=policies.split(",") if policies else None, say=tell, **options
         )
-    for line in first_lines(found.results, found.headline):
-        click.echo(line)
+    advice, folder = advise(found.results), found.folder.parent
+    entry = coeffs.load(folder / "entry.yaml")
+    click.echo(advice)
+    for lines in (python_lines(advice, entry, folder), export_line(advice, entry, folder)):
+        if lines:
+            click.echo("\n" + textwrap.indent(lines, "    "))
     click.echo(f"\n{verdict_table(found.summary)}")
     for name, count in found.facts["broken"].items():
         click.echo(f"broken: {name}: {count} samples with NaN or infinity, in no mean")
     for name, reason in found.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
-    click.echo("")
-    for comparison in found.comparisons:
-        click.echo(f"{comparison}")
-    for comparison in judge_plan(found.results):
-        if (
-            comparison.baseline != GATE
-        ):  # said above, at the gate's own steps: one question has one answer
-            click.echo(f"{comparison}")
-    folder = found.folder.parent
+    # The plan against the gate is said once, at the gate's own steps.
+    of_plan = [one for one in judge_plan(found.results) if one.baseline != GATE]
+    if comparisons := [*found.comparisons, *of_plan]:
+        click.echo("\nOver all budgets, paired by prompt at equal computed steps:")
+        click.echo("\n".join(map(str, comparisons)))
     click.echo(f"\nverified thresholds: {folder / 'entry.yaml'}")
     tell_next(f"calibrate report {folder}", f"calibrate publish {folder}")
 

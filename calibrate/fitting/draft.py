@@ -62,7 +62,7 @@ def draft_entry(
 
 
 def entry_of(
-    run: Run, fits: Sequence[BranchFit], target: str, signal: str, command: str | None = None
+    run: Run, fits: Sequence[BranchFit], target: Any, signal: Any, command: str | None = None
 ) -> coeffs.Entry:
     """The entry of fits made by :func:`fit_branches`."""
     manifest = run.manifest

@@ -47,11 +47,11 @@ class Bootstrap:
         """Every refit at every x, shape (resamples, x)."""
         return self.coefficients_high_to_low @ np.vander(x, self.result.degree + 1).T
 
-    def coefficient_intervals(self) -> list[list[float]]:
-        """``[low, high]`` per coefficient, highest power first."""
+    def coefficient_intervals(self) -> tuple[tuple[float, float], ...]:
+        """Low and high per coefficient, highest power first."""
         estimate = np.array(self.result.coefficients_high_to_low)
         edges = student_interval(estimate, self.coefficients_high_to_low, len(self.prompts))
-        return np.transpose(edges).tolist()
+        return tuple((float(low), float(high)) for low, high in zip(*edges, strict=True))
 
     def curve_band(self, points: int = 100) -> pd.DataFrame:
         """Pointwise interval of the fitted curve over its domain: columns x, low, high."""
@@ -61,7 +61,7 @@ class Bootstrap:
 
 
 def student_interval(
-    estimate: np.ndarray, resampled: np.ndarray, prompts: int, rounding: float = 0.0
+    estimate: np.ndarray | float, resampled: np.ndarray, prompts: int, rounding: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval around ``estimate`` from bootstrap values along axis 0 of ``resampled``.
 

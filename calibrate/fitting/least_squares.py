@@ -191,10 +191,10 @@ def _slack(curve: Curve) -> tuple[float, float]:
 def _lifted(curve: Curve) -> Curve:
     """The curve raised by what lies below the constraints between the points, and by rounding."""
     value, slope = _slack(curve)
-    lifted = curve.coef.copy()
+    lifted = np.array(curve.coef, float)
     lifted[0] += max(-value, 0.0)
     if slope < 0:
-        lifted[:2] -= slope  # a multiple of t + 1 leaves the value at -1 as it is
+        lifted[:2] += -slope  # a multiple of t + 1 leaves the value at -1 as it is
     return Curve(lifted, domain=curve.domain)
 
 

@@ -193,8 +193,7 @@ class Search:
         """
         limit = np.asarray(thresholds, float)[..., None]
         predicted = self.predicted if predicted is None else predicted
-        capped = self.config.max_skips and not self.config.compat
-        cap = self.config.max_skips if capped else math.inf
+        cap = math.inf if self.config.compat else self.config.max_skips or math.inf
         shape = np.broadcast_shapes(limit.shape, predicted.shape[:-1])
         accumulated, streak, computed = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
         for step in range(self.x.shape[1]):

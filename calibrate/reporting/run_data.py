@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,13 +19,30 @@ from calibrate.fitting.intervals import bootstrap
 from calibrate.fitting.least_squares import FitResult
 from calibrate.fitting.replay import Search, polynomials, replay, summarise
 from calibrate.runs.pairs import Run, load_run
-from calibrate.trials.setting import GATE, branches_of, gate_config
-from calibrate.verifying.comparison import Comparison, first_lines, judge_plan
+from calibrate.text import number
+from calibrate.trials.measures import capped, main_measure
+from calibrate.trials.setting import GATE, SHOWN, branches_of, gate_config
+from calibrate.verifying.advice import Advice, advise
+from calibrate.verifying.comparison import Comparison, judge_plan
 from calibrate.verifying.results import Verification, load_verification
-from coeffs import Entry, Fit, Polynomial
+from coeffs import Entry, Polynomial
 
 EMBEDDED_MODEL = "tiny-longcat-image"
 CURVE_POINTS = 40
+COINCIDE = 0.02  # of the range: curves of two branches that are nearer look like one
+FIT_FIGURES = (
+    *("r2", "r2_held_out", "rmse_held_out", "rmse_constant", "rmse_step_mean"),
+    "spearman_within_step",
+)
+
+
+class Sample(NamedTuple):
+    """An uncached and a cached image of one prompt, (height, width, 3) in [0, 1]; of a video the middle frame."""
+
+    prompt: str
+    uncached: np.ndarray
+    cached: np.ndarray
+    quality: float
 
 
 @dataclass(frozen=True)
@@ -41,58 +58,58 @@ class Findings:
     def embedded(self) -> bool:
         return EMBEDDED_MODEL in (self.run.manifest.get("model"), self.entry.model)
 
-    def pairs(self, expert: str = "transformer") -> pd.DataFrame:
+    def pairs(self, expert: str = "transformer", branch: str | None = None) -> pd.DataFrame:
         """The usable pairs of an expert with the entry's signal and target as ``x`` and ``y``."""
-        return self.run.pairs(self.entry.signal, self.entry.target, expert)
+        return self.run.pairs(self.entry.signal, self.entry.target, expert, branch)
 
     def fits(self, expert: str = "transformer") -> dict[str, Polynomial]:
         """The polynomial of every branch of the entry, in the order of the run's branches."""
         known = self.entry.experts[expert].branches
-        order = [*self.run.branches(expert), "pooled"]
-        return {
-            name: known[name].polynomial(self.entry.sign_rule) for name in order if name in known
-        }
+        names = [name for name in (*self.run.branches(expert), "pooled") if name in known]
+        return {name: known[name].polynomial(self.entry.sign_rule) for name in names}
 
     def bands(self, expert: str = "transformer") -> dict[str, pd.DataFrame]:
         """95 % interval of each branch's curve over its domain; none with fewer than three prompts."""
-        found = {}
+        bands = {}
         for name, fit in self.entry.experts[expert].branches.items():
-            resampled = (
-                None if fit.domain is None else bootstrap(self._of(expert, name), _result(fit))
-            )
+            if fit.domain is None:
+                continue
+            leading = np.flatnonzero(fit.coefficients_high_to_low)
+            lowered = int(leading[0]) if len(leading) else fit.degree or 0
+            coefficients = fit.coefficients_high_to_low
+            result = FitResult(coefficients, fit.method, fit.domain, np.nan, lowered)
+            resampled = bootstrap(self.pairs(expert, name), result)
             if resampled is not None:
-                found[name] = resampled.curve_band()
-        return found
+                bands[name] = resampled.curve_band()
+        return bands
 
     def learning(self, expert: str = "transformer") -> pd.DataFrame:
         """Held-out error over the number of prompts, per branch; empty with fewer than four prompts."""
         tables = []
         for name in self.run.branches(expert):
             fit = self.entry.fit(expert, name)
-            method = fit.method if fit.method != "published" else "polyfit"
-            table, _ = learning_curve(self._of(expert, name), max(fit.degree, 1), method)
+            method = "constrained" if fit.method == "constrained" else "polyfit"
+            degree = max(len(fit.coefficients_high_to_low) - 1, 1)
+            table, _ = learning_curve(self.pairs(expert, name), degree, method)
             tables.append(table.assign(branch=name))
         return pd.concat(tables, ignore_index=True)
 
     @cached_property
     def replayed(self) -> pd.DataFrame:
         """Computed steps and expected speed-up over the threshold, from the gate on the recorded signals."""
-        of_branch, mode = polynomials(self.entry, self.run), branches_of(GATE, self.entry)
-        driving = gate_config(self.entry), self.entry.signal, mode
+        of_branch = polynomials(self.entry, self.run)
+        driving = gate_config(self.entry), self.entry.signal, branches_of(GATE, self.entry)
         search = Search(self.run, of_branch, *driving)
         counts = search.generation_means(search.computed(search.grid))
         # The stretch in which the number of computed steps changes, evenly spaced in threshold.
         few = max(counts.min() + 0.5, 0.2 * search.num_steps)
-        useful = search.grid[: int(np.argmax(counts <= few)) + 1]
-        thresholds = list(np.linspace(0, useful[-1], CURVE_POINTS))
+        last = search.grid[int(np.argmax(counts <= few))]
+        thresholds = list(np.linspace(0, last, CURVE_POINTS))
         return summarise(replay(self.run, of_branch, thresholds, *driving), self.run.timing)
 
     def thresholds(self, kind: str = "verified") -> pd.DataFrame:
         """Rows of the entry's threshold table of one kind (``replay``, ``verified``, ``reported``)."""
-        rows = [row for row in self.entry.thresholds if row.kind == kind]
-        return pd.DataFrame(
-            [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
-        )
+        return pd.DataFrame([vars(row) for row in self.entry.thresholds if row.kind == kind])
 
     def patterns(self, branch: str | None = None) -> dict[str, str]:
         """Replayed and real patterns of the first held-out prompt, one pair of rows per budget of the fitted gate."""
@@ -100,40 +117,42 @@ class Findings:
             return {}
         rows = self.verification.results
         rows = rows[(rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])]
-        found = {}
+        patterns = {}
         for row in rows.drop_duplicates("budget").itertuples():
-            name = next(
-                (key for key in row.patterns if branch in (None, key.partition("/")[2])), None
-            )
+            names = (key for key in row.patterns if branch in (None, key.partition("/")[2]))
+            name = next(names, None)
             if name in (row.replayed or {}):
-                found[f"{row.threshold:.3g} replayed"] = row.replayed[name]
-                found[f"{row.threshold:.3g} real run"] = row.patterns[name]
-        return found
+                patterns[f"{row.threshold:.3g} replayed"] = row.replayed[name]
+                patterns[f"{row.threshold:.3g} real run"] = row.patterns[name]
+        return patterns
 
     def samples(
-        self, budget: int | None = None, count: int = 3
-    ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        """``(prompt, uncached, cached)`` of the fitted gate at a budget (default: the middle one)."""
+        self, policy: str = GATE, budget: int | None = None, count: int = 3
+    ) -> list[Sample]:
+        """Kept samples of a policy, the worst prompts first; those of the budget nearest to half of the steps."""
         if self.verification is None or "sample" not in self.verification.results:
             return []
         rows = self.verification.results
-        rows = rows[rows["sample"].notna() & (rows["policy"] == GATE)]
+        rows = rows[rows["sample"].notna() & (rows["policy"] == policy)]
         if rows.empty:
             return []
-        budgets = sorted(rows["budget"].unique())
-        rows = rows[
-            rows["budget"] == (budget if budget is not None else budgets[len(budgets) // 2])
-        ]
-        found = []
-        for row in rows.head(count).itertuples():
-            with np.load(self.verification.folder / "samples" / row.sample) as stored:
-                cached = stored["image"].astype(np.float64)
-            with np.load(self.verification.folder / "reference" / row.reference) as stored:
-                uncached = stored["media0"].astype(np.float64)
-            if uncached.ndim == 4:
-                uncached = uncached[len(uncached) // 2]
-            found.append((row.prompt, uncached, cached))
-        return found
+        if budget is None:
+            budgets = sorted(rows["budget"].unique())
+            budget = budgets[len(budgets) // 2]
+        rows = rows[rows["budget"] == budget]
+        rows = rows.assign(quality=capped(rows, main_measure(rows))).sort_values("quality")
+        return [self._sample(row) for row in rows.head(count).to_dict("records")]
+
+    def _sample(self, row: dict[str, Any]) -> Sample:
+        assert self.verification is not None
+        folder = self.verification.folder
+        with np.load(folder / "samples" / row["sample"]) as stored:
+            cached = stored["image"].astype(np.float64)
+        with np.load(folder / "reference" / row["reference"]) as stored:
+            uncached = stored["media0"].astype(np.float64)
+        if uncached.ndim == 4:
+            uncached = uncached[len(uncached) // 2]
+        return Sample(row["prompt"], uncached, cached, row["quality"])
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -146,41 +165,48 @@ class Findings:
         return [] if self.verification is None else judge_plan(self.verification.results)
 
     @cached_property
-    def first_lines(self) -> list[str]:
-        """What the verification found, in words, worst news first; nothing without one."""
-        return (
-            []
-            if self.verification is None
-            else first_lines(self.verification.results, self.verification.headline)
-        )
+    def advice(self) -> Advice | None:
+        """What to deploy; None without a verification."""
+        return None if self.verification is None else advise(self.verification.results)
+
+    def by_prompt(self) -> pd.DataFrame:
+        """The main measure of every prompt (rows) under the main policies at the advised steps, the worst first."""
+        if self.verification is None or self.advice is None or self.advice.policy is None:
+            return pd.DataFrame()
+        rows = self.verification.results
+        rows = rows.assign(value=capped(rows, main_measure(rows)))
+        policies = [name for name in (self.advice.policy, *SHOWN) if name in set(rows["policy"])]
+        rows = rows[rows["policy"].isin(policies) & (rows["budget"] == self.advice.budget)]
+        table = rows.pivot_table("value", "prompt", "policy", sort=False)
+        policies = [name for name in dict.fromkeys(policies) if name in table]
+        return table[policies].sort_values(self.advice.policy)
+
+    def coinciding(self, column: str, expert: str = "transformer") -> str:
+        """A sentence where the curves of all branches lie on each other, so that a plot shows one; else empty."""
+        pairs, branches = self.pairs(expert), self.run.branches(expert)
+        medians = pairs.groupby(["sigma", "branch"])[column].median().unstack()
+        apart = (medians.max(axis=1) - medians.min(axis=1)).max()
+        if len(branches) < 2 or apart > COINCIDE * np.ptp(medians.to_numpy()):
+            return ""
+        return f" {' and '.join(branches)} coincide: {branches[-1]} is drawn over the others."
 
     def fit_headline(self, expert: str = "transformer") -> str:
         """What the fit is worth, in one sentence per branch: on unseen prompts, and against the schedule alone."""
         parts = []
         for name in self.run.branches(expert):
-            figures: Mapping = self.entry.fit(expert, name).figures or {}
+            figures = self.entry.fit(expert, name).figures or {}
             unseen, alone = figures.get("r2_held_out"), figures.get("r2_step_mean")
             if unseen is None:
-                parts.append(
-                    f"{name}: R² {_number(figures.get('r2'))} on its own prompts (none held out)"
-                )
-            elif alone is None:
-                parts.append(f"{name}: R² {unseen:.2f} on unseen prompts")
-            else:
-                word = (
-                    "less than"
-                    if unseen < alone - 0.01
-                    else "more than"
-                    if unseen > alone + 0.01
-                    else "as much as"
-                )
-                parts.append(
-                    f"{name}: R² {unseen:.2f} on unseen prompts, {word} the step number alone tells ({alone:.2f})"
-                )
+                own = number(figures.get("r2"))
+                parts.append(f"{name}: R² {own} on its own prompts (none held out)")
+                continue
+            text = f"{name}: R² {unseen:.2f} on unseen prompts"
+            if alone is not None:
+                less, more = unseen < alone - 0.01, unseen > alone + 0.01
+                word = "less than" if less else "more than" if more else "as much as"
+                text += f", {word} the step number alone tells ({alone:.2f})"
+            parts.append(text)
         return "; ".join(parts) + "."
-
-    def _of(self, expert: str, branch: str) -> pd.DataFrame:
-        return self.run.pairs(self.entry.signal, self.entry.target, expert, branch)
 
 
 def load_findings(folder: str | os.PathLike) -> Findings:
@@ -201,40 +227,15 @@ def load_findings(folder: str | os.PathLike) -> Findings:
 
 def figures_table(entry: Entry) -> pd.DataFrame:
     """One row per expert and branch of an entry: in-sample and held-out figures beside those of the rivals."""
-    names = (
-        "r2",
-        "r2_held_out",
-        "rmse_held_out",
-        "rmse_constant",
-        "rmse_step_mean",
-        "spearman_within_step",
-    )
-    rows = [
-        {
-            "expert": expert,
-            "branch": branch,
-            "recommended": branch == known.recommended,
-            "fit": fit.method,
-            "pairs": fit.counts.pairs if fit.counts else None,
-            **{name: (fit.figures or {}).get(name) for name in names},
-        }
-        for expert, known in entry.experts.items()
-        for branch, fit in known.branches.items()
-    ]
+    rows = []
+    for expert, known in entry.experts.items():
+        for branch, fit in known.branches.items():
+            row = {"expert": expert, "branch": branch, "recommended": branch == known.recommended}
+            row |= {"fit": fit.method, "pairs": fit.counts.pairs if fit.counts else None}
+            rows.append(row | {name: (fit.figures or {}).get(name) for name in FIT_FIGURES})
     return pd.DataFrame(rows)
 
 
 def example_run() -> Path:
     """A small recorded, fitted and verified run of the embedded model, for notebooks and for a first look."""
     return Path(str(files("calibrate") / "data" / "example-run"))
-
-
-def _result(fit: Fit) -> FitResult:
-    lowered = next(
-        (i for i, value in enumerate(fit.coefficients_high_to_low[:-1]) if value), fit.degree
-    )
-    return FitResult(fit.coefficients_high_to_low, fit.method, fit.domain, float("nan"), lowered)
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"

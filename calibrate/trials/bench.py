@@ -26,10 +26,9 @@ from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare
 from calibrate.trials.sampler import Sample, Sampler, computed_steps
-from calibrate.trials.setting import GATE, Refused, Setting, gate_config
+from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 
 TUNING_PROMPTS = 2
-SHOWN_PROMPTS = 3  # whose samples are kept for the report
 
 
 @dataclass(frozen=True)
@@ -156,19 +155,19 @@ class Bench:
 
         done, refused = self._read_lines(), dict(entered.refused)
         rows = []
-        jobs = [
-            (index, prompt, setting)
-            for index, prompt in enumerate(self.prompts.prompts)
-            for setting in entered.settings
-        ]
+        half = self.case.num_steps / 2
+        budgets = {setting.budget for setting in entered.settings}
+        shown = min(budgets, key=lambda budget: abs(budget - half), default=0)
+        prompts = self.prompts.prompts
+        jobs = [(prompt, setting) for prompt in prompts for setting in entered.settings]
         bar = tqdm(jobs, "verifying", unit="run", disable=not self._progress, smoothing=0.1)
-        for index, prompt, setting in bar:
+        for prompt, setting in bar:
             if setting.policy in refused:
                 continue
             key = self._key(setting, prompt)
             if key not in done:
                 try:
-                    done[key] = self._run(setting, prompt, keep=index < SHOWN_PROMPTS)
+                    done[key] = self._run(setting, prompt, keep=setting.budget == shown)
                 except Refused as error:
                     refused[setting.policy] = str(error)
                     continue
@@ -202,7 +201,7 @@ class Bench:
             row["replayed"] = replayed
             row["replayed_steps"] = computed_steps(replayed)
             row["disagreement"] = float(np.mean(wrong))
-        if keep and setting.policy == GATE and sample.media[0].ndim > 2:
+        if keep and setting.policy in SHOWN and sample.media[0].ndim > 2:
             row["sample"] = self._keep_picture(self._key(setting, prompt)[:16], sample)
             row["reference"] = f"{self._name(prompt)}.npz"
         return row

@@ -17,6 +17,8 @@ APART_GATE = "fitted gate, branches apart"
 PLAN = "plan"
 UNIFORM = "uniform skipping"
 FEWER_STEPS = "fewer steps"
+# Their samples are kept for the report, at the budget nearest to half of the steps.
+SHOWN = (PLAN, GATE, UNIFORM, FEWER_STEPS)
 FEWER_STEPS_2 = "fewer steps, second-order solver"
 
 

@@ -9,37 +9,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from calibrate.verifying.comparison import (
-    FEWER_STEPS,
-    GATE,
-    PLAN,
-    UNIFORM,
-    compare,
-    main_measure,
-    summarize,
-)
+from calibrate.trials.baselines import uniform
+from calibrate.trials.measures import main_measure
+from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
+from calibrate.verifying.comparison import ENOUGH_PROMPTS, compare, summarize
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
 from coeffs.errors import CoeffsError
 
-# Below, intervals over prompts are so wide that hardly any difference between policies shows.
-ENOUGH_PROMPTS = 8
 PROMPTS_TO_RUN = 10
 # The operating point: about twofold speed, which TeaCache's authors and most engines recommend.
 SHARE_COMPUTED = 0.5
-# What one line of code deploys, the simplest first: on equal figures it is preferred.
-DEPLOYABLE = (
-    FEWER_STEPS,
-    UNIFORM,
-    "uniform skipping, linear forecast",
-    "uniform skipping, linear outputs",
-    PLAN,
-    GATE,
-)
+# Uniform schedules with a forecast, and how `apply_tea_cache` is told of it.
 FORECASTS = {
     "uniform skipping, linear forecast": ', forecast="linear"',
     "uniform skipping, linear outputs": ', forecast="linear", forecast_of="output"',
+    "uniform skipping, linear guided": ', forecast="linear", forecast_of="guided"',
 }
+# What one line of code deploys, the simplest first: on equal figures it is preferred.
+DEPLOYABLE = (FEWER_STEPS, UNIFORM, *FORECASTS, PLAN, GATE)
 GATE_ENGINES = ("vllm-omni", "sglang", "tensorrt-llm", "lightx2v", "comfyui-teacache")
 
 
@@ -53,6 +41,7 @@ class Advice:
         figures: Its row of the summary.
         use: The sentence on what to use, and what that gives.
         certainty: The sentence on how sure that is.
+        prompts_needed: How many prompts a verdict needs, where there were too few.
     """
 
     policy: str | None
@@ -60,6 +49,7 @@ class Advice:
     figures: dict
     use: str
     certainty: str
+    prompts_needed: int = 0
 
     def __str__(self) -> str:
         return f"{self.use} {self.certainty}".strip()
@@ -88,11 +78,12 @@ def advise(results: pd.DataFrame) -> Advice:
     if rival is not None:
         gain = gains[best if rival == base else rival]
         certainty = _certainty(rows[rival], gain, rival == base, measure)
-    return Advice(best, budget, rows[best], use, certainty)
+    enough = rows[best]["prompts"] >= ENOUGH_PROMPTS
+    return Advice(best, budget, rows[best], use, certainty, 0 if enough else PROMPTS_TO_RUN)
 
 
 def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
-    """How the advice is followed in Python, with the entry at ``path``."""
+    """How the advice is followed in Python, with the entry at ``path``; empty where its plan is gone from there."""
     apply = "from runtime import apply_tea_cache\n\n"
     if advice.policy is None:
         return ""
@@ -102,7 +93,9 @@ def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
         threshold = f"{advice.figures['threshold']:.6g}"
         return f'{apply}apply_tea_cache(pipe, "{fspath(path)}", threshold={threshold})'
     if advice.policy == PLAN:
-        index = _plans(advice, entry)[0][0]
+        index, plan = _plan(advice, entry)
+        if plan is None:
+            return ""
         loaded = f'entry = coeffs.load("{fspath(path)}")\n'
         used = f"apply_tea_cache(pipe, entry, schedule=entry.plans[{index}])"
         return f"import coeffs\n{apply}{loaded}{used}"
@@ -115,9 +108,12 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
     if advice.policy in (None, FEWER_STEPS):
         return ""
     if advice.policy != GATE:
-        plans = _plans(advice, entry) if advice.policy == PLAN else []
-        schedule = plans[0][1].schedule if plans else _schedule(advice)
-        reuses = advice.policy == UNIFORM or (plans and plans[0][1].forecast in (None, "reuse"))
+        schedule, reuses = _schedule(advice), advice.policy == UNIFORM
+        if advice.policy == PLAN:
+            _, plan = _plan(advice, entry)
+            if plan is None:
+                return ""
+            schedule, reuses = plan.schedule, plan.forecast in (None, "reuse")
         note = "" if reuses else "  # reuses instead of forecasting: less than the figures above"
         command = f"calibrate export {fspath(path)} --to cache-dit-mask --schedule {schedule}"
         return command + note
@@ -181,18 +177,15 @@ def _worth(row: dict, measure: str) -> str:
     return f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
 
 
-def _plans(advice: Advice, entry: Entry) -> list[tuple[int, Plan]]:
+def _plan(advice: Advice, entry: Entry) -> tuple[int, Plan | None]:
     """The plan of the entry that was run, and its index."""
-    length = advice.figures["num_steps"]
-    return [
-        (index, plan)
-        for index, plan in enumerate(entry.plans or ())
-        if (len(plan.schedule), plan.computed_steps) == (length, advice.budget)
-    ]
+    size = advice.figures["num_steps"], advice.budget
+    for index, plan in enumerate(entry.plans or ()):
+        if (len(plan.schedule), plan.computed_steps) == size:
+            return index, plan
+    return -1, None
 
 
 def _schedule(advice: Advice) -> str:
     """The uniform schedule of the advice's budget."""
-    from calibrate.trials.baselines import uniform
-
     return uniform(advice.figures["num_steps"], advice.budget)

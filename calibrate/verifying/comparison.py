@@ -15,9 +15,11 @@ import pandas as pd
 from calibrate.fitting.intervals import draw_prompts, student_interval
 from calibrate.text import aligned
 from calibrate.trials.measures import MEASURES, capped, main_measure, measured
-from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, GATE, PLAN, UNIFORM
+from calibrate.trials.setting import GATE, PLAN, UNIFORM
 
 RESAMPLES = 2000
+# Below, intervals over prompts are so wide that hardly any difference between policies shows.
+ENOUGH_PROMPTS = 8
 SLACK = 0.5  # steps that a gate may lie outside the range of the baseline's budgets
 UNIT = ["prompt_id", "seed"]
 
@@ -44,25 +46,24 @@ class Comparison:
     @property
     def outcome(self) -> str:
         """``better``, ``worse``, ``undecided`` (the interval holds 0) or ``unknown`` (too few prompts)."""
-        if not np.isfinite(self.low):
+        if self.prompts < ENOUGH_PROMPTS or not np.isfinite(self.low):
             return "unknown"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
     def __str__(self) -> str:
         other = _named(self.baseline)
-        if not np.isfinite(self.low):
+        if self.outcome == "unknown":
             return (
-                f"the {self.policy} and {other} differ by {self.difference:+.1f} dB here; "
-                f"{self.prompts} prompts are too few for an interval"
+                f"the {self.policy} differs from {other} by {self.difference:+.1f} dB; "
+                f"too few prompts ({self.prompts}) for a verdict"
             )
-        bounds = f"{self.low:+.1f} to {self.high:+.1f}"
-        found = f"({self.difference:+.1f} dB, 95 % interval {bounds}, {self.prompts} prompts)"
-        verb = {
-            "better": f"the {self.policy} beats {other} here",
-            "worse": f"the {self.policy} does not beat {other} here",
-            "undecided": f"no difference between the {self.policy} and {other} is shown here",
+        words = {
+            "better": "is significantly better than",
+            "worse": "is significantly worse than",
+            "undecided": "is not significantly different from",
         }[self.outcome]
-        return f"{verb} {found}"
+        bounds = f"95 % interval {self.low:+.1f} to {self.high:+.1f}, {self.prompts} prompts"
+        return f"the {self.policy} {words} {other} ({self.difference:+.1f} dB, {bounds})"
 
 
 def _named(policy: str) -> str:
@@ -191,61 +192,6 @@ def judge_plan(results: pd.DataFrame) -> list[Comparison]:
     return judge(results, PLAN) if PLAN in set(results["policy"]) else []
 
 
-def first_lines(results: pd.DataFrame, found: str) -> list[str]:
-    """What a reader has to know before any figure: where fewer steps do it better, then what was found.
-
-    Args:
-        found: The verification's headline, on the fitted gate.
-    """
-    of_plan = judge_plan(results)
-    return [*fewer_steps_lines(results), found, *([headline(of_plan)] if of_plan else [])]
-
-
-def fewer_steps_lines(results: pd.DataFrame) -> list[str]:
-    """One sentence for the plan or the gate and each solver with fewer steps that is better somewhere: where, by what.
-
-    Nobody needs a cache where the same model with fewer steps and no cache comes nearer to the uncached result.
-    """
-    present, found = set(results["policy"]), []
-    for policy in (PLAN, GATE):
-        for solver in (FEWER_STEPS, FEWER_STEPS_2):
-            if {policy, solver} <= present:
-                found += _where_better(
-                    compare(results, policy, solver), int(results["num_steps"].iloc[0])
-                )
-    return found
-
-
-def _where_better(found: Comparison, num_steps: int) -> list[str]:
-    """The sentence on the budgets at which the baseline is better, shown ones first; nothing where it never is."""
-    ahead = found.by_budget[found.by_budget["difference"] < 0].sort_values(
-        "computed_steps", ascending=False
-    )
-    shown = ahead["high"] < 0
-    parts = [
-        f"{words} at {', '.join(_by_how_much(row, num_steps) for row in rows.to_dict('records'))}"
-        for words, rows in [
-            (f"is better than the {found.policy}", ahead[shown]),
-            (f"is ahead of the {found.policy}, though no difference is shown,", ahead[~shown]),
-        ]
-        if len(rows)
-    ]
-    if not parts:
-        return []
-    name = found.baseline + ("," if "," in found.baseline else "")
-    return [f"{name[0].upper()}{name[1:]} {'; it '.join(parts)}; over {found.prompts} prompts."]
-
-
-def _by_how_much(row: dict, num_steps: int) -> str:
-    steps = f"{row['computed_steps']:.3g} of {num_steps} steps"
-    figures = (
-        f"{row['baseline_value']:.1f} against {row['value']:.1f} dB, {-row['difference']:+.1f}"
-    )
-    if not np.isfinite(row["low"]):
-        return f"{steps} ({figures}, too few prompts for an interval)"
-    return f"{steps} ({figures}, 95 % interval {-row['high']:+.1f} to {-row['low']:+.1f})"
-
-
 def verdict_table(summary: pd.DataFrame) -> str:
     """The summary as plain text: one row per policy and budget, intervals beside the main measure."""
     main = summary["measure"].iloc[0]
@@ -260,7 +206,7 @@ def verdict_table(summary: pd.DataFrame) -> str:
             f"{row['computed_steps']:.1f} of {row['num_steps']}",
             f"{row['speedup']:.2f}",
             _text(row.get(main), f".{MEASURES[main].digits}f"),
-            f"{low} to {high}",
+            "-" if low == "-" else f"{low} to {high}",
             _text(row.get("worst"), f".{MEASURES[main].digits}f"),
         ]
         rows.append([*cells, *(_text(row[m.name], f".{m.digits}f") for m in others)])

@@ -16,6 +16,7 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import InvalidOption
+from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.trials.baselines import check_budget, default_budgets
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, held_out_prompts, open_case
@@ -29,7 +30,6 @@ from calibrate.verifying.tuning import given_gate
 from coeffs import Entry
 
 NUM_PROMPTS = 10
-VERDICT = "on real cached runs: "
 Say = Callable[[str], None]
 
 
@@ -128,7 +128,18 @@ def verify(
         raise InvalidOption(f"no policy could be run ({reasons})")
     found = _conclude(case, bench, results, refused)
     write_verification(found)
-    coeffs.save(verified_entry(case.entry, found), case.folder / "entry.yaml")
+
+    def with_verified(now: Entry | None) -> Entry:
+        """A fit may have written the entry anew since the verification began."""
+        if now is None or same_gate(now, case.entry):
+            return verified_entry(now or case.entry, found)
+        say(
+            "entry.yaml was fitted anew in the meantime and is left as it is: what was verified "
+            "belongs to other coefficients; run `calibrate verify` again"
+        )
+        return now
+
+    update_entry(case.folder / "entry.yaml", with_verified)
     return found
 
 
@@ -147,9 +158,9 @@ def verified_entry(entry: Entry, found: Verification) -> Entry:
     rows = rows.sort_values("threshold").to_dict("records")
     verified = [_threshold(row, found.facts["device"]) for row in rows]
     kept = [row for row in entry.thresholds if row.kind != "verified"]
-    warnings = [text for text in entry.warnings if not text.startswith(VERDICT)]
+    warnings = [text for text in entry.warnings if not text.startswith(VERIFIED_WARNING)]
     if found.comparisons and verdict.deciding(found.comparisons).outcome != "better":
-        warnings.append(VERDICT + found.headline)
+        warnings.append(VERIFIED_WARNING + found.headline)
     return replace(entry, thresholds=(*kept, *verified), warnings=tuple(warnings))
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from calibrate.reporting import plots
+from calibrate.reporting import plots, run_plots
 from calibrate.reporting import style as plot_style
 from calibrate.verifying.lineup import POLICIES
 from coeffs.entry.polynomial import Polynomial
@@ -57,12 +57,12 @@ CALLS = {
     "residuals over x": lambda pairs, ax: plots.residuals(pairs, FIT, ax, over="x"),
     "over_sigma": lambda pairs, ax: plots.over_sigma(pairs, "y", ax),
     "replay_curve": lambda _, ax: plots.replay_curve(REPLAY, ax, verified=REPLAY),
-    "pareto": lambda _, ax: plots.pareto(SUMMARY, ax),
+    "pareto": lambda _, ax: run_plots.pareto(SUMMARY, ax),
     "learning_curve": lambda _, ax: plots.learning_curve(LEARNING, ax),
-    "step_patterns": lambda _, ax: plots.step_patterns(
+    "step_patterns": lambda _, ax: run_plots.step_patterns(
         {"replayed": "CCS", "closed loop": "CSC"}, ax
     ),
-    "sample_grid": lambda _, ax: plots.sample_grid([("3", IMAGE, IMAGE * 0.9)], ax),
+    "sample_grid": lambda _, ax: run_plots.sample_grid([("3", IMAGE, IMAGE * 0.9)], ax),
 }
 
 
@@ -106,14 +106,14 @@ def many(measure="psnr_db", better=1.0):
 @pytest.mark.parametrize(("measure", "better"), [("psnr_db", 1.0), ("lpips", -1.0)])
 def test_the_legend_of_the_pareto_plot_has_the_best_policy_first(measure, better):
     names, summary = many(measure, better)
-    ax = plots.pareto(summary, measure=measure)
+    ax = run_plots.pareto(summary, measure=measure)
     assert policies_of(ax) == names
     assert [text.get_text() for text in ax.get_legend().get_texts()] == names
 
 
 def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
     names, summary = many()
-    ax = plots.pareto(summary)
+    ax = run_plots.pareto(summary)
     styles = plot_style.policy_styles(names)
     assert (
         len({(color, marker, str(line)) for color, marker, line in styles.values()})
@@ -136,7 +136,9 @@ def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
 
 def test_plan_and_gate_stand_out_and_rules_of_others_are_grey():
     names, summary = many()
-    drawn = {container.get_label(): container[0] for container in plots.pareto(summary).containers}
+    drawn = {
+        container.get_label(): container[0] for container in run_plots.pareto(summary).containers
+    }
     widths = {policy: line.get_linewidth() for policy, line in drawn.items()}
     assert {policy for policy in names if widths[policy] == max(widths.values())} == {
         "plan",
@@ -151,11 +153,11 @@ def test_plan_and_gate_stand_out_and_rules_of_others_are_grey():
 
 
 def test_bit_identical_samples_of_infinite_db_come_first():
-    assert plots.by_quality(SUMMARY) == ["uniform skipping", "fitted gate"]
+    assert run_plots.by_quality(SUMMARY) == ["uniform skipping", "fitted gate"]
 
 
 def test_difference_column_of_the_sample_grid():
-    ax = plots.sample_grid([("a", IMAGE, np.clip(IMAGE - 0.1, 0, 1))], gain=4)
+    ax = run_plots.sample_grid([("a", IMAGE, np.clip(IMAGE - 0.1, 0, 1))], gain=4)
     canvas = ax.images[0].get_array()
     expected = 4 * np.abs(np.clip(IMAGE - 0.1, 0, 1) - IMAGE).mean(axis=-1)
     np.testing.assert_allclose(canvas[:16, -16:, 0], np.clip(expected, 0, 1), atol=1e-12)
@@ -173,7 +175,7 @@ def test_svg_takes_the_pages_ink_and_is_reproducible(pairs):
 
 def test_plots_import_neither_torch_nor_pyplot():
     code = (
-        "import calibrate.reporting.plots, sys; "
+        "import calibrate.reporting.plots, calibrate.reporting.run_plots, sys; "
         "assert not {'torch', 'diffusers', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

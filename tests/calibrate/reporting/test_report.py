@@ -1,6 +1,8 @@
 """The report says what was found, escapes what it is told, fetches nothing, and needs no verification."""
 
+import base64
 import dataclasses
+import io
 import re
 import shutil
 from html.parser import HTMLParser
@@ -9,13 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from markupsafe import escape
+from PIL import Image
 
 import coeffs
 from calibrate.cli import cli
-from calibrate.reporting import plots
-from calibrate.reporting.report import render, report, report_figures
+from calibrate.reporting.report import Picture, render, report, report_figures
 from calibrate.reporting.run_data import example_run, load_findings
-from calibrate.verifying.lineup import FEWER_STEPS, GATE, PLAN
+from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN
+from calibrate.verifying.advice import python_lines
 from calibrate.verifying.results import load_verification, write_verification
 
 FIGURES = {
@@ -30,7 +34,8 @@ FIGURES = {
     "pareto",
     "patterns",
 }
-VOID = {"meta", "br", "img", "path", "use", "image", "rect", "link"}
+NO_PICTURES: dict[str, Picture] = {}
+VOID = {"meta", "br", "img", "path", "use", "image", "rect", "link", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +77,27 @@ def test_all_plots_are_written_as_png_and_svg(run, page):
         assert {path.stem for path in (run / "report").glob(f"*.{suffix}")} >= FIGURES | {"samples"}
 
 
-def test_the_first_lines_say_what_was_found(run, page):
+def words(page):
+    """What the page says, without marks and drawings."""
+    body = re.sub(r"<(svg|style|script).*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body).replace("\xa0", " "))
+
+
+def test_the_page_opens_with_the_advice_and_what_to_copy(run, page):
     found = load_findings(run)
     body = page[page.index("<main>") :]
-    places = [body.index(line.split(" (")[0]) for line in found.first_lines]
-    assert found.verification.headline in found.first_lines
-    assert places == sorted(places) and 0 < places[0] < 500 and places[-1] < 2000
-    assert "on unseen prompts" in body[:3000]
+    lines = python_lines(found.advice, found.entry, run)
+    places = [body.index(text) for text in (found.advice.use, found.advice.certainty)]
+    places.append(body.index(str(escape(lines))))
+    assert places == sorted(places) and places[0] < 700 and places[-1] < body.index("<h2>")
+    assert body.count('class="copy"') >= 1
+    assert "on unseen prompts" in body
+
+
+def test_nothing_contradicts_the_advice_and_no_figure_is_missing(page):
+    text = words(page)
+    assert "no difference" not in text and " nan" not in text and "- to -" not in text
+    assert "too few prompts" in text  # six of them: no verdict in any table
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +114,14 @@ def beaten(run, tmp_path_factory):
     return folder
 
 
-def test_where_fewer_steps_is_better_the_first_line_says_so_with_figures(beaten):
+def test_where_fewer_steps_is_better_the_advice_is_to_use_them(beaten):
     found = load_findings(beaten)
-    page = render(found, {"replay": (plots.curves({}), ""), "pareto": (plots.curves({}), "")})
-    body = re.sub(r"<[^>]*>", "", page[page.index('<div class="findings">') :]).replace("\xa0", " ")
-    line = found.first_lines[0]
-    assert body.startswith(line)
-    rows = (
-        found.verification.results.query("budget == budget.max()")
-        .groupby("policy")["psnr_db"]
-        .mean()
-    )
-    assert line.startswith("Fewer steps is better than the plan at ")
-    assert (
-        f"({rows[FEWER_STEPS]:.1f} against {rows[PLAN]:.1f} dB, +2.0, 95 % interval +2.0 to +2.0)"
-        in line
-    )
-    assert line.count(" against ") == 1 and line.endswith(
-        "prompts."
-    )  # its other budgets are not named
-    assert body.index(line) < body.index(found.verification.headline) < body.index("The plan beats")
+    rows = found.verification.results.query("budget == 21").groupby("policy")["psnr_db"].mean()
+    assert rows[FEWER_STEPS] > rows[PLAN]
+    plan = found.verification.results["policy"] == PLAN
+    found.verification.results.loc[plan, "psnr_db"] -= 10
+    page = render(found, NO_PICTURES)
+    assert "Use 14 plain steps without a cache: " in words(page)
 
 
 def test_the_plan_is_compared_with_every_other_policy(beaten):
@@ -123,17 +130,73 @@ def test_the_plan_is_compared_with_every_other_policy(beaten):
     assert {one.baseline for one in found.plan_comparisons} == others and GATE in others
     of_fewer = next(one for one in found.plan_comparisons if one.baseline == FEWER_STEPS)
     assert of_fewer.difference == pytest.approx((3 + 3 - 2) / 3)
-    page = render(found, {"replay": (plots.curves({}), ""), "pareto": (plots.curves({}), "")})
+    page = render(found, NO_PICTURES)
     assert page.index("The plan against every other policy") < page.index(
         "The fitted gate against every other policy"
     )
 
 
-def test_without_a_plan_nothing_is_said_of_one(run):
+def test_without_a_plan_nothing_is_said_of_one(run, page):
     found = load_findings(run)
-    assert found.plan_comparisons == [] and not any(
-        "the plan" in line.lower() for line in found.first_lines
-    )
+    assert found.plan_comparisons == [] and "the plan" not in words(page).lower()
+
+
+def test_the_report_shows_each_plan_with_its_pattern_and_figures(run):
+    schedule = "CCSC" * 7
+    figures = {"psnr_db": 43.21, "worst_psnr_db": 38.5, "speedup": 1.75, "prompts": 8.0}
+    plan = coeffs.Plan(schedule=schedule, forecast="linear", forecast_of="output", figures=figures)
+    found = load_findings(run)
+    found = dataclasses.replace(found, entry=dataclasses.replace(found.entry, plans=(plan,)))
+    page = render(found, NO_PICTURES)
+    assert f'aria-label="{schedule}"' in page
+    assert page.count('<i class="C">') == 21 and page.count('<i class="S">') == 7
+    text = words(page)
+    assert "1.75×, 43.2 dB, worst 38.5, on 8 prompts (measured when it was planned)" in text
+    assert "Forecast: linear, of the output" in text
+
+
+def test_pairs_of_images_have_a_slider_and_begin_with_the_worst_prompt(run, page):
+    found = load_findings(run)
+    samples = found.samples()
+    assert [sample.quality for sample in samples] == sorted(sample.quality for sample in samples)
+    assert page.count('type="range"') == page.count('class="compare"') == len(samples) == 3
+    shown = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
+    with Image.open(io.BytesIO(base64.b64decode(shown[1]))) as image:
+        pixels = np.asarray(image)
+    np.testing.assert_array_equal(pixels, np.round(255 * np.clip(samples[0].cached, 0, 1)))
+    places = [page.index(f'<div class="note">{sample.prompt}') for sample in samples]
+    assert places == sorted(places)
+
+
+def test_every_prompt_has_its_row_the_worst_first(run, page):
+    table = load_findings(run).by_prompt()
+    assert len(table) == 6 and table.iloc[:, 0].is_monotonic_increasing
+    rows = page[page.index("By prompt, at 14 of 28 steps") :]
+    assert [rows.index(prompt) for prompt in table.index] == sorted(map(rows.index, table.index))
+
+
+def test_curves_that_lie_on_each_other_are_said_to(run):
+    found = load_findings(run)
+    assert found.coinciding("y") == ""
+    assert found.coinciding("x") == " cond and uncond coincide: uncond is drawn over the others."
+    assert "cond and uncond coincide" in render(found, report_figures(found))
+
+
+def test_drawings_are_named_for_those_who_hear_the_page(page):
+    drawn = re.findall(r"<svg[^>]*>", page)
+    assert len(drawn) > 5 and all('role="img" aria-label="' in tag for tag in drawn)
+    assert page.count("<title>") == 1 + len(drawn)
+    assert all('alt="' in tag for tag in re.findall(r"<img[^>]*>", page))
+
+
+@pytest.mark.parametrize("floor, said", [
+    ({"identical": True, "worst_psnr_db": None}, "Two uncached runs are bit-identical"),
+    ({"identical": False, "worst_psnr_db": 51.24}, "differ by themselves, 51.2 dB at worst"),
+])  # fmt: skip
+def test_the_noise_floor_is_said(run, floor, said):
+    found = load_findings(run)
+    found.verification.facts["floor"] = floor
+    assert said in words(render(found, NO_PICTURES))
 
 
 def test_figures_of_the_embedded_model_are_labelled(page):
@@ -142,7 +205,7 @@ def test_figures_of_the_embedded_model_are_labelled(page):
 
 def test_the_page_fetches_nothing_and_is_well_formed(page):
     outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']*""", page)
-    assert not outside and "@import" not in page and "<script" not in page
+    assert not outside and "@import" not in page and page.count("<script") == 1
     assert not re.findall(r"url\((?!#|data:)", page)
     parser = _Balance()
     parser.feed(page)
@@ -164,7 +227,7 @@ def test_texts_are_escaped(run):
     evil = "<script>alert('x')</script> & more"
     entry = dataclasses.replace(found.entry, title=evil, warnings=(evil,), notes=evil)
     page = render(dataclasses.replace(found, entry=entry), report_figures(found))
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert evil not in page and page.count("<script") == 1 and "&lt;script&gt;" in page
 
 
 def test_a_run_without_verification_is_reported_as_such(run, tmp_path):

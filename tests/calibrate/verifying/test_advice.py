@@ -10,8 +10,8 @@ from click.testing import CliRunner
 import coeffs
 from calibrate.cli import cli
 from calibrate.trials.baselines import uniform
+from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 from calibrate.verifying.advice import advise, export_line, python_lines
-from calibrate.verifying.comparison import FEWER_STEPS, GATE, PLAN, UNIFORM
 
 LINEAR = "uniform skipping, linear outputs"
 

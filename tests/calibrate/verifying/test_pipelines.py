@@ -1,5 +1,6 @@
 """Whole verifications of real pipelines that make other things than an image from a text, or with other parts."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 import coeffs
 from calibrate.fitting.draft import draft_entry
 from calibrate.recording.record import record
+from calibrate.reporting.report import report
 from calibrate.reporting.run_data import load_findings
 from calibrate.runs.pairs import load_run
 from calibrate.verifying.lineup import FEWER_STEPS, FEWER_STEPS_2, GATE, UNIFORM
@@ -158,4 +160,16 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
         row for row in coeffs.load(folder / "entry.yaml").thresholds if row.kind == "verified"
     ]
     assert verified and all(np.isfinite(row.speedup) for row in verified)
-    assert found.headline in " ".join(load_findings(folder).first_lines)
+    page = report(folder).read_text(encoding="utf-8")
+    text = _words(page)
+    advice = load_findings(folder).advice
+    assert advice.use in text and advice.certainty in text
+    assert " nan" not in text.lower() and "- to -" not in text
+    assert (page.count('class="compare"') == 0) == (kind.measure == "snr_db")
+
+
+def _words(page: str) -> str:
+    """What the page says, without marks and drawings."""
+    return re.sub(
+        r"<[^>]*>", " ", re.sub(r"<(svg|style|script).*?</\1>", "", page, flags=re.DOTALL)
+    )
