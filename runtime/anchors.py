@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from runtime.decide.forecast import Forecast
 from runtime.errors import InvalidSetting, WiringError
@@ -16,7 +17,7 @@ class _Anchor:
 
     step: int
     level: float
-    values: list[torch.Tensor]
+    values: list[Tensor]
     devices: list[torch.device]
 
 
@@ -36,7 +37,7 @@ class Anchors:
         return len(self._anchors)
 
     @property
-    def values(self) -> list[torch.Tensor]:
+    def values(self) -> list[Tensor]:
         """Everything that is kept."""
         return [value for anchor in self._anchors for value in anchor.values]
 
@@ -48,7 +49,7 @@ class Anchors:
         """``step`` is going to be computed: drop what no later step uses then."""
         del self._anchors[self._forecast.kept_from(step) - 1 :]
 
-    def add(self, step: int, locator: Locator, values: list[torch.Tensor]) -> None:
+    def add(self, step: int, locator: Locator, values: list[Tensor]) -> None:
         """``step`` was computed and left ``values``; those of a step that is known are further ones."""
         devices = [value.device for value in values]
         if self._offload:
@@ -59,7 +60,7 @@ class Anchors:
         else:
             self._anchors.insert(0, _Anchor(step, self._level(step, locator), values, devices))
 
-    def forecast(self, step: int, locator: Locator, index: int) -> torch.Tensor:
+    def forecast(self, step: int, locator: Locator, index: int) -> Tensor:
         """Value ``index`` at the skipped ``step``; the kept tensor itself where it is reused as it is."""
         levels = [anchor.level for anchor in self._anchors]
         steps = [anchor.step for anchor in self._anchors]
@@ -128,7 +129,7 @@ class Guided:
         self._skip |= skip
 
     @torch.no_grad()
-    def step(self, value: torch.Tensor) -> torch.Tensor | None:
+    def step(self, value: Tensor) -> Tensor | None:
         """A scheduler received ``value``; what it is given instead."""
         if self._locator is None:  # no denoiser was called before
             return None

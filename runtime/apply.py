@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch.nn import Module
 
 import coeffs
 from runtime.anchors import Guided
@@ -25,13 +25,13 @@ _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _logger = logging.getLogger(__name__)
 
 
-def denoisers(target: Any) -> dict[str, nn.Module]:
+def denoisers(target: Any) -> dict[str, Module]:
     """The denoisers of a pipeline or loop by name (two for two-expert models); a bare module is ``transformer``.
 
     Raises:
         UnsupportedModel: The pipeline has no transformer.
     """
-    if isinstance(target, nn.Module):
+    if isinstance(target, Module):
         return {"transformer": unwrapped(target)}
     if isinstance(target, OwnLoop):
         return {name: unwrapped(module) for name, module in target.modules.items()}
@@ -43,7 +43,7 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     modules = {
         name: unwrapped(module)
         for name, module in components.items()
-        if _DENOISER.match(name) and isinstance(module, nn.Module)
+        if _DENOISER.match(name) and isinstance(module, Module)
     }
     if not modules:
         raise UnsupportedModel(
@@ -123,7 +123,7 @@ def apply_tea_cache(
     offload: bool = False,
     compat: bool = False,
     strict: bool = False,
-    blocks: Sequence[str | nn.Module] | None = None,
+    blocks: Sequence[str | Module] | None = None,
 ) -> TeaCache:
     """Apply TeaCache to a diffusers pipeline or to a bare denoiser.
 
@@ -193,7 +193,7 @@ def apply_tea_cache(
     return _installed(target, asked, blocks)
 
 
-def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | None) -> TeaCache:
+def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None) -> TeaCache:
     modules = denoisers(target)
     for module in modules.values():
         other = enabled_cache(module)
@@ -201,7 +201,7 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | nn.Module] | No
             raise ApplyError(
                 f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first"
             )
-    pipeline = None if isinstance(target, nn.Module) else target
+    pipeline = None if isinstance(target, Module) else target
     if isinstance(target, OwnLoop):
         pipeline = target.driver
         blocks = target.blocks if blocks is None else blocks

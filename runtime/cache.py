@@ -5,6 +5,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from runtime.anchors import Anchors, Guided
 from runtime.decide.forecast import Forecast
@@ -28,7 +29,7 @@ class _CachedTrajectory(Trajectory):
 
     def restart(self) -> None:
         super().restart()
-        self.previous: torch.Tensor | None = None
+        self.previous: Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -154,9 +155,7 @@ class CacheHandler(Handler):
         return agreement.x
 
     @torch.no_grad()
-    def leave(
-        self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None
-    ) -> torch.Tensor:
+    def leave(self, call: Call, index: int, value: Tensor, base: Tensor | None) -> Tensor:
         if base is None:
             return value.detach().clone()
         # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where nobody else
@@ -164,12 +163,12 @@ class CacheHandler(Handler):
         out = base if call.observation is None and call.wiring.is_sole(index) else None
         return torch.sub(value.detach().to(base), base, out=out)
 
-    def keep(self, call: Call, results: list[torch.Tensor]) -> None:
+    def keep(self, call: Call, results: list[Tensor]) -> None:
         if not self._of_output:
             _kept(call).anchors.add(call.position.step, call.locator, results)
 
     @torch.no_grad()
-    def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
+    def enter(self, call: Call, index: int, base: Tensor | None) -> Tensor:
         if self._of_output:  # it is replaced as a whole; what runs until then does not matter
             return base if base is not None else call.wiring.exits[index].spec.make()
         forecast = _kept(call).anchors.forecast(call.position.step, call.locator, index)
@@ -195,7 +194,7 @@ class CacheHandler(Handler):
             await_gathered(outputs)
         places = iter(range(len(outputs)))
 
-        def forecast(tensor: torch.Tensor) -> torch.Tensor:
+        def forecast(tensor: Tensor) -> Tensor:
             return anchors.forecast(step, call.locator, next(places)).to(tensor.dtype, copy=True)
 
         return mapped(output, forecast)

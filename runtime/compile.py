@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from runtime.apply import denoisers
 from runtime.compat.diffusers_private import inner_forward, set_inner_forward
@@ -37,7 +37,7 @@ class CompiledBlocks:
     """
 
     def __init__(self) -> None:
-        self._compiled: list[tuple[nn.Module, _CompiledForward]] = []
+        self._compiled: list[tuple[Module, _CompiledForward]] = []
 
     @property
     def count(self) -> int:
@@ -61,7 +61,7 @@ class CompiledBlocks:
 def compile_blocks(
     target: Any,
     *,
-    blocks: Sequence[str | nn.Module] | None = None,
+    blocks: Sequence[str | Module] | None = None,
     fullgraph: bool = True,
     **options: Any,
 ) -> CompiledBlocks:
@@ -103,7 +103,7 @@ def compile_blocks(
     return handle
 
 
-def _refuse(root: nn.Module, path: str, block: nn.Module) -> None:
+def _refuse(root: Module, path: str, block: Module) -> None:
     name = f"{type(root).__name__}.{path}"
     if root._compiled_call_impl is not None:
         raise ApplyError(

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch.nn import Module
 
 from runtime.watch.scheduler import OwnLoop
 
 
-def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def facts_of(target: Any, modules: Mapping[str, Module]) -> dict[str, Any]:
     """Facts for :func:`coeffs.find` about a pipeline, a loop of one's own, or a bare denoiser."""
     first = next(iter(modules.values()))
-    is_pipeline = not isinstance(target, nn.Module | OwnLoop)
+    is_pipeline = not isinstance(target, Module | OwnLoop)
     scheduler = getattr(target, "scheduler", None)
     return {
         "transformer_class": class_name(first),
@@ -26,7 +26,7 @@ def facts_of(target: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     }
 
 
-def dtype_of(module: nn.Module) -> str | None:
+def dtype_of(module: Module) -> str | None:
     """The dtype that a denoiser states, or of its first parameter."""
     dtype = getattr(module, "dtype", None)
     if dtype is None:
@@ -34,7 +34,7 @@ def dtype_of(module: nn.Module) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def class_name(module: nn.Module) -> str:
+def class_name(module: Module) -> str:
     """The denoiser's own class, also where FSDP has put one of its own in front of it."""
     return next(
         cls.__name__
@@ -60,7 +60,7 @@ def shift_of(scheduler: Any) -> float | None:
     return float(shift)
 
 
-def quantization_of(module: nn.Module) -> str | None:
+def quantization_of(module: Module) -> str | None:
     """Name of the quantisation method of a denoiser's weights, if any."""
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     method = (
@@ -71,6 +71,6 @@ def quantization_of(module: nn.Module) -> str | None:
     return str(getattr(method, "value", method)) if method is not None else None
 
 
-def lora_of(module: nn.Module) -> str | None:
+def lora_of(module: Module) -> str | None:
     """Names of the adapters loaded into a denoiser, if any."""
     return ", ".join(sorted(getattr(module, "peft_config", None) or ())) or None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coeffs.entry.signals import SIGNALS
 from runtime.watch.distance import pieces, ratio
@@ -15,7 +16,7 @@ Row = dict[str, Any]
 _RATIOS = ("mag_ratio", "mag_ratio_std", "cos_distance")
 
 
-def stacked(row: dict[str, torch.Tensor]) -> torch.Tensor:
+def stacked(row: dict[str, Tensor]) -> Tensor:
     """The figures of a row as one tensor; distances that the model does not have are zeros."""
     zero = torch.zeros(2, device=row["ratios"].device)
     return torch.cat([row.get(name, zero) for name in DISTANCES] + [row["ratios"]])
@@ -31,11 +32,11 @@ def named(figures: list[float]) -> dict[str, float]:
 
 
 def exit_figures(
-    hidden: torch.Tensor,
-    entry: torch.Tensor | None,
-    hidden_before: torch.Tensor,
-    entry_before: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
+    hidden: Tensor,
+    entry: Tensor | None,
+    hidden_before: Tensor,
+    entry_before: Tensor | None,
+) -> dict[str, Tensor]:
     """Distances of the stack's output and residual, and MagCache's ratios, from one reading of each tensor.
 
     Args:
@@ -75,11 +76,11 @@ def exit_figures(
     }
 
 
-def _sums(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+def _sums(now: Tensor, before: Tensor) -> Tensor:
     return torch.stack([(now - before).abs_().sum(), before.abs().sum()])
 
 
-def over_parts(parts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def over_parts(parts: Tensor, tokens: Tensor) -> Tensor:
     """The figures of whole tensors from those of their parts.
 
     Sums are added. What every part holds entire (the gathered output, an embedding of the time) is then counted
@@ -104,7 +105,7 @@ def over_parts(parts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([sums.sum(0), combined], dim=-1)
 
 
-def token_pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def token_pieces(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching pieces of (tokens, dim) tensors that never split a token."""
     return pieces(*rows) if rows[0].shape[0] >= rows[0].shape[1] else iter([rows])
 
@@ -135,7 +136,7 @@ def highest(timestep: Any) -> Any:
     """The highest of the timesteps that a call was given; on the device where it lies there."""
     if isinstance(timestep, list | tuple):
         return max(float(torch.as_tensor(item).float().max()) for item in timestep)
-    return timestep.float().max() if isinstance(timestep, torch.Tensor) else float(timestep)
+    return timestep.float().max() if isinstance(timestep, Tensor) else float(timestep)
 
 
 def number_steps(rows: list[Row]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibrate.recording.figures import (
     Row,
@@ -107,20 +108,20 @@ class RecordedTrajectory(Trajectory):
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def restart(self) -> None:
         super().restart()
         self.buffers.clear()
 
-    def previous(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
+    def previous(self, name: str, like: Tensor) -> Tensor | None:
         """The tensor of the previous step, where it is comparable."""
         kept = self.buffers.get(name)
         if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
             return None
         return kept
 
-    def keep(self, name: str, tensor: torch.Tensor) -> None:
+    def keep(self, name: str, tensor: Tensor) -> None:
         kept = self.previous(name, tensor)
         if kept is None:
             self.buffers[name] = tensor.detach().clone()
@@ -154,14 +155,14 @@ class RecordHandler(Handler):
         numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
         tokens = torch.tensor([row.pop("tokens") for row in rows])
         group = lockstep_group(stack.root)
-        over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        over_ranks: Callable[[Tensor], Tensor] | None = None
         if group is not None:
             device = next(stack.root.parameters()).device
             steps = [(row["branch"], row["step"]) for row in rows]
             parts = gathered(group, numbers.to(device), steps)
             numbers = over_parts(parts, gathered(group, tokens.to(device)))
 
-            def over_ranks(matrix: torch.Tensor) -> torch.Tensor:
+            def over_ranks(matrix: Tensor) -> Tensor:
                 return gathered(group, matrix.to(device)).sum(0)
 
         for row, figures in zip(rows, numbers.tolist(), strict=True):
@@ -192,10 +193,10 @@ class RecordHandler(Handler):
         self._on_open(self)
         if self._products is not None:
             latents = call.kwargs.get("hidden_states", *call.args[:1])
-            self._products.add_latents(where.branch, where.step, latents)
+            self._products.add_latents(where.branch, latents)
         self._moments, self._row = Moments(call), Row()
 
-    def guided(self, value: torch.Tensor) -> None:
+    def guided(self, value: Tensor) -> None:
         """What the scheduler receives, made of this denoiser's outputs."""
         if self._products is not None:
             self._products.add_guided(self._where.step, value)
@@ -210,8 +211,8 @@ class RecordHandler(Handler):
         return False
 
     def leave(
-        self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        self, call: Call, index: int, value: Tensor, base: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
         """Measures the generated stream at its exit; other streams are not part of the figures."""
         self._moments.mark("left")
         if call.observation is not None:
@@ -221,9 +222,7 @@ class RecordHandler(Handler):
             self._measure_exit(call, value, base)
         return None
 
-    def keep(
-        self, call: Call, results: list[tuple[torch.Tensor, torch.Tensor | None] | None]
-    ) -> None:
+    def keep(self, call: Call, results: list[tuple[Tensor, Tensor | None] | None]) -> None:
         if results[0] is not None:
             self._measure_exit(call, *results[0])
 
@@ -243,14 +242,14 @@ class RecordHandler(Handler):
 
     # -- figures --------------------------------------------------------------------------------------------------
 
-    def _compare(self, call: Call, name: str, value: torch.Tensor) -> None:
+    def _compare(self, call: Call, name: str, value: Tensor) -> None:
         trajectory = _kept(call)
         before = trajectory.previous(name, value)
         if before is not None:
             self._row[name] = l1_sums(value, before)
         trajectory.keep(name, value)
 
-    def _measure_exit(self, call: Call, hidden: torch.Tensor, entry: torch.Tensor | None) -> None:
+    def _measure_exit(self, call: Call, hidden: Tensor, entry: Tensor | None) -> None:
         trajectory = _kept(call)
         before = trajectory.previous("hidden", hidden)
         if before is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 OUTPUT_BYTES = 256 * 2**20
 RESIDUAL_BYTES = 64 * 2**20
@@ -24,15 +25,13 @@ _ROLL = 7919
 _COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
 
 
-def random_signs(device: torch.device | str = "cpu") -> torch.Tensor:
+def random_signs(device: torch.device | str = "cpu") -> Tensor:
     """The fixed signs of the sketch, shape (``SKETCH_SIZE * 128``,), the same everywhere and for ever."""
     generator = np.random.Generator(np.random.PCG64(20240229))
     return torch.from_numpy(generator.integers(0, 2, _SIGNS, dtype=np.int8) * 2 - 1).to(device)
 
 
-def sketch(
-    value: torch.Tensor, signs: torch.Tensor, minus: torch.Tensor | None = None
-) -> torch.Tensor:
+def sketch(value: Tensor, signs: Tensor, minus: Tensor | None = None) -> Tensor:
     """A linear random projection to ``SKETCH_SIZE`` numbers that keeps inner products in the mean (count sketch).
 
     Element i is added with a random sign to cell i modulo ``SKETCH_SIZE``. The relative standard error of a squared
@@ -49,7 +48,7 @@ def sketch(
     return total
 
 
-def gram_matrix(rows: list[torch.Tensor]) -> torch.Tensor:
+def gram_matrix(rows: list[Tensor]) -> Tensor:
     """All inner products of the flat ``rows``, summed in float64: shape (rows, rows)."""
     if rows[0].device.type == "mps":  # knows no float64
         rows = [row.cpu() for row in rows]
@@ -68,20 +67,18 @@ class Products:
     """
 
     def __init__(self) -> None:
-        self._signs: torch.Tensor | None = None
+        self._signs: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget the generation."""
-        self._outputs: dict[tuple[str, int], torch.Tensor] = {}
-        self._residuals: dict[tuple[str, int], torch.Tensor] = {}
-        self._guided: dict[int, torch.Tensor] = {}
+        self._outputs: dict[tuple[str, int], Tensor] = {}
+        self._residuals: dict[tuple[str, int], Tensor] = {}
+        self._guided: dict[int, Tensor] = {}
         self._sigmas: dict[int, float] = {}
         self._sketched = self._on_host = False
         self._halved: str | None = None
         self._batch = 0
-        self._latents: dict[int, torch.Tensor] = {}
-        self._moves: list[torch.Tensor] = []
 
     @property
     def held_bytes(self) -> int:
@@ -89,34 +86,26 @@ class Products:
         kept = list(self._residuals.values())
         if not self._on_host:
             kept += [*self._outputs.values(), *self._guided.values()]
-        return sum(tensor.nbytes for tensor in (*kept, *self._latents.values()))
+        return sum(tensor.nbytes for tensor in kept)
 
-    def add_latents(self, branch: str, step: int, latents: Any) -> None:
-        """What the denoiser is given at a step, before anything else of that step: tells whether it is two halves."""
-        if not isinstance(latents, torch.Tensor) or latents.ndim < 2 or len(latents) % 2:
+    def add_latents(self, branch: str, latents: Any) -> None:
+        """What the denoiser is given, before anything else of that step: tells whether it is two halves."""
+        if self._outputs or not isinstance(latents, Tensor) or latents.ndim < 2 or len(latents) % 2:
             return
         first, second = latents.detach().chunk(2)
-        if not self._outputs and torch.equal(first, second):
+        if torch.equal(first, second):
             self._halved, self._batch = branch, len(latents)
-        if self._halved != branch:
-            return
-        before, outputs = self._latents.get(step - 1), self._outputs_of(branch, step - 1)
-        self._latents = {step: first.clone()}
-        if before is not None and len(outputs) == 2 and outputs[0].numel() == first.numel():
-            move = (first - before).flatten()
-            rows = [*(output.to(move.device) for output in outputs), move]
-            self._moves.append(gram_matrix(rows))
 
-    def add_output(self, branch: str, step: int, value: torch.Tensor) -> None:
+    def add_output(self, branch: str, step: int, value: Tensor) -> None:
         for name, part in self._parts(branch, value):
             self._outputs[name, step] = self._flat(part)
 
-    def add_guided(self, step: int, value: torch.Tensor) -> None:
+    def add_guided(self, step: int, value: Tensor) -> None:
         """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
         flat, before = self._flat(value), self._guided.get(step)
         self._guided[step] = flat if before is None else torch.cat([before, flat])
 
-    def _flat(self, value: torch.Tensor) -> torch.Tensor:
+    def _flat(self, value: Tensor) -> Tensor:
         """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
         flat = value.detach().reshape(-1)
         count = len(self._outputs) + len(self._guided) + 1
@@ -126,9 +115,7 @@ class Products:
             self._guided = {key: tensor.cpu() for key, tensor in self._guided.items()}
         return flat.cpu() if self._on_host else flat.clone()
 
-    def add_residual(
-        self, branch: str, step: int, hidden: torch.Tensor, entry: torch.Tensor | None
-    ) -> None:
+    def add_residual(self, branch: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
         entries = (
             [None, None]
             if entry is None
@@ -139,9 +126,7 @@ class Products:
         ):
             self._add_residual(name, step, part, before)
 
-    def _add_residual(
-        self, name: str, step: int, hidden: torch.Tensor, entry: torch.Tensor | None
-    ) -> None:
+    def _add_residual(self, name: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
         if not self._sketched and 4 * hidden.numel() * (len(self._residuals) + 1) > RESIDUAL_BYTES:
             self._sketched = True
             self._residuals = {key: self._sketch(tensor) for key, tensor in self._residuals.items()}
@@ -157,18 +142,13 @@ class Products:
         if sigma is not None:
             self._sigmas[step] = sigma
 
-    def _parts(self, branch: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    def _parts(self, branch: str, value: Tensor) -> list[tuple[str, Tensor]]:
         """The value under its branch's name; or its two halves."""
         if self._halved != branch or value.ndim < 2 or len(value) != self._batch:
             return [(branch, value)]
         return list(zip(_halves(branch), value.chunk(2), strict=True))
 
-    def _outputs_of(self, branch: str, step: int) -> list[torch.Tensor]:
-        return [
-            self._outputs[name, step] for name in _halves(branch) if (name, step) in self._outputs
-        ]
-
-    def _sketch(self, value: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
+    def _sketch(self, value: Tensor, minus: Tensor | None = None) -> Tensor:
         if self._signs is None or self._signs.device != value.device:
             self._signs = random_signs(value.device)
         return sketch(value, self._signs, minus)
@@ -190,7 +170,7 @@ class Products:
         found: dict[str, np.ndarray] = {}
         names = branches
         if halves:
-            guidance = self._guidance(over_ranks)
+            guidance = self._guidance(branches)
             # Where nothing can be measured, diffusers' usual order: the unconditional half first.
             branches = branches if guidance is not None and guidance < 0.5 else branches[::-1]
             names = ["cond", "uncond"]
@@ -226,26 +206,27 @@ class Products:
         found[f"{expert}/residual_error"] = np.array(SKETCH_ERROR if self._sketched else 0.0)
         return found
 
-    def _guidance(self, over_ranks: Any) -> float | None:
-        """Share g of the second half in what moved the latents, ``(1 - g) first + g second``, median over steps.
+    def _guidance(self, halves: list[str]) -> float | None:
+        """Share g of the second half in the guided prediction, ``(1 - g) first + g second``, median over steps.
 
-        A sampler moves the latents along the guided prediction: above 1 the second half is the conditional one, below
-        0 the first. ``None`` where no step tells.
+        Above 1 the second half is the conditional one, below 0 the first. ``None`` where no step tells.
         """
         shares = []
-        for move in self._moves:
-            products = (move if over_ranks is None else over_ranks(move)).cpu().numpy()
-            left, right = products[:2, :2], products[:2, 2]
-            if np.linalg.cond(left) < 1e10:
-                first, second = np.linalg.solve(left, right)
+        for step, guided in self._guided.items():
+            rows = [self._outputs[half, step] for half in halves if (half, step) in self._outputs]
+            if len(rows) < 2 or rows[0].numel() != guided.numel():
+                continue
+            products = gram_matrix([*rows, guided.to(rows[0].device)]).cpu().numpy()
+            if np.linalg.cond(products[:2, :2]) < 1e10:
+                first, second = np.linalg.solve(products[:2, :2], products[:2, 2])
                 shares.append(second / (first + second) if first + second else np.nan)
-        shares = [share for share in shares if np.isfinite(share)]
-        return float(np.median(shares)) if shares else None
+        finite = [share for share in shares if np.isfinite(share)]
+        return float(np.median(finite)) if finite else None
 
 
 def _halves(branch: str) -> list[str]:
     return [f"{branch}/0", f"{branch}/1"]
 
 
-def _alike(source: dict[Any, torch.Tensor], keys: list) -> bool:
+def _alike(source: dict[Any, Tensor], keys: list) -> bool:
     return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1

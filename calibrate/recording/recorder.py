@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
 from calibrate.recording.figures import number_steps
 from calibrate.recording.handler import RecordedTrajectory, RecordHandler, Recording
@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Module],
         pipeline: Any = None,
         blocks: Any = None,
         gram: bool = False,
@@ -56,7 +56,7 @@ class Recorder:
     def _opened(self, handler: RecordHandler) -> None:
         self._latest = handler
 
-    def _stepped(self, value: torch.Tensor) -> None:
+    def _stepped(self, value: Tensor) -> None:
         if self._latest is not None:
             self._latest.guided(value)
 

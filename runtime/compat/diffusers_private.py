@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._common import _ATTENTION_CLASSES
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, StateManager
-from torch import nn
+from torch.nn import Module
 
 
 class ContextReceiver(StateManager):
@@ -30,23 +30,23 @@ class ContextReceiver(StateManager):
         return None if self._context is None else self._context.name
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: Module) -> bool:
     """Whether diffusers knows ``module`` as an attention layer."""
     return isinstance(module, _ATTENTION_CLASSES)
 
 
-def enabled_cache(module: nn.Module) -> str | None:
+def enabled_cache(module: Module) -> str | None:
     """Name of the diffusers cache that is enabled on ``module``, if one is."""
     config = getattr(module, "_cache_config", None)
     return None if config is None else type(config).__name__
 
 
-def hook_registry(module: nn.Module) -> HookRegistry | None:
+def hook_registry(module: Module) -> HookRegistry | None:
     """The hook registry of ``module`` if it has one already."""
     return getattr(module, "_diffusers_hook", None)
 
 
-def lockstep_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None":
+def lockstep_group(module: Module) -> "torch.distributed.ProcessGroup | None":
     """The ranks that run every forward of ``module`` together, by ``enable_parallelism`` of diffusers, if any.
 
     Under context parallelism each of them holds a part of the sequence, under tensor parallelism all of it. Sums over
@@ -62,7 +62,7 @@ def lockstep_group(module: nn.Module) -> "torch.distributed.ProcessGroup | None"
     return None
 
 
-def inner_forward(module: nn.Module) -> Callable:
+def inner_forward(module: Module) -> Callable:
     """The forward of ``module`` beneath all of its hooks."""
     reference = _innermost(module)
     if reference is None:
@@ -71,7 +71,7 @@ def inner_forward(module: nn.Module) -> Callable:
     return forward
 
 
-def set_inner_forward(module: nn.Module, forward: Callable) -> None:
+def set_inner_forward(module: Module, forward: Callable) -> None:
     """Put ``forward`` beneath all hooks of ``module``."""
     reference = _innermost(module)
     if reference is not None:
@@ -86,11 +86,11 @@ def set_inner_forward(module: nn.Module, forward: Callable) -> None:
         module.forward = forward
 
 
-def _innermost(module: nn.Module) -> HookFunctionReference | None:
+def _innermost(module: Module) -> HookFunctionReference | None:
     hooks = getattr(hook_registry(module), "hooks", None)
     return next(iter(hooks.values())).fn_ref if hooks else None
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: Module) -> Module:
     """The module itself, without the wrapper of ``torch.compile(module)``."""
     return getattr(module, "_orig_mod", module)

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
+from torch.nn import Module
 
 from runtime.compat.diffusers_private import ContextReceiver, hook_registry, is_attention
 from runtime.errors import ApplyError, UnsupportedModel
@@ -22,8 +23,8 @@ _OWNER = "_teacal_hooks"
 
 
 def find_blocks(
-    root: nn.Module, blocks: Sequence[str | nn.Module] | None = None
-) -> list[tuple[str, nn.Module]]:
+    root: Module, blocks: Sequence[str | Module] | None = None
+) -> list[tuple[str, Module]]:
     """The blocks of the main stack as ``(path, block)``, in the order of definition.
 
     Args:
@@ -36,7 +37,7 @@ def find_blocks(
     named = dict(root.named_modules())
     if blocks is not None:
         return _named_by_hand(root, named, blocks)
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Module]] = []
     for path, module in named.items():
         if (
             not isinstance(module, nn.ModuleList | nn.Sequential)
@@ -57,10 +58,10 @@ def find_blocks(
 
 
 def _named_by_hand(
-    root: nn.Module, named: dict, blocks: Sequence[str | nn.Module]
-) -> list[tuple[str, nn.Module]]:
+    root: Module, named: dict, blocks: Sequence[str | Module]
+) -> list[tuple[str, Module]]:
     paths = {module: path for path, module in named.items()}
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Module]] = []
     for block in blocks:
         module = named.get(block) if isinstance(block, str) else block
         if module is None or module not in paths or module is root:
@@ -76,12 +77,12 @@ def _named_by_hand(
     return found
 
 
-def attention_modules(block: nn.Module) -> list[nn.Module]:
+def attention_modules(block: Module) -> list[Module]:
     """The attention layers of ``block`` (itself, if it is one), outermost ones only."""
     if is_attention(block):
         return [block]
-    attention: list[nn.Module] = []
-    inside: set[nn.Module] = set()
+    attention: list[Module] = []
+    inside: set[Module] = set()
     for path, module in block.named_modules():
         if not path or module in inside:
             continue
@@ -92,7 +93,7 @@ def attention_modules(block: nn.Module) -> list[nn.Module]:
     return attention
 
 
-def _looks_like_attention(name: str, module: nn.Module) -> bool:
+def _looks_like_attention(name: str, module: Module) -> bool:
     """An attention layer of a model of one's own: called so, and with the projections to show for it."""
     if not (_ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)):
         return False
@@ -104,7 +105,7 @@ def _looks_like_attention(name: str, module: nn.Module) -> bool:
     return len(projections) >= 2 or isinstance(module, nn.MultiheadAttention)
 
 
-def _lists(named: dict[str, nn.Module]) -> str:
+def _lists(named: dict[str, Module]) -> str:
     return ", ".join(
         path for path, module in named.items() if isinstance(module, nn.ModuleList) and path
     )[:200]
@@ -122,33 +123,33 @@ class BlockHook(ModelHook):
 
     def __init__(
         self,
-        run: Callable[[nn.Module, Callable, tuple, dict], Any],
+        run: Callable[[Module, Callable, tuple, dict], Any],
         receiver: ContextReceiver | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.run: Callable[[nn.Module, Callable, tuple, dict], Any] | None = run
+        self.run: Callable[[Module, Callable, tuple, dict], Any] | None = run
         self.receiver, self.on_reset = receiver, on_reset
         # What accelerate puts back when its own hook, which was there before this one, is removed.
         self.beneath: Callable | None = None
 
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
+    def initialize_hook(self, module: Module) -> Module:
         self.beneath = getattr(module, "_old_forward", None)
         return module
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: Module, *args: Any, **kwargs: Any) -> Any:
         original: Any = self.fn_ref.original_forward
         if self.run is None:
             return original(*args, **kwargs)
         return self.run(module, original, args, kwargs)
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
+    def reset_state(self, module: Module) -> Module:
         if self.on_reset is not None:
             self.on_reset()
         return module
 
 
-def register(block: nn.Module, hook: BlockHook, innermost: bool = False) -> None:
+def register(block: Module, hook: BlockHook, innermost: bool = False) -> None:
     """Put ``hook`` on ``block``, around its other hooks or beneath all of them."""
     registry = HookRegistry.check_if_exists_or_initialize(block)
     others = _taken_off(registry, list(registry.hooks) if innermost else [])
@@ -157,7 +158,7 @@ def register(block: nn.Module, hook: BlockHook, innermost: bool = False) -> None
         registry.register_hook(other, name)
 
 
-def unregister(block: nn.Module, hook: BlockHook) -> None:
+def unregister(block: Module, hook: BlockHook) -> None:
     """Take ``hook`` off ``block``, whatever was put around it since."""
     hook.run = hook.on_reset = None
     registry = hook_registry(block)
@@ -193,21 +194,21 @@ class HookSet:
         receiver: Hears the names of CFG branches.
     """
 
-    def __init__(self, root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, root: Module, blocks: list[tuple[str, Module]]) -> None:
         self.root, self.blocks = root, blocks
         self.receiver = ContextReceiver()
         self._handles: list = []
-        self._hooks: list[tuple[nn.Module, BlockHook]] = []
+        self._hooks: list[tuple[Module, BlockHook]] = []
 
-    def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(self, root: Module, args: tuple, kwargs: dict) -> None:
         """The denoiser's forward begins."""
         raise NotImplementedError
 
-    def end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def end(self, root: Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The forward has returned ``output``, ``None`` where it failed; what is returned instead, if anything."""
         raise NotImplementedError
 
-    def run_block(self, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+    def run_block(self, block: Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         """A block is called."""
         raise NotImplementedError
 

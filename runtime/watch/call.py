@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
 from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
@@ -45,11 +46,11 @@ class Call:
         probe: Runs the first block up to its first attention call and gives the modulated input.
     """
 
-    probe: Callable[[], torch.Tensor]
+    probe: Callable[[], Tensor]
 
     def __init__(
         self,
-        root: nn.Module,
+        root: Module,
         locator: Locator,
         trajectory: Trajectory,
         position: Position,
@@ -63,16 +64,16 @@ class Call:
         self.compiler: Any = None
         self.decided = self.skip = False
         self.observation: Observation | None = None
-        self.bases: dict[Place, torch.Tensor] = {}
+        self.bases: dict[Place, Tensor] = {}
         self.results: dict[int, Any] = {}
-        self.overrides: dict[int, torch.Tensor] = {}
-        self.stand_ins: dict[Spec, torch.Tensor] = {}
+        self.overrides: dict[int, Tensor] = {}
+        self.stand_ins: dict[Spec, Tensor] = {}
         self.head: tuple[tuple, dict] = ((), {})
         self.stream: torch.Size = torch.Size()
         self.thread = threading.get_ident()
-        self._counts: dict[nn.Module, int] = {}
+        self._counts: dict[Module, int] = {}
 
-    def count(self, module: nn.Module) -> int:
+    def count(self, module: Module) -> int:
         """Which call of ``module`` this is, within the forward and since the stack began."""
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
@@ -86,7 +87,7 @@ class Call:
         assert self.trajectory.wiring is not None
         return self.trajectory.wiring
 
-    def conditions(self, block: nn.Module, whole: bool) -> tuple:
+    def conditions(self, block: Module, whole: bool) -> tuple:
         """What must not change within a trajectory.
 
         Args:
@@ -132,14 +133,14 @@ class Handler:
         """At the first block: whether to skip. ``changed``: not the shapes or modes of the step before."""
         raise NotImplementedError
 
-    def leave(self, call: Call, index: int, value: torch.Tensor, base: torch.Tensor | None) -> Any:
+    def leave(self, call: Call, index: int, value: Tensor, base: Tensor | None) -> Any:
         """A computed step's value at exit ``index``; ``base`` (the handler's to keep) is the stack's input there."""
         raise NotImplementedError
 
     def keep(self, call: Call, results: list[Any]) -> None:
         """What :meth:`leave` returned for the exits that matter, once all are known."""
 
-    def enter(self, call: Call, index: int, base: torch.Tensor | None) -> torch.Tensor:
+    def enter(self, call: Call, index: int, base: Tensor | None) -> Tensor:
         """A skipped step's value for exit ``index``."""
         raise NotImplementedError
 
@@ -167,7 +168,7 @@ class Trajectories:
         self.locator.reset()
         self._handler.end()
 
-    def call(self, root: nn.Module, args: tuple, kwargs: dict) -> Call:
+    def call(self, root: Module, args: tuple, kwargs: dict) -> Call:
         """A call of ``root`` with these arguments: its trajectory, and where in the generation it stands."""
         position = self.locator.locate(args, kwargs)
         if position.new_generation:
@@ -190,18 +191,18 @@ class Trajectories:
         return Call(root, self.locator, trajectory, position, args, kwargs)
 
 
-def measured(call: Call, signal: str) -> torch.Tensor | None:
+def measured(call: Call, signal: str) -> Tensor | None:
     """The signal called ``signal`` (a key of ``coeffs.entry.signals.SIGNALS``); ``None`` where the model has none."""
     return _MEASURES[signal](call)
 
 
-def _time_embedding(call: Call) -> torch.Tensor | None:
+def _time_embedding(call: Call) -> Tensor | None:
     # At the first step ever only what has been observed so far tells where it stands.
     place = call.time_embedding or call.wiring.time_embedding
     return None if place is None else at(place, *call.head)
 
 
-_MEASURES: dict[str, Callable[[Call], torch.Tensor | None]] = {
+_MEASURES: dict[str, Callable[[Call], Tensor | None]] = {
     "modulated_input": lambda call: call.probe(),
     "time_embedding": _time_embedding,
 }
@@ -211,17 +212,15 @@ class StopForward(BaseException):
     """Ends the probe at the first attention call. No Exception, so that no model's own handler swallows it."""
 
 
-def probed(
-    call: Call, block: nn.Module, original: Callable, attention: list[nn.Module]
-) -> torch.Tensor:
+def probed(call: Call, block: Module, original: Callable, attention: list[Module]) -> Tensor:
     """The modulated input: the first block's own forward, stopped at its first attention call."""
     args, kwargs = call.head
     # A block that is an attention layer itself has no forward to stop: its input is the signal.
     if block in attention:
         return _hidden_states(args, kwargs, call.stream)
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
-    def stop(module: nn.Module, inputs: tuple, named: dict) -> None:
+    def stop(module: Module, inputs: tuple, named: dict) -> None:
         seen.append(_hidden_states(inputs, named, call.stream))
         raise StopForward
 
@@ -240,10 +239,10 @@ def probed(
     )
 
 
-def _hidden_states(args: tuple, kwargs: dict, stream: torch.Size) -> torch.Tensor:
+def _hidden_states(args: tuple, kwargs: dict, stream: torch.Size) -> Tensor:
     """What an attention layer receives as hidden states: by name, else the tensor shaped like the stream."""
     value = kwargs.get("hidden_states")
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value
     received = [tensor for _, tensor in call_tensors(args, kwargs)]
     return next((tensor for tensor in received if tensor.shape == stream), received[0])

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 # Elements per pass: small enough that no temporary of a tensor's own size exists, large enough to fill the device.
 _PIECE = {"cpu": 2**18, "cuda": 2**23}
 
 
-def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching pieces of equally shaped tensors along their longest dimension, without copying."""
     first = tensors[0]
     limit = _PIECE.get(first.device.type, 2**22)
@@ -20,7 +21,7 @@ def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     yield from zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True)
 
 
-def l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
+def l1_sums(cur: Tensor, prev: Tensor) -> Tensor:
     """``[sum|cur - prev|, sum|prev|]`` as a float32 tensor of shape (2,) on the tensors' device.
 
     Both tensors are read once. Sums, not means, so that ranks of a sharded sequence can add theirs before dividing.
@@ -29,11 +30,11 @@ def l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _l1_sums(cur: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
+def _l1_sums(cur: Tensor, prev: Tensor) -> Tensor:
     return torch.stack([(cur - prev).abs_().sum(), prev.abs().sum()])
 
 
-def rel_l1(cur: torch.Tensor, prev: torch.Tensor) -> float:
+def rel_l1(cur: Tensor, prev: Tensor) -> float:
     """Relative L1 distance of two equally shaped tensors as a Python number (waits for the device once).
 
     Args:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
 from runtime.compat.diffusers_private import lockstep_group
 from runtime.compat.torch_private import compiled_by, pause, resume, stays_python
@@ -37,12 +37,12 @@ class Watch:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Module],
         new_handler: Callable[[str], Handler],
         pipeline: Any = None,
-        blocks: Sequence[str | nn.Module] | None = None,
+        blocks: Sequence[str | Module] | None = None,
         num_steps: int | None = None,
-        on_step: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        on_step: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
         self.clock = None if pipeline is None else SchedulerClock(pipeline)
         self.steps = None
@@ -97,9 +97,9 @@ class StackHooks(HookSet):
 
     def __init__(
         self,
-        root: nn.Module,
+        root: Module,
         handler: Handler,
-        blocks: Sequence[str | nn.Module] | None = None,
+        blocks: Sequence[str | Module] | None = None,
         clock: SchedulerClock | None = None,
         num_steps: int | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class StackHooks(HookSet):
                 f"{type(root).__name__}: the first block ({self.blocks[0][0]}, {type(self._head).__name__}) "
                 "has no attention layer, so there is no modulated input to watch; name another stack with blocks=[...]"
             )
-        self._exit_handles: dict[nn.Module, Any] = {}
+        self._exit_handles: dict[Module, Any] = {}
         self._lock = threading.Lock()
 
     def remove(self) -> None:
@@ -136,7 +136,7 @@ class StackHooks(HookSet):
     # and overridden around them cannot be traced, and a graph that breaks at every block is not worth its guards.
 
     @stays_python
-    def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(self, root: Module, args: tuple, kwargs: dict) -> None:
         compiler = pause()
         try:
             self._take_lock()
@@ -155,7 +155,7 @@ class StackHooks(HookSet):
             raise
 
     @stays_python
-    def end(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def end(self, root: Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call = self.call
         if call is None or call.thread != threading.get_ident():
             return None  # a call that was refused
@@ -219,7 +219,7 @@ class StackHooks(HookSet):
     # -- blocks ---------------------------------------------------------------------------------------------------
 
     @stays_python
-    def run_block(self, block: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+    def run_block(self, block: Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         """A block is called: decide at the first one, stand in or run."""
         # On here where the block alone is compiled, and not the denoiser around it.
         compiler = pause()
@@ -242,7 +242,7 @@ class StackHooks(HookSet):
         finally:
             resume(compiler)
 
-    def _decide(self, call: Call, block: nn.Module, original: Callable) -> None:
+    def _decide(self, call: Call, block: Module, original: Callable) -> None:
         trajectory = call.trajectory
         conditions = call.conditions(block, whole=lockstep_group(self.root) is not None)
         changed = trajectory.signature not in (None, conditions)
@@ -272,7 +272,7 @@ class StackHooks(HookSet):
         call.observation = Observation(self.root, self._members, partial(self._leave, call))
         call.observation.begin(call.args, call.kwargs)
 
-    def _leave(self, call: Call, index: int, exit: Exit, value: torch.Tensor) -> None:
+    def _leave(self, call: Call, index: int, exit: Exit, value: Tensor) -> None:
         base = None if exit.base is None else exit.selected(call.bases[exit.base])
         call.results[index] = self.handler.leave(call, index, value, base)
 
@@ -282,7 +282,7 @@ class StackHooks(HookSet):
                 self._at_exit, with_kwargs=True
             )
 
-    def _at_exit(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None or not call.decided or call.observation is not None:
             return None
@@ -300,10 +300,10 @@ class StackHooks(HookSet):
                 self._leave(call, index, exit, value)
         return changed
 
-    def _override(self, call: Call, index: int, exit: Exit, value: Any) -> torch.Tensor:
+    def _override(self, call: Call, index: int, exit: Exit, value: Any) -> Tensor:
         stored = call.overrides.pop(index)
-        if not isinstance(value, torch.Tensor) or value.shape != stored.shape:
-            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.shape != stored.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise WiringError(
                 f"{type(self.root).__name__}: {tuple(stored.shape)} was computed at the stack's exit "
                 f"({type(exit.module).__name__}), a skipped step brings {shape} there; its output is refused"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import Tensor
+from torch.nn import Module
 
 from runtime.errors import UnsupportedModel
 from runtime.watch.places import Place, call_tensors, mapped, tensors
@@ -31,9 +32,9 @@ class Observation:
 
     def __init__(
         self,
-        root: torch.nn.Module,
-        blocks: frozenset[torch.nn.Module],
-        on_exit: Callable[[int, Exit, torch.Tensor], None],
+        root: Module,
+        blocks: frozenset[Module],
+        on_exit: Callable[[int, Exit, Tensor], None],
     ) -> None:
         self.root, self.blocks, self.on_exit = root, blocks, on_exit
         self.wiring = Wiring()
@@ -43,7 +44,7 @@ class Observation:
         self._passed: frozenset[int] = frozenset()
         self._bases: dict[Place, Place | None] = {}
         self._exits: list[Exit] = []
-        self._calls: dict[torch.nn.Module, int] = {}
+        self._calls: dict[Module, int] = {}
         self._head: tuple[tuple, dict] | None = None
         self._active = False
 
@@ -105,7 +106,7 @@ class Observation:
             self._follow.__enter__()
             self._active = True
 
-    def block(self, block: torch.nn.Module, call: int, result: Any) -> None:
+    def block(self, block: Module, call: int, result: Any) -> None:
         """A block has returned ``result``."""
         self.wiring.outputs[block, call] = mapped(result, Spec.of)
         for place, tensor in tensors(result):
@@ -155,7 +156,7 @@ class Observation:
 
     # -- modules that are no blocks -------------------------------------------------------------------------------
 
-    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: Module, args: tuple, kwargs: dict) -> None:
         self._depth += 1
         if self._head is None:
             return
@@ -172,7 +173,7 @@ class Observation:
                 self._exits.append(exit)
         self._passed = frozenset(passed)
 
-    def _leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._depth -= 1
         if self._head is None or self._depth > self._floor:
             return
@@ -187,10 +188,10 @@ class Observation:
 
     def _exit(
         self,
-        module: torch.nn.Module,
+        module: Module,
         call: int,
         place: Place,
-        value: torch.Tensor,
+        value: Tensor,
         carried: Carried,
     ) -> Exit:
         assert self._head is not None
@@ -208,9 +209,7 @@ class Observation:
         return Exit(module, call, place, Spec.of(value), base, selections)
 
 
-def _named(
-    module: torch.nn.Module, args: tuple, kwargs: dict
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(module: Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a call with the names of the parameters that they are passed to."""
     names = list(inspect.signature(module.forward).parameters)
     for place, tensor in call_tensors(args, kwargs):

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from torch import Tensor
 
 # A place in a call: ("args", 0), ("kwargs", "hidden_states"), one step deeper for every list, tuple or dict.
 Place = tuple[Any, ...]
 
 
-def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
+def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
     """Every tensor in nested lists, tuples, dicts (dataclass outputs of diffusers are dicts), with its place."""
-    if isinstance(tree, torch.Tensor):
+    if isinstance(tree, Tensor):
         yield place, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
@@ -21,7 +21,7 @@ def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]
             yield from tensors(value, (*place, index))
 
 
-def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, torch.Tensor]]:
+def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, Tensor]]:
     """The tensors of a call, positional ones first."""
     yield from tensors(args, ("args",))
     yield from tensors(kwargs, ("kwargs",))
@@ -52,7 +52,7 @@ def replaced(tree: Any, place: Place, value: Any) -> Any:
     return _rebuild(tree, items)
 
 
-def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = torch.Tensor) -> Any:
+def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> Any:
     """``tree`` with ``function`` applied to every ``leaf``; the containers keep their types."""
     if isinstance(tree, leaf):
         return function(tree)

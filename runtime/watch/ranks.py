@@ -6,7 +6,8 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed
+from torch.nn import Module
 
 from runtime.compat.diffusers_private import lockstep_group
 from runtime.errors import ApplyError, WiringError
@@ -35,7 +36,7 @@ class Agreement:
     same_past: bool
 
 
-def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device) -> Agreement:
+def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> Agreement:
     """Add up the sums of all ranks, and see that all of them are at the same point.
 
     A rank that decides alone leaves the others waiting in the next collective for ever. So every rank takes part in
@@ -59,13 +60,13 @@ def agree(group: Any, sums: torch.Tensor | None, past: int, device: torch.device
     return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
 
 
-def await_gathered(unused: Iterable[torch.Tensor]) -> None:
+def await_gathered(unused: Iterable[Tensor]) -> None:
     """Wait for tensors that nobody will read: an asynchronous gather must not outlive its buffers."""
     for tensor in unused:
         tensor.flatten()[:1].clone()
 
 
-def gathered(group: Any, mine: torch.Tensor, names: object = None) -> torch.Tensor:
+def gathered(group: Any, mine: Tensor, names: object = None) -> Tensor:
     """The equally shaped tensors of all ranks of ``group``, stacked in the order of ranks.
 
     Raises:
@@ -85,7 +86,7 @@ def gathered(group: Any, mine: torch.Tensor, names: object = None) -> torch.Tens
     return torch.stack(parts)
 
 
-def refuse_inner_sharding(root: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+def refuse_inner_sharding(root: Module, blocks: list[tuple[str, Module]]) -> None:
     """Skipping must not leave out a collective that other ranks, which decide for themselves, still wait for.
 
     ``fully_shard`` gathers a block's parameters in the block's own pre-hook, which runs on a skipped step too. What is

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
 from runtime.compat.diffusers_private import ContextReceiver
 from runtime.decide.tracker import CallInfo, Position, Tracker
@@ -33,11 +34,11 @@ class OwnLoop:
 
     def __init__(
         self,
-        modules: nn.Module | Mapping[str, nn.Module],
+        modules: Module | Mapping[str, Module],
         scheduler: Any = None,
-        blocks: Sequence[str | nn.Module] | None = None,
+        blocks: Sequence[str | Module] | None = None,
     ) -> None:
-        if isinstance(modules, nn.Module):
+        if isinstance(modules, Module):
             modules = {"transformer": modules}
         self.modules = dict(modules)
         self.scheduler = scheduler
@@ -112,11 +113,9 @@ class StepHook:
         on_step: Given the model's output at every ``step`` of a scheduler; what it returns takes its place.
     """
 
-    def __init__(
-        self, pipeline: Any, on_step: Callable[[torch.Tensor], torch.Tensor | None]
-    ) -> None:
+    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor | None]) -> None:
         self._pipeline = pipeline
-        self._on_step: Callable[[torch.Tensor], torch.Tensor | None] | None = on_step
+        self._on_step: Callable[[Tensor], Tensor | None] | None = on_step
         self._hooked: list[tuple[Any, type, type]] = []
 
     def install(self) -> None:
@@ -145,7 +144,7 @@ class StepHook:
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get(name)
-            if self._on_step is not None and isinstance(given, torch.Tensor):
+            if self._on_step is not None and isinstance(given, Tensor):
                 replaced = self._on_step(given)
                 if replaced is not None and args:
                     args = (replaced, *args[1:])
@@ -169,7 +168,7 @@ class Locator:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Module,
         receiver: ContextReceiver,
         clock: SchedulerClock | None = None,
         num_steps: int | None = None,
@@ -206,7 +205,7 @@ class Locator:
         sigma = self.sigma(step)
         return float(-step) if sigma is None else sigma
 
-    def timestep(self, args: tuple, kwargs: dict) -> torch.Tensor | float | None:
+    def timestep(self, args: tuple, kwargs: dict) -> Tensor | float | None:
         """The timestep that this call was given, as it was given."""
         return timestep({**dict(zip(self._names, args, strict=False)), **kwargs})
 
@@ -216,7 +215,7 @@ def is_time(name: str) -> bool:
     return _TIME.search(name) is not None
 
 
-def timestep(named: dict[str, Any]) -> torch.Tensor | float | None:
+def timestep(named: dict[str, Any]) -> Tensor | float | None:
     """The argument of a denoiser that carries the timestep."""
     names = sorted(filter(is_time, named), key=lambda name: name != "timestep")
     return next((named[name] for name in names if named[name] is not None), None)
@@ -227,7 +226,7 @@ def _extent(value: Any) -> tuple[float, float] | None:
         return None
     if isinstance(value, list | tuple):
         value = torch.stack([torch.as_tensor(item, dtype=torch.float32).mean() for item in value])
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         low, high = torch.stack(torch.aminmax(value.detach().float())).tolist()
         return low, high
     return float(value), float(value)
@@ -238,7 +237,7 @@ class _Identity:
 
     __slots__ = ("_key", "_memory")
 
-    def __init__(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+    def __init__(self, name: str, place: Place, tensor: Tensor) -> None:
         self._key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
         self._memory = tensor.untyped_storage()
 

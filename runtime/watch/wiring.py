@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,7 +22,7 @@ _SELECTING = re.compile(
 # Functions that take only shape, dtype or device from their other tensors.
 _LIKE = frozenset({"type_as", "to", "view_as", "reshape_as", "expand_as"})
 _FRESH = re.compile(r"_like$|^new_")
-Marked = tuple[Place, torch.Tensor, "Mark"]
+Marked = tuple[Place, Tensor, "Mark"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Selection:
     kwargs: dict
     index: int | None
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tensor: Tensor) -> Tensor:
         result = self.function(tensor, *self.args, **self.kwargs)
         return result if self.index is None else result[self.index]
 
@@ -76,11 +78,11 @@ class Spec:
     dtype: torch.dtype
     device: torch.device
 
-    def make(self) -> torch.Tensor:
+    def make(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Spec":
+    def of(cls, tensor: Tensor) -> "Spec":
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
 
@@ -96,14 +98,14 @@ class Exit:
         selections: Selecting calls that bring the base to the shape at the exit.
     """
 
-    module: torch.nn.Module
+    module: Module
     call: int
     place: Place
     spec: Spec
     base: Place | None = None
     selections: tuple[Selection, ...] = ()
 
-    def selected(self, base: torch.Tensor) -> torch.Tensor:
+    def selected(self, base: Tensor) -> Tensor:
         """The stream at the stack's entry as it would stand at this exit."""
         for selection in self.selections:
             base = selection(base)
@@ -122,7 +124,7 @@ class Wiring:
     """
 
     exits: tuple[Exit, ...] = ()
-    outputs: dict[tuple[torch.nn.Module, int], Any] = field(default_factory=dict)
+    outputs: dict[tuple[Module, int], Any] = field(default_factory=dict)
     time_embedding: Place | None = None
     primary: Place = ("args", 0)
 
@@ -130,13 +132,13 @@ class Wiring:
         """Whether no other exit has the same entry."""
         return [found.base for found in self.exits].count(self.exits[index].base) == 1
 
-    def placeholder(self, block: torch.nn.Module, call: int, made: dict[Spec, torch.Tensor]) -> Any:
+    def placeholder(self, block: Module, call: int, made: dict[Spec, Tensor]) -> Any:
         """What a skipped block returns: its last result's structure, filled with zeros that nobody reads.
 
         ``made`` holds the zeros of this forward; all blocks share them, and may well write into them.
         """
 
-        def stand_in(spec: Spec) -> torch.Tensor:
+        def stand_in(spec: Spec) -> Tensor:
             if spec not in made:
                 made[spec] = spec.make()
             return made[spec]
@@ -189,7 +191,7 @@ def _merged(marked: list[Marked], carried: Carried | None) -> Mark:
 
 
 def _carried(
-    marked: list[Marked], result: torch.Tensor, name: str, selection: Selection
+    marked: list[Marked], result: Tensor, name: str, selection: Selection
 ) -> Carried | None:
     """Which block's result the new tensor carries, and how its elements were selected since."""
     carriers = [(place, tensor, mark.carried) for place, tensor, mark in marked if mark.carried]
