@@ -213,11 +213,11 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None)
     handle = TeaCache(target, settings.described())
 
     def on_generation(num_steps: int | None) -> None:
-        handle.differs(settings.differences(num_steps, watch.sigma))
+        handle.differs(settings.differences(num_steps, watch.clock.sigma))
 
     guided = None
     if settings.forecast_of == "guided":
-        guided = Guided(settings.forecast, settings.offload)
+        guided = Guided(settings.forecast, asked.offload)
 
     def new_handler(expert: str) -> CacheHandler:
         return CacheHandler(expert, settings, handle.stats, guided, on_generation)

@@ -85,7 +85,7 @@ class CacheHandler(Handler):
     def new_trajectory(self, branch: str) -> Trajectory:
         # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
         forecast = self.settings.forecast if self._guided is None else Forecast()
-        anchors = Anchors(forecast, self.settings.offload)
+        anchors = Anchors(forecast, self.settings.asked.offload)
         return _CachedTrajectory(self.settings.new_policy(self.expert, branch), anchors)
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ class Settings:
     """What is in force.
 
     Attributes:
+        asked: What ``apply_tea_cache`` was given; ``threshold`` is the one in force.
         policy: ``gate``, ``plan`` (of an entry) or ``schedule`` (a bare string).
         entry: Label of the entry, if there is one.
         gate: Settings of the gate; ``None`` where a schedule decides.
@@ -40,23 +41,24 @@ class Settings:
         advice: What does better than a plan that was chosen by its speed-up, if its figures say so.
     """
 
+    asked: Asked
     policy: str
     entry: str | None
     signal: str
-    threshold: float | None
-    schedule: str | None
     forecast: Forecast
     forecast_of: str
-    branches: str
-    offload: bool
-    compat: bool
-    strict: bool
+    schedule: str | None = None
     gate: GateConfig | None = None
     source: Source | None = None
     mismatches: tuple[str, ...] = ()
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     advice: str | None = None
+
+    @property
+    def branches(self) -> str:
+        """Whether CFG branches decide ``together`` or ``apart``."""
+        return self.asked.branches or ("apart" if self.asked.compat else "together")
 
     def new_policy(self, expert: str, branch: str) -> Policy:
         """The policy of one branch of one expert."""
@@ -66,32 +68,30 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """What the handle tells its user."""
-        names = [
-            "policy",
-            "entry",
-            "signal",
-            "threshold",
-            "schedule",
-            "compat",
-            "forecast_of",
-            "branches",
-        ]
-        described = {name: getattr(self, name) for name in names} | {"forecast": self.forecast.kind}
+        described = {
+            "policy": self.policy,
+            "entry": self.entry,
+            "signal": self.signal,
+            "threshold": self.asked.threshold,
+            "schedule": self.schedule,
+            "compat": self.asked.compat,
+            "branches": self.branches,
+            "forecast": self.forecast.kind,
+            "forecast_of": self.forecast_of,
+        }
         return described if self.advice is None else described | {"advice": self.advice}
 
-    def differences(
-        self, num_steps: int | None, level: Callable[[int], float | None] | None
-    ) -> list[str]:
+    def differences(self, num_steps: int | None, level: Callable[[int], float | None]) -> list[str]:
         """In what a generation of ``num_steps`` differs from what was measured or planned.
 
         Args:
-            level: Noise level of a step; ``None`` where there is no scheduler.
+            level: Noise level of a step; ``None`` where the scheduler tells none.
 
         Raises:
             InvalidSetting: Something differs and the settings are strict.
         """
         differences = []
-        if self.sigmas is not None and level is not None:
+        if self.sigmas is not None:
             levels = [level(step) for step in range(len(self.sigmas))]
             differences += self._differing_levels(self.sigmas, levels)
         if self.num_steps is not None and num_steps not in (None, self.num_steps):
@@ -110,7 +110,7 @@ class Settings:
         return []
 
     def _refuse(self, difference: str, made: str, advice: str) -> None:
-        if self.strict:
+        if self.asked.strict:
             whose = self.entry or "the plan"
             raise InvalidSetting(f"{whose} was not {made}: {difference}; {advice}")
 
@@ -204,12 +204,14 @@ def _planned(asked: Asked, schedule: "str | coeffs.Plan", label: str | None) -> 
         forecast_of = forecast_of or plan.forecast_of
     pattern = schedule if isinstance(schedule, str) else schedule.schedule
     return Settings(
+        asked=asked,
         policy="schedule" if plan is None else "plan",
         entry=label,
         signal="modulated_input",
+        forecast=_forecast(forecast).planned_for(pattern),
+        forecast_of=forecast_of or "residual",
         schedule=pattern,
         sigmas=None if plan is None else plan.sigmas,
-        **_common(asked, _forecast(forecast).planned_for(pattern), forecast_of),
     )
 
 
@@ -228,30 +230,18 @@ def _gated(asked: Asked, source: Source, model: Model) -> Settings:
             "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
             "count and end=0"
         )
-    entry = source.entry
     return Settings(
+        asked=asked,
         policy="gate",
         entry=source.label,
         signal=source.signal,
-        schedule=None,
+        forecast=_forecast(asked.forecast),
+        forecast_of=asked.forecast_of or "residual",
         gate=config,
         source=source,
         mismatches=source.mismatches,
-        num_steps=None if entry is None else entry.protocol.num_steps,
-        **_common(asked, _forecast(asked.forecast), asked.forecast_of),
+        num_steps=source.entry.protocol.num_steps if source.entry else None,
     )
-
-
-def _common(asked: Asked, forecast: Forecast, forecast_of: str | None) -> dict[str, Any]:
-    return {
-        "threshold": asked.threshold,
-        "forecast": forecast,
-        "forecast_of": forecast_of or "residual",
-        "branches": asked.branches or ("apart" if asked.compat else "together"),
-        "offload": asked.offload,
-        "compat": asked.compat,
-        "strict": asked.strict,
-    }
 
 
 def _forecast(given: str | Forecast | None) -> Forecast:

@@ -123,12 +123,12 @@ class BlockHook(ModelHook):
 
     def __init__(
         self,
-        run: Callable[[Module, Callable, tuple, dict], Any],
+        run: Callable,
         receiver: ContextReceiver | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.run: Callable[[Module, Callable, tuple, dict], Any] | None = run
+        self.run: Callable | None = run
         self.receiver, self.on_reset = receiver, on_reset
         # What accelerate puts back when its own hook, which was there before this one, is removed.
         self.beneath: Callable | None = None
@@ -192,29 +192,21 @@ class HookSet:
         root: The denoiser.
         blocks: Its blocks with their paths.
         receiver: Hears the names of CFG branches.
+        begin, end: Forward hooks of the denoiser; ``end`` also runs where the forward failed, with no output.
+        run_block: Takes the place of every block's forward.
+        reset: Called when the pipeline says that a generation is over.
     """
+
+    begin: Callable
+    end: Callable
+    run_block: Callable
+    reset: Callable
 
     def __init__(self, root: Module, blocks: list[tuple[str, Module]]) -> None:
         self.root, self.blocks = root, blocks
         self.receiver = ContextReceiver()
         self._handles: list = []
         self._hooks: list[tuple[Module, BlockHook]] = []
-
-    def begin(self, root: Module, args: tuple, kwargs: dict) -> None:
-        """The denoiser's forward begins."""
-        raise NotImplementedError
-
-    def end(self, root: Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The forward has returned ``output``, ``None`` where it failed; what is returned instead, if anything."""
-        raise NotImplementedError
-
-    def run_block(self, block: Module, original: Callable, args: tuple, kwargs: dict) -> Any:
-        """A block is called."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """The generation is over."""
-        raise NotImplementedError
 
     def install(self) -> None:
         """Put the hooks in place, all or none."""

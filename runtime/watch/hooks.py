@@ -44,31 +44,22 @@ class Watch:
         num_steps: int | None = None,
         on_step: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
-        self.clock = None if pipeline is None else SchedulerClock(pipeline)
-        self.steps = None
-        if pipeline is not None and on_step is not None:
-            self.steps = StepHook(pipeline, on_step)
-        self.stacks: list[StackHooks] = []
-        for expert, module in modules.items():
-            stack = StackHooks(module, new_handler(expert), blocks, self.clock, num_steps)
-            self.stacks.append(stack)
-        for stack in self.stacks:
-            stack.trajectories.siblings = [
-                other.trajectories for other in self.stacks if other is not stack
-            ]
-
-    @property
-    def sigma(self) -> Callable[[int], float | None] | None:
-        """Noise level of a step; ``None`` where there is no scheduler."""
-        return None if self.clock is None else self.clock.sigma
+        self.clock = SchedulerClock(pipeline, num_steps)
+        self.steps = StepHook(pipeline, on_step)
+        self.stacks = [
+            StackHooks(module, new_handler(expert), self.clock, blocks)
+            for expert, module in modules.items()
+        ]
+        trajectories = [stack.trajectories for stack in self.stacks]
+        for own in trajectories:
+            own.siblings = [other for other in trajectories if other is not own]
 
     def install(self) -> None:
         """Put the hooks in place, all or none."""
         try:
             for stack in self.stacks:
                 stack.install()
-            if self.steps is not None:
-                self.steps.install()
+            self.steps.install()
         except BaseException:
             self.remove()
             raise
@@ -77,8 +68,7 @@ class Watch:
         """Take everything out again; the models are as they were. Harmless when nothing is installed."""
         for stack in self.stacks:
             stack.remove()
-        if self.steps is not None:
-            self.steps.remove()
+        self.steps.remove()
         self.reset()
 
     def reset(self) -> None:
@@ -99,13 +89,12 @@ class StackHooks(HookSet):
         self,
         root: Module,
         handler: Handler,
+        clock: SchedulerClock,
         blocks: Sequence[str | Module] | None = None,
-        clock: SchedulerClock | None = None,
-        num_steps: int | None = None,
     ) -> None:
         super().__init__(root, find_blocks(root, blocks))
         self.handler = handler
-        self.trajectories = Trajectories(Locator(root, self.receiver, clock, num_steps), handler)
+        self.trajectories = Trajectories(Locator(root, self.receiver, clock), handler)
         self.time_embedding: Place | None = None
         self.call: Call | None = None
         self._members = frozenset(block for _, block in self.blocks)
@@ -186,6 +175,7 @@ class StackHooks(HookSet):
     def _drop_call(self) -> None:
         if self.call is not None and self.call.observation is not None:
             self.call.observation.abort()
+            self.call.observation = None
         self.call = None
         if self._lock.locked():
             self._lock.release()
@@ -259,6 +249,7 @@ class StackHooks(HookSet):
         call.stream = at(call.wiring.primary, *call.head).shape
         call.probe = partial(probed, call, block, original, self._attention)
         call.skip = self.handler.decide(call, changed)
+        del call.probe  # it holds the call
         if not call.skip:
             call.keep_bases()
             return
@@ -278,9 +269,8 @@ class StackHooks(HookSet):
 
     def _watch_exits(self, exits: tuple[Exit, ...]) -> None:
         for module in {exit.module for exit in exits} - set(self._exit_handles):
-            self._exit_handles[module] = module.register_forward_pre_hook(
-                self._at_exit, with_kwargs=True
-            )
+            handle = module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
+            self._exit_handles[module] = handle
 
     def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call

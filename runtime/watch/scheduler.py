@@ -53,12 +53,16 @@ class OwnLoop:
 class SchedulerClock:
     """Reads a pipeline's scheduler: its schedule, the step it is at, the length, the noise level.
 
-    Nothing is wrapped (pipelines copy schedulers, and a copy of a wrapper would drive the original): the scheduler's
-    public ``timesteps``, ``step_index`` and ``sigmas`` are looked at. A new ``timesteps`` tensor is a new generation.
+    The scheduler's public ``timesteps``, ``step_index`` and ``sigmas`` are looked at. A new ``timesteps`` tensor is a
+    new generation.
+
+    Args:
+        pipeline: Whose scheduler to read; ``None`` for a loop of the caller's own, of which nothing is known.
+        num_steps: Length of the schedule where there is no scheduler to ask.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Any, num_steps: int | None = None) -> None:
+        self._pipeline, self._stated_steps = pipeline, num_steps
         self._timesteps: Any = None
         self._sigmas: Any = None
         self._levels: list[float] = []
@@ -68,12 +72,13 @@ class SchedulerClock:
     def _scheduler(self) -> Any:
         return getattr(self._pipeline, "scheduler", None)
 
-    def schedule(self) -> int:
-        """A number that changes with every generation."""
+    def schedule(self) -> int | None:
+        """A number that changes with every generation; ``None`` without a pipeline."""
+        if self._pipeline is None:
+            return None
         timesteps = getattr(self._scheduler, "timesteps", None)
-        if (
-            timesteps is not self._timesteps
-        ):  # kept, so that its identity cannot be taken by another
+        if timesteps is not self._timesteps:
+            # Kept, so that no other tensor can be given its identity.
             self._timesteps, self._generation = timesteps, self._generation + 1
         return self._generation
 
@@ -87,15 +92,15 @@ class SchedulerClock:
         return int(index or 0)
 
     def num_steps(self) -> int | None:
+        """Length of the schedule, if known."""
         timesteps = getattr(self._scheduler, "timesteps", None)
-        return None if timesteps is None else len(timesteps)
+        return self._stated_steps if timesteps is None else len(timesteps)
 
     def sigma(self, step: int) -> float | None:
         """Noise level of ``step``; ``None`` where the scheduler has no sigmas."""
         sigmas = getattr(self._scheduler, "sigmas", None)
-        if (
-            sigmas is not self._sigmas
-        ):  # they may lie on the device: read once per schedule, not once per step
+        if sigmas is not self._sigmas:
+            # They may lie on the device: read once per schedule, not once per step.
             self._sigmas = sigmas
             self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
         return self._levels[step] if step < len(self._levels) else None
@@ -110,25 +115,26 @@ class StepHook:
 
     Args:
         pipeline: Whose schedulers to hook.
-        on_step: Given the model's output at every ``step`` of a scheduler; what it returns takes its place.
+        on_step: Given the model's output at every ``step`` of a scheduler; what it returns takes its place. ``None``
+            hooks nothing.
     """
 
-    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor | None]) -> None:
-        self._pipeline = pipeline
-        self._on_step: Callable[[Tensor], Tensor | None] | None = on_step
+    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor | None] | None) -> None:
+        self._pipeline, self._on_step = pipeline, on_step
         self._hooked: list[tuple[Any, type, type]] = []
 
     def install(self) -> None:
-        """Hook the schedulers that the pipeline has now; those hooked already stay so."""
+        """Hook the schedulers that the pipeline has now."""
+        if self._on_step is None:
+            return
         components = getattr(self._pipeline, "components", None) or {}
-        schedulers = [*components.values(), getattr(self._pipeline, "scheduler", None)]
-        for scheduler in schedulers:
-            ours = [hooked for _, _, hooked in self._hooked]
-            if hasattr(scheduler, "set_timesteps") and type(scheduler) not in ours:
-                own = type(scheduler)
-                hooked = self._subclass(own)
-                scheduler.__class__ = hooked
-                self._hooked.append((scheduler, own, hooked))
+        parts = [*components.values(), getattr(self._pipeline, "scheduler", None)]
+        schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
+        for scheduler in schedulers.values():
+            own = type(scheduler)
+            hooked = self._subclass(own)
+            scheduler.__class__ = hooked
+            self._hooked.append((scheduler, own, hooked))
 
     def remove(self) -> None:
         """Give every scheduler its own class back; copies of them are left alone from now on."""
@@ -157,48 +163,28 @@ class StepHook:
 
 
 class Locator:
-    """Tells which trajectory and step a call of one denoiser belongs to.
+    """Tells which trajectory and step a call of one denoiser belongs to."""
 
-    Args:
-        module: The denoiser.
-        receiver: Hears the names of CFG branches.
-        clock: The pipeline's scheduler, if there is a pipeline.
-        num_steps: Length of the schedule where there is no scheduler to ask.
-    """
-
-    def __init__(
-        self,
-        module: Module,
-        receiver: ContextReceiver,
-        clock: SchedulerClock | None = None,
-        num_steps: int | None = None,
-    ) -> None:
+    def __init__(self, module: Module, receiver: ContextReceiver, clock: SchedulerClock) -> None:
         self._names = list(inspect.signature(module.forward).parameters)
-        self._receiver, self._clock, self._num_steps = receiver, clock, num_steps
+        self._receiver, self._clock = receiver, clock
         self._tracker = Tracker()
-
-    def reset(self) -> None:
-        """The next call begins a generation."""
-        self._tracker.reset()
+        self.sigma = clock.sigma
+        self.reset = self._tracker.reset
 
     def locate(self, args: tuple, kwargs: dict) -> Position:
         """Position of the call with these arguments."""
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        clock = self._clock
         return self._tracker.locate(
             CallInfo(
                 context=self._receiver.name,
-                schedule=None if clock is None else clock.schedule(),
-                step_index=None if clock is None else clock.step_index(),
-                num_steps=self._num_steps if clock is None else clock.num_steps(),
+                schedule=self._clock.schedule(),
+                step_index=self._clock.step_index(),
+                num_steps=self._clock.num_steps(),
                 timestep=lambda: _extent(timestep(named)),
                 conditioning=frozenset(_identities(named)),
             )
         )
-
-    def sigma(self, step: int) -> float | None:
-        """Noise level of ``step``; ``None`` without a scheduler that tells."""
-        return None if self._clock is None else self._clock.sigma(step)
 
     def level(self, step: int) -> float:
         """Abscissa of forecasts: the noise level, or minus the step where there is none."""

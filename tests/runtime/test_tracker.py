@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.compat.diffusers_private import ContextReceiver
 from runtime.decide.tracker import MOST_BRANCHES, CallInfo, Position, Tracker
-from runtime.watch.scheduler import Locator
+from runtime.watch.scheduler import Locator, SchedulerClock
 
 COND, UNCOND, THIRD = frozenset({"prompt"}), frozenset({"negative"}), frozenset({"image"})
 
@@ -130,7 +130,7 @@ def test_memory_that_another_tensor_takes_over_is_not_its_identity() -> None:
         weakref.finalize(view, free.append, memory)
         return torch.from_numpy(view)
 
-    locator, found = Locator(Denoiser(), ContextReceiver()), []
+    locator, found = Locator(Denoiser(), ContextReceiver(), SchedulerClock(None)), []
     for time in (900.0, 600.0, 300.0, 100.0):
         texts = []
         for _ in range(2):

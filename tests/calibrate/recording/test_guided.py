@@ -64,6 +64,31 @@ def test_experts_log_their_own_steps():
     )
 
 
+def test_the_first_experts_buffers_are_freed_at_the_handover():
+    """Bug: they were held until the end, 9 GiB for Wan 2.2."""
+    pipe = TinyExperts()
+    held = []
+
+    def look(module, args, output):
+        held.append(
+            [
+                sum(len(part.buffers) for part in stack.trajectories.branches.values())
+                for stack in recorder._watch.stacks
+            ]
+        )
+
+    for module in denoisers(pipe).values():
+        module.register_forward_hook(look)
+    with torch.inference_mode(), Recorder(denoisers(pipe), pipe) as recorder:
+        recorder.start()
+        pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0))
+        rows = recorder.finish().rows
+    both = [(bool(first), bool(second)) for first, second in held]
+    assert both[-1] == (False, True) and both.count((True, True)) <= 2 + 2
+    steps = {row["expert"]: sum(other["expert"] == row["expert"] for other in rows) for row in rows}
+    assert sum(steps.values()) == 2 * (STEPS - 2)
+
+
 def test_what_a_copy_of_the_scheduler_receives_is_part_of_the_step():
     """Pipelines with picture and sound step a copy of their scheduler for the second of them."""
 
