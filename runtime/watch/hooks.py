@@ -162,15 +162,13 @@ class StackHooks(HookSet):
             resume(call.compiler)
 
     def _take_lock(self) -> None:
-        if self._lock.acquire(blocking=False):
-            return
-        if self.call is None or self.call.thread != threading.get_ident():
+        if self.call is not None and self.call.thread == threading.get_ident():
+            self._drop_call()  # the last forward never came back
+        if not self._lock.acquire(blocking=False):
             raise WiringError(
                 f"{type(self.root).__name__} is called from two threads at once; one pipeline serves one request at a "
                 "time: use a lock, or a copy of the pipeline for each thread"
             )
-        self._drop_call()  # the last forward never came back
-        self._lock.acquire(blocking=False)
 
     def _drop_call(self) -> None:
         if self.call is not None and self.call.observation is not None:
@@ -268,9 +266,10 @@ class StackHooks(HookSet):
         call.results[index] = self.handler.leave(call, index, value, base)
 
     def _watch_exits(self, exits: tuple[Exit, ...]) -> None:
-        for module in {exit.module for exit in exits} - set(self._exit_handles):
-            handle = module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
-            self._exit_handles[module] = handle
+        for module in (exit.module for exit in exits):
+            if module not in self._exit_handles:
+                handle = module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
+                self._exit_handles[module] = handle
 
     def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
