@@ -8,16 +8,22 @@ from typing import Any
 from teacal import PACKAGES, end_if_in_the_way
 
 _PROCESS = os.getpid()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
     """Entry point of the program: first it sees to it that signals end it cleanly, then it imports the rest."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, _end)
     end_if_in_the_way(*PACKAGES)
     from calibrate.cli import main as run
 
-    run()
+    try:
+        run()
+    finally:
+        # All is done but Python's own clearing up, which takes a second after torch and resets handlers.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: Any) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,13 +38,7 @@ class Prompt:
     def as_dict(self) -> dict[str, Any]:
         """The row of the manifest; one image is a name, several are a list."""
         image = self.image[0] if len(self.image) == 1 else list(self.image) or None
-        return {
-            "prompt_id": self.prompt_id,
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "image": image,
-            "seed": self.seed,
-        }
+        return {**asdict(self), "image": image}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Prompt":

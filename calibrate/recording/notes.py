@@ -12,6 +12,7 @@ from typing import Any
 
 from calibrate.model.call import Call, call_text
 from calibrate.model.checkpoint import Checkpoint
+from calibrate.model.loading import pick_device
 from calibrate.model.prompts import PromptSet
 from calibrate.recording.launch import rank
 from calibrate.runs.folder import RunFolder
@@ -64,8 +65,9 @@ def announcement(
 ) -> str:
     """What a recording is going to do, before the weights are loaded."""
     loaded = checkpoint.pipeline is not None
-    place = "as loaded" if loaded else f"on {device}"
-    size = checkpoint.weights_bytes / 2**30
+    place = "as loaded" if loaded else f"on {pick_device(device)}"
+    size = checkpoint.weights_bytes / 2**20
+    weights = f"{size:.0f} MiB" if size < 1024 else f"{size / 1024:.1f} GiB"
     count, more = len(prompts.prompts), prompts.total - len(prompts.prompts)
     rest = (
         f"; {more} more in it: --num-prompts {prompts.total} adds them to the run" if more else ""
@@ -79,7 +81,7 @@ def announcement(
         "settings of": recognised,
         "call": f"{call_text(protocol)} {place}",
         "prompts": f"{count} of {prompts.name}{rest}",
-        "memory": f"{size:.1f} GiB of weights on disk, and what a generation needs" if size else "",
+        "memory": f"{weights} of weights on disk, and what a generation needs" if size else "",
         "folder": str(out)
         if out is not None
         else "runs/<model>-<hash>, named when the model is loaded",

@@ -96,3 +96,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+    import numpy as np
+
+    stream = BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()

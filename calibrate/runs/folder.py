@@ -9,13 +9,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
 from calibrate.model.prompts import Prompt, PromptSet
-from calibrate.runs.files import encode_pairs, json_bytes, read_pairs, write_atomically
+from calibrate.runs.files import encode_pairs, json_bytes, npz_bytes, read_pairs, write_atomically
 from calibrate.text import did_you_mean, siblings
 
 # Of the whole folder, written as `format` into run.yaml; runs from before that line existed have the same format.
@@ -128,7 +127,7 @@ class RunFolder:
         ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
         payload = encode_pairs([{**row, **ids} for row in rows])
         if gram:
-            write_atomically(self.path / "gram" / f"{name}.npz", _npz_bytes(gram))
+            write_atomically(self.path / "gram" / f"{name}.npz", npz_bytes(gram))
         if not self.is_finished(group):  # else recorded again for its Gram matrices alone
             write_atomically(self.path / "timing" / f"{name}.json", json_bytes(timing))
             write_atomically(self.shard(name), payload)
@@ -228,14 +227,6 @@ def remove_leftovers(path: Path) -> None:
     for depth in ("", "*/", "*/*/"):
         for leftover in path.glob(f"{depth}.*.????*.tmp"):
             leftover.unlink(missing_ok=True)
-
-
-def _npz_bytes(arrays: Mapping[str, Any]) -> bytes:
-    import numpy as np
-
-    stream = BytesIO()
-    np.savez_compressed(stream, **arrays)
-    return stream.getvalue()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
