@@ -1,6 +1,5 @@
 """Finding the entry for a loaded pipeline from facts about it; every difference is listed."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 from coeffs.entry.schema import Entry
 from coeffs.errors import AmbiguousEntry, EntryError, EntryMismatch, EntryNotFound
 from coeffs.store import entries
-
-logger = logging.getLogger(__name__)
 
 _STATUS_ORDER = ("measured", "published", "copied")
 _ALIASES = {"steps": "num_steps", "guidance": "guidance_scale"}
@@ -104,7 +101,7 @@ class Match:
 def find(
     facts: Facts | Mapping[str, Any], registry: str | Path | None = None, *, strict: bool = False
 ) -> Match:
-    """The best entry for a pipeline; settings in which they differ are logged as a warning.
+    """The best entry for a pipeline, and the settings in which they differ.
 
     Entries of its transformer class are compared. Never chosen are the numbers of another
     checkpoint, copied ones, and fits on a signal that the runtime cannot read: those have to be
@@ -126,13 +123,10 @@ def find(
         raise AmbiguousEntry(problem)
     best = _best(usable, facts)
     mismatches, unknown = compare(best, facts)
-    if mismatches:
+    if mismatches and strict:
         differences = "; ".join(map(str, mismatches))
-        problem = f"{best.label} was not measured like this: {differences}"
-        if strict:
-            advice = "change the settings, measure them, or leave strict out"
-            raise EntryMismatch(f"{problem}; {advice}")
-        logger.warning("%s", problem)
+        advice = "change the settings, measure them, or leave strict out"
+        raise EntryMismatch(f"{best.label} was not measured like this: {differences}; {advice}")
     others = tuple(entry.label for entry in same if entry is not best)
     return Match(best, mismatches, unknown, others)
 

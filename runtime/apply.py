@@ -14,7 +14,7 @@ from runtime.compat.diffusers_private import enabled_cache, unwrapped
 from runtime.decide.forecast import Forecast
 from runtime.errors import ApplyError, UnsupportedModel
 from runtime.facts import class_name, facts_of
-from runtime.settings import resolve
+from runtime.settings import Settings, for_steps, resolve
 from runtime.source import FROM_ENTRY, Asked, Model
 from runtime.stats import Stats
 from runtime.watch.hooks import Watch
@@ -132,7 +132,7 @@ def apply_tea_cache(
     Args:
         target: A pipeline (all its denoisers are hooked), a :class:`runtime.OwnLoop`, or the denoiser module.
         entry: A registry entry or its name; ``None`` finds the one that fits the model, unless ``coefficients`` or
-            a ``schedule`` are given.
+            a ``schedule`` are given; one that was measured at a generation's number of steps takes over there.
         threshold: Skip while the accumulated predicted change is below it; 0 computes every step.
         speedup: What verified best at this speed-up: the entry's gate at a threshold, or one of its plans; the
             handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
@@ -206,14 +206,19 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None)
         pipeline = target.driver
         blocks = target.blocks if blocks is None else blocks
     classes = {name: class_name(module) for name, module in modules.items()}
-    facts = facts_of(target, modules)
-    settings = resolve(
-        asked, Model(facts=facts, classes=classes, has_scheduler=pipeline is not None)
-    )
+    facts = facts_of(target, modules) | {"num_steps": asked.num_steps}
+    model = Model(facts=facts, classes=classes, has_scheduler=pipeline is not None)
+    settings = resolve(asked, model)
     handle = TeaCache(target, settings.described())
+    by_steps: dict[int | None, Settings] = {}
 
-    def on_generation(num_steps: int | None) -> None:
-        handle.differs(settings.differences(num_steps, watch.clock.sigma))
+    def on_generation(num_steps: int | None) -> Settings:
+        if num_steps not in by_steps:
+            by_steps[num_steps] = for_steps(settings, asked, model, num_steps)
+        in_force = by_steps[num_steps]
+        handle.settings.update(in_force.described())
+        handle.differs(in_force.differences(num_steps, watch.clock.sigma))
+        return in_force
 
     guided = None
     if settings.forecast_of == "guided":

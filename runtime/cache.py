@@ -55,7 +55,7 @@ class CacheHandler(Handler):
         settings: What is in force.
         stats: Where decisions are counted.
         guided: Forecasts the guided prediction, if the settings say so.
-        on_generation: Told the number of steps when a generation begins.
+        on_generation: Told the number of steps when a generation begins; says what is then in force.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CacheHandler(Handler):
         settings: Settings,
         stats: Stats,
         guided: Guided | None,
-        on_generation: Callable[[int | None], None] = lambda num_steps: None,
+        on_generation: Callable[[int | None], Settings] | None = None,
     ) -> None:
         self.expert, self.settings, self.stats = expert, settings, stats
         self._guided, self._on_generation = guided, on_generation
@@ -72,7 +72,8 @@ class CacheHandler(Handler):
         self._lead: tuple[int, str, Decision] | None = None
 
     def begin(self, position: Position) -> None:
-        self._on_generation(position.num_steps)
+        if self._on_generation is not None:
+            self.settings = self._on_generation(position.num_steps)
         self._lead = None
         self.stats.begin(self.expert, position.schedule)
         if self._guided is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import coeffs
+from coeffs.errors import CoeffsError
 from runtime.decide.forecast import Forecast
 from runtime.decide.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.errors import InvalidSetting
@@ -140,6 +141,26 @@ def resolve(asked: Asked, model: Model) -> Settings:
     for expert in model.classes:
         settings.new_policy(expert, "")  # an unusable policy shows before anything is hooked
     return settings
+
+
+def for_steps(settings: Settings, asked: Asked, model: Model, num_steps: int | None) -> Settings:
+    """What will be in force for a generation of ``num_steps``, which is known only once it runs.
+
+    Where no entry was named, one that was measured at this number of steps takes over, if it can
+    be watched and followed in the same way.
+    """
+    named = asked.entry is not None or asked.coefficients is not None or asked.schedule is not None
+    known = settings.num_steps or len(settings.schedule or "")
+    if named or num_steps in (None, known) or settings.forecast_of == "guided":
+        return settings
+    facts = {**model.facts, "num_steps": num_steps}
+    try:
+        other = resolve(asked, replace(model, facts=facts))
+    except (CoeffsError, InvalidSetting):
+        return settings  # what differs is said, as for a named entry
+    same_steps = num_steps in (other.num_steps, len(other.schedule or ""))
+    same_watch = (other.signal, other.forecast_of) == (settings.signal, settings.forecast_of)
+    return other if same_steps and same_watch else settings
 
 
 def _check(asked: Asked, model: Model) -> None:

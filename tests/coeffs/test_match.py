@@ -144,6 +144,15 @@ def test_the_version_that_was_measured_like_this_comes_first(registry):
     assert coeffs.find(FACTS, registry).entry.version == 1
 
 
+def test_the_version_for_this_number_of_steps_comes_first_whatever_else_differs(registry):
+    few = sample_entry(protocol={"num_steps": 14, "guidance_scale": 7.0, "dtype": "float16"})
+    coeffs.publish(few, registry)
+    assert coeffs.find(FACTS, registry).entry.version == 1
+    assert coeffs.find(FACTS | {"steps": 14}, registry).entry.version == 2
+    unknown = {name: value for name, value in FACTS.items() if name != "steps"}
+    assert coeffs.find(unknown, registry).entry.version == 1
+
+
 def test_two_measurements_under_two_names_are_said(registry):
     coeffs.publish(sample_entry(model="other-name"), registry)
     with pytest.raises(AmbiguousEntry, match="2 sets fit"):
