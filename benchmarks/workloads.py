@@ -5,9 +5,10 @@ size the same classes have one or two narrow blocks. Only the denoiser is timed:
 per generation and cost the same with and without a cache.
 """
 
+import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime import OwnLoop
+
 MODELS = Path(__file__).parent / "gpu" / "models"
 TIMED_STEPS = (
     12  # enough for ratios; a whole schedule of the largest model would take minutes a case
 )
 TOY_STEPS = 6
 TOY_TEXT_TOKENS = 4
+GUIDANCE = 4.5
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,66 @@ def build(workload: Workload) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def calls(workload: Workload, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """``(branch, arguments)`` of every denoiser call: latents from noise to a fixed image, falling time."""
-    draw = _Draw(workload)
-    make = _video_arguments if len(workload.tokens) == 3 else _image_arguments
-    noise, image, arguments = make(workload, draw)
-    for step in range(steps):
-        share = step / steps
-        for branch in range(workload.branches):
-            yield branch, arguments(torch.lerp(noise, image, share), 1.0 - share, branch)
+class Levels:
+    """The scheduler of the timed loop: noise levels from 1 to 0, latents on the line from noise to a fixed image.
+
+    The latents do not follow the predictions: with random weights they would leave every sensible range.
+    """
+
+    def __init__(self, noise: torch.Tensor, image: torch.Tensor) -> None:
+        self._noise, self._image = noise, image
+
+    def set_timesteps(self, num_steps: int) -> None:
+        """Begin a generation."""
+        self.sigmas = torch.linspace(1, 0, num_steps + 1)
+        self.timesteps = self.sigmas[:-1].clone()
+        self.step_index = 0
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float, sample: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """The latents at the next level."""
+        self.step_index += 1
+        share = self.step_index / len(self.timesteps)
+        return (torch.lerp(self._noise, self._image, share),)
+
+
+class TimedLoop(OwnLoop):
+    """A denoiser, its scheduler, and one generation as a pipeline runs it, without text encoder and decoder."""
+
+    def __init__(self, workload: Workload) -> None:
+        make = _video_arguments if len(workload.tokens) == 3 else _image_arguments
+        noise, image, self._arguments = make(workload, _Draw(workload))
+        self.workload, self._noise = workload, noise
+        super().__init__(build(workload), Levels(noise, image))
+
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser."""
+        return self.modules["transformer"]
+
+    def sharing(self) -> "TimedLoop":
+        """Another loop with a denoiser of its own on the same weights: the largest would not fit twice."""
+        twin = copy.copy(self)
+        shared = {id(parameter): parameter for parameter in self.model.parameters()}
+        twin.modules = {"transformer": copy.deepcopy(self.model, shared)}
+        return twin
+
+    @torch.inference_mode()
+    def generate(self, steps: int | None = None) -> None:
+        """One generation."""
+        self.scheduler.set_timesteps(steps or self.workload.steps)
+        latents = self._noise
+        for level in self.scheduler.timesteps.tolist():
+            predictions = []
+            for branch in range(self.workload.branches):
+                with self.model.cache_context(("cond", "uncond")[branch]):
+                    arguments = self._arguments(latents, level, branch)
+                    predictions.append(self.model(**arguments)[0])
+            guided = predictions[0]
+            if len(predictions) > 1:
+                guided = predictions[1] + GUIDANCE * (predictions[0] - predictions[1])
+            (latents,) = self.scheduler.step(guided, level, latents)
 
 
 class _Draw:
@@ -173,13 +228,3 @@ def _video_arguments(
         }
 
     return draw(*size), draw(*size), arguments
-
-
-@torch.inference_mode()
-def generate(model: nn.Module, workload: Workload, steps: int | None = None) -> float:
-    """One generation; every output is used, as a scheduler would use it."""
-    total = torch.zeros((), device=workload.device)
-    for branch, arguments in calls(workload, steps or workload.steps):
-        with model.cache_context(("cond", "uncond")[branch]):
-            total += model(**arguments)[0].float().mean()
-    return float(total)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.common import alternate, peak_bytes, ratio
-from benchmarks.workloads import Workload, build, generate
+from benchmarks.workloads import TimedLoop, Workload
 from calibrate.recording.recorder import Recorder
 from runtime import apply_tea_cache
 
@@ -24,14 +23,14 @@ EVERY_SECOND = {"coefficients": [1.0], "threshold": 1.5}
 
 def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     """Seconds of a generation under every setting, in turn, and what follows from them."""
-    model = build(workload)
+    loop = TimedLoop(workload)
     settings = _settings(workload.steps)
-    cases: dict[str, Callable[[], Any]] = {"plain": lambda: generate(model, workload)}
+    cases: dict[str, Callable[[], Any]] = {"plain": loop.generate}
     for name, options in settings.items():
-        cases[name] = applied(model, workload, options)
-    cases |= _diffusers_caches(model, workload)
+        cases[name] = applied(loop, options)
+    cases |= _diffusers_caches(loop)
     seconds = alternate(cases, rounds)
-    rest = rest_share(model, workload)
+    rest = rest_share(loop)
     half = settings["half skipped, plan"]["schedule"]
     ideal = workload.steps / (half.count("C") + half.count("S") * rest)
     return {
@@ -60,23 +59,30 @@ def _settings(steps: int) -> dict[str, dict[str, Any]]:
         "half skipped, gate": EVERY_SECOND,
         "half skipped, plan": {"schedule": half},
         "half skipped, plan with linear forecast": {"schedule": half, "forecast": "linear"},
+        "half skipped, guided plan": {
+            "schedule": half,
+            "forecast": "linear",
+            "forecast_of": "guided",
+        },
         "only the first computed": {"schedule": "C" + "S" * (steps - 1)},
     }
 
 
-def applied(model: nn.Module, workload: Workload, options: dict[str, Any]) -> Callable[[], None]:
+def applied(loop: TimedLoop, options: dict[str, Any]) -> Callable[[], None]:
+    """A generation under a setting."""
+
     def run() -> None:
-        with apply_tea_cache(model, num_steps=workload.steps, **options):
-            generate(model, workload)
+        with apply_tea_cache(loop, **options):
+            loop.generate()
 
     return run
 
 
-def _diffusers_caches(model: nn.Module, workload: Workload) -> dict[str, Callable[[], None]]:
+def _diffusers_caches(loop: TimedLoop) -> dict[str, Callable[[], None]]:
     """diffusers' own caches at as many computed steps; without those that refuse the class."""
     from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
-    steps = workload.steps
+    steps = loop.workload.steps
     configs = {
         # Above any change it skips whenever it may: it computes the first step, and the first block at every step.
         "FirstBlockCache, only the first computed": FirstBlockCacheConfig(threshold=1e9),
@@ -90,7 +96,7 @@ def _diffusers_caches(model: nn.Module, workload: Workload) -> dict[str, Callabl
     }
     cases = {}
     for name, config in configs.items():
-        run = _with_diffusers(model, workload, config)
+        run = _with_diffusers(loop, config)
         try:
             run()
         except Exception as refusal:  # a class it was not written for may raise anything
@@ -100,22 +106,22 @@ def _diffusers_caches(model: nn.Module, workload: Workload) -> dict[str, Callabl
     return cases
 
 
-def _with_diffusers(model: nn.Module, workload: Workload, config: Any) -> Callable[[], None]:
+def _with_diffusers(loop: TimedLoop, config: Any) -> Callable[[], None]:
     def run() -> None:
-        model.enable_cache(config)
+        loop.model.enable_cache(config)
         try:
-            generate(model, workload)
+            loop.generate()
         finally:
-            model.disable_cache()
+            loop.model.disable_cache()
 
     return run
 
 
-def rest_share(model: nn.Module, workload: Workload) -> float:
+def rest_share(loop: TimedLoop) -> float:
     """Share of a denoiser call that a skipped step still pays."""
-    with Recorder({"transformer": model}) as recorder:
+    with Recorder(loop.modules, loop) as recorder:
         recorder.start()
-        generate(model, workload, steps=4)
+        loop.generate(steps=4)
         timing = recorder.finish().timing["transformer"]
     return 1 - timing["stack_seconds"] / timing["call_seconds"]
 

@@ -13,33 +13,33 @@ import numpy as np
 import torch
 
 from benchmarks.common import alternate, peak_bytes, ratio
-from benchmarks.workloads import Workload, build, generate
+from benchmarks.workloads import TimedLoop, Workload
 from calibrate.recording.recorder import Recorder
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     """Seconds and peak memory of a generation: plain, recorded, recorded for planning, and the estimators' way."""
-    model = build(workload)
+    loop = TimedLoop(workload)
     held: dict[str, int] = {}
 
     def recorded(gram: bool) -> Callable[[], None]:
         def run() -> None:
-            with Recorder({"transformer": model}, gram=gram) as recorder:
+            with Recorder(loop.modules, loop, gram=gram) as recorder:
                 recorder.start()
-                generate(model, workload)
+                loop.generate()
                 held["recorder"] = recorder.held_bytes()
                 assert recorder.finish().rows
 
         return run
 
     def estimated() -> None:
-        with Estimator(model) as estimator:
-            generate(model, workload)
+        with Estimator(loop.model) as estimator:
+            loop.generate()
             held["estimator, on the host"] = estimator.held_bytes
             assert estimator.pairs()
 
     cases = {
-        "plain": lambda: generate(model, workload),
+        "plain": loop.generate,
         "record": recorded(gram=False),
         "record --gram": recorded(gram=True),
         "estimators' way": estimated,
