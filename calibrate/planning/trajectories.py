@@ -1,8 +1,8 @@
 """Uncached trajectories of the recorded prompts as the solver sees them, kept in the run folder.
 
-``trajectories/<hash>/<group>.npz`` holds the latents before each step and after the last (float32), the inner products
-of the predictions and what each step made of them; ``gains.json`` what errors leave at the end. Predictions are those
-that ``scheduler.step`` receives: after guidance and whatever the pipeline makes of it.
+``trajectories/<hash>/<group>.npy`` holds the latents before each step and after the last (float32), ``<group>.npz``
+the inner products of the predictions and what each step made of them, ``gains.json`` what errors leave at the end.
+Predictions are those that ``scheduler.step`` receives: after guidance and whatever the pipeline makes of it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trajectory:
     """One uncached generation.
 
     Attributes:
-        latents: Shape (T + 1, ...), float32.
+        latents: Shape (T + 1, ...), float32; read from the file where they are used.
         gram: Inner products of the predictions, shape (T, T).
         with_latents: Inner products of each step's prediction with the latents before and after it, shape (2, T).
         sigmas: Noise levels, shape (T + 1,); NaN where the scheduler tells none.
@@ -182,14 +182,15 @@ def solver_of(trajectories: Sequence[Trajectory]) -> tuple[Array, Array]:
     steps = trajectories[0].num_steps
     left, right = np.zeros((steps, 2, 2)), np.zeros((steps, 2))
     for trajectory in trajectories:
-        states = trajectory.latents.reshape(steps + 1, -1).astype(np.float64)
         before, after = trajectory.with_latents
-        left[:, 0, 0] += (states[:-1] ** 2).sum(1)
         left[:, 0, 1] += before
         left[:, 1, 0] += before
         left[:, 1, 1] += np.diag(trajectory.gram)
-        right[:, 0] += (states[:-1] * states[1:]).sum(1)
         right[:, 1] += after
+        for step in range(steps):  # one pair of latents at a time: those of a video are large
+            now, next_ = trajectory.latents[step : step + 2].reshape(2, -1).astype(np.float64)
+            left[step, 0, 0] += now @ now
+            right[step, 0] += now @ next_
     solved = np.stack(
         [np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(left, right, strict=True)]
     )
@@ -253,22 +254,23 @@ def gain_of(generation: Generation, trajectory: Trajectory, step: int) -> float:
 
 def _write(file: Path, trajectory: Trajectory) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
+    latents, products = io.BytesIO(), io.BytesIO()
+    np.save(latents, trajectory.latents)
+    write_atomically(file.with_suffix(".npy"), latents.getvalue())
     np.savez(
-        buffer,
-        latents=trajectory.latents,
+        products,
         gram=trajectory.gram,
         with_latents=trajectory.with_latents,
         sigmas=trajectory.sigmas,
         experts=np.array(trajectory.experts),
     )
-    write_atomically(file, buffer.getvalue())
+    write_atomically(file, products.getvalue())  # last: this file says that both are there
 
 
 def _read(file: Path) -> Trajectory:
     with np.load(file, allow_pickle=False) as arrays:
         return Trajectory(
-            latents=arrays["latents"],
+            latents=np.load(file.with_suffix(".npy"), mmap_mode="c"),
             gram=arrays["gram"],
             with_latents=arrays["with_latents"],
             sigmas=arrays["sigmas"],
