@@ -50,42 +50,36 @@ class Recording:
     gram: dict[str, Any] = field(default_factory=dict)
 
 
-class _Clock:
-    """Moments on the device's own time line: CUDA events, which do not wait, or the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
-
-    def now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        if not self._cuda:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-
-
 class Moments:
-    """When one call began, reached its stack (before and after the signals were measured), left it and ended."""
+    """When one call began, reached its stack (before and after the signals were measured), left it and ended.
+
+    On the device's own time line: CUDA events, which do not wait, or the host's clock.
+    """
 
     def __init__(self, call: Call) -> None:
         devices = {tensor.device for _, tensor in tensors((call.args, call.kwargs))}
-        cuda = [device for device in devices if device.type == "cuda"]
-        self._clock = _Clock((cuda or list(devices))[0])
-        self._marks = {"begun": self._clock.now()}
+        self._cuda = next((device for device in devices if device.type == "cuda"), None)
+        self._marks: dict[str, Any] = {}
+        self.mark("begun")
 
     def mark(self, name: str) -> None:
         """``name`` is now; the first time counts."""
-        if name not in self._marks:
-            self._marks[name] = self._clock.now()
+        if name in self._marks:
+            return
+        if self._cuda is None:
+            self._marks[name] = time.perf_counter()
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._cuda))
+        self._marks[name] = event
 
     def between(self, begin: str, end: str) -> float:
-        return self._clock.seconds(self._marks[begin], self._marks[end])
+        """Seconds from one mark to another; waits for the device."""
+        first, last = self._marks[begin], self._marks[end]
+        if self._cuda is None:
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
 
 
 def mean_times(timings: list[Moments]) -> dict[str, float]:

@@ -116,15 +116,12 @@ class Products:
         return flat.cpu() if self._on_host else flat.clone()
 
     def add_residual(self, branch: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
-        entries = (
-            [None, None]
-            if entry is None
-            else [part for _, part in self._parts(branch, entry.detach())]
-        )
-        for (name, part), before in zip(
-            self._parts(branch, hidden.detach()), entries, strict=False
-        ):
-            self._add_residual(name, step, part, before)
+        parts = self._parts(branch, hidden.detach())
+        before: list[Tensor | None] = [None] * len(parts)
+        if entry is not None:
+            before = [part for _, part in self._parts(branch, entry.detach())]
+        for (name, part), entered in zip(parts, before, strict=False):
+            self._add_residual(name, step, part, entered)
 
     def _add_residual(self, name: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
         if not self._sketched and 4 * hidden.numel() * (len(self._residuals) + 1) > RESIDUAL_BYTES:
@@ -162,49 +159,35 @@ class Products:
         Returns:
             Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
         """
-        branches = sorted(
-            {branch for branch, _ in self._outputs}, key=lambda name: (name != "cond", name)
-        )
+        branches = sorted({branch for branch, _ in self._outputs})
+        branches.sort(key=lambda name: name != "cond")
         steps = sorted({step for _, step in self._outputs})
-        halves = self._halved is not None and branches == _halves(self._halved)
-        found: dict[str, np.ndarray] = {}
-        names = branches
-        if halves:
+        arrays: dict[str, Any] = {"branches": branches}
+        if self._halved is not None and branches == _halves(self._halved):
             guidance = self._guidance(branches)
             # Where nothing can be measured, diffusers' usual order: the unconditional half first.
-            branches = branches if guidance is not None and guidance < 0.5 else branches[::-1]
-            names = ["cond", "uncond"]
-            found[f"{expert}/joint"] = np.array(self._halved)
+            if guidance is None or guidance >= 0.5:
+                branches = branches[::-1]
+            arrays = {"branches": ["cond", "uncond"], "joint": self._halved}
             if guidance is not None:
-                found[f"{expert}/guidance"] = np.array(max(guidance, 1 - guidance))
+                arrays["guidance"] = max(guidance, 1 - guidance)
         keys = [(branch, step) for branch in branches for step in steps]
-        if (
-            not steps
-            or steps != list(range(steps[0], steps[-1] + 1))
-            or not _alike(self._outputs, keys)
-        ):
+        gapless = steps == list(range(steps[0], steps[-1] + 1)) if steps else False
+        if not gapless or not _alike(self._outputs, keys):
             return {}
-        found |= {
-            f"{expert}/branches": np.array(names),
-            f"{expert}/first_step": np.array(steps[0]),
-            f"{expert}/sigmas": np.array(
-                [self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]
-            ),
-        }
-        sources: Mapping[str, tuple[dict, list]] = {
-            "output": (self._outputs, keys),
-            "residual": (self._residuals, keys),
-            "guided": (self._guided, steps),
-        }
-        for name, (source, rows) in sources.items():
-            if not _alike(source, rows):
-                continue
-            matrix = gram_matrix([source[row] for row in rows])
-            found[f"{expert}/{name}"] = (
-                (matrix if over_ranks is None else over_ranks(matrix)).cpu().numpy()
-            )
-        found[f"{expert}/residual_error"] = np.array(SKETCH_ERROR if self._sketched else 0.0)
-        return found
+        sources: list[tuple[str, Mapping[Any, Tensor], list]] = [
+            ("output", self._outputs, keys),
+            ("residual", self._residuals, keys),
+            ("guided", self._guided, steps),
+        ]
+        for name, source, rows in sources:
+            if _alike(source, rows):
+                matrix = gram_matrix([source[row] for row in rows])
+                arrays[name] = (matrix if over_ranks is None else over_ranks(matrix)).cpu().numpy()
+        arrays["first_step"] = steps[0]
+        arrays["sigmas"] = [self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]
+        arrays["residual_error"] = SKETCH_ERROR if self._sketched else 0.0
+        return {f"{expert}/{name}": np.array(value) for name, value in arrays.items()}
 
     def _guidance(self, halves: list[str]) -> float | None:
         """Share g of the second half in the guided prediction, ``(1 - g) first + g second``, median over steps.
@@ -228,5 +211,5 @@ def _halves(branch: str) -> list[str]:
     return [f"{branch}/0", f"{branch}/1"]
 
 
-def _alike(source: dict[Any, Tensor], keys: list) -> bool:
+def _alike(source: Mapping[Any, Tensor], keys: list) -> bool:
     return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1
