@@ -84,16 +84,16 @@ def compile_blocks(
         UnsupportedModel: There is no block stack.
     """
     modules = denoisers(target)
-    found = [
+    targets = [
         (root, path, block)
         for root in modules.values()
         for path, block in find_blocks(root, blocks)
     ]
-    for root, path, block in found:
+    for root, path, block in targets:
         _refuse(root, path, block)
     handle = CompiledBlocks()
     try:
-        for _, _, block in found:
+        for _, _, block in targets:
             forward = _CompiledForward(inner_forward(block), {"fullgraph": fullgraph, **options})
             set_inner_forward(block, forward)
             handle._compiled.append((block, forward))

@@ -129,13 +129,13 @@ def resolve(asked: Asked, model: Model) -> Settings:
         settings = _planned(asked, asked.schedule, label)
     else:
         source = source_of(asked, model)
-        found = asked.threshold if asked.speedup is None else _for_speedup(asked, source)
-        if isinstance(found, coeffs.Plan):
-            settings = _planned(asked, found, source.label)
-            advice = fewer_steps_advice(found)
+        choice = asked.threshold if asked.speedup is None else _for_speedup(asked, source)
+        if isinstance(choice, coeffs.Plan):
+            settings = _planned(asked, choice, source.label)
+            advice = fewer_steps_advice(choice)
             settings = replace(settings, mismatches=source.mismatches, advice=advice)
         else:
-            settings = _gated(replace(asked, threshold=found), source, model)
+            settings = _gated(replace(asked, threshold=choice), source, model)
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
     for expert in model.classes:
@@ -167,9 +167,9 @@ def _check(asked: Asked, model: Model) -> None:
     choices = ("threshold", "speedup", "schedule")
     chosen = [name for name in choices if getattr(asked, name) is not None]
     if len(chosen) != 1:
-        found = " and ".join(chosen) or "none of them"
+        given = " and ".join(chosen) or "none of them"
         raise InvalidSetting(
-            f"{found} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}"
+            f"{given} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}"
         )
     if asked.num_steps is not None and model.has_scheduler:
         raise InvalidSetting(

@@ -37,7 +37,7 @@ def find_blocks(
     named = dict(root.named_modules())
     if blocks is not None:
         return _named_by_hand(root, named, blocks)
-    found: list[tuple[str, Module]] = []
+    stack: list[tuple[str, Module]] = []
     for path, module in named.items():
         if (
             not isinstance(module, nn.ModuleList | nn.Sequential)
@@ -45,23 +45,23 @@ def find_blocks(
             or _SIDE_STACK.search(path)
         ):
             continue
-        if any(path.startswith(f"{block_path}.") for block_path, _ in found):
+        if any(path.startswith(f"{block_path}.") for block_path, _ in stack):
             continue
         if all(attention_modules(block) for block in module):
-            found += [(f"{path}.{name}", block) for name, block in module.named_children()]
-    if not found:
+            stack += [(f"{path}.{name}", block) for name, block in module.named_children()]
+    if not stack:
         raise UnsupportedModel(
             f"{type(root).__name__}: no list of transformer blocks with attention found "
             f"(looked at {_lists(named) or 'no lists at all'}); name the stack with blocks=['path.of.list']"
         )
-    return found
+    return stack
 
 
 def _named_by_hand(
     root: Module, named: dict, blocks: Sequence[str | Module]
 ) -> list[tuple[str, Module]]:
     paths = {module: path for path, module in named.items()}
-    found: list[tuple[str, Module]] = []
+    stack: list[tuple[str, Module]] = []
     for block in blocks:
         module = named.get(block) if isinstance(block, str) else block
         if module is None or module not in paths or module is root:
@@ -69,12 +69,12 @@ def _named_by_hand(
                 f"blocks={block!r}: {type(root).__name__} has no such module; its lists are {_lists(named) or 'none'}"
             )
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            found += [(f"{paths[module]}.{name}", child) for name, child in module.named_children()]
+            stack += [(f"{paths[module]}.{name}", child) for name, child in module.named_children()]
         else:
-            found.append((paths[module], module))
-    if not found:
+            stack.append((paths[module], module))
+    if not stack:
         raise UnsupportedModel("blocks=[]: expected at least one path or module")
-    return found
+    return stack
 
 
 def attention_modules(block: Module) -> list[Module]:

@@ -130,7 +130,7 @@ class Wiring:
 
     def is_sole(self, index: int) -> bool:
         """Whether no other exit has the same entry."""
-        return [found.base for found in self.exits].count(self.exits[index].base) == 1
+        return [exit.base for exit in self.exits].count(self.exits[index].base) == 1
 
     def placeholder(self, block: Module, call: int, made: dict[Spec, Tensor]) -> Any:
         """What a skipped block returns: its last result's structure, filled with zeros that nobody reads.

@@ -225,5 +225,5 @@ def test_runs_without_a_log_and_damaged_logs_are_named(a_run):
         load_gram(a_run.path)
     for file in files:
         file.unlink()
-    with pytest.raises(NoPlan, match="record it again"):
+    with pytest.raises(NoPlan, match="this adds them"):
         load_gram(a_run.path)
