@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-EMBEDDED_MODEL = "tiny-longcat-image"
+from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
+
 DTYPES = click.Choice(["bfloat16", "float16", "float32"])
 POSITIVE = click.IntRange(min=1)
 
@@ -88,7 +89,8 @@ _RECORDING = (
     click.option(
         "--num-prompts",
         type=POSITIVE,
-        help="Only the first N prompts [default: 21 of a shipped set, all of a file]; more continue a run.",
+        help=f"Only the first N prompts; more continue a run [default: {DEFAULT_PROMPTS} of a shipped set, all of a "
+        "file].",
     ),
     _SEED,
     click.option("--steps", type=int, help="Denoising steps, at least 2."),

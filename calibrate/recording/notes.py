@@ -101,6 +101,8 @@ def outlook(run: RunFolder, anew: Collection[str]) -> str:
 
 def tell_lacking(path: Path, lacking: int, finished: int) -> None:
     """Say how a run gets the Gram matrices that it was begun without."""
+    if rank() != 0:
+        return
     logger.warning(
         "%s: %d of %d recorded prompts have no Gram matrices, which `calibrate plan` needs; the same command with "
         "--gram records them again for it, and leaves their pairs as they are",

@@ -15,17 +15,12 @@ from calibrate.model.loading import DTYPES
 from calibrate.model.prompts import PromptSet, load_prompts, shipped_sets
 from calibrate.model.protocol import canonical_sha256, plain
 from calibrate.model.session import Session, callable_session, load_session
+from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
 from calibrate.recording import notes
 from calibrate.recording.launch import Party, rank
 from calibrate.recording.loop import Loop, show
 from calibrate.runs.folder import RunFolder, tidy
 from calibrate.runs.lock import RunLock, job_name
-
-EMBEDDED_MODEL = "tiny-longcat-image"
-# Of a shipped set. On the embedded model the learning curve is flat from 4 prompts on (70 were recorded); 21 are three
-# of each of the default set's seven kinds. The curve fits 16 of them while 5 are held out, so that it still sees that
-# a model which needs 8, its next point, has enough.
-DEFAULT_PROMPTS = 21
 
 
 def record(

@@ -24,7 +24,7 @@ from calibrate.errors import (
     RunFolderError,
     RunInUse,
 )
-from calibrate.recording.record import DEFAULT_PROMPTS
+from calibrate.model.table import DEFAULT_PROMPTS
 from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.lock import RunLock
 from runtime.errors import UnsupportedModel
