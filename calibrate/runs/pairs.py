@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from calibrate.errors import RunFolderError
+from calibrate.errors import RunFolderError, one_line
 from calibrate.runs.files import (
     FLOAT_COLUMNS,
     INTEGER_COLUMNS,
@@ -29,6 +29,12 @@ MEASURED_COLUMNS = ("x", "y_output", "y_hidden", "y_residual")
 TRAJECTORY = ["prompt_id", "seed", "expert", "branch"]
 SIGNAL_COLUMNS = {"modulated_input": "x", "time_embedding": "x_time_embedding"}
 TARGET_COLUMNS = {"output": "y_output", "hidden": "y_hidden", "residual": "y_residual"}
+# The columns' types in memory, and how a message calls them.
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(TEXT_COLUMNS, (str, "text")),
+    **dict.fromkeys(INTEGER_COLUMNS, ("int64", "whole numbers")),
+    **dict.fromkeys(FLOAT_COLUMNS, ("float64", "numbers")),
+}
 
 
 class InvalidRun(RunFolderError, ValueError):
@@ -156,26 +162,14 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         )
     further = [column for column in table if column not in PAIR_COLUMNS]
     table = table.loc[:, [*PAIR_COLUMNS, *further]].copy()
-    for column in PAIR_COLUMNS:
+    for column, (kind, expected) in _KINDS.items():
         try:
-            if column in TEXT_COLUMNS:
-                if table[column].isna().any():
-                    raise ValueError("empty values")
-                table[column] = table[column].astype(str)
-            else:
-                table[column] = table[column].astype(
-                    "int64" if column in INTEGER_COLUMNS else "float64"
-                )
+            if kind is str and table[column].isna().any():
+                raise ValueError("empty values")
+            table[column] = table[column].astype(kind)
         except (ValueError, TypeError) as error:
-            expected = (
-                "text"
-                if column in TEXT_COLUMNS
-                else "numbers"
-                if column in FLOAT_COLUMNS
-                else "whole numbers"
-            )
             raise InvalidRun(
-                f"{name}: column {column} should hold {expected} ({_one_line(error)})"
+                f"{name}: column {column} should hold {expected} ({one_line(error)})"
             ) from None
     if (table["step"] < 1).any():
         raise InvalidRun(f"{name}: step {table['step'].min()} in the log; pairs start at step 1")
@@ -264,7 +258,3 @@ def _timings(folder: RunFolder) -> Iterator[dict[str, dict[str, float]]]:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
