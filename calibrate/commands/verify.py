@@ -72,9 +72,9 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         return
     import coeffs
     from calibrate.runs.lock import hold
-    from calibrate.trials.setting import GATE
+    from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
-    from calibrate.verifying.comparison import judge_plan, verdict_table
+    from calibrate.verifying.comparison import judge_plan, sentences, verdict_table
     from calibrate.verifying.verify import verify as run_verification
 
     is_run = (Path(source) / "run.yaml").exists()
@@ -93,14 +93,14 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
             click.echo("\n" + textwrap.indent(lines, "    "))
     click.echo(f"\n{verdict_table(found.summary)}")
     for name, count in found.facts["broken"].items():
-        click.echo(f"broken: {name}: {count} samples with NaN or infinity, in no mean")
+        click.echo(f"broken: {name}: {count} samples with NaN or infinity, which count as 0 dB")
     for name, reason in found.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
-    # The plan against the gate is said once, at the gate's own steps.
-    of_plan = [one for one in judge_plan(found.results) if one.baseline != GATE]
-    if comparisons := [*found.comparisons, *of_plan]:
-        click.echo("\nOver all budgets, paired by prompt at equal computed steps:")
-        click.echo("\n".join(map(str, comparisons)))
+    of_plan = judge_plan(found.results)
+    # Where there is a plan, plan and gate are compared once.
+    of_gate = [one for one in found.comparisons if not of_plan or one.baseline != PLAN]
+    for sentence in sentences(of_plan) + sentences(of_gate):
+        click.echo(sentence)
     click.echo(f"\nverified thresholds: {folder / 'entry.yaml'}")
     tell_next(f"calibrate report {folder}", f"calibrate publish {folder}")
 

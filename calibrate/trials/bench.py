@@ -24,11 +24,13 @@ from calibrate.runs.pairs import Run, load_run
 from calibrate.trials.baselines import disagreement
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
-from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare
+from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare, main_measure
 from calibrate.trials.sampler import Sample, Sampler, computed_steps
 from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 
 TUNING_PROMPTS = 2
+# Part of every key: figures of older versions are not mixed with these.
+FORMAT = "capped at the floor"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Entered:
 
 @dataclass(frozen=True)
 class Reference:
-    """The uncached result of a prompt: media, latents, recorded pairs, and how two such runs differ."""
+    """The uncached result of a prompt.
+
+    Attributes:
+        pairs: As recorded on the way.
+        floor: The measures of a second uncached run whose inputs differ in the last place: nothing can be nearer.
+    """
 
     media: list[np.ndarray]
     latents: np.ndarray | None
@@ -60,7 +67,7 @@ class Bench:
         self._sampler = Sampler(case.session, {**case.recorded_images, **prompts.images})
         self._folder = case.folder / "verify"
         arguments = {name: str(value) for name, value in case.session.arguments.items()}
-        self._identity = canonical_sha256([case.identity, arguments])
+        self._identity = canonical_sha256([case.identity, arguments, FORMAT])
         self._counts_file = self._folder / "tuning.json"
         self._lines_file = self._folder / "results.jsonl"
         self._counts = (
@@ -87,11 +94,14 @@ class Bench:
         return load_run(pd.concat(tables, ignore_index=True))
 
     def floor(self) -> dict[str, Any]:
-        """How two uncached runs of the same prompts differ."""
-        floors = [self.reference(prompt).floor for prompt in self.prompts.prompts]
+        """The noise floor in dB, mean over the prompts and the lowest; identical where noise changes nothing."""
+        floors = pd.DataFrame([self.reference(prompt).floor for prompt in self.prompts.prompts])
+        name = main_measure(floors)
+        identical = bool((floors[name] >= HIGHEST_DB).all())
         return {
-            "identical": all(floor["identical"] for floor in floors),
-            "worst_psnr_db": min((f["psnr_db"] for f in floors if f.get("psnr_db")), default=None),
+            "identical": identical,
+            name: float(floors[name].mean()),
+            f"worst_{name}": float(floors[name].min()),
         }
 
     def _name(self, prompt: Prompt) -> str:
@@ -114,7 +124,7 @@ class Bench:
                 "try --dtype bfloat16 or float32"
             )
         # Timed without the recorder, and after it, so that it is warm.
-        second = self._sampler(prompt)
+        second = self._sampler(prompt, perturbed=True)
         self._seconds[stem.name] = second.seconds
         stem.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"media{index}": array for index, array in enumerate(first.media)}
@@ -123,7 +133,7 @@ class Bench:
         np.savez_compressed(stem.with_name(f"{stem.name}.npz"), **arrays)
         table = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
         table.to_parquet(stem.with_name(f"{stem.name}.parquet"))
-        facts = {"floor": self._measure(second, first.media, first.latents)}
+        facts = {"floor": self._figures(second, first.media, first.latents)}
         # Last: this file says that the reference is complete.
         write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(facts).encode())
 
@@ -193,7 +203,7 @@ class Bench:
             "uncached_seconds": uncached_seconds,
             "patterns": sample.patterns,
             "replayed": None,
-            **self._measure(sample, reference.media, reference.latents),
+            **self._measure(sample, reference),
         }
         if setting.kind == "gate":
             replayed = _replayed(setting, reference.pairs)
@@ -216,26 +226,33 @@ class Bench:
         np.savez_compressed(folder / f"{name}.npz", image=picture.astype(np.float16))
         return f"{name}.npz"
 
-    def _measure(
-        self, sample: Sample, media: list[np.ndarray], latents: np.ndarray | None
-    ) -> dict[str, Any]:
-        """All measures of a sample against its reference, dB of identical ones as ``HIGHEST_DB``."""
+    def _measure(self, sample: Sample, reference: Reference) -> dict[str, Any]:
+        """All measures of a sample against its reference, dB capped at the noise floor."""
         if not sample.is_finite:
-            return {"identical": False, "broken": True}
+            return {"identical": False, "broken": True, "at_floor": False}
+        figures = self._figures(sample, reference.media, reference.latents)
+        in_db = [name for name in figures if MEASURES[name].unit == "dB"]
+        at_floor = all(figures[name] >= reference.floor[name] for name in in_db)
+        figures |= {name: min(figures[name], reference.floor[name]) for name in in_db}
+        pairs = zip(sample.media, reference.media, strict=True)
+        identical = all(np.array_equal(cached, uncached) for cached, uncached in pairs)
+        return {**figures, "identical": identical, "broken": False, "at_floor": at_floor}
+
+    def _figures(
+        self, sample: Sample, media: list[np.ndarray], latents: np.ndarray | None
+    ) -> dict[str, float]:
         figures: dict[str, float] = {}
-        pairs = list(zip(sample.media, media, strict=True))
-        for cached, uncached in pairs:
+        for cached, uncached in zip(sample.media, media, strict=True):
             figures |= compare(cached, uncached)
             if self._perceptual is not None and uncached.ndim >= 3:
                 figures["lpips"] = self._perceptual(cached, uncached)
         own = sample.latents
         if latents is not None and own is not None and latents.shape == own.shape:
             figures |= compare(own, latents, "latents")
-        for name, value in figures.items():
-            if MEASURES[name].unit == "dB":
-                figures[name] = min(value, HIGHEST_DB)
-        identical = all(np.array_equal(cached, uncached) for cached, uncached in pairs)
-        return {**figures, "identical": identical, "broken": False}
+        return {
+            name: min(value, HIGHEST_DB) if MEASURES[name].unit == "dB" else value
+            for name, value in figures.items()
+        }
 
     # --- what is kept
 

@@ -157,8 +157,15 @@ def main_measure(results: pd.DataFrame) -> str:
 
 
 def capped(results: pd.DataFrame, measure: str) -> pd.Series:
-    """The measure's column; identical samples, whose dB older results leave out, have ``HIGHEST_DB``."""
-    values = results[measure].astype(float)
+    """The measure's column with every sample in it: broken ones count as those in which nothing is left.
+
+    Identical samples, whose dB older results leave out, have ``HIGHEST_DB``; newer ones have the noise floor.
+    """
+    values = (
+        results[measure]
+        .astype(float)
+        .mask(results["broken"].astype(bool), MEASURES[measure].broken)
+    )
     if MEASURES[measure].unit != "dB":
         return values
     identical = results["identical"].fillna(False).astype(bool)

@@ -66,8 +66,13 @@ class Sampler:
         self.images = dict(images or {})
         self._overrides = {"output_type": "np"} if session.accepts("output_type") else {}
 
-    def __call__(self, prompt: Prompt, *, num_steps: int | None = None) -> Sample:
-        """One generation of ``prompt`` with its seed, under whatever is applied to the pipeline."""
+    def __call__(
+        self, prompt: Prompt, *, num_steps: int | None = None, perturbed: bool = False
+    ) -> Sample:
+        """One generation of ``prompt`` with its seed, under whatever is applied to the pipeline.
+
+        ``perturbed`` moves all that the denoisers receive by one unit in the last place, as other kernels would.
+        """
         overrides: dict[str, Any] = dict(self._overrides)
         if num_steps is not None:
             if {"sigmas", "timesteps"} & set(self.session.arguments):
@@ -77,7 +82,8 @@ class Sampler:
             if not self.session.accepts(STEPS):
                 raise Refused("generate(prompt, seed) takes no num_steps; let it, to compare with")
             overrides[STEPS] = num_steps
-        with torch.inference_mode(), _captured_latents(self.session.pipeline) as latents:
+        noise = _last_place_noise(self.session.modules) if perturbed else nullcontext()
+        with torch.inference_mode(), noise, _captured_latents(self.session.pipeline) as latents:
             _synchronize()
             begun = time.perf_counter()
             output = self.session.generate(prompt, self.images, **overrides)
@@ -139,6 +145,36 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Hooks that move each element that the denoisers receive up or down by one unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device) * 2 - 1
+        # A unit in the last place is eps/2 to eps of the value; 0.75 eps rounds to one of them.
+        change = 0.75 * torch.finfo(value.dtype).eps * signs
+        return (value.double() * (1 + change.double())).to(value.dtype)
+
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """The latents come first: by position, or in the order of the pipeline's keywords."""
+        values = [*args, *kwargs.values()]
+        for index, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
+                values[index] = moved(value)
+                break
+        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True) for module in modules.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

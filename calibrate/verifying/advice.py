@@ -12,7 +12,7 @@ import pandas as pd
 from calibrate.trials.baselines import uniform
 from calibrate.trials.measures import main_measure
 from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
-from calibrate.verifying.comparison import ENOUGH_PROMPTS, compare, summarize
+from calibrate.verifying.comparison import ENOUGH_PROMPTS, Comparison, judge, summarize
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
 from coeffs.errors import CoeffsError
@@ -69,15 +69,19 @@ def advise(results: pd.DataFrame) -> Advice:
     rows = {row["policy"]: row for row in usable[usable["budget"] == budget].to_dict("records")}
     present = [policy for policy in DEPLOYABLE if policy in rows]
     base = present[0]
-    gains = {policy: _gain(results, rows, policy, base, measure) for policy in present}
-    best = max(present, key=lambda policy: gains[policy][0])  # of equal ones the simplest
+    compared = {policy: _against(results, policy, base, budget) for policy in present}
+    gains = {
+        policy: rows[policy][measure] - rows[base][measure] if one is None else one.difference
+        for policy, one in compared.items()
+    }
+    best = max(present, key=lambda policy: gains[policy])  # of equal ones the simplest
     others = [policy for policy in present if policy != best]
-    rival = max(others, key=lambda policy: gains[policy][0], default=None) if best == base else base
+    rival = max(others, key=lambda policy: gains[policy], default=None) if best == base else base
     use = f"Use {_name(rows[best])}: {_worth(rows[best], measure)}."
     certainty = "It was compared with nothing else at these steps."
     if rival is not None:
-        gain = gains[best if rival == base else rival]
-        certainty = _certainty(rows[rival], gain, rival == base, measure)
+        cache = best if rival == base else rival
+        certainty = _certainty(rows[rival], compared[cache], rival == base, measure)
     enough = rows[best]["prompts"] >= ENOUGH_PROMPTS
     return Advice(best, budget, rows[best], use, certainty, 0 if enough else PROMPTS_TO_RUN)
 
@@ -135,31 +139,29 @@ def _operating_point(usable: pd.DataFrame) -> int:
     return int(fullest[np.argmin(np.abs(fullest - half))])
 
 
-def _gain(
-    results: pd.DataFrame, rows: dict, policy: str, base: str, measure: str
-) -> tuple[float, float, float]:
-    """Mean difference from the base at this policy's own steps, paired by prompt, with its 95 % interval."""
-    if policy == base:
-        return 0.0, np.nan, np.nan
-    by_budget = compare(results, policy, base).by_budget
-    own = by_budget[by_budget["budget"] == rows[policy]["budget"]]
-    if own.empty:  # the base has no runs at these steps
-        return rows[policy][measure] - rows[base][measure], np.nan, np.nan
-    return tuple(own[["difference", "low", "high"]].iloc[0])
+def _against(results: pd.DataFrame, policy: str, base: str, budget: int) -> Comparison | None:
+    """The policy against the base, corrected for all that it is compared with; None where none is at these steps."""
+    compared = judge(results, policy)
+    return next((one for one in compared if (one.baseline, one.budget) == (base, budget)), None)
 
 
-def _certainty(other: dict, gain: tuple[float, float, float], ahead: bool, measure: str) -> str:
-    """How sure the advice is; ``gain`` is that of the cache over the base, which the advice is not where not ahead."""
-    difference, low, high = gain if ahead else (-gain[0], -gain[2], -gain[1])
+def _certainty(other: dict, compared: Comparison | None, ahead: bool, measure: str) -> str:
+    """How sure the advice is; ``compared`` is the cache against the base, and the advice the former where ahead."""
     name = f"{_name(other)} ({other[measure]:.1f} dB)"
     prompts = other["prompts"]
     if prompts < ENOUGH_PROMPTS:
         return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN}."
-    if not np.isfinite(low):
+    if compared is None:
         return f"Not compared with {name} at equal steps."
-    word = "Significantly" if low > 0 else "Not significantly"
+    sign = 1 if ahead else -1
+    difference, *bounds = (
+        sign * value for value in (compared.difference, compared.low, compared.high)
+    )
+    low, high = sorted(bounds)
+    words = {"better": "Significantly better than", "worse": "Significantly better than"}
+    words |= {"equal": "As good as, within 1 dB,", "undecided": "Not significantly better than"}
     interval = f"{difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}, {prompts} prompts"
-    return f"{word} better than {name}: {interval}."
+    return f"{words[compared.outcome]} {name}: {interval}."
 
 
 def _name(row: dict) -> str:

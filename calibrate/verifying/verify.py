@@ -159,7 +159,8 @@ def verified_entry(entry: Entry, found: Verification) -> Entry:
     verified = [_threshold(row, found.facts["device"]) for row in rows]
     kept = [row for row in entry.thresholds if row.kind != "verified"]
     warnings = [text for text in entry.warnings if not text.startswith(VERIFIED_WARNING)]
-    if found.comparisons and verdict.deciding(found.comparisons).outcome != "better":
+    deciding = verdict.deciding(found.comparisons) if found.comparisons else []
+    if deciding and not any(one.outcome == "better" for one in deciding):
         warnings.append(VERIFIED_WARNING + found.headline)
     return replace(entry, thresholds=(*kept, *verified), warnings=tuple(warnings))
 
