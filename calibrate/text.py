@@ -1,11 +1,12 @@
 """Plain text for people: tables whose columns line up, numbers, and what a mistyped name may have meant."""
 
-import difflib
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from coeffs.errors import did_you_mean as did_you_mean
 
 WIDTH = 100  # where the output is no terminal
 
@@ -60,13 +61,6 @@ def percent(value: float | None) -> str:
 
 def ratio(value: float | None, base: float | None) -> str:
     return "-" if value is None or not base else f"{value / base:.2f}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``did you mean A or B?``, whatever the case; empty where nothing known is close."""
-    spelled = {text.lower(): text for text in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(spelled[text] for text in close)}?" if close else ""
 
 
 def siblings(path: Path) -> list[str]:

@@ -84,7 +84,8 @@ class WriteError(PublishError):
     exit_code = 2
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """``did you mean A or B?``; empty where nothing known is close."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=most, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else ""
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, closeness: float = 0.6) -> str:
+    """``did you mean A or B?``, whatever the case; empty where nothing known is close."""
+    spelled = {text.lower(): text for text in known}
+    close = difflib.get_close_matches(name.lower(), spelled, most, closeness)
+    return f"did you mean {' or '.join(spelled[text] for text in close)}?" if close else ""

@@ -292,7 +292,7 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
 def _no_such(model: str, files: list[Released]) -> str:
     stem = model.rpartition("/")[2]
     known = sorted({item.model for item in files})
-    hint = did_you_mean(model, known)
+    hint = did_you_mean(model, known, closeness=0.5)  # owner's prefix: mochi-2, alivilab/mochi-1
     similar = [name for name in known if stem in name][:3]
     if not hint and similar:
         hint = f"did you mean {' or '.join(similar)}?"

@@ -269,6 +269,16 @@ def test_tables_fit_the_terminal_or_100_columns(width, monkeypatch, tmp_path):
         assert len(lines) > 5
 
 
+def test_show_has_every_measure_of_a_threshold(tmp_path):
+    measured = {"psnr_db": 31.5, "snr_db": 12.5, "ssim": 0.875, "lpips": 0.0625}
+    measured |= {"worst_psnr_db": 21.5, "latent_rel_l2": 0.125, "speedup": 1.75}
+    row = {"threshold": 0.2, "kind": "verified", "computed_steps": 14.5, "num_steps": 28} | measured
+    path = coeffs.save(sample_entry(thresholds=[row]), tmp_path / "entry.yaml")
+    lines = calibrate("show", path).stdout.splitlines()
+    shown = next(line for line in lines if "verified" in line).split()
+    assert {f"{value:.4g}" for value in measured.values()} <= set(shown)
+
+
 def test_list_has_a_line_for_every_entry():
     lines = calibrate("list").stdout.splitlines()
     assert len(lines) == 1 + len(coeffs.entries())
@@ -379,7 +389,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(tmp_path, run_fo
         (("show", "mochi-2"), "did you mean alivilab/mochi-1?"),
         (("export", "mochi-1", "--to", "sglan"), "did you mean sglang"),
         (("import", "-", "--from", "tensorrt"), "did you mean tensorrt-llm"),
-        (("list", "--engine", "lightx2"), "did you mean lightx2v or"),
+        (("list", "--engine", "lightx2"), "did you mean lightx2v?"),
         (("list", "--engine", "qqq"), "expected one of"),
     ],
 )
