@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN = "disturbed"
+MOST_SHARDS = 3  # a process finishes at most this many before it is killed
+SHARDS_PER_RUN = 10  # delays are drawn from about the time that one shard takes
 
 
 @dataclass
@@ -34,13 +36,22 @@ class Outcome:
     identical: bool
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a process is killed: ``seconds`` after the folder holds this many finished shards."""
+
+    shards: int
+    seconds: float
+
+
 def kill_and_resume(
     record: Callable[[Path], None], folder: Path, kills: int, seed: int = 0
 ) -> Outcome:
     """Run ``record(path)`` undisturbed in one process, then in others that are killed ``kills`` times.
 
-    Each process is killed after a random part of the time that the undisturbed one took. When the run is complete
-    before all kills have happened, half of its shards, chosen at random, are taken out.
+    Each process is killed at a random moment: while it starts, or once it has finished a random number of further
+    shards, so that a busy machine changes nothing. When the run is complete before all kills have happened, half of
+    its shards, chosen at random, are taken out.
     """
     generator = random.Random(seed)
     path, reference = folder / RUN, folder / "reference"
@@ -53,7 +64,11 @@ def kill_and_resume(
     )
     while outcome.kills < kills:
         before = set(seen)
-        if not _run(record, path, kill_after=generator.uniform(0, longest)):
+        moment = Moment(
+            shards=len(before) + generator.randint(0, MOST_SHARDS),
+            seconds=generator.uniform(0, longest / SHARDS_PER_RUN),
+        )
+        if not _run(record, path, moment):
             for shard in generator.sample(
                 sorted((path / "pairs").glob("*.parquet")), len(before) // 2 + 1
             ):
@@ -72,11 +87,14 @@ def kill_and_resume(
     return outcome
 
 
-def _run(record: Callable[[Path], None], path: Path, kill_after: float | None = None) -> bool:
+def _run(record: Callable[[Path], None], path: Path, moment: Moment | None = None) -> bool:
     """One process of its own, forked so that a start costs no imports; True when it was killed."""
     process = multiprocessing.get_context("fork").Process(target=_child, args=(record, path))
     process.start()
-    process.join(kill_after)
+    if moment is not None:
+        while process.is_alive() and len(list(path.glob("pairs/*.parquet"))) < moment.shards:
+            time.sleep(0.001)
+    process.join(None if moment is None else moment.seconds)
     killed = process.is_alive()
     if killed:
         os.kill(process.pid, signal.SIGKILL)
