@@ -16,7 +16,14 @@ _VERBS = {
     "report": "calibrate.reporting.report",
 }
 
-__all__ = ["__version__", *_VERBS]
+__all__ = ["__version__", "embedded_model", *_VERBS]
+
+
+def embedded_model() -> str:
+    """Folder of tiny-longcat-image, a trained pipeline of 3.5 MB that ships with the package."""
+    from importlib.resources import files
+
+    return str(files("calibrate") / "embedded" / "tiny-longcat-image")
 
 
 def __getattr__(name: str) -> Any:
