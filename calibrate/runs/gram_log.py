@@ -90,21 +90,6 @@ class GramLog:
         return {name: matrix for name, matrix in every.items() if matrix is not None}
 
 
-def load_gram(source: str | os.PathLike, guidance_scale: float | None = None) -> GramLog:
-    """The Gram log of a run with one denoiser; see :func:`load_grams`.
-
-    Raises:
-        NoPlan: Also for several experts.
-    """
-    logs = load_grams(source, guidance_scale)
-    if len(logs) > 1:
-        names = ", ".join(log.expert for log in logs)
-        raise NoPlan(
-            f"{source}: experts {names} share the schedule; this works with one denoiser only"
-        )
-    return logs[0]
-
-
 def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -> list[GramLog]:
     """Read the Gram log of a run: one per expert, in the order in which they take over the schedule.
 

@@ -25,7 +25,7 @@ from calibrate.runs.gram_log import (
     at_steps,
     guided,
     interpolation_error,
-    load_gram,
+    load_grams,
 )
 from runtime import denoisers
 
@@ -211,10 +211,10 @@ def a_run(tmp_path):
 
 
 def test_a_run_keeps_its_log(a_run):
-    log = load_gram(a_run.path)
+    log = load_grams(a_run.path)[0]
     assert log.output.shape == (2, STEPS, STEPS) and log.residual.shape == (2, STEPS, STEPS)
     assert log.guidance_scale == 2.0 and len(set(log.prompt_ids)) == 2
-    other = load_gram(a_run.path, guidance_scale=1.0)
+    other = load_grams(a_run.path, guidance_scale=1.0)[0]
     assert not np.allclose(other.output, log.output)
 
 
@@ -222,8 +222,8 @@ def test_runs_without_a_log_and_damaged_logs_are_named(a_run):
     files = sorted((a_run.path / "gram").iterdir())
     files[0].write_bytes(files[0].read_bytes()[:200])
     with pytest.raises(RunFolderError, match=files[0].name):
-        load_gram(a_run.path)
+        load_grams(a_run.path)
     for file in files:
         file.unlink()
     with pytest.raises(NoPlan, match="this adds them"):
-        load_gram(a_run.path)
+        load_grams(a_run.path)
