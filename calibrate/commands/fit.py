@@ -8,6 +8,7 @@ import click
 
 from calibrate.commands.announce import tell_next, tell_plan
 from calibrate.commands.options import registry
+from coeffs.entry.signals import SIGNALS
 
 FIT_OPTIONS: dict[str, Any] = {"degree": 4, "target": "output", "signal": "modulated_input"}
 # --constrained, --free or neither: the method, and the flag that the entry's command repeats.
@@ -32,7 +33,7 @@ METHODS: dict[bool | None, tuple[str, list[str]]] = {
 )
 @click.option(
     "--signal",
-    type=click.Choice(["modulated_input", "time_embedding"]),
+    type=click.Choice(list(SIGNALS)),
     default="modulated_input",
     show_default=True,
     help="From whose change.",

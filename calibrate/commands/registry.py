@@ -11,6 +11,7 @@ from coeffs import describe, difference, store
 from coeffs import release as releases
 from coeffs.engines import ENGINES as ENGINE_NAMES
 from coeffs.engines import export_entry, import_entry
+from coeffs.entry.signals import SIGNALS
 from coeffs.errors import CheckFailed, did_you_mean
 
 
@@ -204,7 +205,7 @@ def export(
 @click.option("--transformer-class", metavar="CLASS", help="Class of the denoiser.")
 @click.option(
     "--signal",
-    type=click.Choice(["modulated_input", "time_embedding", "other"]),
+    type=click.Choice([*SIGNALS, "other"]),
     help="Fitted on which signal.",
 )
 @click.option("--copied-from", metavar="NAME", help="The numbers are another model's: whose.")

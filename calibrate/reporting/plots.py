@@ -23,10 +23,10 @@ from calibrate.reporting.style import (
     series_style,
 )
 from coeffs.entry.polynomial import Polynomial
+from coeffs.entry.signals import SIGNALS
 
 SIGNAL_LABELS = {
-    "modulated_input": "x: relative L1 change\nof the modulated input",
-    "time_embedding": "x: relative L1 change\nof the time embedding",
+    signal.name: f"x: relative L1 change\nof the {signal.label}" for signal in SIGNALS.values()
 }
 TARGET_LABELS = {
     "output": "y: relative L1 change\nof the output",

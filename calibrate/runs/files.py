@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import CorruptShard, RunFolderError
+from coeffs.entry.signals import SIGNALS
 
 TEXT_COLUMNS = ("prompt_id", "branch", "expert")
 INTEGER_COLUMNS = {"seed": "int64", "step": "int32", "num_steps": "int32"}
 FLOAT_COLUMNS = (
-    *("timestep", "sigma", "x", "x_time_embedding", "y_output", "y_hidden", "y_residual"),
-    *("mag_ratio", "mag_ratio_std", "cos_distance"),
+    *("timestep", "sigma", *(signal.column for signal in SIGNALS.values())),
+    *("y_output", "y_hidden", "y_residual", "mag_ratio", "mag_ratio_std", "cos_distance"),
 )
 PAIR_COLUMNS = (
     "prompt_id", "seed", "branch", "expert", "step", "num_steps", *FLOAT_COLUMNS

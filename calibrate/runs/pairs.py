@@ -24,10 +24,11 @@ from calibrate.runs.files import (
     read_pairs,
 )
 from calibrate.runs.folder import RunFolder
+from coeffs.entry.signals import SIGNALS
 
 MEASURED_COLUMNS = ("x", "y_output", "y_hidden", "y_residual")
 TRAJECTORY = ["prompt_id", "seed", "expert", "branch"]
-SIGNAL_COLUMNS = {"modulated_input": "x", "time_embedding": "x_time_embedding"}
+SIGNAL_COLUMNS = {signal.name: signal.column for signal in SIGNALS.values()}
 TARGET_COLUMNS = {"output": "y_output", "hidden": "y_hidden", "residual": "y_residual"}
 # The columns' types in memory, and how a message calls them.
 _KINDS: dict[str, tuple[Any, str]] = {

@@ -27,6 +27,7 @@ from coeffs.entry.polynomial import (
     check_order,
 )
 from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
+from coeffs.entry.signals import SignalName
 from coeffs.errors import EntryError, InvalidPolynomial
 
 SCHEMA = 1
@@ -177,7 +178,7 @@ class Entry(Record):
     transformer_class: str | None = None
     pipeline_class: str | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    signal: Literal["modulated_input", "time_embedding", "other"]
+    signal: SignalName
     signal_note: str | None = None
     target: Literal["output", "hidden", "residual", "forecast_error", "unknown"]
     forecast: Literal["reuse", "linear", "quadratic"] | None = None

@@ -1,9 +1,12 @@
 """The signals that are recorded, fitted and watched: the one table of them.
 
-A further signal is a row here and a measurement in ``runtime/watch/call.py``.
+A further signal is a row here and a measurement in ``runtime/watch/call.py``; columns of runs, options and labels follow.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from coeffs.entry.fields import Pattern
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,7 @@ class Signal:
 MODULATED_INPUT = Signal("modulated_input", "x", "modulated input")
 TIME_EMBEDDING = Signal("time_embedding", "x_time_embedding", "time embedding")
 SIGNALS = {signal.name: signal for signal in (MODULATED_INPUT, TIME_EMBEDDING)}
+
+# What an entry may say: one of them, or another that only its engine watches.
+_NAMES = (*SIGNALS, "other")
+SignalName = Annotated[str, Pattern("|".join(_NAMES), f"one of {', '.join(_NAMES)}")]
