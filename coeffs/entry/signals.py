@@ -1,6 +1,7 @@
 """The signals that are recorded, fitted and watched: the one table of them.
 
-A further signal is a row here and a measurement in ``runtime/watch/call.py``; columns of runs, options and labels follow.
+A further signal is a row here and a measurement in ``runtime/watch/call.py``; columns of runs, options and labels
+follow.
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ import pytest
 from tiny_pipeline import TinyPipeline
 
 import coeffs
+from coeffs.entry.signals import SIGNALS
 from runtime import InvalidSetting, apply_tea_cache
 from runtime.decide.forecast import Forecast
 from runtime.settings import resolve
@@ -98,6 +99,16 @@ def test_another_class_is_refused():
     other = dataclasses.replace(PIPELINE, classes={"transformer": "WanTransformer3DModel"})
     with pytest.raises(InvalidSetting, match="this model is WanTransformer3DModel"):
         resolve(Asked(entry=entry(), threshold=0.1), other)
+
+
+def test_every_signal_of_the_table_is_measured_and_recorded():
+    from calibrate.recording.figures import DISTANCES
+    from calibrate.runs.files import PAIR_COLUMNS
+    from runtime.watch import call
+
+    columns = {signal.column for signal in SIGNALS.values()}
+    assert set(call._MEASURES) == set(SIGNALS)
+    assert columns <= set(DISTANCES) and columns <= set(PAIR_COLUMNS)
 
 
 def test_every_mismatch_is_logged_once(caplog):
