@@ -12,7 +12,7 @@ from coeffs import release as releases
 from coeffs.engines import ENGINES as ENGINE_NAMES
 from coeffs.engines import export_entry, import_entry
 from coeffs.entry.signals import SIGNALS
-from coeffs.errors import CheckFailed, did_you_mean
+from coeffs.errors import CheckFailed, CoeffsError, did_you_mean
 
 
 class _Engine(click.Choice[str]):
@@ -253,7 +253,27 @@ def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
         click.echo(line, err=True)
     if any(not (force and problem.forcible) for problem in problems):
         raise CheckFailed(f"{run}: not fit for release, see above")
-    click.echo("fit for release" if dry_run else f"released: {coeffs.publish(entry, registry)}")
+    if dry_run:
+        click.echo("fit for release")
+        return
+    path = coeffs.publish(entry, registry)
+    click.echo(f"released: {path}")
+    hidden = _hidden_by(entry.model, path)
+    if hidden:
+        click.echo(hidden, err=True)
+
+
+def _hidden_by(model: str, path: Path) -> str | None:
+    """How to ask for a new release that the bare name does not mean; None where it does."""
+    label = f"{model}@{path.stem}"
+    try:
+        meant = coeffs.load(model).label
+    except CoeffsError:
+        meant = "nothing"
+    if meant == label:
+        return None
+    folder = path.parents[len(Path(model).parts)]
+    return f"{model} alone means {meant} here: put {folder} first in {store.ENVIRONMENT}"
 
 
 def _put(text: str, out: str | None) -> None:

@@ -344,6 +344,20 @@ def test_a_version_published_into_a_registry_is_found_by_its_name(tmp_path, monk
     assert calibrate("show", "tiny-longcat-image").stdout.startswith("tiny-longcat-image@v2\n")
 
 
+def test_publish_says_where_its_name_would_not_find_it(tmp_path, monkeypatch, run_folder):
+    registry = tmp_path / "registry"
+    aside = calibrate("publish", run_folder, "--registry", registry)
+    advice = f"put {registry} first in {store.ENVIRONMENT}"
+    assert f"longcat-image alone means nothing here: {advice}" in aside.stderr
+    monkeypatch.setenv(store.ENVIRONMENT, str(registry))
+    coeffs.save(sample_entry(notes="again"), Path(run_folder) / "entry.yaml")
+    hidden = calibrate("publish", run_folder)
+    assert "longcat-image alone means longcat-image@v1 here" in hidden.stderr
+    coeffs.save(sample_entry(notes="third"), Path(run_folder) / "entry.yaml")
+    found = calibrate("publish", run_folder, "--registry", registry)
+    assert "alone means" not in found.stderr and found.stdout.endswith("v3.yaml\n")
+
+
 def test_the_rounded_threshold_that_show_prints_is_the_entrys(tmp_path):
     rows = [{"threshold": 0.0270799123, "kind": "verified"}, {"threshold": 0.3, "kind": "replay"}]
     path = coeffs.save(sample_entry(thresholds=rows), tmp_path / "entry.yaml")
