@@ -22,7 +22,7 @@ from calibrate.reporting.style import Drawing, as_svg, save
 from calibrate.runs.folder import write_atomically
 from calibrate.text import number
 from calibrate.trials.measures import MEASURES, main_measure, measured
-from calibrate.trials.setting import SHOWN
+from calibrate.trials.setting import GATE, PLAN, SHOWN
 from calibrate.verifying.advice import export_line, python_lines
 from coeffs import Plan
 
@@ -135,10 +135,13 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
         drawing = run_plots.step_patterns(patterns)
         caption = "The first held-out prompt: what the replay foresaw and what the real run did, per threshold."
         yield "patterns", Picture(drawing, "thresholds", "Computed steps by threshold", caption)
-    if samples := findings.samples():
-        caption = "Held-out samples of the fitted gate."
-        drawing = run_plots.sample_grid(samples)
-        yield "samples", Picture(drawing, "files", "Samples of the fitted gate", caption)
+    policy = next((name for name in (GATE, PLAN) if findings.samples(name)), None)
+    if policy is not None:
+        samples = findings.samples(policy)
+        caption = f"Held-out samples of the {policy}."
+        series = samples[0].uncached.ndim == 2
+        drawing = (run_plots.series_grid if series else run_plots.sample_grid)(samples)
+        yield "samples", Picture(drawing, "files", f"Samples of the {policy}", caption)
 
 
 def render(findings: Findings, pictures: dict[str, Picture]) -> str:
@@ -210,6 +213,8 @@ def _images(findings: Findings, policy: str, budget: int | None) -> list[dict[st
     """The kept pairs of a policy, the worst prompts first, as images for the page."""
     shown = []
     for sample in findings.samples(policy, budget, SHOWN_PROMPTS):
+        if sample.uncached.ndim == 2:
+            continue  # series are drawn as lines, see _run_pictures
         sources = {"uncached": _data(sample.uncached), "cached": _data(sample.cached)}
         height, width = sample.uncached.shape[:2]
         sources |= {"width": width, "height": height}

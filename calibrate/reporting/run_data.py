@@ -37,7 +37,10 @@ FIT_FIGURES = (
 
 
 class Sample(NamedTuple):
-    """An uncached and a cached image of one prompt, (height, width, 3) in [0, 1]; of a video the middle frame."""
+    """An uncached and a cached image of one prompt, (height, width, 3) in [0, 1]; of a video the middle frame.
+
+    Or series, (channels, values).
+    """
 
     prompt: str
     uncached: np.ndarray

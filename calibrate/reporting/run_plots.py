@@ -143,6 +143,37 @@ def sample_grid(
     return ax
 
 
+def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
+    """Rows of one sample each, its channels side by side: the uncached series, and the cached one over it.
+
+    Args:
+        samples: ``(label, uncached, cached, ...)`` with series (channels, values).
+    """
+    if not samples:
+        raise ValueError("no samples to show")
+    channels, length = samples[0][1].shape
+    ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
+    for row, (_, uncached, cached, *_) in enumerate(samples):
+        low = uncached.min(axis=1, keepdims=True)
+        span = np.ptp(uncached, axis=1, keepdims=True)
+        for values, color, name in ((uncached, GREY, "uncached"), (cached, VERMILION, "cached")):
+            # Every channel on its own scale; 0.8 of a row leaves a gap to the next.
+            heights = 0.8 * (values - low) / np.where(span > 0, span, 1) - row
+            for channel in range(channels):
+                x = np.linspace(0, 0.95, length) + channel
+                label = name if row == channel == 0 else None
+                ax.plot(x, heights[channel], color=color, linewidth=1.2, label=label)
+    with mpl.rc_context(STYLE):
+        rows = [0.4 - row for row in range(len(samples))]
+        ax.set_yticks(rows, [fill(label, 20) for label, *_ in samples], color=INK)
+    ax.set_xticks([])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=9)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=INK)
+    return ax
+
+
 def _room(steps: pd.Series) -> float:
     """How many steps wide policies may stand side by side: under one, and under the distance of the budgets."""
     budgets = np.unique(np.round(steps))

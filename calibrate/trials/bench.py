@@ -31,6 +31,7 @@ from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 TUNING_PROMPTS = 2
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
+LONGEST_SERIES = 20_000  # values that are kept and drawn; sound has more
 
 
 @dataclass(frozen=True)
@@ -211,19 +212,22 @@ class Bench:
             row["replayed"] = replayed
             row["replayed_steps"] = computed_steps(replayed)
             row["disagreement"] = float(np.mean(wrong))
-        if keep and setting.policy in SHOWN and sample.media[0].ndim > 2:
+        drawable = sample.media[0].ndim > 2 or sample.media[0].size <= LONGEST_SERIES
+        if keep and setting.policy in SHOWN and drawable:
             row["sample"] = self._keep_picture(self._key(setting, prompt)[:16], sample)
             row["reference"] = f"{self._name(prompt)}.npz"
         return row
 
     def _keep_picture(self, name: str, sample: Sample) -> str:
-        """The image, or the middle frame of a video, as a file for the report."""
+        """The image, the middle frame of a video, or the series, as a file for the report."""
         picture = sample.media[0]
         if picture.ndim == 4:
             picture = picture[len(picture) // 2]
         folder = self._folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / f"{name}.npz", image=picture.astype(np.float16))
+        # Pixels lie in [0, 1]; series have any range.
+        dtype = np.float32 if picture.ndim == 2 else np.float16
+        np.savez_compressed(folder / f"{name}.npz", image=picture.astype(dtype))
         return f"{name}.npz"
 
     def _measure(self, sample: Sample, reference: Reference) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
     options = dict(setting.options)
     if setting.kind == "fewer_steps":
         better = options.get("solver_order") == 2
-        with second_order(session.pipeline) if better else nullcontext():
+        with second_order(session.driver) if better else nullcontext():
             yield dict
     elif setting.kind in DIFFUSERS_CACHES:
         with diffusers_cache(session.modules, setting.kind, options) as patterns_of:

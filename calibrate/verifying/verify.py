@@ -17,7 +17,6 @@ import pandas as pd
 import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
-from calibrate.runs.purposes import JUDGED, note
 from calibrate.trials.baselines import check_budget, default_budgets
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, held_out_prompts, open_case
@@ -129,7 +128,6 @@ def verify(
         raise InvalidOption(f"no policy could be run ({reasons})")
     found = _conclude(case, bench, results, refused)
     write_verification(found)
-    note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
 
     def with_verified(now: Entry | None) -> Entry:
         """A fit may have written the entry anew since the verification began."""

@@ -31,7 +31,7 @@ COMMANDS = {
     "verify": "verify RUN --num-prompts 1 --budgets 3 --policies gate,uniform --device cpu",
     "report": "report RUN",
     "show": "show RUN",
-    "export": "export RUN --to json",
+    "check": "check RUN/entry.yaml",
 }
 PROGRAM = [sys.executable, "-m", "calibrate"]
 

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 import coeffs
-from calibrate import fit, plan, record, verify
+from calibrate import fit, plan, record, report, verify
 from calibrate.errors import CalibrateError
-from calibrate.trials.setting import GATE
+from calibrate.reporting.run_data import load_findings
+from calibrate.reporting.run_plots import series_grid
+from calibrate.trials.setting import GATE, PLAN
 from runtime import OwnLoop, apply_tea_cache
 
 pytestmark = pytest.mark.slow
@@ -117,6 +119,16 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     assert [row.snr_db for row in verified] == pytest.approx(
         found.summary.loc[found.summary["policy"] == GATE, "snr_db"].tolist()
     )
+
+
+def test_the_report_draws_the_series(run):
+    findings = load_findings(run)
+    samples = findings.samples(PLAN)
+    assert samples and samples[0].uncached.shape == samples[0].cached.shape == (1, 12)
+    assert len(series_grid(samples).get_lines()) == 2 * len(samples)
+    page = report(run).read_text(encoding="utf-8")
+    assert "SNR against uncached" in page
+    assert (run / "report" / "samples.png").stat().st_size > 1000
 
 
 def test_a_plan_is_applied_by_the_loop(own, run):
