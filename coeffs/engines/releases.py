@@ -51,6 +51,11 @@ def releases() -> dict[str, Release]:
     }
 
 
+def plan_forms() -> list[str]:
+    """Forms that take a plan."""
+    return [engine for engine, release in releases().items() if not release.signals]
+
+
 def misfits(engine: str, entry: Entry) -> list[str]:
     """What the engine would ignore, misread or crash on in an entry's model; each with what to do."""
     release = releases()[engine]
@@ -99,7 +104,7 @@ def _instead(engine: str, name: str) -> str:
 def _signal(engine: str, entry: Entry, compared: str | None) -> str | None:
     # "other" names no signal: only the engine that published the set compares the same one.
     same = entry.signal == compared and (compared != "other" or entry.engine == engine)
-    if compared is None or same:
+    if compared is None or same or entry.signal == "none":
         return None
     said = f"{entry.label} was fitted on the {entry.signal}, {engine} compares "
     if compared == "other":

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from coeffs.engines.releases import Release, misfits, releases
+from coeffs.engines.releases import Release, misfits, plan_forms, releases
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import EngineError
@@ -87,6 +87,10 @@ def setting(request: Request, engine: str, sign_rule: str | None = None) -> Sett
     """
     entry = request.entry
     release, notes = checked(request, engine)
+    if not any(expert.branches for expert in entry.experts.values()):
+        raise EngineError(
+            f"{entry.label} has no coefficients: export its ratios or plans to {' or '.join(plan_forms())}"
+        )
     rule = sign_rule or release.sign_rule or entry.sign_rule
     if len(entry.experts) > release.experts:
         raise EngineError(

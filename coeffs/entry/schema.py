@@ -211,6 +211,9 @@ class Entry(Record):
             raise EntryError(f"{problem}, but {advice}", ("forecast",))
         if not self.experts:
             raise EntryError("no expert: expected at least transformer", ("experts",))
+        fitted = any(expert.branches for expert in self.experts.values())
+        if self.signal == "none" and fitted:
+            raise EntryError("none, but there are coefficients: say what they compare", ("signal",))
         for name, expert in self.experts.items():
             if not (expert.branches or expert.mag_ratios or self.plans):
                 problem = "no fit, no mag_ratios and no plan: nothing to use"

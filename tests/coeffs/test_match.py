@@ -168,7 +168,7 @@ def test_facts_are_checked():
 
 def test_comparison_with_a_named_entry():
     mismatches, unknown = compare(
-        coeffs.load("mlx-teacache/qwen-image"),
+        coeffs.load("mlx-teacache/qwen-image@v1"),
         {
             "transformer_class": "QwenImageTransformer2DModel",
             "checkpoint": "Qwen/Qwen-Image-Edit",

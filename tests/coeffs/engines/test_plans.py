@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import coeffs
 from coeffs.engines import export_entry, import_entry
-from coeffs.engines.plans import plan_engines
+from coeffs.engines.releases import plan_forms
 from coeffs.engines.setting import FORCED
 from coeffs.errors import EngineError
 
-MAGCACHE = [engine for engine in plan_engines() if engine.endswith("magcache")]
+MAGCACHE = [engine for engine in plan_forms() if engine.endswith("magcache")]
 SCHEDULES = st.text("CS", max_size=40).map(lambda letters: f"C{letters}S")
 
 
@@ -29,7 +29,7 @@ def bare(engine: str, schedule: str, **changes: object) -> coeffs.Entry:
     return entry_for(engine, **facts | changes)
 
 
-@pytest.mark.parametrize("engine", plan_engines())
+@pytest.mark.parametrize("engine", plan_forms())
 @given(schedule=SCHEDULES)
 def test_the_engine_executes_the_plan(engine, schedule):
     text = export_entry(bare(engine, schedule), engine)
@@ -38,20 +38,20 @@ def test_the_engine_executes_the_plan(engine, schedule):
     assert [plan.schedule for plan in imported.plans] == [schedule]
 
 
-@pytest.mark.parametrize("engine", plan_engines())
+@pytest.mark.parametrize("engine", plan_forms())
 def test_a_schedule_that_no_engine_can_run_is_refused(engine):
     for schedule in ("SCC", "", "CXC", "CCC"):
         with pytest.raises(EngineError, match="begin with C, and a step to skip"):
             export_entry(entry_for(engine), engine, schedule=schedule)
 
 
-@pytest.mark.parametrize("engine", plan_engines())
+@pytest.mark.parametrize("engine", plan_forms())
 def test_another_number_of_steps_is_refused(engine):
     with pytest.raises(EngineError, match=r"schedule of 7 steps: .* was measured with 28"):
         export_entry(entry_for(engine), engine, schedule="CSSCSSC")
 
 
-@pytest.mark.parametrize("engine", plan_engines())
+@pytest.mark.parametrize("engine", plan_forms())
 def test_two_denoisers_are_refused(engine):
     """Every engine counts the steps of each from 0, so the mask would begin again for the second."""
     entry = two_experts(plans=(coeffs.Plan(schedule="CCSC"),), protocol={"num_steps": 4})
@@ -64,7 +64,7 @@ def test_two_denoisers_are_refused(engine):
 FORECAST = coeffs.Plan(schedule="CCSC", forecast="linear", forecast_of="output")
 
 
-@pytest.mark.parametrize("engine", plan_engines())
+@pytest.mark.parametrize("engine", plan_forms())
 def test_a_forecast_is_replaced_by_the_engines_and_that_is_said(engine):
     text = export_entry(bare(engine, "CCSC", plans=(FORECAST,)), engine)
     assert (
@@ -74,6 +74,15 @@ def test_a_forecast_is_replaced_by_the_engines_and_that_is_said(engine):
     order = {"cache-dit-mask": 2, "sglang-cache-dit": 2, "xfuser": 1}.get(engine, 0)
     assert ("TaylorSeer of order" in text) == bool(order)
     assert "in place of ours" not in export_entry(bare(engine, "CCSC"), engine)
+
+
+def test_long_runs_of_skips_are_reused():
+    for skips, extrapolates in ((4, True), (5, False)):
+        schedule = "C" + "S" * skips
+        plan = coeffs.Plan(schedule=schedule, forecast="linear", forecast_of="guided")
+        text = export_entry(bare("cache-dit-mask", schedule, plans=(plan,)), "cache-dit-mask")
+        assert ("enable_taylorseer: true" in text) == extrapolates
+        assert "in place of ours (linear of the guided)" in text
 
 
 def test_cache_dit_and_sglang_switch_taylorseer_on_for_a_forecast():
