@@ -29,6 +29,7 @@ MODULATED_INPUT = Signal("modulated_input", "x", "modulated input")
 TIME_EMBEDDING = Signal("time_embedding", "x_time_embedding", "time embedding")
 SIGNALS = {signal.name: signal for signal in (MODULATED_INPUT, TIME_EMBEDDING)}
 
-# What an entry may say: one of them, another that only its engine watches, or none where it holds magnitude ratios only.
+# What an entry may say: one of them, another that only its engine watches, or none where it holds
+# magnitude ratios only.
 _NAMES = (*SIGNALS, "other", "none")
 SignalName = Annotated[str, Pattern("|".join(_NAMES), f"one of {', '.join(_NAMES)}")]
