@@ -178,7 +178,9 @@ def forced(entry: coeffs.Entry, engine: str) -> str:
     try:
         return export_entry(entry, engine, threshold=0.2, force=True)
     except EngineError as error:
-        assert any(word in str(error) for word in ("negative", "steps", "degree", "no coefficients")), error
+        assert any(
+            word in str(error) for word in ("negative", "steps", "degree", "no coefficients")
+        ), error
         return FORCED
 
 
