@@ -1,12 +1,15 @@
 """Reading a run: what is read, what is refused with which words, and a hash that layout cannot change."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 from analysis_data import make_frame, make_run
 
 from calibrate.errors import CalibrateError, CorruptShard
-from calibrate.runs.pairs import load_run
+from calibrate.runs.folder import RunFolder
+from calibrate.runs.pairs import load_run, seconds_per_prompt
 
 
 def refused(source, *words):
@@ -136,3 +139,12 @@ def test_unusable_timing_is_left_out(tmp_path):
     assert load_run(run).timing == {"transformer": pytest.approx((0.5, 0.4))}
     (run / "timing" / "00002-p02-0.json").write_text("[]")
     assert load_run(run).timing == {}
+
+
+def test_seconds_of_a_generation_come_from_the_recorded_timing(tmp_path):
+    run = make_run(tmp_path / "run", make_frame(prompts=2))
+    calls = json.loads((run / "timing" / "00000-p00-0.json").read_text())["transformer"]["calls"]
+    assert seconds_per_prompt(RunFolder.open(run)) == pytest.approx(0.5 * calls)
+    for file in (run / "timing").iterdir():
+        file.write_text("{")
+    assert seconds_per_prompt(RunFolder.open(run)) is None
