@@ -1,4 +1,4 @@
-"""Entries as tables and text: for `calibrate list`, `show` and the documentation."""
+"""Entries as tables and text: for `calibrate list` and `show`."""
 
 import csv
 import io
@@ -113,17 +113,9 @@ def as_table(entries: Iterable[Entry], width: int = WIDTH) -> str:
     return columns(shown, rows, width)
 
 
-def as_markdown(entries: Iterable[Entry]) -> str:
-    """The rows of the list as a Markdown table."""
-    shown = [column for column in COLUMNS if column not in ("engine", "class")]
-    rows = [[_cell(row(entry)[column]) for column in shown] for entry in entries]
-    lines = [f"| {' | '.join(cells)} |" for cells in [shown, *rows]]
-    return "\n".join([lines[0], f"|{' --- |' * len(shown)}", *lines[1:]])
-
-
 def columns(head: Sequence[str], rows: Iterable[Sequence[Any]], width: int = WIDTH) -> str:
     """Left-aligned columns within ``width``; ``None`` is blank, long cells go over several lines."""
-    cells = [list(head), *([_cell(value) for value in values] for values in rows)]
+    cells = [list(head), *([cell(value) for value in values] for values in rows)]
     widths = [max(1, *map(len, column)) for column in zip(*cells, strict=True)]
     while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 12:
         widths[widths.index(max(widths))] -= 1
@@ -135,7 +127,7 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[Any]], width: int = WID
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -214,7 +206,7 @@ def _threshold_lines(thresholds: Sequence[Threshold], width: int) -> Iterator[st
     for threshold in thresholds:
         note = "; ".join(filter(None, (threshold.hardware, threshold.note)))
         if note:
-            notes.setdefault(f"{threshold.kind}: {note}", []).append(_cell(threshold.threshold))
+            notes.setdefault(f"{threshold.kind}: {note}", []).append(cell(threshold.threshold))
     for note, values in notes.items():
         yield from _wrapped(f"threshold {', '.join(values)} {note}", width, 2)
 
@@ -243,4 +235,4 @@ def span_of(fit: Candidate) -> str:
 
 def _pairs(values: Mapping[str, Any] | None) -> str:
     known = {name: value for name, value in (values or {}).items() if value is not None}
-    return ", ".join(f"{name} {_cell(value)}" for name, value in known.items())
+    return ", ".join(f"{name} {cell(value)}" for name, value in known.items())

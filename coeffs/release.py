@@ -11,7 +11,7 @@ from pathlib import Path
 from coeffs.entry.polynomial import falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import CoeffsError, EntryError, PublishError, WriteError
-from coeffs.store import Layer, dump, in_folder, in_layer, layers, user_registry, write_atomically
+from coeffs.store import Layer, dump, in_layer, layers, user_registry, write_atomically
 
 CHECKSUMS = "CHECKSUMS"
 
@@ -45,7 +45,7 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
 
 
 def _publish(entry: Entry, root: Path) -> Path:
-    known = [item for layer in layers(root) for item in in_folder(layer, entry.model)]
+    known = [item for layer in layers(root) for item in in_layer(layer, entry.model)]
     newest = max(known, key=lambda item: item.version, default=None)
     if newest is not None and newest.entry() == replace(entry, version=newest.version):
         raise PublishError(f"{newest.label} already says exactly this: nothing to publish")

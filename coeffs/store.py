@@ -184,24 +184,14 @@ def released(registry: str | Path | None = None) -> list[Released]:
     return [files[key] for key in sorted(files)]
 
 
-def in_layer(layer: Layer) -> Iterator[Released]:
-    for outer in _subfolders(layer.root):
-        yield from in_folder(layer, outer)
-        for inner in _subfolders(layer.root / outer):
-            yield from in_folder(layer, f"{outer}/{inner}")
-
-
-def in_folder(layer: Layer, model: str) -> Iterator[Released]:
-    folder = layer.root / model
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        match = _VERSION_FILE.fullmatch(name)
-        if match:
-            yield Released(layer, model, int(match[1]))
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as items:
-        return [item.name for item in items if item.is_dir() and not item.name.startswith(".")]
+def in_layer(layer: Layer, *models: str) -> Iterator[Released]:
+    """The files of a layer, or only those of some models."""
+    for folder in models or ("*", "*/*"):
+        for path in layer.root.glob(f"{folder}/v*.yaml"):
+            model = path.parent.relative_to(layer.root).as_posix()
+            match = _VERSION_FILE.fullmatch(path.name)
+            if match and not model.startswith("."):
+                yield Released(layer, model, int(match[1]))
 
 
 def entries(registry: str | Path | None = None) -> list[Entry]:

@@ -23,10 +23,17 @@ def shipped() -> list[coeffs.Entry]:
     return [item.entry() for item in store.released() if item.layer == layer]
 
 
+def as_markdown(entries: list[coeffs.Entry]) -> str:
+    shown = [column for column in tables.COLUMNS if column not in ("engine", "class")]
+    rows = [[tables.cell(tables.row(entry)[column]) for column in shown] for entry in entries]
+    lines = [f"| {' | '.join(cells)} |" for cells in [shown, *rows]]
+    return "\n".join([lines[0], f"|{' --- |' * len(shown)}", *lines[1:]])
+
+
 def test_the_table_of_entries_is_current():
     """Regenerate with TEACAL_UPDATE=1 after a release."""
     text = PAGE.read_text(encoding="utf-8")
-    current = BLOCK.sub(lambda _: "\n" + tables.as_markdown(shipped()) + "\n\n", text)
+    current = BLOCK.sub(lambda _: "\n" + as_markdown(shipped()) + "\n\n", text)
     if os.environ.get("TEACAL_UPDATE"):
         PAGE.write_text(current, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == current
