@@ -77,7 +77,7 @@ class TeaCache:
             self._watch.reset()
 
     def remove(self) -> None:
-        """Take the cache off; the model gives the same results as before. Harmless when it is off already."""
+        """Take the cache off; the model gives the same results as before. Does nothing when it is off already."""
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
@@ -133,7 +133,8 @@ def apply_tea_cache(
         target: A pipeline (all its denoisers are hooked), a :class:`runtime.OwnLoop`, or the denoiser module.
         entry: A registry entry or its name; ``None`` finds the one that fits the model, unless ``coefficients`` or
             a ``schedule`` are given; one that was measured at a generation's number of steps takes over there.
-        threshold: Skip while the accumulated predicted change is below it; 0 computes every step.
+        threshold: Higher is faster and less faithful; 0.05 to 0.3 is usual. Steps are skipped while the accumulated
+            predicted change stays below it; 0 computes every step.
         speedup: What verified best at this speed-up: the entry's gate at a threshold, or one of its plans; the
             handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
         schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips; or one of an entry's

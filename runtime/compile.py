@@ -13,7 +13,7 @@ from runtime.watch.blocks import find_blocks
 
 
 class _CompiledForward:
-    """A block's forward as a graph, with the forward itself beside it for whoever needs it as it is.
+    """A block's forward as a graph, with the uncompiled forward beside it for the probe.
 
     No ``__dict__``: diffusers copies that of a forward onto the hooks around it.
     """
@@ -44,7 +44,7 @@ class CompiledBlocks:
         return len(self._compiled)
 
     def remove(self) -> None:
-        """Give every block its own forward back. Harmless when that has been done."""
+        """Give every block its own forward back. Does nothing when that has been done."""
         for block, forward in self._compiled:
             forward.active = False  # for hooks of others, which may hold it
             if inner_forward(block) is forward:
@@ -108,12 +108,12 @@ def _refuse(root: Module, path: str, block: Module) -> None:
     if root._compiled_call_impl is not None:
         raise ApplyError(
             f"{type(root).__name__} is compiled as a whole already, which the cache works with; leave "
-            "compile_blocks() out, or load the model anew without compile()"
+            "compile_blocks() out, or load the model again without compile()"
         )
     if block._compiled_call_impl is not None:
         raise ApplyError(
             f"{name} is compiled already (compile_repeated_blocks() or compile()), together with the hooks around it; "
-            "load the model anew and call compile_blocks() instead"
+            "load the model again and call compile_blocks() instead"
         )
     if isinstance(inner_forward(block), _CompiledForward):
         raise ApplyError(

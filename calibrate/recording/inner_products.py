@@ -26,7 +26,7 @@ _COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
 
 
 def random_signs(device: torch.device | str = "cpu") -> Tensor:
-    """The fixed signs of the sketch, shape (``SKETCH_SIZE * 128``,), the same everywhere and for ever."""
+    """The fixed signs of the sketch, shape (``SKETCH_SIZE * 128``,), the same on every machine."""
     generator = np.random.Generator(np.random.PCG64(20240229))
     return torch.from_numpy(generator.integers(0, 2, _SIGNS, dtype=np.int8) * 2 - 1).to(device)
 

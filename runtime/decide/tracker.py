@@ -174,8 +174,8 @@ class Tracker:
             name = info.context or f"branch{len(self._branches)}"
             self._branches.append(_Branch(name, self._ordinal, info.conditioning))
             return self._branches[-1], False
-        # Pipelines hand over the same embeddings at every step. After one call with others this may be another branch;
-        # loops of one's own often make them anew, and are taken at their word.
+        # Pipelines pass the same embeddings at every step, so after one call other embeddings may mean another branch.
+        # Custom loops often rebuild embeddings every step, so without a scheduler we trust call order.
         known = branch.calls > 1 or info.context is not None or self._index is None
         known = known or not branch.seen or not info.conditioning
         consecutive = branch.ordinal == self._ordinal - 1 and (

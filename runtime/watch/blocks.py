@@ -94,7 +94,7 @@ def attention_modules(block: Module) -> list[Module]:
 
 
 def _looks_like_attention(name: str, module: Module) -> bool:
-    """An attention layer of a model of one's own: called so, and with the projections to show for it."""
+    """Whether a module that diffusers does not know is attention: by its name, and at least two projections."""
     if not (_ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)):
         return False
     if any(is_attention(child) for child in module.modules()):
@@ -234,7 +234,7 @@ class HookSet:
             raise
 
     def remove(self) -> None:
-        """Take everything out again; the model is as it was. Harmless when nothing is installed."""
+        """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -29,7 +29,7 @@ class Watch:
     Args:
         modules: The denoisers by name.
         new_handler: Makes the handler of a denoiser, by its name.
-        pipeline: The pipeline that drives them; ``None`` for a loop of the caller's own.
+        pipeline: The pipeline that drives them; ``None`` where there is none.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
         num_steps: Length of the schedule where there is no scheduler to ask.
         on_step: Given what the pipeline's schedulers receive (see :class:`runtime.watch.scheduler.StepHook`).
@@ -65,7 +65,7 @@ class Watch:
             raise
 
     def remove(self) -> None:
-        """Take everything out again; the models are as they were. Harmless when nothing is installed."""
+        """Take everything out again; the models are as they were. Does nothing when nothing is installed."""
         for stack in self.stacks:
             stack.remove()
         self.steps.remove()
@@ -109,7 +109,7 @@ class StackHooks(HookSet):
         self._lock = threading.Lock()
 
     def remove(self) -> None:
-        """Take everything out again; the model is as it was. Harmless when nothing is installed."""
+        """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
         while self._exit_handles:
             self._exit_handles.popitem()[1].remove()
         super().remove()

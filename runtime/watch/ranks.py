@@ -39,7 +39,7 @@ class Agreement:
 def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> Agreement:
     """Add up the sums of all ranks, and see that all of them are at the same point.
 
-    A rank that decides alone leaves the others waiting in the next collective for ever. So every rank takes part in
+    A rank that decides alone leaves the others waiting in the next collective. So every rank takes part in
     every call, whether it has something to compare or not (``sums`` is ``None``), and shows a digest of its past: a
     rank that was reset, or took the call for another branch, is noticed by all of them at once.
 
@@ -55,7 +55,7 @@ def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> A
         votes[:2] = sums
     distributed.all_reduce(votes, group=group)
     numerator, denominator, unable, total, squares = votes.tolist()
-    # Equal numbers, and only they, have the largest sum for their sum of squares; both are exact in float64.
+    # (sum p)^2 = n sum p^2 only if all p are equal (Cauchy-Schwarz); exact in float64 for 16-bit p.
     same_past = total * total == group.size() * squares
     return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
 

@@ -57,7 +57,7 @@ class SchedulerClock:
     new generation.
 
     Args:
-        pipeline: Whose scheduler to read; ``None`` for a loop of the caller's own, of which nothing is known.
+        pipeline: Whose scheduler to read; ``None`` where nothing drives the denoiser that could be asked.
         num_steps: Length of the schedule where there is no scheduler to ask.
     """
 
