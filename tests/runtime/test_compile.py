@@ -294,7 +294,7 @@ def test_refusals_say_what_to_do() -> None:
     with compile_blocks(model, backend="eager"), pytest.raises(ApplyError, match="already; remove"):
         compile_blocks(model)
     regional(model, Backend())
-    with pytest.raises(ApplyError, match=r"compile_repeated_blocks.*load the model anew"):
+    with pytest.raises(ApplyError, match=r"compile_repeated_blocks.*load the model again"):
         compile_blocks(model)
     model = zoo.build("flux")
     with pytest.raises(ApplyError, match="compiled as a whole already"):
