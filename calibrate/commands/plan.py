@@ -26,7 +26,7 @@ from calibrate.commands.options import POSITIVE, Numbers, rerunning_options
 @click.option(
     "--candidates",
     type=POSITIVE,
-    default=2,
+    default=3,
     show_default=True,
     help="Planned schedules to fit, beside the uniform one.",
 )

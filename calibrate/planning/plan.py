@@ -25,6 +25,7 @@ from calibrate.planning.results import Planned, fidelity, judged_figures, keep, 
 from calibrate.planning.trajectories import (
     NoSolver,
     Runner,
+    gaussian_gains,
     load_trajectories,
     measured_gains,
     problem_of,
@@ -40,7 +41,7 @@ from calibrate.trials.setting import PLAN, Setting
 
 CHOOSING_PROMPTS = 6
 JUDGED_PROMPTS = 8
-FITTED_SCHEDULES = 2  # beside the uniform one; a third never won on the embedded model
+FITTED_SCHEDULES = 3  # beside the uniform one: see calibrate.planning.candidates.KINDS
 Say = Callable[[str], None]
 
 
@@ -94,9 +95,9 @@ def plan(
         _check_budgets(computed, case.num_steps)
     held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)
     first, rest = _divided(held_out, choosing, num_prompts)
-    fits, problem, sigmas = _prepared(case, source, steps, anchors, progress, say)
+    fits, problem, gaussian, sigmas = _prepared(case, source, steps, anchors, progress, say)
     budgets = _budgets(computed, speedup, source, problem)
-    planner = Planner(problem, max(budgets))
+    planner = Planner(problem, max(budgets), gaussian)
     entered = {
         budget: _candidates(planner, fits, budget, candidates) + fewer_steps(budget)
         for budget in budgets
@@ -162,8 +163,11 @@ def _prepared(
     anchors: int | None,
     progress: bool,
     say: Say,
-) -> tuple[Fits | None, Problem, NDArray[np.float64]]:
-    """What fits weights (None where the solver cannot be watched), the problem, and the noise levels."""
+) -> tuple[Fits | None, Problem, Problem | None, NDArray[np.float64]]:
+    """What fits weights, the problem with measured and with Gaussian gains, and the noise levels.
+
+    Where the solver cannot be watched nothing is fitted, and no gain is measured.
+    """
     runner = Runner(case)
     try:
         trajectories = load_trajectories(runner, progress, say)
@@ -171,10 +175,11 @@ def _prepared(
         say(f"{error}; planning forecasts of its outputs, without fitted weights")
         logs = _at_steps(load_grams(source), steps)
         sigmas = np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
-        return None, Problem.of(logs), sigmas
+        return None, Problem.of(logs), None, sigmas
     gains = measured_gains(runner, trajectories, progress, say)
     fits = Fits(runner, trajectories, anchors, progress, say)
-    return fits, problem_of(trajectories, gains), trajectories[0].sigmas
+    gaussian = problem_of(trajectories, gaussian_gains(trajectories))
+    return fits, problem_of(trajectories, gains), gaussian, trajectories[0].sigmas
 
 
 def _candidates(planner: Planner, fits: Fits | None, computed: int, count: int) -> list[Candidate]:

@@ -23,7 +23,7 @@ from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
 from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation, generations
-from calibrate.planning.problem import Problem
+from calibrate.planning.problem import TINY, Problem
 from calibrate.runs.files import write_atomically
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import levels_of
@@ -195,6 +195,18 @@ def solver_of(trajectories: Sequence[Trajectory]) -> tuple[Array, Array]:
         [np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(left, right, strict=True)]
     )
     return solved[:, 0], solved[:, 1]
+
+
+def gaussian_gains(trajectories: Sequence[Trajectory]) -> Array:
+    """How much of an error is left at the end if the data were Gaussian, shape (T + 1,).
+
+    The sampler's flow then only scales: by the ratio of the latents' sizes at the end and now.
+    """
+    squared = np.zeros(trajectories[0].num_steps + 1)
+    for trajectory in trajectories:
+        for step, latents in enumerate(trajectory.latents):
+            squared[step] += np.square(latents, dtype=np.float64).sum()
+    return np.sqrt(squared[-1] / np.maximum(squared, TINY))
 
 
 def measured_gains(

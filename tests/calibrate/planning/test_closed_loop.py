@@ -18,7 +18,13 @@ from tiny_pipeline import TinyExperts, TinyPipeline
 import coeffs
 from calibrate.planning.closed_loop import RIDGE, combined, fit, solve
 from calibrate.planning.lockstep import generations
-from calibrate.planning.trajectories import gain_of, record_trajectory, solver_of
+from calibrate.planning.trajectories import (
+    Trajectory,
+    gain_of,
+    gaussian_gains,
+    record_trajectory,
+    solver_of,
+)
 from runtime import apply_tea_cache
 from runtime.decide.forecast import extrapolation
 
@@ -283,6 +289,16 @@ def test_what_the_solver_does_is_found_from_the_trajectory():
     pipeline.scheduler.set_timesteps(10)
     np.testing.assert_allclose(shrinks, 1.0, atol=1e-4)
     np.testing.assert_allclose(moves, np.diff(pipeline.scheduler.sigmas.numpy()), rtol=1e-3)
+
+
+def test_gaussian_gains_are_ratios_of_sizes():
+    """Gaussian data of deviation s is scaled from sqrt(s^2 + sigma^2) to s, here with s = 1/2."""
+    sigmas = np.array([3.0, 1.0, 0.0])
+    sizes = np.sqrt(0.25 + sigmas**2).astype(np.float32)
+    one = Trajectory(
+        sizes[:, None] * np.ones(5, np.float32), np.eye(2), np.zeros((2, 2)), sigmas, ("a", "a")
+    )
+    np.testing.assert_allclose(gaussian_gains([one, one]), 0.5 / sizes, rtol=1e-6)
 
 
 def test_the_gain_of_a_linear_model_is_that_of_its_matrix():
