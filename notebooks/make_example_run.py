@@ -1,35 +1,35 @@
-"""Makes ``calibrate/data/example-run`` anew: a small real run of the embedded model, fitted, verified and thinned out.
+"""Makes ``calibrate/data/example-run`` anew: a small real run of the embedded model, fitted, planned, verified, thinned out.
 
-    python notebooks/make_example_run.py
+    python notebooks/make_example_run.py [FOLDER]
 
 What the notebooks and the report do not show (most samples, timing, tuning) is left away, so that it stays small.
 """
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import coeffs
+from calibrate import plan, record, verify
 from calibrate.fitting.draft import draft_entry
 from calibrate.reporting.run_data import example_run
 from calibrate.runs.pairs import load_run
-from calibrate.recording.record import record
-from calibrate.verifying.verify import verify
 
-POLICIES = ("gate", "apart", "uniform", "fewer-steps", "magcache", "first-block-cache", "sea-cache")
+POLICIES = ("gate", "apart", "plan", "uniform", "uniform-linear-output", "fewer-steps", "magcache")
+BUDGETS = (21, 14, 8)
 SHOWN_SAMPLES = 3
 
 
-def main() -> None:
+def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "example-run"
         record("tiny-longcat-image", num_prompts=10, out=folder)
-        coeffs.save(
-            draft_entry(load_run(folder), command="calibrate fit RUN"), folder / "entry.yaml"
-        )
-        found = verify(folder, num_prompts=6, budgets=[21, 14, 8], policies=POLICIES)
+        entry = draft_entry(load_run(folder), command="calibrate fit RUN")
+        coeffs.save(entry, folder / "entry.yaml")
+        plan(folder, computed=[14], choosing=2, num_prompts=2)
+        found = verify(folder, num_prompts=8, budgets=BUDGETS, policies=POLICIES)
         thin_out(folder, found.results)
-        target = example_run()
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -38,17 +38,15 @@ def main() -> None:
 
 def thin_out(folder: Path, results) -> None:
     """Keep the pairs, the entry and what a reader of the verification sees."""
-    for name in ("timing", "gram", "failures", "corrupt", "inputs", "report"):
+    for name in ("timing", "gram", "trajectories", "failures", "corrupt", "inputs", "report"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    budgets = sorted(results["budget"].unique())
-    shown = results[
-        results["sample"].notna() & (results["budget"] == budgets[len(budgets) // 2])
-    ].head(SHOWN_SAMPLES)
-    keep = {*shown["sample"], *shown["reference"]}
+    kept = results[results["sample"].notna()].sort_values("psnr_db")
+    shown = kept.groupby("policy").head(SHOWN_SAMPLES)
+    keep = {*shown["sample"], *shown["reference"], "results.parquet", "verification.json"}
     for path in [*(folder / "verify").rglob("*"), folder / "lock"]:
-        if path.is_file() and path.name not in keep | {"results.parquet", "verification.json"}:
+        if path.is_file() and path.name not in keep:
             path.unlink()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else example_run())

@@ -120,24 +120,19 @@ def sample_grid(
         gain = 1.0 if largest == 0 else float(2 ** np.clip(np.floor(np.log2(1 / largest)), 0, 8))
     height, width = samples[0][1].shape[:2]
     gap = max(1, width // 16)
-    canvas = np.zeros((len(samples) * (height + gap) - gap, 3 * width + 2 * gap, 4))
-    for row, ((_, uncached, cached, *_), difference) in enumerate(
-        zip(samples, differences, strict=True)
-    ):
+    rows = []
+    for (_, uncached, cached, *_), difference in zip(samples, differences, strict=True):
         shown = uncached, cached, np.broadcast_to(difference * gain, uncached.shape)
-        for column, image in enumerate(shown):
-            top, left = row * (height + gap), column * (width + gap)
-            cell = canvas[top : top + height, left : left + width]
-            cell[..., :3] = np.clip(image[..., :3], 0, 1)
-            cell[..., 3] = 1
+        rows.append(np.hstack([_cell(image, gap) for image in shown]))
+    canvas = np.vstack(rows)[:-gap, :-gap]
     ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
     ax.imshow(canvas, interpolation="nearest")
     ax.xaxis.tick_top()
     columns = ["uncached", "cached", f"difference × {gain:g}" if gain != 1 else "difference"]
-    rows = [height / 2 + i * (height + gap) for i in range(len(samples))]
+    middles = [height / 2 + i * (height + gap) for i in range(len(samples))]
     with mpl.rc_context(STYLE):
         ax.set_xticks([width / 2 + i * (width + gap) for i in range(3)], columns, color=INK)
-        ax.set_yticks(rows, [fill(label, 20) for label, *_ in samples], color=INK)
+        ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples], color=INK)
     ax.tick_params(length=0, labelsize=9)
     ax.spines[:].set_visible(False)
     return ax
@@ -172,6 +167,12 @@ def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
     ax.tick_params(length=0, labelsize=9)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=INK)
     return ax
+
+
+def _cell(image: np.ndarray, gap: int) -> np.ndarray:
+    """An image with an opaque alpha channel, and a transparent gap to its right and below."""
+    opaque = np.dstack([np.clip(image[..., :3], 0, 1), np.ones(image.shape[:2])])
+    return np.pad(opaque, ((0, gap), (0, gap), (0, 0)))
 
 
 def _room(steps: pd.Series) -> float:

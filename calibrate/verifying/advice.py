@@ -118,9 +118,9 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
             if plan is None:
                 return ""
             schedule, reuses = plan.schedule, plan.forecast in (None, "reuse")
-        note = "" if reuses else "  # reuses instead of forecasting: less than the figures above"
+        note = "" if reuses else "# The engine reuses instead of forecasting: less than above.\n"
         command = f"calibrate export {fspath(path)} --to cache-dit-mask --schedule {schedule}"
-        return command + note
+        return note + command
     threshold = float(f"{advice.figures['threshold']:.6g}")
     for engine in GATE_ENGINES:
         try:
@@ -150,7 +150,7 @@ def _certainty(other: dict, compared: Comparison | None, ahead: bool, measure: s
     name = f"{_name(other)} ({other[measure]:.1f} dB)"
     prompts = other["prompts"]
     if prompts < ENOUGH_PROMPTS:
-        return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN}."
+        return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN} prompts."
     if compared is None:
         return f"Not compared with {name} at equal steps."
     sign = 1 if ahead else -1

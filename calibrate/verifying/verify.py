@@ -128,18 +128,7 @@ def verify(
         raise InvalidOption(f"no policy could be run ({reasons})")
     found = _conclude(case, bench, results, refused)
     write_verification(found)
-
-    def with_verified(now: Entry | None) -> Entry:
-        """A fit may have written the entry anew since the verification began."""
-        if now is None or same_gate(now, case.entry):
-            return verified_entry(now or case.entry, found)
-        say(
-            "entry.yaml was fitted anew in the meantime and is left as it is: what was verified "
-            "belongs to other coefficients; run `calibrate verify` again"
-        )
-        return now
-
-    update_entry(case.folder / "entry.yaml", with_verified)
+    _write_verified(case, found, say)
     return found
 
 
@@ -150,6 +139,21 @@ def _budgets_of_plans(case: Case) -> list[int]:
             f"--through: {case.entry.label} has no plan of {case.num_steps} steps; make some with `calibrate plan`"
         )
     return [plan.schedule.count("C") for plan in plans]
+
+
+def _write_verified(case: Case, found: Verification, say: Say) -> None:
+    """Verified thresholds into the entry, unless a fit has written it anew since the verification began."""
+
+    def change(now: Entry | None) -> Entry:
+        if now is None or same_gate(now, case.entry):
+            return verified_entry(now or case.entry, found)
+        say(
+            "entry.yaml was fitted anew in the meantime and is left as it is: what was verified "
+            "belongs to other coefficients; run `calibrate verify` again"
+        )
+        return now
+
+    update_entry(case.folder / "entry.yaml", change)
 
 
 def verified_entry(entry: Entry, found: Verification) -> Entry:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_the_report_shows_each_plan_with_its_pattern_and_figures(run):
     assert page.count('<i class="C">') == 21 and page.count('<i class="S">') == 7
     text = words(page)
     assert "1.75×, 43.2 dB, worst 38.5, on 8 prompts (measured when it was planned)" in text
-    assert "Forecast: linear, of the output" in text
+    assert "Forecast: linear, of the denoiser's output." in unescape(text)
 
 
 def test_pairs_of_images_have_a_slider_and_begin_with_the_worst_prompt(run, page):
