@@ -31,7 +31,6 @@ from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 TUNING_PROMPTS = 2
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
-LONGEST_SERIES = 20_000  # values that are kept and drawn; sound has more
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ class Bench:
             row["replayed"] = replayed
             row["replayed_steps"] = computed_steps(replayed)
             row["disagreement"] = float(np.mean(wrong))
-        drawable = sample.media[0].ndim > 2 or sample.media[0].size <= LONGEST_SERIES
-        if keep and setting.policy in SHOWN and drawable:
+        if keep and setting.policy in SHOWN and sample.is_drawable:
             row["sample"] = self._keep_picture(self._key(setting, prompt)[:16], sample)
             row["reference"] = f"{self._name(prompt)}.npz"
         return row
@@ -225,8 +223,7 @@ class Bench:
             picture = picture[len(picture) // 2]
         folder = self._folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        # Pixels lie in [0, 1]; series have any range.
-        dtype = np.float32 if picture.ndim == 2 else np.float16
+        dtype = np.float32 if picture.ndim == 2 else np.float16  # pixels lie in [0, 1]
         np.savez_compressed(folder / f"{name}.npz", image=picture.astype(dtype))
         return f"{name}.npz"
 

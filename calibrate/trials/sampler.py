@@ -23,6 +23,8 @@ from runtime.apply import apply_tea_cache
 
 STEPS = "num_inference_steps"
 
+LONGEST_SERIES = 20_000  # values; half a second of sound
+
 Patterns = dict[str, str]  # "expert/branch" -> "CCSC..."
 
 
@@ -52,6 +54,11 @@ class Sample:
     @property
     def is_finite(self) -> bool:
         return all(np.isfinite(array).all() for array in self.media)
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether a report can show it: pictures, and series that are not as long as sound."""
+        return self.media[0].ndim > 2 or self.media[0].size <= LONGEST_SERIES
 
 
 class Sampler:
