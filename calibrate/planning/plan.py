@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from calibrate.runs.entry_file import update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
+from calibrate.runs.purposes import CHOOSING, JUDGED, note
 from calibrate.trials.baselines import check_budget
 from calibrate.trials.case import Case
 from calibrate.trials.measures import main_measure
@@ -84,7 +84,7 @@ def plan(
         raise InvalidOption("--computed and --speedup: give exactly one of them")
     if not runs:
         return _from_the_log(source, computed, speedup, steps, say)
-    from calibrate.trials.case import held_out_prompts, open_case
+    from calibrate.trials.case import divided_prompts, open_case
 
     case = open_case(
         source, model=model, registry=None, out=None, dtype=dtype, device=device, **loading
@@ -93,8 +93,7 @@ def plan(
         case = case.at_steps(steps)
     if computed is not None:
         _check_budgets(computed, case.num_steps)
-    held_out = held_out_prompts(case, prompts, choosing + num_prompts, seed, images)
-    first, rest = _divided(held_out, choosing, num_prompts)
+    first, rest = divided_prompts(case, prompts, choosing, num_prompts, seed, images)
     fits, problem, gaussian, sigmas = _prepared(case, source, steps, anchors, progress, say)
     budgets = _budgets(computed, speedup, source, problem)
     planner = Planner(problem, max(budgets), gaussian)
@@ -102,6 +101,8 @@ def plan(
         budget: _candidates(planner, fits, budget, candidates) + fewer_steps(budget)
         for budget in budgets
     }
+    # Before anything is chosen: an interrupted planning has seen these prompts too.
+    note(case.folder, [prompt.prompt_id for prompt in first.prompts], CHOOSING)
     say(f"choosing by runs of {len(first.prompts)} held-out prompts")
     everyone = [candidate for entrants in entered.values() for candidate in entrants]
     tried = _results(case, first, [candidate.setting() for candidate in everyone], progress)
@@ -117,6 +118,7 @@ def plan(
         rivals = [c for c in entered[budget] if c.plan is None or c.name in BASELINES]
         settings += [winner.setting(PLAN), *(rival.setting() for rival in rivals)]
     judged = _results(case, rest, settings, progress)
+    note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
     planned = [
         Planned(b, entered[b], winner, judged_figures(judged[judged["budget"] == b]))
         for b, winner in winners.items()
@@ -196,21 +198,6 @@ def _winner(entrants: list[Candidate], rows: pd.DataFrame) -> Candidate:
     table = fidelity(rows, main_measure(rows))
     ran = [candidate for candidate in entrants if candidate.name in table]
     return max(ran, key=lambda candidate: score(table[candidate.name].dropna()))
-
-
-def _divided(held_out: PromptSet, choosing: int, judging: int) -> tuple[PromptSet, PromptSet]:
-    """Prompts to choose by, and others to judge by."""
-    prompts = held_out.prompts
-    if len(prompts) < 2:
-        raise InvalidOption(
-            "one held-out prompt: expected one to choose by and at least one other to judge by"
-        )
-    if len(prompts) < choosing + judging:
-        choosing = min(choosing, max(1, len(prompts) // 3))
-    return (
-        replace(held_out, prompts=prompts[:choosing]),
-        replace(held_out, prompts=prompts[choosing:]),
-    )
 
 
 def _results(

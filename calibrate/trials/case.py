@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from calibrate.model.session import Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
+from calibrate.runs.purposes import RECORDED, for_choosing, for_judging, purposes
 from coeffs import Entry
 
 STEPS = "num_inference_steps"
@@ -86,6 +87,12 @@ class Case:
         if self.run is None:
             return []
         return [group.prompt for group in RunFolder.open(self.folder).groups]
+
+    @property
+    def purposes(self) -> dict[str, str]:
+        """What each prompt was used for: prompt id -> purpose."""
+        recorded = {prompt.prompt_id: RECORDED for prompt in self.recorded_prompts}
+        return {**purposes(self.folder), **recorded}
 
     @property
     def recorded_images(self) -> dict[str, Path]:
@@ -170,23 +177,61 @@ def _own_session(
 def held_out_prompts(
     case: Case, prompts: Any, num_prompts: int, seed: int, images: Iterable[str | os.PathLike]
 ) -> PromptSet:
-    """Prompts that the run did not record, by content and whatever their seed.
+    """Prompts to judge by: neither recorded nor used to choose a plan, by content and whatever their seed.
 
-    By default the model's own set; where a run recorded all of it, the shipped set that is kept back for that.
+    By default the model's own set; where all of it is used up, the shipped set that is kept back for that.
     """
-    recorded = {prompt.prompt_id for prompt in case.recorded_prompts}
-    images = list(images)
+    known = case.purposes
+    for offered in _offered(case, prompts, seed, images):
+        ids = for_judging(known, [prompt.prompt_id for prompt in offered.prompts])
+        if ids:
+            return _selected(offered, ids[:num_prompts])
+    raise InvalidPrompts(
+        f"{offered.name}: every prompt of it was recorded for the fit or chose plans; give others with --prompts"
+    )
+
+
+def divided_prompts(
+    case: Case,
+    prompts: Any,
+    choosing: int,
+    judging: int,
+    seed: int,
+    images: Iterable[str | os.PathLike],
+) -> tuple[PromptSet, PromptSet]:
+    """Prompts to choose by and others to judge by; where there are few, a third of them chooses."""
+    known = case.purposes
+    for offered in _offered(case, prompts, seed, images):
+        ids = [prompt.prompt_id for prompt in offered.prompts]
+        free = set(for_choosing(known, ids, len(ids)))
+        if len(free) < 2:
+            continue
+        if len(free) < choosing + judging:
+            choosing = min(choosing, max(1, len(free) // 3))
+        chosen = for_choosing(known, ids, choosing)
+        others = for_judging(known, [prompt for prompt in ids if prompt not in chosen])
+        if others:
+            return _selected(offered, chosen), _selected(offered, others[:judging])
+    raise InvalidPrompts(
+        f"{offered.name}: expected a prompt to choose by and at least one other to judge by, neither of them "
+        "recorded, and the judging ones never used to choose; give others with --prompts"
+    )
+
+
+def _offered(
+    case: Case, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
+) -> list[PromptSet]:
+    """The set that was asked for, or the model's own and the one kept back beside it."""
     sources = [case.prompt_source if prompts is None else prompts]
     if prompts is None and case.prompt_source in HELD_OUT_SETS:
         sources.append(HELD_OUT_SETS[case.prompt_source])
-    for source in sources:
-        offered = load_prompts(source, seed=seed, images=images)
-        unseen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id not in recorded)
-        if unseen:
-            return replace(offered, prompts=unseen[:num_prompts])
-    raise InvalidPrompts(
-        f"{offered.name}: every prompt of it was recorded for the fit; give others with --prompts"
-    )
+    images = list(images)
+    return [load_prompts(source, seed=seed, images=images) for source in sources]
+
+
+def _selected(offered: PromptSet, ids: Sequence[str]) -> PromptSet:
+    chosen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id in set(ids))
+    return replace(offered, prompts=chosen)
 
 
 def _run_folder(source: str | os.PathLike | Entry) -> Path | None:

@@ -13,10 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from calibrate.text import aligned
-from calibrate.trials.measures import MEASURES, Measure, capped, main_measure, measured
-from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
-from calibrate.trials.statistics import (
+from calibrate.fitting.statistics import (
     ENOUGH_PROMPTS,
     MARGIN_DB,
     holm,
@@ -26,6 +23,9 @@ from calibrate.trials.statistics import (
     p_wilcoxon,
     share_interval,
 )
+from calibrate.text import aligned
+from calibrate.trials.measures import MEASURES, Measure, capped, main_measure, measured
+from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 
 SLACK = 0.5  # steps that a gate may lie outside the range of the baseline's budgets
 SIGNIFICANT = 0.05

@@ -17,6 +17,7 @@ import pandas as pd
 import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
+from calibrate.runs.purposes import JUDGED, note
 from calibrate.trials.baselines import check_budget, default_budgets
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, held_out_prompts, open_case
@@ -128,6 +129,7 @@ def verify(
         raise InvalidOption(f"no policy could be run ({reasons})")
     found = _conclude(case, bench, results, refused)
     write_verification(found)
+    note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
     _write_verified(case, found, say)
     return found
 

@@ -17,9 +17,11 @@ from calibrate.cli import cli
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.fitting.draft import draft_entry
 from calibrate.planning.candidates import UNIFORM_FITTED
+from calibrate.planning.plan import plan
 from calibrate.recording.record import record
 from calibrate.runs.gram_log import NoPlan
 from calibrate.runs.pairs import load_run
+from calibrate.runs.purposes import purposes
 from calibrate.trials import baselines as policies
 from calibrate.trials.baselines import InvalidBudget
 from calibrate.trials.setting import (
@@ -310,6 +312,19 @@ def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(
         options = {"threshold": 0.1}
         sampler.run(Setting("FirstBlockCache", "FirstBlockCache", 4, options=options), prompt)
     np.testing.assert_array_equal(sampler(prompt).media[0], before)
+
+
+def test_prompts_that_chose_plans_are_never_judged(fitted, pipe, tmp_path):
+    """Bug: plan took the first held-out prompts to choose by, and verify judged the plan on the same."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify"))
+    options = dict(model=pipe, prompts=UNSEEN, progress=False)
+    plan(copy, computed=[4], choosing=2, num_prompts=2, candidates=1, **options)
+    noted = purposes(copy)
+    chose = {prompt for prompt, purpose in noted.items() if purpose == "choosing"}
+    assert len(chose) == 2 and sorted(noted.values()) == ["choosing"] * 2 + ["judged"] * 2
+    found = verify(copy, budgets=[4], policies=["plan", "uniform"], **options)
+    assert len(set(found.results["prompt_id"])) == 2 and not set(found.results["prompt_id"]) & chose
 
 
 def test_recorded_prompts_are_never_judged(fitted, pipe):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calibrate.trials import statistics
+from calibrate.fitting import statistics
 
 
 def test_intervals_cover_the_true_mean_as_often_as_they_say():
