@@ -46,17 +46,22 @@ def _end(number: int, frame: Any) -> None:
 
 
 def _folder() -> str:
-    """The folder that the command works on: the one it holds the lock of, else the one it was given."""
+    """The folder that the command works on: the one it holds the lock of, else the one on the command line.
+
+    Read from the words themselves, because a signal can come before they are parsed.
+    """
     locks = sys.modules.get("calibrate.runs.lock")
     if locks and locks.held:
-        return str(next(iter(locks.held)))
-    click = sys.modules.get("click")
-    context = click.get_current_context(silent=True) if click else None
-    given = context.params if context else {}
-    for name in ("out", "run", "runs", "source", "entry"):
-        value = given.get(name)
-        if value:
-            return value if isinstance(value, str) else ", ".join(value)
+        return str(locks.held[0])
+    words = sys.argv[1:]
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.partition("=")
+        if before == "--out" or (option == "--out" and value):
+            return value or word
+    taken = ("--model", "--image", "--registry", "--prompts")  # folders that are only read
+    for before, word in zip(["", *words], words, strict=False):
+        if before not in taken and os.path.isdir(word):
+            return word
     return ""
 
 

@@ -234,6 +234,26 @@ main()
 """
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["record", "--model", "{0}", "--out", "new"], "new"),
+        (["--out=new"], "new"),
+        (["plan", "--no-runs", "{0}"], "{0}"),
+        (["fit", "{0}", "--registry", "elsewhere"], "{0}"),
+        (["record", "--model", "{0}"], ""),
+    ],
+)
+def test_signal_before_the_words_are_parsed_names_the_folder_too(words, folder, tmp_path):
+    words = [word.format(tmp_path) for word in words]
+    script = f"import sys, calibrate.__main__ as m; sys.argv[1:] = {words!r}; m._end(15, None)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    where = f"{folder.format(tmp_path)}: " if folder else ""
+    assert done.returncode == 3 and done.stderr.startswith(f"\nError: {where}interrupted; what")
+
+
 @pytest.mark.parametrize("program", ["calibrate", "teacal"])
 def test_program_answers_to_both_names(program):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]

@@ -31,7 +31,7 @@ COMMANDS = {
     "verify": "verify RUN --num-prompts 1 --budgets 3 --policies gate,uniform --device cpu",
     "report": "report RUN",
     "show": "show RUN",
-    "check": "check RUN/entry.yaml",
+    "export": "export RUN --to json",
 }
 PROGRAM = [sys.executable, "-m", "calibrate"]
 
