@@ -1,7 +1,6 @@
 """The commands that judge and show: ``verify`` (real cached runs against uncached ones) and ``report``."""
 
 import textwrap
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
 from calibrate.commands.options import POSITIVE, Numbers, registry, rerunning_options
+from calibrate.text import block
 
 
 @click.command()
@@ -72,16 +72,21 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         return
     import coeffs
     from calibrate.runs.lock import hold
+    from calibrate.trials.case import entry_folder
     from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
     from calibrate.verifying.comparison import judge_plan, sentences, verdict_table
     from calibrate.verifying.verify import verify as run_verification
 
-    is_run = (Path(source) / "run.yaml").exists()
-    if is_run:
-        used = f"{options['num_prompts']} that were not recorded"
-        tell_plan("verify: cached runs against uncached ones", source, prompts=used)
-    with hold(source, "verifying") if is_run else nullcontext():
+    title = "verify: cached runs against uncached ones"
+    if (Path(source) / "run.yaml").exists():
+        of = Path(source)
+        tell_plan(title, of, prompts=f"{options['num_prompts']} that were not recorded")
+    else:
+        entry = coeffs.load(source, options["registry"])
+        of = entry_folder(entry, options["out"])
+        tell(block(title, {"entry": entry.label, "folder": str(of)}))
+    with hold(of, "verifying"):
         found = run_verification(
             source, policies=policies.split(",") if policies else None, say=tell, **options
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from calibrate.errors import InvalidOption, RunFolderError
+from calibrate.errors import InvalidOption
 from calibrate.model.call import MIN_STEPS, prepare_call
 from calibrate.model.checkpoint import find_checkpoint, pipeline_class_of
 from calibrate.model.loading import DTYPES
@@ -19,6 +19,7 @@ from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
 from calibrate.recording import notes
 from calibrate.recording.launch import Party, rank
 from calibrate.recording.loop import Loop, show
+from calibrate.runs.files import make_folder
 from calibrate.runs.folder import RunFolder, tidy
 from calibrate.runs.lock import RunLock, job_name
 
@@ -130,7 +131,7 @@ def _record_all(
     path = Path("runs") / f"{session.identity['model']}-{run_id}" if out is None else Path(out)
     with_gram, anew = _gram_setting(path, gram)
     recorder = Recorder(session.modules, session.driver, session.blocks or blocks, gram=with_gram)
-    _make_folder(path)
+    make_folder(path)
     with RunLock(path / "lock", job_name(), lambda: notes.tell_tidied(path, tidy(path))) as lock:
         facts = {"command": command, **notes.now(), "device": session.device_name}
         facts["call"] = plain(session.arguments)
@@ -200,14 +201,6 @@ def _bar(run: RunFolder, shown: bool):
 
 def _refuse_unusable(path: Path) -> None:
     """Say before a model is loaded that nothing can be written there, or that somebody else is at it."""
-    _make_folder(path)
+    make_folder(path)
     with RunLock(path / "lock", job_name()):
         pass
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
-        raise RunFolderError(message) from None

@@ -70,6 +70,15 @@ def read_pairs(path: Path):
     return table
 
 
+def make_folder(path: Path) -> None:
+    """Create a run folder, or say why that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
+        raise RunFolderError(message) from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` under ``path`` so that after a crash or power loss the file is whole or absent, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

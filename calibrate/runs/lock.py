@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calibrate.errors import RunFolderError, RunInUse
+from calibrate.runs.files import make_folder
 
 try:
     import fcntl
@@ -40,7 +41,9 @@ def job_name() -> str:
 
 def hold(folder: str | os.PathLike, work: str) -> "RunLock":
     """The lock of a run for a command that works on it: ``with hold(run, "verifying"):``."""
-    return RunLock(Path(folder) / "lock", job_name(), work=work)
+    path = Path(folder)
+    make_folder(path)
+    return RunLock(path / "lock", job_name(), work=work)
 
 
 class RunLock:

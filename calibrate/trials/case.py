@@ -132,8 +132,7 @@ def open_case(
             f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
         )
     if folder is None:
-        default = Path("runs") / f"verify-{entry.label.replace('/', '-')}"
-        folder = default if out is None else Path(out)
+        folder = entry_folder(entry, out)
     manifest = {} if run is None else run.manifest
     own = checkpoint = None
     if generate is not None:
@@ -172,6 +171,13 @@ def _own_session(
     settings = {name: stated.get(name, getattr(entry.protocol, name)) for name in names}
     model = str(manifest.get("model") or entry.model)
     return callable_session(model, generate, modules, settings)
+
+
+def entry_folder(entry: Entry, out: str | os.PathLike | None) -> Path:
+    """Where the verification of an entry without a run goes."""
+    if out is not None:
+        return Path(out)
+    return Path("runs") / f"verify-{entry.label.replace('/', '-')}"
 
 
 def held_out_prompts(

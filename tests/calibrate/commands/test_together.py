@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 import calibrate
 from calibrate.cli import cli
+from calibrate.runs.lock import hold
 
 REPOSITORY = Path(calibrate.__file__).parents[1]
 COMMANDS = {"plan": ["--computed", "3"], "verify": []}
@@ -75,3 +76,11 @@ def test_command_says_first_what_it_works_on(command, run):
     for text in (f"{command}: ", "toy", "4 steps", "0 of 0 prompts"):
         assert text in head
     assert str(run) in result.stderr
+
+
+def test_verification_of_an_entry_holds_its_folder_too(tmp_path, calls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hold("runs/verify-vllm-omni-qwen-image@v1", "verifying"):
+        result = CliRunner().invoke(cli, ["verify", "vllm-omni/qwen-image"])
+    assert result.exit_code == 2 and calls == []
+    assert "runs/verify-vllm-omni-qwen-image@v1: this process is" in result.stderr
