@@ -38,7 +38,7 @@ from calibrate.text import block
     help="Of gate, apart, plan, plan-cache-dit, plan-diffusers-magcache (not by default), uniform, "
     "uniform-linear, uniform-linear-output, uniform-fitted, uniform-linear-guided, "
     "fewer-steps, fewer-steps-2, magcache, published, "
-    "first-block-cache, mag-cache, sea-cache [default: all].",
+    "first-block-cache, mag-cache, sea-cache or all [default: gate, plan, uniform, fewer-steps].",
 )
 @click.option(
     "--through",

@@ -7,7 +7,9 @@ fit makes only the gate's results anew.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from calibrate.trials.sampler import Sample, Sampler, computed_steps
 from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 
 TUNING_PROMPTS = 2
+MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
 
@@ -64,7 +67,10 @@ class Bench:
     ) -> None:
         self.case, self.prompts = case, prompts
         self._perceptual, self._progress = perceptual, progress
-        self._sampler = Sampler(case.session, {**case.recorded_images, **prompts.images})
+        self._sampler = Sampler(
+            case.session, {**case.recorded_images, **prompts.images}, self._count
+        )
+        self._bar: Any = None
         self._folder = case.folder / "verify"
         arguments = {name: str(value) for name, value in case.session.arguments.items()}
         self._identity = canonical_sha256([case.identity, arguments, FORMAT])
@@ -76,6 +82,24 @@ class Bench:
         self._seconds: dict[str, float] = {}  # of an uncached run, timed by this process
         self._loaded: dict[str, Reference] = {}
 
+    # --- progress
+
+    def expect(self, runs: int) -> None:
+        """One bar for so many generations, until results are all there; more are added as tuning asks for them."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=runs, desc="running", unit="run", disable=not self._progress, smoothing=0.1
+            )
+        self._bar.total = self._bar.n + runs
+        self._bar.refresh()
+
+    def _count(self) -> None:
+        if self._bar is not None:
+            self._bar.total = max(self._bar.total, self._bar.n + 1)
+            self._bar.update()
+
     # --- references
 
     def reference(self, prompt: Prompt) -> Reference:
@@ -83,10 +107,13 @@ class Bench:
         name = self._name(prompt)
         if name not in self._loaded:
             stem = self._folder / "reference" / name
-            if not stem.with_name(f"{name}.json").exists():
+            if not self._has_reference(prompt):
                 self._make_reference(prompt, stem)
             self._loaded = {name: _load_reference(stem)}  # one at a time: videos are large
         return self._loaded[name]
+
+    def _has_reference(self, prompt: Prompt) -> bool:
+        return (self._folder / "reference" / f"{self._name(prompt)}.json").exists()
 
     def signals(self) -> Run:
         """The recorded pairs of all held-out prompts, for an entry that comes without a run."""
@@ -161,32 +188,55 @@ class Bench:
 
     def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
         """One row per setting and prompt, and the policies refused on the way; what is there is not run again."""
-        from tqdm import tqdm
-
         done, refused = self._read_lines(), dict(entered.refused)
-        rows = []
         half = self.case.num_steps / 2
         budgets = {setting.budget for setting in entered.settings}
         shown = min(budgets, key=lambda budget: abs(budget - half), default=0)
         prompts = self.prompts.prompts
         jobs = [(prompt, setting) for prompt in prompts for setting in entered.settings]
-        bar = tqdm(jobs, "verifying", unit="run", disable=not self._progress, smoothing=0.1)
-        for prompt, setting in bar:
-            if setting.policy in refused:
-                continue
-            key = self._key(setting, prompt)
-            if key not in done:
+        keys = [self._key(setting, prompt) for prompt, setting in jobs]
+        references = [prompt for prompt in prompts if not self._has_reference(prompt)]
+        self.expect(sum(key not in done for key in keys) + 2 * len(references))
+        waiting: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+
+        def keep_measured(most: int) -> None:
+            """Write finished results; wait for the oldest while more than ``most`` are being measured."""
+            while waiting and (len(waiting) > most or waiting[0][1].done()):
+                key, measured = waiting.popleft()
+                done[key] = measured.result()
+                self._append(key, done[key])
+
+        with ThreadPoolExecutor(MEASURING_THREADS) as pool:
+            for key, (prompt, setting) in zip(keys, jobs, strict=True):
+                if setting.policy in refused or key in done:
+                    continue
                 try:
-                    done[key] = self._run(setting, prompt, keep=setting.budget == shown)
+                    row, sample = self._run(setting, prompt, keep=setting.budget == shown)
                 except Refused as error:
                     refused[setting.policy] = str(error)
                     continue
-                self._append(key, done[key])
-            rows.append(done[key])
-        frame = pd.DataFrame(rows)
+                reference = self.reference(prompt)
+                waiting.append((key, pool.submit(self._measured, row, sample, reference)))
+                keep_measured(self._most_waiting)
+            keep_measured(0)
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        frame = pd.DataFrame([done[key] for key in keys if key in done])
         return frame[~frame["policy"].isin(refused)] if len(frame) else frame, refused
 
-    def _run(self, setting: Setting, prompt: Prompt, keep: bool) -> dict[str, Any]:
+    @property
+    def _most_waiting(self) -> int:
+        """Samples that may wait to be measured. None on the CPU, where measuring would slow the timed runs down."""
+        on_gpu = str(self.case.identity["device"]) != "cpu"
+        return 2 * MEASURING_THREADS if on_gpu else 0
+
+    def _measured(
+        self, row: dict[str, Any], sample: Sample, reference: Reference
+    ) -> dict[str, Any]:
+        return {**row, **self._measure(sample, reference)}
+
+    def _run(self, setting: Setting, prompt: Prompt, keep: bool) -> tuple[dict[str, Any], Sample]:
         reference = self.reference(prompt)
         uncached_seconds = self._uncached_seconds(prompt)
         sample = self._sampler.run(setting, prompt)
@@ -203,7 +253,6 @@ class Bench:
             "uncached_seconds": uncached_seconds,
             "patterns": sample.patterns,
             "replayed": None,
-            **self._measure(sample, reference),
         }
         if setting.kind == "gate":
             replayed = _replayed(setting, reference.pairs)
@@ -214,7 +263,7 @@ class Bench:
         if keep and setting.policy in SHOWN and sample.is_drawable:
             row["sample"] = self._keep_picture(self._key(setting, prompt)[:16], sample)
             row["reference"] = f"{self._name(prompt)}.npz"
-        return row
+        return row, sample
 
     def _keep_picture(self, name: str, sample: Sample) -> str:
         """The image, the middle frame of a video, or the series, as a file for the report."""

@@ -66,10 +66,16 @@ class Sampler:
 
     Args:
         images: Where the images that prompts name are.
+        finished: Called after every generation.
     """
 
-    def __init__(self, session: Session, images: Mapping[str, Path] | None = None) -> None:
-        self.session = session
+    def __init__(
+        self,
+        session: Session,
+        images: Mapping[str, Path] | None = None,
+        finished: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.session, self._finished = session, finished
         self.images = dict(images or {})
         self._overrides = {"output_type": "np"} if session.accepts("output_type") else {}
 
@@ -96,6 +102,7 @@ class Sampler:
             output = self.session.generate(prompt, self.images, **overrides)
             _synchronize()
             seconds = time.perf_counter() - begun
+        self._finished()
         flat = np.concatenate([part.ravel() for part in latents]) if latents else None
         return Sample(_media(output), flat, seconds)
 

@@ -13,7 +13,7 @@ from calibrate.planning.results import uniform_fitted as fitted_plan
 from calibrate.runs.gram_log import NoPlan
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import magcache_at, uniform
-from calibrate.trials.bench import Entered
+from calibrate.trials.bench import TUNING_PROMPTS, Entered
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
@@ -29,6 +29,10 @@ from calibrate.verifying.tuning import Counted, given_gate, tuned_diffusers, tun
 from coeffs import Entry, Plan
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
+
+USUAL = ("gate", "plan", "uniform", "fewer-steps")  # what is deployed, and what it must beat
+ALL = "all"
+TRIES = 2  # real runs per budget and tuning prompt that a gate's threshold takes, as a rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ class Policy:
         make: Its settings, one per budget, given the label; raises an expected error for what it lacks.
         tuned: Whether thresholds are searched for by real runs.
         enters: Whether this entry has anything to show.
-        default: Whether it enters without being named.
+        default: Whether it is one of ``all``.
     """
 
     label: str
@@ -213,13 +217,23 @@ POLICIES: dict[str, Policy] = {
 
 
 def checked_policies(names: Sequence[str] | None) -> list[str]:
-    """The keys of the policies to run, the fitted gate first; for None all that need not be named."""
-    usual = [name for name, policy in POLICIES.items() if policy.default]
-    chosen = list(dict.fromkeys(names or usual))
-    for name in chosen:
-        if name not in POLICIES:
-            raise InvalidOption(f"policy {name!r}: expected {', '.join(POLICIES)}")
+    """The keys of the policies to run, the fitted gate first; ``all`` stands for those that need not be named."""
+    chosen: list[str] = []
+    for name in names or USUAL:
+        if name not in (*POLICIES, ALL):
+            raise InvalidOption(f"policy {name!r}: expected {ALL}, {', '.join(POLICIES)}")
+        chosen += [key for key, p in POLICIES.items() if p.default] if name == ALL else [name]
+    chosen = list(dict.fromkeys(chosen))
     return chosen if "gate" in chosen else ["gate", *chosen]
+
+
+def runs_to_come(
+    names: Sequence[str], entry: Entry, budgets: int, prompts: int, given: bool
+) -> tuple[int, int]:
+    """How many cached runs judge and tune, at most; ``given`` thresholds of the fitted gate are not tuned."""
+    policies = [POLICIES[name] for name in names if POLICIES[name].enters(entry)]
+    tuned = sum(p.tuned and not (given and p.label == GATE) for p in policies)
+    return len(policies) * budgets * prompts, tuned * budgets * TRIES * TUNING_PROMPTS
 
 
 def entered(lineup: Lineup, names: Sequence[str], say: Callable[[str], None]) -> Entered:

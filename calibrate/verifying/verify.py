@@ -16,21 +16,26 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import InvalidOption
+from calibrate.model.prompts import PromptSet
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
+from calibrate.runs.folder import RunFolder
+from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import JUDGED, note
-from calibrate.trials.baselines import check_budget, default_budgets
+from calibrate.text import duration
+from calibrate.trials.baselines import DEFAULT_FRACTIONS, check_budget, default_budgets
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, held_out_prompts, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
 from calibrate.verifying import comparison as verdict
-from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, entered
+from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, entered, runs_to_come
 from calibrate.verifying.results import Verification, write_verification
 from calibrate.verifying.tuning import given_gate
 from coeffs import Entry
 
 NUM_PROMPTS = 10
+AVERAGE_SHARE = float(np.mean(DEFAULT_FRACTIONS))  # of an uncached run that a cached one takes
 Say = Callable[[str], None]
 
 
@@ -67,7 +72,8 @@ def verify(
         prompts: A file, a shipped set or texts; prompts that the run recorded are left out. By default the model's own
             set, and where the set ``default`` is used up the shipped ``held-out``.
         budgets: Numbers of computed steps, five by default; ``thresholds`` of the fitted gate instead.
-        policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`; all by default.
+        policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`, or ``all``; by default gate, plan, uniform and
+            fewer-steps.
         out: Folder for an entry without a run (default: ``runs/verify-<label>``).
         generate, modules: A model of your own, as :func:`calibrate.record` was given it.
         lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
@@ -104,16 +110,22 @@ def verify(
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
     held_out = held_out_prompts(case, prompts, num_prompts, seed, images)
-    bench = Bench(case, held_out, perceptual, progress)
-    recorded = case.run or bench.signals()
     thresholds = sorted(set(thresholds or ()))
+    steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
+    expected = _announce(
+        case, chosen, len(thresholds) or len(steps), held_out, bool(thresholds), say
+    )
+    bench = Bench(case, held_out, perceptual, progress)
+    bench.expect(expected)
+    recorded = case.run or bench.signals()
     if thresholds:
-        budgets = [setting.budget for setting in given_gate(case.entry, thresholds, recorded)]
+        given = given_gate(case.entry, thresholds, recorded)
+        steps = sorted({setting.budget for setting in given}, reverse=True)
     lineup = Lineup(
         entry=case.entry,
         run=recorded,
         num_steps=case.num_steps,
-        budgets=sorted(set(budgets or default_budgets(case.num_steps)), reverse=True),
+        budgets=steps,
         thresholds=thresholds,
         counted=bench.tuning_count,
         known=coeffs.entries(registry),
@@ -132,6 +144,22 @@ def verify(
     note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
     _write_verified(case, found, say)
     return found
+
+
+def _announce(
+    case: Case, chosen: Sequence[str], budgets: int, prompts: PromptSet, given: bool, say: Say
+) -> int:
+    """Say how many runs there will be at most, and about how long they take; the number of runs."""
+    count = len(prompts.prompts)
+    judging, tuning = runs_to_come(chosen, case.entry, budgets, count, given)
+    text = f"{count} prompts, {budgets} budgets: {2 * count} uncached runs, {judging} cached ones"
+    text += f", up to about {tuning} to tune by" if tuning else ""
+    seconds = None if case.run is None else seconds_per_prompt(RunFolder.open(case.folder))
+    if seconds is not None:
+        cached = AVERAGE_SHARE * (judging + tuning)
+        text += f"; about {duration(seconds * (2 * count + cached))} by the recorded timing"
+    say(text)
+    return 2 * count + judging + tuning
 
 
 def _budgets_of_plans(case: Case) -> list[int]:

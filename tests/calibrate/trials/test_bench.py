@@ -76,3 +76,61 @@ def test_the_perturbation_is_one_unit_in_the_last_place(dtype):
         apart = (moved.view(bits).int() - values.view(bits).int()).abs()
         # At a power of two the unit below is half of that above.
         assert apart.max() <= 2 and (apart == 1).float().mean() > 0.9
+
+
+class OneSetting:
+    """A bench whose runs take no time, and whose measuring is watched."""
+
+    def __init__(self, tmp_path, device):
+        from types import SimpleNamespace
+
+        from calibrate.model.prompts import load_prompts
+
+        self.bench = Bench.__new__(Bench)
+        self.bench.__dict__ |= {
+            "case": SimpleNamespace(num_steps=8, identity={"device": device}),
+            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "_progress": False, "_bar": None,
+            "_folder": tmp_path, "_lines_file": tmp_path / "results.jsonl", "_identity": "x",
+        }  # fmt: skip
+        self.ran, self.measured = [], []
+        self.bench._has_reference = lambda prompt: True
+        self.bench.reference = lambda prompt: None
+        self.bench._run = self._run
+
+    def _run(self, setting, prompt, keep):
+        self.ran.append(prompt.prompt)
+        return {"policy": setting.policy, "prompt": prompt.prompt, "broken": False}, None
+
+    def results(self, measure):
+        from calibrate.trials.bench import Entered
+        from calibrate.trials.setting import plan_setting
+
+        self.bench._measure = measure
+        return self.bench.results(Entered([plan_setting("plan", "CSCSCSCS")]))[0]
+
+
+def test_measuring_does_not_hold_up_the_model_on_a_gpu(tmp_path):
+    """Bug: measures of 5 s an image were taken on the host between the runs."""
+    import threading
+
+    watched, all_ran = OneSetting(tmp_path, "cuda"), threading.Event()
+
+    def measure(sample, reference):
+        assert all_ran.wait(10), "the next run waited for the measures of the last"
+        return {"psnr_db": 40.0}
+
+    inner = watched._run
+    watched.bench._run = lambda *args, **more: (
+        inner(*args, **more),
+        all_ran.set() if len(watched.ran) == 3 else None,
+    )[0]
+    frame = watched.results(measure)
+    assert list(frame["prompt"]) == ["a", "b", "c"] and set(frame["psnr_db"]) == {40.0}
+    assert len((tmp_path / "results.jsonl").read_text().split()) > 3
+
+
+def test_on_the_cpu_measuring_never_runs_beside_a_timed_run(tmp_path):
+    watched = OneSetting(tmp_path, "cpu")
+    order = watched.ran
+    watched.results(lambda sample, reference: order.append("measured") or {"psnr_db": 40.0})
+    assert order == ["a", "measured", "b", "measured", "c", "measured"]

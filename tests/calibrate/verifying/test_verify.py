@@ -33,7 +33,7 @@ from calibrate.trials.setting import (
     gate_setting,
     plan_setting,
 )
-from calibrate.verifying.lineup import POLICIES, Lineup, published_entries
+from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, published_entries
 from calibrate.verifying.results import load_verification
 from calibrate.verifying.tuning import tune_threshold
 from calibrate.verifying.verify import verify
@@ -325,6 +325,30 @@ def test_prompts_that_chose_plans_are_never_judged(fitted, pipe, tmp_path):
     assert len(chose) == 2 and sorted(noted.values()) == ["choosing"] * 2 + ["judged"] * 2
     found = verify(copy, budgets=[4], policies=["plan", "uniform"], **options)
     assert len(set(found.results["prompt_id"])) == 2 and not set(found.results["prompt_id"]) & chose
+
+
+def test_the_usual_policies_run_and_their_number_is_said_before_anything_is_loaded(
+    fitted, monkeypatch
+):
+    """Bug: 69 generations a prompt by default, and not a word about how many."""
+    assert checked_policies(None) == ["gate", "plan", "uniform", "fewer-steps"]
+    assert len(checked_policies(["all"])) > 10 and "apart" in checked_policies(["all"])
+    said = []
+
+    class Loading(Exception):
+        pass
+
+    def load(*args, **options):
+        raise Loading
+
+    monkeypatch.setattr("calibrate.trials.case.load_session", load)
+    with pytest.raises(Loading):
+        verify(fitted, model=TinyPipeline(), prompts=UNSEEN, progress=False, say=said.append)
+    # 4 policies at 5 budgets on 4 prompts; the gate tuned at each by 2 prompts, about twice.
+    start = (
+        "4 prompts, 5 budgets: 8 uncached runs, 80 cached ones, up to about 20 to tune by; about "
+    )
+    assert said[0].startswith(start)
 
 
 def test_recorded_prompts_are_never_judged(fitted, pipe):
