@@ -144,6 +144,20 @@ def test_every_policy_runs_or_says_why_not(verified):
         assert (rows["computed_steps"] == rows["budget"]).all()
 
 
+def test_lpips_stands_beside_psnr_and_ssim(pipe, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "calibrate.verifying.verify.Lpips",
+        lambda: type("Distance", (), {"checksum": "x", "__call__": lambda self, a, b: 0.25})(),
+    )
+    folder = shutil.copytree(fitted, tmp_path / "run")
+    options = {"prompts": UNSEEN[:1], "budgets": [4], "policies": ["uniform"], "progress": False}
+    found = verify(folder, model=pipe, lpips=True, **options)
+    assert (found.results["lpips"] == 0.25).all()
+    assert "LPIPS" in found.facts["measures"]["lpips"]
+    rows = coeffs.load(folder / "entry.yaml").thresholds
+    assert [row.lpips for row in rows if row.kind == "verified"] == [0.25]
+
+
 def test_uncached_runs_are_bit_identical_and_recording_does_not_change_them(verified):
     assert verified.facts["floor"]["identical"]
 
