@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from calibrate.errors import InvalidOption
@@ -39,6 +40,24 @@ def through_setting(policy: str, engine: str, entry: Entry, plan: Plan) -> Setti
     text = export_entry(entry, ENGINES[engine].form, schedule=plan.schedule)
     options = {"engine": engine, "form": text}
     return Setting(policy, KIND, plan.schedule.count("C"), plan=plan, options=options)
+
+
+def check_through(engine: str, entry: Entry, num_steps: int) -> list[Plan]:
+    """The entry's plans for this number of steps, all of which the engine can run.
+
+    Raises:
+        InvalidOption, EngineError: The engine is not installed, there is no such plan, or it cannot run one.
+    """
+    if engine == "cache-dit" and find_spec("cache_dit") is None:
+        raise InvalidOption("--through cache-dit needs it: pip install 'teacal[cache-dit]'")
+    plans = [plan for plan in entry.plans or () if len(plan.schedule) == num_steps]
+    if not plans:
+        raise InvalidOption(
+            f"--through: {entry.label} has no plan of {num_steps} steps; make some with `calibrate plan`"
+        )
+    for plan in plans:
+        through_setting(engine, engine, entry, plan)
+    return plans
 
 
 @contextmanager
@@ -74,12 +93,8 @@ def _cache_dit(session: Session, text: str) -> Iterator[None]:
 
     # It logs several lines for every generation; read when it is imported.
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-    try:
-        import cache_dit
-    except ImportError:
-        raise InvalidOption(
-            "--through cache-dit needs cache-dit: pip install 'teacal[cache-dit]'"
-        ) from None
+    import cache_dit
+
     loaded = cache_dit.load_configs(yaml.safe_load(text))
     configs = {name: loaded[name] for name in ("cache_config", "calibrator_config")}
     try:

@@ -28,8 +28,9 @@ from calibrate.trials.case import Case, held_out_prompts, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
+from calibrate.trials.through import check_through
 from calibrate.verifying import comparison as verdict
-from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, entered, runs_to_come
+from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_to_come
 from calibrate.verifying.results import Verification, write_verification
 from calibrate.verifying.tuning import given_gate
 from coeffs import Entry
@@ -105,8 +106,9 @@ def verify(
         generate=generate,
         modules=modules,
     )
-    if through and not (budgets or thresholds):
-        budgets = _budgets_of_plans(case)
+    for engine in through:
+        plans = check_through(engine, case.entry, case.num_steps)
+        budgets = budgets or [plan.schedule.count("C") for plan in plans if not thresholds]
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
     held_out = held_out_prompts(case, prompts, num_prompts, seed, images)
@@ -131,11 +133,7 @@ def verify(
         known=coeffs.entries(registry),
         transformer_class=case.transformer_class,
     )
-    settings = entered(lineup, chosen, say)
-    for engine in through:
-        if reason := settings.refused.get(POLICIES[f"plan-{engine}"].label):
-            raise InvalidOption(f"--through {engine}: {reason}")
-    results, refused = bench.results(settings)
+    results, refused = bench.results(entered(lineup, chosen, say))
     if results.empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")
@@ -160,15 +158,6 @@ def _announce(
         text += f"; about {duration(seconds * (2 * count + cached))} by the recorded timing"
     say(text)
     return 2 * count + judging + tuning
-
-
-def _budgets_of_plans(case: Case) -> list[int]:
-    plans = [plan for plan in case.entry.plans or () if len(plan.schedule) == case.num_steps]
-    if not plans:
-        raise InvalidOption(
-            f"--through: {case.entry.label} has no plan of {case.num_steps} steps; make some with `calibrate plan`"
-        )
-    return [plan.schedule.count("C") for plan in plans]
 
 
 def _write_verified(case: Case, found: Verification, say: Say) -> None:

@@ -9,8 +9,10 @@ import torch
 from tiny_pipelines import Case
 
 import coeffs
+from calibrate.errors import InvalidOption
 from calibrate.trials.setting import Refused
-from calibrate.trials.through import ENGINES, run_through, through_setting
+from calibrate.trials.through import ENGINES, check_through, run_through, through_setting
+from calibrate.verifying.verify import verify
 from coeffs.errors import CheckFailed, EngineError
 
 SCHEDULE = "CCSCSS"
@@ -107,3 +109,32 @@ def test_a_class_that_diffusers_does_not_know_is_refused_by_the_engine_too():
         Refused, match=r"MagCache on LongCatImageTransformer2DModel: .* not registered"
     ):
         run(case, "diffusers-magcache", flux)
+
+
+def test_what_cannot_be_run_is_said_before_anything_runs(monkeypatch):
+    case = tiny_pipelines.flux()
+    entry = entry_of(case)
+    with pytest.raises(InvalidOption, match="has no plan of 28 steps"):
+        check_through("diffusers-magcache", entry, 28)
+    longcat = entry_of(tiny_pipelines.longcat_image())
+    with pytest.raises(EngineError, match="cannot cache"):
+        check_through("diffusers-magcache", longcat, len(SCHEDULE))
+    monkeypatch.setattr("calibrate.trials.through.find_spec", lambda name: None)
+    with pytest.raises(InvalidOption, match="pip install"):
+        check_through("cache-dit", entry, len(SCHEDULE))
+
+
+@pytest.mark.slow
+def test_verify_compares_the_plan_with_the_engines_run_of_it(tmp_path):
+    pytest.importorskip("cache_dit")
+    verified = verify(
+        "tiny-longcat-image",
+        out=tmp_path,
+        through=["cache-dit"],
+        num_prompts=1,
+        budgets=[14],
+        progress=False,
+    )
+    rows = verified.summary.set_index("policy")
+    assert rows.loc["plan through cache-dit", "computed_steps"] == 14
+    assert rows.loc["plan", "psnr_db"] > rows.loc["plan through cache-dit", "psnr_db"] > 30
