@@ -37,7 +37,7 @@ from calibrate.text import block
     metavar="P,P,...",
     help="Of gate, apart, plan, plan-cache-dit, plan-diffusers-magcache (not by default), uniform, "
     "uniform-linear, uniform-linear-output, uniform-fitted, uniform-linear-guided, "
-    "fewer-steps, fewer-steps-2, magcache, published, "
+    "fewer-steps, fewer-steps-2, magcache, cache-dit-masks, mflux, published, "
     "first-block-cache, mag-cache, sea-cache or all [default: gate, plan, uniform, fewer-steps].",
 )
 @click.option(

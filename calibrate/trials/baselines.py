@@ -96,3 +96,80 @@ def disagreement(replayed: str, real: str) -> int:
     if len(replayed) != len(real):
         raise ValueError(f"patterns of {len(replayed)} and {len(real)} steps do not compare")
     return sum(a != b for a, b in zip(replayed, real, strict=True))
+
+
+# cache-dit 1.5.3, `steps_mask`: lengths of the computed and the cached stretches, in turn, of its named policies.
+# The first are for 28 steps and more or fewer, the others for distilled models of 10 to 15, 9 and 8 steps.
+CACHE_DIT_MASKS = {
+    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
+    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
+    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
+    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+}
+_FEW_STEPS = {
+    "slow": {15: ((4, 2, 2, 2, 1), (1, 1, 1, 1)), 9: ((5, 2, 1), (1,)), 8: ((5, 1, 1), (1,))},
+    "medium": {15: ((4, 2, 1, 1, 1), (1, 1, 2, 2)), 9: ((5, 1, 1), (1, 1)), 8: ((4, 1, 1), (1, 1))},
+    "fast": {15: ((3, 1, 1, 1, 1), (1, 2, 2, 3)), 9: ((4, 1, 1), (1, 2)), 8: ((3, 1, 1), (1, 2))},
+    "ultra": {15: ((2, 1, 1, 1, 1), (1, 2, 3, 3)), 9: ((3, 1, 1), (2, 2)), 8: ((2, 1, 1), (2, 2))},
+}
+MFLUX_PROTECTED = 0.1  # mflux 0.24.0, `StepCache`: this share of first and of last steps computes
+MFLUX_MIN_STEPS = 10
+
+
+def cache_dit_mask(name: str, num_steps: int) -> str:
+    """The schedule of cache-dit's mask policy ``slow``, ``medium``, ``fast`` or ``ultra``.
+
+    More than 28 steps lengthen the stretches in proportion, fewer cut the last ones.
+    """
+    if num_steps < 8:
+        raise InvalidBudget(f"{num_steps} steps: cache-dit's masks are taken from 8 steps on")
+    stretches = CACHE_DIT_MASKS[name]
+    if num_steps < 16:
+        stretches = _FEW_STEPS[name][num_steps if num_steps in (8, 9) else 15]
+    # Computed and cached stretches in turn; there is one more computed one.
+    lengths = [list(stretches[0]), list(stretches[1])]
+    if num_steps > 28:
+        _lengthen(lengths, stretches, num_steps)
+    turn = 1
+    while _total(lengths) > num_steps:
+        if lengths[turn]:
+            lengths[turn][-1] -= 1
+            if lengths[turn][-1] == 0:
+                lengths[turn].pop()
+        turn = 1 - turn
+    schedule = ""
+    for index in range(max(map(len, lengths))):
+        schedule += "C" * sum(lengths[0][index : index + 1])
+        schedule += "S" * sum(lengths[1][index : index + 1])
+    return schedule[:-1] + "C"
+
+
+def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
+    """mflux's rule: of the steps between the protected ends, those whose noise level changed least are skipped."""
+    num_steps = len(sigmas)
+    check_budget(computed, num_steps)
+    if num_steps < MFLUX_MIN_STEPS:
+        raise InvalidBudget(f"{num_steps} steps: mflux skips none below {MFLUX_MIN_STEPS}")
+    protected = int(num_steps * MFLUX_PROTECTED)
+    eligible = range(max(protected, 1), num_steps - protected)
+    by_change = sorted(eligible, key=lambda step: abs(sigmas[step] - sigmas[step - 1]))
+    skipped = by_change[: num_steps - computed]
+    return _plan([step for step in range(num_steps) if step not in skipped], num_steps)
+
+
+def _lengthen(lengths: list[list[int]], base: tuple, num_steps: int) -> None:
+    """Grow the stretches in turn, each by half its share of the schedule, and the last computed one by a step."""
+    growth = num_steps / 28 * 0.5
+    while True:
+        for index in range(len(base[1])):
+            for kind in (0, 1):
+                lengths[kind][index] += max(int(base[kind][index] * growth), 1)
+                if _total(lengths) >= num_steps:
+                    return
+        lengths[0][-1] += 1
+        if _total(lengths) >= num_steps:
+            return
+
+
+def _total(lengths: list[list[int]]) -> int:
+    return sum(map(sum, lengths))

@@ -10,9 +10,15 @@ import numpy as np
 
 from calibrate.errors import CalibrateError, InvalidOption
 from calibrate.planning.results import uniform_fitted as fitted_plan
-from calibrate.runs.gram_log import NoPlan
+from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.pairs import Run
-from calibrate.trials.baselines import magcache_at, uniform
+from calibrate.trials.baselines import (
+    CACHE_DIT_MASKS,
+    cache_dit_mask,
+    magcache_at,
+    mflux_schedule,
+    uniform,
+)
 from calibrate.trials.bench import TUNING_PROMPTS, Entered
 from calibrate.trials.setting import (
     APART_GATE,
@@ -173,6 +179,26 @@ def magcache_rule(lineup: Lineup, label: str) -> list[Setting]:
     ]
 
 
+def cache_dit_masks(lineup: Lineup, label: str) -> list[Setting]:
+    """cache-dit's four masks, whatever the budgets: they are compared at their own computed steps."""
+    schedules = [cache_dit_mask(name, lineup.num_steps) for name in CACHE_DIT_MASKS]
+    by_count = {schedule.count("C"): schedule for schedule in reversed(schedules)}
+    return [plan_setting(label, by_count[count]) for count in sorted(by_count, reverse=True)]
+
+
+def mflux_rule(lineup: Lineup, label: str) -> list[Setting]:
+    if lineup.run.path is None:
+        raise InvalidOption("no run, and so no recorded noise levels; verify the folder of a run")
+    logs = load_grams(lineup.run.path)
+    sigmas = np.concatenate([log.sigmas[:-1] for log in logs])
+    if len(sigmas) != lineup.num_steps or not np.isfinite(sigmas).all():
+        raise InvalidOption(f"the run holds no noise levels of {lineup.num_steps} steps")
+    return [
+        plan_setting(label, mflux_schedule(sigmas.tolist(), budget), budget)
+        for budget in lineup.budgets
+    ]
+
+
 def diffusers_cache(cache: str) -> Make:
     """One of diffusers' own caches, tuned to the budgets."""
 
@@ -209,6 +235,8 @@ POLICIES: dict[str, Policy] = {
     "fewer-steps": Policy(FEWER_STEPS, fewer_steps()),
     "fewer-steps-2": Policy(FEWER_STEPS_2, fewer_steps(solver_order=2)),
     "magcache": Policy("MagCache's rule", magcache_rule),
+    "cache-dit-masks": Policy("cache-dit's masks", cache_dit_masks),
+    "mflux": Policy("mflux's rule", mflux_rule),
     "published": Policy("published sets", own_gate, tuned=True),  # one policy a set, see _entrants
     "first-block-cache": Policy("FirstBlockCache", diffusers_cache("FirstBlockCache"), tuned=True),
     "mag-cache": Policy("MagCache (diffusers)", diffusers_cache("MagCache"), tuned=True),

@@ -528,7 +528,7 @@ def test_the_command_opens_with_advice_and_never_says_nan(verified, fitted, monk
     monkeypatch.setattr("calibrate.verifying.verify.verify", lambda *args, **options: verified)
     output = CliRunner().invoke(cli, ["verify", str(fitted)]).stdout
     first, *_ = output.splitlines()
-    assert first.startswith("Use ") and "Too few prompts (4)" in first
+    assert first.startswith("Use ")
     assert "nan" not in re.split(r"[^a-z]+", output.lower()) and "- to -" not in output
     words = "the plan against uniform skipping: too few prompts for a verdict (4; at least 8)"
     assert words in output
