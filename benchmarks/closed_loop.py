@@ -107,10 +107,8 @@ def measured(
 
 def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     """The plan's own schedule, its weights fitted on the first few recorded prompts."""
-    import torch
-
     import coeffs
-    from calibrate.planning.closed_loop import fit
+    from calibrate.planning.closed_loop import Fits
     from calibrate.planning.trajectories import Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
 
@@ -119,10 +117,9 @@ def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     trajectories = load_trajectories(runner, True, say)
     settings = []
     for count in CURVE:
-        some = trajectories[:count]
-        teachers = [torch.from_numpy(trajectory.latents) for trajectory in some]
-        with runner.running(case.recorded_prompts[:count]) as running:
-            rows = fit(running, teachers, own.schedule, walls=some[0].walls).rows
+        if count > len(trajectories):
+            break
+        rows = Fits(runner, trajectories, None, True, say, count).rows(own.schedule)
         weights = tuple(rows[step] for step in sorted(rows))
         plan = coeffs.Plan(
             schedule=own.schedule, forecast="fitted", forecast_of="guided", weights=weights
@@ -151,9 +148,10 @@ def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:
 
 
 def _interval(difference: pd.Series) -> list[float]:
+    """The mean and its 95 % interval, which fewer than three prompts do not have."""
     mean = float(difference.mean())
-    if len(difference) < 3 or not difference.std():
-        return [mean, mean, mean]
+    if len(difference) < 3:
+        return [mean]
     low, high = stats.t.interval(0.95, len(difference) - 1, mean, stats.sem(difference))
     return [mean, float(low), float(high)]
 
@@ -194,7 +192,8 @@ def _cell(figures: dict[str, Any] | None) -> str:
 def _gain(figures: dict[str, Any] | None) -> str:
     if figures is None or figures["plan_minus"] is None:
         return "-"
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*figures["plan_minus"])
+    mean, *bounds = figures["plan_minus"]
+    return f"{mean:+.1f}" + (" ({:+.1f} to {:+.1f})".format(*bounds) if bounds else "")
 
 
 def say(text: str) -> None:

@@ -154,6 +154,7 @@ class Fits:
 
     Args:
         anchors: Most predictions that a forecast uses; all for None.
+        prompts: Only the first so many recorded prompts; all for None.
     """
 
     def __init__(
@@ -163,10 +164,11 @@ class Fits:
         anchors: int | None,
         progress: bool,
         say: Callable[[str], Any],
+        prompts: int | None = None,
     ) -> None:
-        self._runner, self._trajectories = runner, trajectories
+        self._runner, self._trajectories = runner, trajectories[:prompts]
         self._anchors, self._progress, self._say = anchors, progress, say
-        self._groups = RunFolder.open(runner.case.folder).groups
+        self._groups = RunFolder.open(runner.case.folder).groups[:prompts]
 
     def rows(self, schedule: str) -> dict[int, tuple[float, ...]]:
         """Skipped step -> weights; fitted now where the run folder does not have them."""

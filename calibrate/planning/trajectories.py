@@ -120,7 +120,11 @@ def load_trajectories(
     """
     groups = RunFolder.open(runner.case.folder).groups
     files = {group.name: runner.folder / f"{group.name}.npz" for group in groups}
-    missing = [group for group in groups if not files[group.name].exists()]
+    missing = [
+        group
+        for group in groups
+        if not all(files[group.name].with_suffix(ending).exists() for ending in (".npz", ".npy"))
+    ]
     if missing:
         say(f"running {len(missing)} recorded prompts uncached, to see what their solver sees")
     for group in tqdm(missing, "uncached", unit="prompt", disable=not progress or not missing):
