@@ -63,8 +63,9 @@ def measured(
     """Plan, run and compare."""
     import coeffs
     from calibrate.planning.plan import plan
+    from calibrate.runs.purposes import held_out_prompts
     from calibrate.trials.bench import Bench, Entered
-    from calibrate.trials.case import held_out_prompts, open_case
+    from calibrate.trials.case import open_case
     from calibrate.trials.measures import main_measure
     from calibrate.trials.setting import plan_setting
     from calibrate.verifying.lineup import Lineup, entered
@@ -75,7 +76,7 @@ def measured(
     if missing:
         plan(run, computed=missing, model=model, prompts=choosing_prompts, num_prompts=2, say=say)
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
-    judged = held_out_prompts(case, prompts, num_prompts, seed, ())
+    judged = held_out_prompts(case.purposes, case.offered(prompts, seed, ()), num_prompts)
     bench = Bench(case, judged, None, progress=True)
     lineup = Lineup(
         entry=case.entry,

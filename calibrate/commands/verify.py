@@ -75,7 +75,8 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     from calibrate.trials.case import entry_folder
     from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
-    from calibrate.verifying.comparison import judge_plan, sentences, verdict_table
+    from calibrate.verifying.comparison import judge_plan, sentences
+    from calibrate.verifying.tables import verdict_table
     from calibrate.verifying.verify import verify as run_verification
 
     title = "verify: cached runs against uncached ones"

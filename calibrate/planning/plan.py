@@ -33,7 +33,7 @@ from calibrate.runs.entry_file import update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
-from calibrate.runs.purposes import CHOOSING, JUDGED, note
+from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
 from calibrate.trials.baselines import check_budget
 from calibrate.trials.case import Case
 from calibrate.trials.measures import main_measure
@@ -84,7 +84,7 @@ def plan(
         raise InvalidOption("--computed and --speedup: give exactly one of them")
     if not runs:
         return _from_the_log(source, computed, speedup, steps, say)
-    from calibrate.trials.case import divided_prompts, open_case
+    from calibrate.trials.case import open_case
 
     case = open_case(
         source, model=model, registry=None, out=None, dtype=dtype, device=device, **loading
@@ -93,7 +93,9 @@ def plan(
         case = case.at_steps(steps)
     if computed is not None:
         _check_budgets(computed, case.num_steps)
-    first, rest = divided_prompts(case, prompts, choosing, num_prompts, seed, images)
+    first, rest = divided_prompts(
+        case.purposes, case.offered(prompts, seed, images), choosing, num_prompts
+    )
     fits, problem, gaussian, sigmas = _prepared(case, source, steps, anchors, progress, say)
     budgets = _budgets(computed, speedup, source, problem)
     planner = Planner(problem, max(budgets), gaussian)

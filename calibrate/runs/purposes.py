@@ -5,9 +5,11 @@ Recorded prompts are those of run.yaml; the others are in ``purposes.json``. Pro
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from calibrate.errors import RunFolderError
+from calibrate.errors import InvalidPrompts, RunFolderError
+from calibrate.model.prompts import PromptSet
 from calibrate.runs.files import write_atomically
 
 RECORDED, CHOOSING, JUDGED = "recorded", "choosing", "judged"
@@ -46,3 +48,38 @@ def for_choosing(known: dict[str, str], prompts: Sequence[str], count: int) -> l
     order = {CHOOSING: 0, JUDGED: 2}
     free = [prompt for prompt in prompts if known.get(prompt) != RECORDED]
     return sorted(free, key=lambda prompt: order.get(known.get(prompt, ""), 1))[:count]
+
+
+def held_out_prompts(known: dict[str, str], sets: Sequence[PromptSet], count: int) -> PromptSet:
+    """Up to ``count`` prompts to judge by, of the first set that has some, whatever their seed."""
+    for offered in sets:
+        ids = for_judging(known, [prompt.prompt_id for prompt in offered.prompts])
+        if ids:
+            return _selected(offered, ids[:count])
+    raise InvalidPrompts(
+        f"{sets[-1].name}: every prompt of it was recorded for the fit or chose plans; give others with --prompts"
+    )
+
+
+def divided_prompts(
+    known: dict[str, str], sets: Sequence[PromptSet], choosing: int, judging: int
+) -> tuple[PromptSet, PromptSet]:
+    """Prompts to choose by and others to judge by; where there are few, a third of them chooses."""
+    for offered in sets:
+        ids = [prompt.prompt_id for prompt in offered.prompts]
+        free = len(set(for_choosing(known, ids, len(ids))))
+        if free < choosing + judging:
+            choosing = min(choosing, max(1, free // 3))
+        chosen = for_choosing(known, ids, choosing)
+        others = for_judging(known, [prompt for prompt in ids if prompt not in chosen])
+        if chosen and others:
+            return _selected(offered, chosen), _selected(offered, others[:judging])
+    raise InvalidPrompts(
+        f"{sets[-1].name}: expected a prompt to choose by and at least one other to judge by, neither of them "
+        "recorded, and the judging ones never used to choose; give others with --prompts"
+    )
+
+
+def _selected(offered: PromptSet, ids: Sequence[str]) -> PromptSet:
+    chosen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id in set(ids))
+    return replace(offered, prompts=chosen)

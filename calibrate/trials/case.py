@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import coeffs
-from calibrate.errors import InvalidOption, InvalidPrompts, ModelNotFound
+from calibrate.errors import InvalidOption, ModelNotFound
 from calibrate.model.call import Call, prepare_call
 from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
 from calibrate.model.loading import pick_device
@@ -19,7 +19,7 @@ from calibrate.model.session import Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
-from calibrate.runs.purposes import RECORDED, for_choosing, for_judging, purposes
+from calibrate.runs.purposes import RECORDED, purposes
 from coeffs import Entry
 
 STEPS = "num_inference_steps"
@@ -93,6 +93,16 @@ class Case:
         """What each prompt was used for: prompt id -> purpose."""
         recorded = {prompt.prompt_id: RECORDED for prompt in self.recorded_prompts}
         return {**purposes(self.folder), **recorded}
+
+    def offered(
+        self, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
+    ) -> list[PromptSet]:
+        """The set that was asked for, or the model's own and the one that is kept back beside it."""
+        sources = [self.prompt_source if prompts is None else prompts]
+        if prompts is None and self.prompt_source in HELD_OUT_SETS:
+            sources.append(HELD_OUT_SETS[self.prompt_source])
+        images = list(images)
+        return [load_prompts(source, seed=seed, images=images) for source in sources]
 
     @property
     def recorded_images(self) -> dict[str, Path]:
@@ -178,66 +188,6 @@ def entry_folder(entry: Entry, out: str | os.PathLike | None) -> Path:
     if out is not None:
         return Path(out)
     return Path("runs") / f"verify-{entry.label.replace('/', '-')}"
-
-
-def held_out_prompts(
-    case: Case, prompts: Any, num_prompts: int, seed: int, images: Iterable[str | os.PathLike]
-) -> PromptSet:
-    """Prompts to judge by: neither recorded nor used to choose a plan, by content and whatever their seed.
-
-    By default the model's own set; where all of it is used up, the shipped set that is kept back for that.
-    """
-    known = case.purposes
-    for offered in _offered(case, prompts, seed, images):
-        ids = for_judging(known, [prompt.prompt_id for prompt in offered.prompts])
-        if ids:
-            return _selected(offered, ids[:num_prompts])
-    raise InvalidPrompts(
-        f"{offered.name}: every prompt of it was recorded for the fit or chose plans; give others with --prompts"
-    )
-
-
-def divided_prompts(
-    case: Case,
-    prompts: Any,
-    choosing: int,
-    judging: int,
-    seed: int,
-    images: Iterable[str | os.PathLike],
-) -> tuple[PromptSet, PromptSet]:
-    """Prompts to choose by and others to judge by; where there are few, a third of them chooses."""
-    known = case.purposes
-    for offered in _offered(case, prompts, seed, images):
-        ids = [prompt.prompt_id for prompt in offered.prompts]
-        free = set(for_choosing(known, ids, len(ids)))
-        if len(free) < 2:
-            continue
-        if len(free) < choosing + judging:
-            choosing = min(choosing, max(1, len(free) // 3))
-        chosen = for_choosing(known, ids, choosing)
-        others = for_judging(known, [prompt for prompt in ids if prompt not in chosen])
-        if others:
-            return _selected(offered, chosen), _selected(offered, others[:judging])
-    raise InvalidPrompts(
-        f"{offered.name}: expected a prompt to choose by and at least one other to judge by, neither of them "
-        "recorded, and the judging ones never used to choose; give others with --prompts"
-    )
-
-
-def _offered(
-    case: Case, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
-) -> list[PromptSet]:
-    """The set that was asked for, or the model's own and the one kept back beside it."""
-    sources = [case.prompt_source if prompts is None else prompts]
-    if prompts is None and case.prompt_source in HELD_OUT_SETS:
-        sources.append(HELD_OUT_SETS[case.prompt_source])
-    images = list(images)
-    return [load_prompts(source, seed=seed, images=images) for source in sources]
-
-
-def _selected(offered: PromptSet, ids: Sequence[str]) -> PromptSet:
-    chosen = tuple(prompt for prompt in offered.prompts if prompt.prompt_id in set(ids))
-    return replace(offered, prompts=chosen)
 
 
 def _run_folder(source: str | os.PathLike | Entry) -> Path | None:

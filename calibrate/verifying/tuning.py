@@ -136,3 +136,30 @@ def tuned_diffusers(
 def _search(name: str, entry: Entry, run: Run) -> Search:
     mode = branches_of(name, entry)
     return Search(run, polynomials(entry, run), gate_config(entry), entry.signal, mode)
+
+
+def published_entries(
+    entries: Sequence[Entry], transformer_class: str | None, own: Entry
+) -> list[Entry]:
+    """Newest published or copied sets of the same denoiser class that the runtime can gate with.
+
+    Those for the same checkpoint where there are any. Sets that differ by a factor only are taken once: a factor only
+    moves the threshold.
+    """
+    newest: dict[str, Entry] = {}
+    for entry in entries:
+        foreign = entry.status != "measured" and entry.label != own.label
+        gated = entry.signal != "other" and any(e.branches for e in entry.experts.values())
+        if foreign and gated and entry.transformer_class == transformer_class:
+            known = newest.get(entry.model, entry)
+            newest[entry.model] = max(known, entry, key=lambda e: e.version)
+    # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
+    repository = own.checkpoint.repository
+    here = [entry for entry in newest.values() if entry.checkpoint.repository == repository]
+    distinct: dict[tuple, Entry] = {}
+    for entry in here or newest.values():
+        coefficients = entry.fit().coefficients_high_to_low
+        scale = max(map(abs, coefficients)) or 1.0
+        shape = tuple(round(value / scale, 9) for value in coefficients)
+        distinct.setdefault((shape, entry.sign_rule, entry.signal), entry)
+    return list(distinct.values())

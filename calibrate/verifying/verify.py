@@ -20,11 +20,11 @@ from calibrate.model.prompts import PromptSet
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import seconds_per_prompt
-from calibrate.runs.purposes import JUDGED, note
+from calibrate.runs.purposes import JUDGED, held_out_prompts, note
 from calibrate.text import duration
 from calibrate.trials.baselines import DEFAULT_FRACTIONS, check_budget, default_budgets
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, held_out_prompts, open_case
+from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
@@ -111,7 +111,7 @@ def verify(
         budgets = budgets or [plan.schedule.count("C") for plan in plans if not thresholds]
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
-    held_out = held_out_prompts(case, prompts, num_prompts, seed, images)
+    held_out = held_out_prompts(case.purposes, case.offered(prompts, seed, images), num_prompts)
     thresholds = sorted(set(thresholds or ()))
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(

@@ -9,7 +9,8 @@ from calibrate.cli import cli
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import HELD_OUT_SETS, load_prompts
 from calibrate.runs.folder import RunFolder
-from calibrate.trials.case import held_out_prompts, open_case
+from calibrate.runs.purposes import held_out_prompts
+from calibrate.trials.case import open_case
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_run_that_recorded_a_whole_set_is_judged_on_the_one_that_is_kept_back(
     case = opened(run)
     monkeypatch.setattr(type(case), "prompt_source", name)
     monkeypatch.setattr(type(case), "recorded_prompts", load_prompts(name).prompts)
-    judged = held_out_prompts(case, None, 10, 0, [])
+    judged = held_out_prompts(case.purposes, case.offered(None, 0, []), 10)
     assert judged.name == f"{HELD_OUT_SETS[name]}.txt" and len(judged.prompts) == 10
 
 

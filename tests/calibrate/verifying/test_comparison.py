@@ -7,6 +7,7 @@ import pytest
 from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 from calibrate.verifying import comparison as verdict
 from calibrate.verifying.results import Verification, load_verification, write_verification
+from calibrate.verifying.tables import verdict_table
 
 
 def results(policy, offset, prompts=8, seed=0, budgets=(7, 14), noise=0.3):
@@ -108,7 +109,7 @@ def test_a_broken_sample_counts_as_nothing_left_and_below_any_limit():
     assert row["psnr_db"] == pytest.approx(table["psnr_db"].fillna(0).mean())
     assert row["psnr_db"] < whole["psnr_db"] - 2
     assert row["worst"] == row["low"] == -np.inf
-    assert " broken" in verdict.verdict_table(pd.DataFrame([row]))
+    assert " broken" in verdict_table(pd.DataFrame([row]))
 
 
 def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
@@ -129,7 +130,7 @@ def test_the_share_of_prompts_that_lose_has_an_exact_interval():
     assert (row["lost"], row["lost_low"], row["lost_high"]) == pytest.approx(
         (0.2, 0.0252, 0.5561), abs=1e-4
     )
-    assert "20%" in verdict.verdict_table(summary)
+    assert "20%" in verdict_table(summary)
 
 
 def test_the_db_of_the_mean_error_lies_below_the_mean_of_db():
@@ -150,7 +151,7 @@ def test_the_lowest_tenth_and_the_worst_prompt_are_kept():
 
 def test_samples_at_the_noise_floor_are_said_to_be():
     table = results(GATE, 0.0).assign(at_floor=True)
-    assert "(floor)" in verdict.verdict_table(verdict.summarize(table))
+    assert "(floor)" in verdict_table(verdict.summarize(table))
 
 
 def test_results_of_an_older_version_with_other_measures_are_read(tmp_path):
@@ -166,4 +167,4 @@ def test_results_of_an_older_version_with_other_measures_are_read(tmp_path):
     assert list(found.results["ms_ssim"]) == [0.9] * len(table)
     assert list(found.summary["ssim"]) == pytest.approx([0.8, 0.8])
     assert "ms_ssim" not in found.summary and np.isfinite(found.summary["psnr_db"]).all()
-    assert "SSIM" in verdict.verdict_table(found.summary)
+    assert "SSIM" in verdict_table(found.summary)

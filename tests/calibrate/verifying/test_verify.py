@@ -33,9 +33,9 @@ from calibrate.trials.setting import (
     gate_setting,
     plan_setting,
 )
-from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies, published_entries
+from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies
 from calibrate.verifying.results import load_verification
-from calibrate.verifying.tuning import tune_threshold
+from calibrate.verifying.tuning import published_entries, tune_threshold
 from calibrate.verifying.verify import verify
 
 TEXTS = [f"a thing number {number}" for number in range(5)]
