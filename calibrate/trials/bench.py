@@ -27,7 +27,14 @@ from calibrate.trials.baselines import disagreement
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare, main_measure
-from calibrate.trials.sampler import Sample, Sampler, computed_steps
+from calibrate.trials.sampler import (
+    Reference,
+    Sample,
+    Sampler,
+    computed_steps,
+    load_reference,
+    write_reference,
+)
 from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
 
 TUNING_PROMPTS = 2
@@ -42,21 +49,6 @@ class Entered:
 
     settings: Sequence[Setting]
     refused: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The uncached result of a prompt.
-
-    Attributes:
-        pairs: As recorded on the way.
-        floor: The measures of a second uncached run whose inputs differ in the last place: nothing can be nearer.
-    """
-
-    media: list[np.ndarray]
-    latents: np.ndarray | None
-    pairs: pd.DataFrame
-    floor: dict[str, Any]
 
 
 class Bench:
@@ -109,7 +101,7 @@ class Bench:
             stem = self._folder / "reference" / name
             if not self._has_reference(prompt):
                 self._make_reference(prompt, stem)
-            self._loaded = {name: _load_reference(stem)}  # one at a time: videos are large
+            self._loaded = {name: load_reference(stem)}  # one at a time: videos are large
         return self._loaded[name]
 
     def _has_reference(self, prompt: Prompt) -> bool:
@@ -153,16 +145,9 @@ class Bench:
         # Timed without the recorder, and after it, so that it is warm.
         second = self._sampler(prompt, perturbed=True)
         self._seconds[stem.name] = second.seconds
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"media{index}": array for index, array in enumerate(first.media)}
-        if first.latents is not None:
-            arrays["latents"] = first.latents
-        np.savez_compressed(stem.with_name(f"{stem.name}.npz"), **arrays)
         table = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
-        table.to_parquet(stem.with_name(f"{stem.name}.parquet"))
-        facts = {"floor": self._figures(second, first.media, first.latents)}
-        # Last: this file says that the reference is complete.
-        write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(facts).encode())
+        floor = self._figures(second, first.media, first.latents)
+        write_reference(stem, Reference(first.media, first.latents, table, floor))
 
     def _uncached_seconds(self, prompt: Prompt) -> float:
         """Wall time of an uncached run, timed anew by every process: machines are not always as busy."""
@@ -330,15 +315,6 @@ class Bench:
         with self._lines_file.open("a", encoding="utf-8") as stream:
             # A newline first: whatever a crash cut short stays a line of its own.
             stream.write("\n" + json.dumps({"key": key, "row": row}, allow_nan=False))
-
-
-def _load_reference(stem: Path) -> Reference:
-    with np.load(stem.with_name(f"{stem.name}.npz")) as arrays:
-        media = [arrays[key] for key in sorted(arrays.files) if key.startswith("media")]
-        latents = arrays["latents"] if "latents" in arrays.files else None
-    facts = json.loads(stem.with_name(f"{stem.name}.json").read_text())
-    pairs = pd.read_parquet(stem.with_name(f"{stem.name}.parquet"))
-    return Reference(media, latents, pairs, facts["floor"])
 
 
 def _replayed(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:

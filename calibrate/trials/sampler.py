@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
 from calibrate.model.session import Session
+from calibrate.runs.folder import write_atomically
 from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, second_order
 from calibrate.trials.setting import Refused, Setting
 from calibrate.trials.through import KIND as THROUGH
@@ -59,6 +62,21 @@ class Sample:
     def is_drawable(self) -> bool:
         """Whether a report can show it: pictures, and series that are not as long as sound."""
         return self.media[0].ndim > 2 or self.media[0].size <= LONGEST_SERIES
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The uncached result of a prompt.
+
+    Attributes:
+        pairs: As recorded on the way.
+        floor: The measures of a second uncached run whose inputs differ in the last place: nothing can be nearer.
+    """
+
+    media: list[np.ndarray]
+    latents: np.ndarray | None
+    pairs: pd.DataFrame
+    floor: dict[str, Any]
 
 
 class Sampler:
@@ -243,3 +261,25 @@ def _array(sample: Any) -> np.ndarray:
     if array.ndim == 1:
         array = array[None]
     return array.astype(np.float32)
+
+
+def write_reference(stem: Path, reference: Reference) -> None:
+    """Keep the reference in three files that begin with ``stem``."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"media{index}": array for index, array in enumerate(reference.media)}
+    if reference.latents is not None:
+        arrays["latents"] = reference.latents
+    np.savez_compressed(stem.with_name(f"{stem.name}.npz"), **arrays)
+    reference.pairs.to_parquet(stem.with_name(f"{stem.name}.parquet"))
+    # Last: this file says that the reference is complete.
+    facts = json.dumps({"floor": reference.floor})
+    write_atomically(stem.with_name(f"{stem.name}.json"), facts.encode())
+
+
+def load_reference(stem: Path) -> Reference:
+    with np.load(stem.with_name(f"{stem.name}.npz")) as arrays:
+        media = [arrays[key] for key in sorted(arrays.files) if key.startswith("media")]
+        latents = arrays["latents"] if "latents" in arrays.files else None
+    facts = json.loads(stem.with_name(f"{stem.name}.json").read_text())
+    pairs = pd.read_parquet(stem.with_name(f"{stem.name}.parquet"))
+    return Reference(media, latents, pairs, facts["floor"])
