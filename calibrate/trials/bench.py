@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from calibrate.errors import InvalidOption
-from calibrate.fitting.replay import polynomials, replay
 from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.folder import write_atomically
@@ -26,7 +25,7 @@ from calibrate.runs.pairs import Run, load_run
 from calibrate.trials.baselines import disagreement
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
-from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare, main_measure
+from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare_all, main_measure
 from calibrate.trials.sampler import (
     Reference,
     Sample,
@@ -35,7 +34,7 @@ from calibrate.trials.sampler import (
     load_reference,
     write_reference,
 )
-from calibrate.trials.setting import SHOWN, Refused, Setting, gate_config
+from calibrate.trials.setting import SHOWN, Refused, Setting, replayed_patterns
 
 TUNING_PROMPTS = 2
 MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
@@ -146,7 +145,7 @@ class Bench:
         second = self._sampler(prompt, perturbed=True)
         self._seconds[stem.name] = second.seconds
         table = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
-        floor = self._figures(second, first.media, first.latents)
+        floor = compare_all(second, first, self._perceptual)
         write_reference(stem, Reference(first.media, first.latents, table, floor))
 
     def _uncached_seconds(self, prompt: Prompt) -> float:
@@ -240,7 +239,7 @@ class Bench:
             "replayed": None,
         }
         if setting.kind == "gate":
-            replayed = _replayed(setting, reference.pairs)
+            replayed = replayed_patterns(setting, reference.pairs)
             wrong = [disagreement(replayed[name], real) for name, real in sample.patterns.items()]
             row["replayed"] = replayed
             row["replayed_steps"] = computed_steps(replayed)
@@ -265,29 +264,13 @@ class Bench:
         """All measures of a sample against its reference, dB capped at the noise floor."""
         if not sample.is_finite:
             return {"identical": False, "broken": True, "at_floor": False}
-        figures = self._figures(sample, reference.media, reference.latents)
+        figures = compare_all(sample, reference, self._perceptual)
         in_db = [name for name in figures if MEASURES[name].unit == "dB"]
         at_floor = all(figures[name] >= reference.floor[name] for name in in_db)
         figures |= {name: min(figures[name], reference.floor[name]) for name in in_db}
         pairs = zip(sample.media, reference.media, strict=True)
         identical = all(np.array_equal(cached, uncached) for cached, uncached in pairs)
         return {**figures, "identical": identical, "broken": False, "at_floor": at_floor}
-
-    def _figures(
-        self, sample: Sample, media: list[np.ndarray], latents: np.ndarray | None
-    ) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for cached, uncached in zip(sample.media, media, strict=True):
-            figures |= compare(cached, uncached)
-            if self._perceptual is not None and uncached.ndim >= 3:
-                figures["lpips"] = self._perceptual(cached, uncached)
-        own = sample.latents
-        if latents is not None and own is not None and latents.shape == own.shape:
-            figures |= compare(own, latents, "latents")
-        return {
-            name: min(value, HIGHEST_DB) if MEASURES[name].unit == "dB" else value
-            for name, value in figures.items()
-        }
 
     # --- what is kept
 
@@ -315,12 +298,3 @@ class Bench:
         with self._lines_file.open("a", encoding="utf-8") as stream:
             # A newline first: whatever a crash cut short stays a line of its own.
             stream.write("\n" + json.dumps({"key": key, "row": row}, allow_nan=False))
-
-
-def _replayed(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
-    """The pattern of every branch that replay foresees from the uncached run's signals."""
-    entry, run = setting.entry, load_run(pairs)
-    config, mode = gate_config(entry), setting.options["branches"]
-    of_branch = polynomials(entry, run)
-    table = replay(run, of_branch, [setting.threshold], config, entry.signal, mode)
-    return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}

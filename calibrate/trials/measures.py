@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,35 @@ def compare(
             if not np.isnan(value):
                 figures[measure.name] = value
     return figures
+
+
+class Measurable(Protocol):
+    """A sample or a reference."""
+
+    @property
+    def media(self) -> list[np.ndarray]: ...
+    @property
+    def latents(self) -> np.ndarray | None: ...
+
+
+def compare_all(
+    sample: Measurable,
+    reference: Measurable,
+    lpips: Callable[[ArrayLike, ArrayLike], float] | None = None,
+) -> dict[str, float]:
+    """Every measure of a sample's media and latents, dB at most ``HIGHEST_DB``."""
+    figures: dict[str, float] = {}
+    for cached, uncached in zip(sample.media, reference.media, strict=True):
+        figures |= compare(cached, uncached)
+        if lpips is not None and uncached.ndim >= 3:
+            figures["lpips"] = lpips(cached, uncached)
+    own, latents = sample.latents, reference.latents
+    if own is not None and latents is not None and own.shape == latents.shape:
+        figures |= compare(own, latents, "latents")
+    return {
+        name: min(value, HIGHEST_DB) if MEASURES[name].unit == "dB" else value
+        for name, value in figures.items()
+    }
 
 
 def measured(results: pd.DataFrame) -> list[Measure]:

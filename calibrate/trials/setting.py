@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
+
 import coeffs
 from calibrate.errors import CalibrateError
+from calibrate.fitting.replay import polynomials, replay
 from calibrate.model.protocol import canonical_sha256
+from calibrate.runs.pairs import load_run
 from coeffs import Entry, Plan
 from runtime.decide.gate import GateConfig
 
@@ -113,3 +117,12 @@ def _hash_of_gate(entry: Entry) -> str:
         entry, thresholds=(), plans=None, warnings=(), notes=None, source=coeffs.Source()
     )
     return canonical_sha256(coeffs.dump(bare))
+
+
+def replayed_patterns(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
+    """The pattern of every branch that replay foresees from the uncached run's signals."""
+    entry, run = setting.entry, load_run(pairs)
+    config, mode = gate_config(entry), setting.options["branches"]
+    of_branch = polynomials(entry, run)
+    table = replay(run, of_branch, [setting.threshold], config, entry.signal, mode)
+    return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}
