@@ -33,6 +33,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Trained models of another project, for `python -m benchmarks.outside`: fetched as an archive, nothing installed.
 outside: $(STAMP)

@@ -200,10 +200,11 @@ def _run_folder(source: str | os.PathLike | Entry) -> Path | None:
 def _entry(
     source: str | os.PathLike | Entry, folder: Path | None, registry: str | os.PathLike | None
 ) -> Entry:
+    registry = None if registry is None else Path(registry)
     if isinstance(source, Entry):
         entry = source
     elif folder is None:
-        entry = coeffs.load(source, registry)
+        entry = coeffs.load(os.fspath(source), registry)
     elif (folder / "entry.yaml").exists():
         entry = coeffs.load(folder / "entry.yaml", registry)
     else:
@@ -239,9 +240,10 @@ def _checkpoint(
         ) from error
     weights = checkpoint.as_dict()
     for key in ("revision", "sha256"):
-        if stated.get(key) and weights.get(key) and stated[key] != weights[key]:
+        here = weights.get(key)
+        if stated.get(key) and here and stated[key] != here:
             raise InvalidOption(
-                f"{name}: other weights than the run was recorded on ({key} {weights[key][:12]} instead of "
+                f"{name}: other weights than the run was recorded on ({key} {here[:12]} instead of "
                 f"{stated[key][:12]}); give the same checkpoint with --model, or record these"
             )
     spec = known or class_defaults(checkpoint.pipeline_class)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -90,7 +90,7 @@ def second_order(pipeline: Any) -> Iterator[SecondOrderFlow]:
     Raises:
         Refused: Another scheduler, or a way of using Euler's that leaves nothing to a better solver.
     """
-    euler = getattr(pipeline, "scheduler", None)
+    euler: Any = getattr(pipeline, "scheduler", None)
     _check(euler)
     solver = SecondOrderFlow.from_config(euler.config)
     solver.set_shift(euler.shift)
@@ -140,12 +140,13 @@ def diffusers_cache(
             with counted(modules) as patterns_of:
                 yield patterns_of
         finally:
-            for module in modules.values():
+            cached: Iterable[Any] = modules.values()
+            for module in cached:
                 if getattr(module, "is_cache_enabled", False):
                     module.disable_cache()
 
 
-def _enable(module: torch.nn.Module, name: str, config: Callable[[], Any]) -> None:
+def _enable(module: Any, name: str, config: Callable[[], Any]) -> None:
     if not hasattr(module, "enable_cache"):
         raise Refused(f"{type(module).__name__} has no enable_cache")
     try:

@@ -269,7 +269,8 @@ def write_reference(stem: Path, reference: Reference) -> None:
     arrays = {f"media{index}": array for index, array in enumerate(reference.media)}
     if reference.latents is not None:
         arrays["latents"] = reference.latents
-    np.savez_compressed(stem.with_name(f"{stem.name}.npz"), **arrays)
+    savez: Any = np.savez_compressed  # its stub knows its own keywords only
+    savez(stem.with_name(f"{stem.name}.npz"), **arrays)
     reference.pairs.to_parquet(stem.with_name(f"{stem.name}.parquet"))
     # Last: this file says that the reference is complete.
     facts = json.dumps({"floor": reference.floor})

@@ -122,6 +122,7 @@ def _hash_of_gate(entry: Entry) -> str:
 def replayed_patterns(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
     """The pattern of every branch that replay foresees from the uncached run's signals."""
     entry, run = setting.entry, load_run(pairs)
+    assert entry is not None and setting.threshold is not None, "only gates are replayed"
     config, mode = gate_config(entry), setting.options["branches"]
     of_branch = polynomials(entry, run)
     table = replay(run, of_branch, [setting.threshold], config, entry.signal, mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -146,7 +146,9 @@ def planned_through(engine: str) -> Make:
     return make
 
 
-def uniform_with(forecast: str | None = None, of: str | None = None) -> Make:
+def uniform_with(
+    forecast: str | None = None, of: Literal["residual", "output", "guided"] | None = None
+) -> Make:
     """Every so-many-th step, with a forecast of the others."""
 
     def make(lineup: Lineup, label: str) -> list[Setting]:

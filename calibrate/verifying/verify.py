@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def verify(
             "--budgets and --thresholds: one follows from the other; give one of them"
         )
     if any(value < 0 or not np.isfinite(value) for value in thresholds or ()):
-        raise InvalidOption(f"--thresholds {list(thresholds)}: expected numbers of 0 or more")
+        raise InvalidOption(f"--thresholds {list(thresholds or ())}: expected numbers of 0 or more")
     perceptual = Lpips() if lpips else None
     case = open_case(
         source,
@@ -130,7 +131,7 @@ def verify(
         budgets=steps,
         thresholds=thresholds,
         counted=bench.tuning_count,
-        known=coeffs.entries(registry),
+        known=coeffs.entries(None if registry is None else Path(registry)),
         transformer_class=case.transformer_class,
     )
     results, refused = bench.results(entered(lineup, chosen, say))
