@@ -64,10 +64,10 @@ def measured(
     import coeffs
     from calibrate.planning.plan import plan
     from calibrate.runs.purposes import held_out_prompts
-    from calibrate.trials.bench import Bench, Entered
+    from calibrate.trials.bench import Bench
     from calibrate.trials.case import open_case
     from calibrate.trials.measures import main_measure
-    from calibrate.trials.setting import plan_setting
+    from calibrate.trials.setting import Entered, plan_setting
     from calibrate.verifying.lineup import Lineup, entered
 
     budgets = [int(part) for part in computed.split(",")]

@@ -1,6 +1,8 @@
 """The commands of the registry: list, show, diff, check, export, import, publish."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -284,7 +286,9 @@ def _put(text: str, out: str | None) -> None:
 
 
 def _width() -> int:
-    """Columns of the terminal; 100 where the output goes elsewhere."""
+    """Columns of the terminal, or of the variable COLUMNS; 100 where the output goes elsewhere."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return describe.WIDTH
     return max(60, shutil.get_terminal_size((describe.WIDTH, 24)).columns)
 
 

@@ -205,7 +205,8 @@ def _winner(entrants: list[Candidate], rows: pd.DataFrame) -> Candidate:
 def _results(
     case: Case, prompts: PromptSet, settings: list[Setting], progress: bool
 ) -> pd.DataFrame:
-    from calibrate.trials.bench import Bench, Entered
+    from calibrate.trials.bench import Bench
+    from calibrate.trials.setting import Entered
 
     frame, refused = Bench(case, prompts, None, progress).results(Entered(settings))
     if frame.empty or PLAN in refused:

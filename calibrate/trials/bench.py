@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,12 @@ from calibrate.trials.sampler import (
     load_reference,
     write_reference,
 )
-from calibrate.trials.setting import SHOWN, Refused, Setting, replayed_patterns
+from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed_patterns
 
 TUNING_PROMPTS = 2
 MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
-
-
-@dataclass(frozen=True)
-class Entered:
-    """What is to be run, and what was refused and why (policy -> reason)."""
-
-    settings: Sequence[Setting]
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Bench:
@@ -85,6 +76,12 @@ class Bench:
             )
         self._bar.total = self._bar.n + runs
         self._bar.refresh()
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _count(self) -> None:
         if self._bar is not None:
@@ -203,9 +200,7 @@ class Bench:
                 waiting.append((key, pool.submit(self._measured, row, sample, reference)))
                 keep_measured(self._most_waiting)
             keep_measured(0)
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.close()
         frame = pd.DataFrame([done[key] for key in keys if key in done])
         return frame[~frame["policy"].isin(refused)] if len(frame) else frame, refused
 

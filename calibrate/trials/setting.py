@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,14 @@ class Setting:
         if self.entry is not None:
             content["entry"] = _hash_of_gate(self.entry)
         return content
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What is to be run, and what was refused and why (policy -> reason)."""
+
+    settings: Sequence[Setting]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_setting(policy: str, plan: Plan | str, budget: int | None = None) -> Setting:

@@ -19,7 +19,7 @@ from calibrate.trials.baselines import (
     mflux_schedule,
     uniform,
 )
-from calibrate.trials.bench import TUNING_PROMPTS, Entered
+from calibrate.trials.bench import TUNING_PROMPTS
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
@@ -27,6 +27,7 @@ from calibrate.trials.setting import (
     GATE,
     PLAN,
     UNIFORM,
+    Entered,
     Setting,
     plan_setting,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
-from calibrate.trials.setting import GATE
+from calibrate.trials.setting import GATE, Entered
 from calibrate.trials.through import check_through
 from calibrate.verifying import comparison as verdict
 from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_to_come
@@ -119,7 +120,31 @@ def verify(
         case, chosen, len(thresholds) or len(steps), held_out, bool(thresholds), say
     )
     bench = Bench(case, held_out, perceptual, progress)
-    bench.expect(expected)
+    with closing(bench):
+        bench.expect(expected)
+        results, refused = bench.results(
+            _to_run(case, bench, steps, thresholds, chosen, registry, say)
+        )
+    if results.empty:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise InvalidOption(f"no policy could be run ({reasons})")
+    found = _conclude(case, bench, results, refused)
+    write_verification(found)
+    note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
+    _write_verified(case, found, say)
+    return found
+
+
+def _to_run(
+    case: Case,
+    bench: Bench,
+    steps: list[int],
+    thresholds: list[float],
+    chosen: Sequence[str],
+    registry: str | os.PathLike | None,
+    say: Say,
+) -> Entered:
+    """Every setting of the chosen policies at these numbers of steps, or at the gate's own under given thresholds."""
     recorded = case.run or bench.signals()
     if thresholds:
         given = given_gate(case.entry, thresholds, recorded)
@@ -134,15 +159,7 @@ def verify(
         known=coeffs.entries(None if registry is None else Path(registry)),
         transformer_class=case.transformer_class,
     )
-    results, refused = bench.results(entered(lineup, chosen, say))
-    if results.empty:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise InvalidOption(f"no policy could be run ({reasons})")
-    found = _conclude(case, bench, results, refused)
-    write_verification(found)
-    note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
-    _write_verified(case, found, say)
-    return found
+    return entered(lineup, chosen, say)
 
 
 def _announce(

@@ -32,6 +32,12 @@ def run_folder(tmp_path):
     return str(tmp_path / "run")
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Test runners tell their workers a width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def calibrate(*arguments: str, code: int = 0, given: str | None = None):
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], input=given)
     assert result.exit_code == code, (result.output, result.exception)

@@ -102,8 +102,7 @@ class OneSetting:
         return {"policy": setting.policy, "prompt": prompt.prompt, "broken": False}, None
 
     def results(self, measure):
-        from calibrate.trials.bench import Entered
-        from calibrate.trials.setting import plan_setting
+        from calibrate.trials.setting import Entered, plan_setting
 
         self.bench._measure = measure
         return self.bench.results(Entered([plan_setting("plan", "CSCSCSCS")]))[0]
