@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/calibrate --num-prompts 10 --gram --out $(RUN)
-	$(BIN)/calibrate plan $(RUN) --computed 14,10 --candidates 1 --choosing 1 --num-prompts 2
-	$(BIN)/calibrate verify $(RUN) --num-prompts 3 --budgets 14,10 --policies gate,plan,uniform,fewer-steps
+	$(BIN)/calibrate --num-prompts 10 --out $(RUN)
+	$(BIN)/calibrate plan $(RUN) --computed 14 --candidates 1 --choosing 3 --num-prompts 3
+	$(BIN)/calibrate verify $(RUN) --num-prompts 8 --budgets 14
 	$(BIN)/calibrate report $(RUN)
 
 # Two workers of one thread each: the models are tiny, so threads within one would only wait for each other.
