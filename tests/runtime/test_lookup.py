@@ -14,7 +14,7 @@ from runtime import apply_tea_cache
 
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parents[2] / "calibrate" / "embedded" / "tiny-longcat-image"
-SHIPPED = "tiny-longcat-image@v1"
+SHIPPED = coeffs.load("tiny-longcat-image").label
 
 
 @pytest.fixture(scope="module")

@@ -343,11 +343,13 @@ def test_the_entrys_own_warnings_are_always_repeated(tmp_path):
 
 
 def test_a_version_published_into_a_registry_is_found_by_its_name(tmp_path, monkeypatch):
-    """The shipped v1 of the same model once hid it."""
-    entry = dataclasses.replace(coeffs.load("tiny-longcat-image"), notes="measured again")
+    """The shipped versions of the same model once hid it."""
+    shipped = coeffs.load("tiny-longcat-image")
+    entry = dataclasses.replace(shipped, notes="measured again")
     coeffs.publish(entry, tmp_path / "registry")
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "registry"))
-    assert calibrate("show", "tiny-longcat-image").stdout.startswith("tiny-longcat-image@v2\n")
+    published = f"tiny-longcat-image@v{shipped.version + 1}\n"
+    assert calibrate("show", "tiny-longcat-image").stdout.startswith(published)
 
 
 def test_publish_says_where_its_name_would_not_find_it(tmp_path, monkeypatch, run_folder):
