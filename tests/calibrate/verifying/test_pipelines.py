@@ -166,7 +166,10 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
     advice = load_findings(folder).advice
     assert advice.use in text and advice.certainty in text
     assert " nan" not in text.lower() and "- to -" not in text
-    assert (page.count('class="compare"') == 0) == (kind.measure == "snr_db")
+    # On a busy machine no cached run of a tiny model may be the faster one: then nothing is advised or shown.
+    assert advice.policy is None or (page.count('class="compare"') == 0) == (
+        kind.measure == "snr_db"
+    )
 
 
 def _words(page: str) -> str:
