@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_pipelines
 import torch
@@ -161,15 +162,17 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
         row for row in coeffs.load(folder / "entry.yaml").thresholds if row.kind == "verified"
     ]
     assert verified and all(np.isfinite(row.speedup) for row in verified)
+    # The page depends on which run was faster: on a busy machine a tiny model's cached run may not be.
+    timed = pd.read_parquet(folder / "verify" / "results.parquet")
+    timed.assign(uncached_seconds=2 * timed["seconds"]).to_parquet(
+        folder / "verify" / "results.parquet"
+    )
     page = report(folder).read_text(encoding="utf-8")
     text = _words(page)
     advice = load_findings(folder).advice
     assert advice.use in text and advice.certainty in text
     assert " nan" not in text.lower() and "- to -" not in text
-    # On a busy machine no cached run of a tiny model may be the faster one: then nothing is advised or shown.
-    assert advice.policy is None or (page.count('class="compare"') == 0) == (
-        kind.measure == "snr_db"
-    )
+    assert (page.count('class="compare"') == 0) == (kind.measure == "snr_db")
 
 
 def _words(page: str) -> str:
