@@ -20,6 +20,7 @@ from coeffs.engines.text import read_calls
 from coeffs.errors import CheckFailed
 
 KIND = "through"
+CACHE_DIT_MISSING = "cache-dit is not installed: pip install 'teacal[cache-dit]'"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def check_through(engine: str, entry: Entry, num_steps: int) -> list[Plan]:
         InvalidOption, EngineError: The engine is not installed, there is no such plan, or it cannot run one.
     """
     if engine == "cache-dit" and find_spec("cache_dit") is None:
-        raise InvalidOption("--through cache-dit needs it: pip install 'teacal[cache-dit]'")
+        raise InvalidOption(f"--through cache-dit: {CACHE_DIT_MISSING}")
     plans = [plan for plan in entry.plans or () if len(plan.schedule) == num_steps]
     if not plans:
         raise InvalidOption(
@@ -91,6 +92,8 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
 def _cache_dit(session: Session, text: str) -> Iterator[None]:
     import yaml
 
+    if find_spec("cache_dit") is None:
+        raise Refused(CACHE_DIT_MISSING)
     # It logs several lines for every generation; read when it is imported.
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     import cache_dit
