@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint outside engines clean
+.PHONY: install demo test quick lint outside engines clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +29,10 @@ demo: $(STAMP)
 # Two workers of one thread each: the models are tiny, so threads within one would only wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# What answers in a minute, while something is being changed.
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

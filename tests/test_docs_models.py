@@ -4,7 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import zoo
+
+pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -17,6 +17,8 @@ from training.tiny_longcat_image.data import (
 )
 from training.tiny_longcat_image.reading import DigitReader, expected_names
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "calibrate" / "embedded" / "tiny-longcat-image"
 PROMPTS = ROOT / "calibrate" / "data" / "prompts" / "tiny-longcat-image.txt"

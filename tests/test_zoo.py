@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 NAMES = sorted(zoo.TINY)
 TOTAL = 3
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 each = pytest.mark.parametrize("name", NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

@@ -268,6 +268,7 @@ for number in range(int(sys.argv[4])):
 """
 
 
+@pytest.mark.slow
 def test_eight_processes_publish_and_draft_at_once(registry, tmp_path):
     """Versions that collide, a lost release or a half-written draft would show: eight processes, fifty times each."""
     draft = coeffs.save(sample_entry(), tmp_path / "draft.yaml")

@@ -408,6 +408,7 @@ def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
     return text
 
 
+@pytest.mark.slow
 @settings(max_examples=HOSTILE_DOCUMENTS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(DOCUMENTS)
 def test_a_hostile_document_is_an_entry_or_the_typed_error(document):

@@ -16,6 +16,8 @@ import zoo
 from calibrate.recording.recorder import Recorder
 from runtime import apply_tea_cache
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 STEPS = 5
 SCHEDULE = "CSCSS"

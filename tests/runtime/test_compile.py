@@ -14,6 +14,8 @@ import runtime
 from calibrate.recording.recorder import Recorder
 from runtime import ApplyError, Forecast, apply_tea_cache, compile_blocks
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 SCHEDULE = "CSCCSC"
 # Deep enough that a graph per block, or a guard on the block's identity, would show.

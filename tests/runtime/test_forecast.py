@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from runtime import Forecast, InvalidSetting, apply_tea_cache
 from runtime.decide.forecast import extrapolation
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 SCHEDULE = "CCCSSCSS"
 

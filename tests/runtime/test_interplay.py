@@ -32,6 +32,8 @@ from runtime import (
     denoisers,
 )
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 PLAN = "CSCSS"
 NEVER = dict(coefficients=[1.0, 0.0], threshold=0.0)

@@ -30,6 +30,8 @@ from runtime.decide.gate import Gate, GateConfig
 from runtime.errors import ApplyError
 from runtime.watch.distance import l1_sums
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 DEADLINE = 300.0  # for the slowest machine; two idle cores take a fifth of it
 STEPS = 8

@@ -15,6 +15,8 @@ from calibrate.recording.recorder import Recorder
 from runtime import InvalidSetting, apply_tea_cache, denoisers
 from runtime.apply import TeaCache
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 # Seven random blocks change far more from step to step than a trained model's; nothing here depends on how much.
 GATED = dict(coefficients=[1.0, 0.0], threshold=0.6, start=1, end=1)

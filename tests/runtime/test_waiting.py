@@ -81,6 +81,7 @@ def plain(pipe) -> int:
     return reads(pipe)
 
 
+@pytest.mark.slow
 def test_a_plan_never_waits_and_a_gate_once_per_step(pipe, plain):
     with apply_tea_cache(pipe, schedule="C" * STEPS):
         assert reads(pipe) == plain

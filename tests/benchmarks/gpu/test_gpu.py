@@ -14,6 +14,8 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.workloads import MODELS, load_workload, names
 
+pytestmark = pytest.mark.slow
+
 
 def run(*options: str) -> str:
     result = CliRunner().invoke(main, ["--toy", "--rounds", "1", *map(str, options)])
@@ -21,7 +23,6 @@ def run(*options: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", all_cases(toy=True), ids=lambda case: case.name)
 def test_every_case_runs_and_writes_its_row(case, tmp_path):
     path = tmp_path / "rows.json"

@@ -331,6 +331,7 @@ def test_error_of_the_operating_system_without_a_file_name_is_one_line(recording
     assert line.startswith("Error: calibrate record: No space left on device; check")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     command = [
         sys.executable,

@@ -20,6 +20,8 @@ import pytest
 import calibrate
 import coeffs
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(calibrate.__file__).parents[1]
 MOMENTS = int(os.environ.get("SIGNAL_MOMENTS", 0))
 # "RUN" stands for the folder that each command works on.
@@ -77,7 +79,6 @@ def interrupt(command, folder, number, after):
     return process.returncode, err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for the handler")
 def test_every_command_ends_cleanly_at_any_moment(command, recorded, tmp_path):

@@ -54,6 +54,7 @@ def mean_computed(predicted, threshold):
     return computed.mean() + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [6, 20])
 def test_intervals_of_coefficients_and_curve_are_calibrated(prompts):
     random = np.random.default_rng(prompts)
@@ -74,6 +75,7 @@ def test_intervals_of_coefficients_and_curve_are_calibrated(prompts):
     assert (coverage >= CALIBRATED[0]).all() and (coverage <= CALIBRATED[1]).all(), coverage
 
 
+@pytest.mark.slow
 def test_intervals_of_computed_steps_are_calibrated():
     """The truth is what the polynomial of all prompts computes on average over all prompts."""
     random, thresholds = np.random.default_rng(0), [0.1, 0.15, 0.25]

@@ -2,9 +2,12 @@
 
 import time
 
+import pytest
 from recording_stub import Denoiser, generate_with, install
 
 from benchmarks.kill_resume import kill_and_resume
+
+pytestmark = pytest.mark.slow
 
 
 def record_slowly(path):

@@ -14,6 +14,8 @@ import pytest
 import record_rank
 import torch  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 GROUPS = 16
 
 

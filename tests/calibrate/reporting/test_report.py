@@ -23,6 +23,8 @@ from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN
 from calibrate.verifying.advice import python_lines
 from calibrate.verifying.results import load_verification, write_verification
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {
     "fit",
     "pairs-cond",

@@ -15,6 +15,8 @@ from calibrate.trials.rivals import second_order
 from calibrate.trials.sampler import Sampler
 from calibrate.trials.setting import Refused, Setting
 
+pytestmark = pytest.mark.slow
+
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
 CAPTION = "a handwritten digit seven in red ink on white paper"  # one that the model was trained on
 FEWER, FEWER_2 = (

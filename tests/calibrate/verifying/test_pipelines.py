@@ -21,6 +21,8 @@ from calibrate.runs.pairs import load_run
 from calibrate.verifying.lineup import FEWER_STEPS, FEWER_STEPS_2, GATE, UNIFORM
 from calibrate.verifying.verify import verify
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 POLICIES = ("gate", "uniform", "uniform-fitted", "fewer-steps", "fewer-steps-2")
 FITTED = "uniform skipping, fitted outputs"

@@ -38,6 +38,8 @@ from calibrate.verifying.results import load_verification
 from calibrate.verifying.tuning import published_entries, tune_threshold
 from calibrate.verifying.verify import verify
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"a thing number {number}" for number in range(5)]
 UNSEEN = [f"another thing {number}" for number in range(4)]
 QUICK = ("gate", "uniform", "fewer-steps", "magcache")
