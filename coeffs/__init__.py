@@ -10,6 +10,7 @@ Load, list, check, write and publish entries:
 Imports the standard library and PyYAML only.
 """
 
+from coeffs.entry.certificates import Certificate
 from coeffs.entry.polynomial import Polynomial
 from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
 from coeffs.entry.schema import Candidate, Entry, Expert, Fit, Plan, Threshold
@@ -20,6 +21,7 @@ from coeffs.store import dump, entries, load, loads, save
 
 __all__ = [
     "Candidate",
+    "Certificate",
     "Checkpoint",
     "CoeffsError",
     "Counts",

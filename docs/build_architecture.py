@@ -19,7 +19,10 @@ PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 ROWS = (
     (("calibrate.commands", "the command line"),),
     (("calibrate.reporting", "pictures and pages"),),
-    (("calibrate.verifying", "policies against each other"),),
+    (
+        ("calibrate.certifying", "promises of quality"),
+        ("calibrate.verifying", "policies against each other"),
+    ),
     (("calibrate.planning", "schedules and forecasts"),),
     (("calibrate.trials", "real runs, measured"),),
     (

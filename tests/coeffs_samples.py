@@ -88,3 +88,27 @@ def two_experts(**changes: object) -> coeffs.Entry:
 
 def test_the_sample_is_fit_for_release():
     assert entry_problems(sample_entry()) == []
+
+
+def certificate(**changes: object) -> coeffs.Certificate:
+    """The gate of the sample entry, certified for the tier ``high``."""
+    facts: dict = {
+        "tier": "high",
+        "policy": "gate",
+        "threshold": 0.2,
+        "limits": {"psnr_db": 25.0},
+        "risk": 0.05,
+        "confidence": 0.95,
+        "tests": 1,
+        "prompts": 100,
+        "missed": 0,
+        "prompt_set": "held-out.txt",
+        "prompts_sha256": "0" * 64,
+        "computed_steps": 14.0,
+        "num_steps": 28,
+        "speedup": 1.8,
+        "protocol": coeffs.Protocol(
+            scheduler="FlowMatchEulerDiscreteScheduler", num_steps=28, dtype="bfloat16"
+        ),
+    }
+    return coeffs.Certificate(**facts | changes)

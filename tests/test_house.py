@@ -27,6 +27,7 @@ FLOORS = (
     ("calibrate.trials",),
     ("calibrate.planning",),
     ("calibrate.verifying",),
+    ("calibrate.certifying",),
     ("calibrate.reporting",),
     ("calibrate.commands",),
     ("calibrate",),

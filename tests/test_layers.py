@@ -37,7 +37,8 @@ LAYERS = {
     "runtime": layer("runtime/**/*.py", "coeffs runtime torch diffusers"),
     "calibrate, analysis": layer(
         "calibrate/fitting/*.py calibrate/runs/pairs.py calibrate/runs/gram_log.py calibrate/text.py "
-        "calibrate/planning/problem.py calibrate/verifying/comparison.py",
+        "calibrate/planning/problem.py calibrate/verifying/comparison.py "
+        "calibrate/certifying/tiers.py",
         "calibrate coeffs runtime numpy scipy pandas",
     ),
     "calibrate, plots": layer(

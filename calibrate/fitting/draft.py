@@ -90,7 +90,7 @@ def entry_of(
         signal=signal,
         target=target,
         sign_rule="clamp",
-        protocol=_protocol(manifest.get("protocol")),
+        protocol=protocol_of(manifest.get("protocol")),
         experts=experts,
         warnings=tuple(dict.fromkeys(warnings)),
         source=_source(run, command),
@@ -271,7 +271,8 @@ def _record(record: type, values: dict | None) -> Any:
     return record(**{key: given[key] for key in given if key in names})
 
 
-def _protocol(values: dict | None) -> coeffs.Protocol:
+def protocol_of(values: dict | None) -> coeffs.Protocol:
+    """The record of a manifest's protocol."""
     values = dict(values or {})
     arguments = values.pop("call_arguments", None) or {}
     for key, value in arguments.items():

@@ -53,7 +53,12 @@ def carried_over(new: Entry, old: Entry | None) -> tuple[Entry, list[str]]:
     verified = [row for row in old.thresholds if row.kind != "replay"]
     said = [f"kept {_count(old.plans, 'plan')}"] if old.plans else []
     new = replace(new, plans=old.plans, **by_hand)
-    if verified and same_gate(new, old):
+    same = same_gate(new, old)
+    certificates = tuple(one for one in old.certificates if same or one.policy != "gate")
+    if old.certificates:
+        said.append(f"kept {len(certificates)} of {_count(old.certificates, 'certificate')}")
+    new = replace(new, certificates=certificates)
+    if verified and same:
         said.append(f"kept {_count(verified, 'verified threshold')}: the coefficients are the same")
         warnings += [text for text in old.warnings if text.startswith(VERIFIED_WARNING)]
     elif verified:

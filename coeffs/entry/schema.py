@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from coeffs.entry import fields
+from coeffs.entry.certificates import Certificate
 from coeffs.entry.fields import (
     MAX_STEPS,
-    Count,
     Limits,
     Name,
     Positive,
     Record,
-    Schedule,
     Slug,
     Steps,
     finite_number,
 )
+from coeffs.entry.plan import Plan as Plan  # for those that import it from here
 from coeffs.entry.polynomial import (
     CONTROL_X,
     MAX_DEGREE,
@@ -123,43 +123,6 @@ class Threshold(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Record):
-    """A fixed schedule: C computes, S skips, one letter per step.
-
-    ``weights`` belong to a fitted forecast: one row per skipped step, of the last computed steps,
-    the newest first.
-    """
-
-    schedule: Schedule
-    computed_steps: Count | None = None
-    sigmas: tuple[float, ...] | None = None
-    forecast: str | None = None
-    forecast_of: Literal["residual", "output", "guided"] | None = None
-    weights: tuple[tuple[float, ...], ...] | None = None
-    figures: dict[Name, float | None] | None = None
-
-    def _check(self) -> None:
-        computed = self.schedule.count("C")
-        if self.computed_steps not in (None, computed):
-            problem = f"{self.computed_steps}, but the schedule computes {computed}"
-            raise EntryError(problem, ("computed_steps",))
-        object.__setattr__(self, "computed_steps", computed)
-        if (self.forecast == "fitted") != (self.weights is not None):
-            problem = f"forecast {self.forecast!r}: only fitted has weights, and must"
-            raise EntryError(problem, ("weights",))
-        skipped = len(self.schedule) - computed
-        if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
-            problem = f"{len(self.weights)} rows: expected one per skipped step ({skipped})"
-            raise EntryError(problem, ("weights",))
-
-    @property
-    def weights_by_step(self) -> dict[int, tuple[float, ...]]:
-        """Skipped step -> weights of the last computed ones; empty but for a fitted forecast."""
-        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
-        return dict(zip(skipped, self.weights or (), strict=False))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry(Record):
     """A version of a model's calibration; construction checks it all and raises ``EntryError``.
 
@@ -191,6 +154,7 @@ class Entry(Record):
     end: int | float | None = None
     thresholds: tuple[Threshold, ...] = ()
     plans: tuple[Plan, ...] | None = None
+    certificates: tuple[Certificate, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: str | None = None
     source: Source = field(default_factory=Source)

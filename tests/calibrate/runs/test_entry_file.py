@@ -6,6 +6,7 @@ import threading
 import pytest
 from analysis_data import make_frame, make_run
 from click.testing import CliRunner
+from coeffs_samples import certificate
 
 import coeffs
 from calibrate.cli import cli
@@ -94,3 +95,16 @@ def test_a_file_that_is_no_entry_is_named_and_left_alone(run):
     with pytest.raises(CoeffsError, match="nothing was changed"):
         entry = coeffs.load("alivilab/flux1-dev")
         update_entry("/proc/nowhere/entry.yaml", lambda old: entry)
+
+
+def test_a_fit_keeps_the_certificates_of_what_it_does_not_change(run):
+    of_gate = certificate()
+    of_plan = certificate(policy="plan", threshold=None, plan=PLANS[0])
+    update_entry(
+        run / "entry.yaml",
+        lambda entry: dataclasses.replace(entry, certificates=(of_gate, of_plan)),
+    )
+    entry, said = fit(run)
+    assert entry.certificates == (of_gate, of_plan) and "kept 2 of 2 certificates" in said
+    entry, said = fit(run, "--degree", "2")
+    assert entry.certificates == (of_plan,) and "kept 1 of 2 certificates" in said

@@ -1,0 +1,134 @@
+"""Audit: does a certificate still hold on this machine, with this dtype, these weights, these arguments?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from calibrate.certifying.candidates import first_of, setting_of, unseen
+from calibrate.certifying.tiers import Demand, Tier
+from calibrate.errors import InvalidOption
+from calibrate.fitting.statistics import share_interval
+from calibrate.trials.bench import Bench
+from calibrate.trials.case import Case, open_case
+from calibrate.trials.lpips import Lpips
+from calibrate.trials.setting import Entered
+from coeffs import Certificate, Entry
+from coeffs.entry.certificates import chance, of_tier
+
+AUDITED = 20  # prompts: four misses refute a risk of 5 %, as 27 % of misses give four times in five
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found of one certificate.
+
+    Attributes:
+        missed: Of the new ``prompts``.
+        p: How likely so many misses are where the promise holds; below ``level`` it is called broken.
+        proven: Whether the new prompts alone would have certified it.
+        results: One row per sample.
+    """
+
+    certificate: Certificate
+    missed: int
+    prompts: int
+    p: float
+    level: float
+    proven: bool
+    results: pd.DataFrame
+
+    @property
+    def holds(self) -> bool:
+        """Whether the misses are compatible with the promise."""
+        return self.p >= self.level
+
+    @property
+    def verdict(self) -> str:
+        """Whether it holds, and how much that says."""
+        counted = f"{self.missed} of {self.prompts} prompts missed it"
+        if not self.holds:
+            return f"no: {counted}, which has probability {self.p:.2g} where it holds"
+        if self.proven:
+            return f"yes, proven anew: {counted}"
+        _, low, high = share_interval(self.missed, self.prompts)
+        return f"yes, as far as so few prompts tell: {counted}, a share of {low:.2g} to {high:.2g}"
+
+
+def audit(
+    source: str | os.PathLike,
+    *,
+    tiers: Sequence[str] = (),
+    num_prompts: int = AUDITED,
+    prompts: str | os.PathLike | Sequence[str] | None = None,
+    seed: int = 0,
+    images: Iterable[str | os.PathLike] = (),
+    lora: str | os.PathLike | None = None,
+    progress: bool = True,
+    say: Say = lambda text: None,
+    **loading: Any,
+) -> list[Audited]:
+    """Run the fastest certified setting of each tier against uncached runs, with prompts that nothing has seen.
+
+    Args:
+        source: A run, or the name or file of an entry, which does not tell what its prompts served.
+        tiers: Names of tiers; by default all.
+        lora: Folder or file of a LoRA that is loaded into the pipeline first.
+        loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: another
+            ``model``, ``dtype``, ``device`` or ``pipe_args`` than were certified.
+    """
+    case = open_case(
+        source, **{"model": None, "registry": None, "out": None, "dtype": None} | loading
+    )
+    certificates = _fastest(case.entry, tiers)
+    offered = case.offered(prompts, seed, images)
+    fresh = unseen(case.purposes, offered)
+    if len(fresh) < num_prompts:
+        raise InvalidOption(
+            f"--num-prompts {num_prompts}: only {len(fresh)} that served nothing else; give others with --prompts"
+        )
+    chosen = first_of(fresh, num_prompts, offered)
+    samples = len(chosen.prompts)
+    say(f"{2 * samples} uncached runs, {samples * len(certificates)} cached ones")
+    _prepare(case, lora)
+    perceptual = Lpips() if any("lpips" in one.limits for one in certificates) else None
+    with closing(Bench(case, chosen, perceptual, progress)) as bench:
+        return [_audited(bench, one, len(certificates)) for one in certificates]
+
+
+def _fastest(entry: Entry, tiers: Sequence[str]) -> list[Certificate]:
+    """The fastest certificate of each tier."""
+    known = dict.fromkeys(certificate.tier for certificate in entry.certificates)
+    if not known or not set(tiers) <= set(known):
+        raise InvalidOption(
+            f"{entry.label} is certified for {', '.join(known) or 'no tier'}; certify its run with `calibrate certify`"
+        )
+    return [of_tier(entry.certificates, tier)[0] for tier in tiers or known]
+
+
+def _prepare(case: Case, lora: str | os.PathLike | None) -> None:
+    """Load the LoRA, and keep apart the results of different weights that go by one name."""
+    pipeline, modules = case.session.pipeline, case.session.modules.values()
+    if lora is not None:
+        pipeline.load_lora_weights(os.fspath(lora))
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    case.weights["sum"] = sum(parameter.double().abs().sum().item() for parameter in parameters)
+
+
+def _audited(bench: Bench, certificate: Certificate, tests: int) -> Audited:
+    setting = setting_of(certificate, bench.case.entry)
+    results, refused = bench.results(Entered([setting]))
+    if results.empty:
+        raise InvalidOption(f"tier {certificate.tier}: {refused[setting.policy]}")
+    of_prompt = Tier(certificate.tier, certificate.limits).missed(results)
+    missed, prompts = int(of_prompt.sum()), len(of_prompt)
+    demand = Demand(certificate.risk, certificate.confidence, tests)
+    p = 1 - chance(missed - 1, prompts, demand.risk) if missed else 1.0
+    proven = missed <= demand.most_missed(prompts)
+    return Audited(certificate, missed, prompts, p, demand.level, proven, results)

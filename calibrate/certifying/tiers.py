@@ -1,0 +1,123 @@
+"""What is promised: limits on a sample's measures, and how many prompts prove that most prompts keep them.
+
+A policy's settings are tested one after the other, from the most computed steps to the fewest, until one fails
+(fixed-sequence testing). Each test is exact binomial; policies and tiers share the error probability equally
+(Bonferroni). So with probability ``confidence`` no certificate of a call is false, whatever the distribution of
+prompts: Learn then Test, Angelopoulos et al., arXiv 2110.01052.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from calibrate.errors import InvalidOption
+from calibrate.trials.measures import MEASURES, capped
+from coeffs.entry.certificates import EXACT, LIMITS, chance, limits_text
+
+# Name on the command line -> measure.
+OPTIONS = {name.removesuffix("_db"): name for name in LIMITS}
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A name and its limits by measure, all of which a sample has to keep."""
+
+    name: str
+    limits: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({limits_text(self.limits)})"
+
+    def missed(self, results: pd.DataFrame) -> pd.Series:
+        """Prompt -> whether any of its samples is broken or misses a limit; identical samples miss none."""
+        missed = pd.Series(False, index=results.index)
+        for name, limit in self.limits.items():
+            values = capped(results, _measured(name, results))
+            kept = values >= limit if MEASURES[name].higher_is_better else values <= limit
+            missed |= ~kept  # also where a sample has no figure
+        missed &= ~results["identical"].astype(bool)
+        missed |= results["broken"].astype(bool)
+        return missed.groupby(results["prompt_id"]).any()
+
+    def within_reach(self, results: pd.DataFrame, misses: int) -> float:
+        """The strictest limit on its first measure that all but ``misses`` prompts keep."""
+        name = next(iter(self.limits))
+        sign = 1 if MEASURES[name].higher_is_better else -1
+        worst = (sign * capped(results, name)).groupby(results["prompt_id"]).min()
+        return sign * float(worst.sort_values().iloc[misses])
+
+
+def _measured(name: str, results: pd.DataFrame) -> str:
+    if name not in results:
+        known = ", ".join(measure for measure in LIMITS if measure in results)
+        raise InvalidOption(f"a limit on {name}, but these samples have {known}: set it on those")
+    return name
+
+
+# `high` is the bar of SGLang's tier of that name: PSNR above 25 dB against the reference (its pull request 33453).
+# `lossless` is PSNR 40 dB, a root mean square error of 1 % of the range; it is not what engines call lossless, which
+# is the uncached path, `exact` here.
+USUAL_TIERS = (Tier("lossless", {"psnr_db": 40.0}), Tier("high", {"psnr_db": 25.0}))
+
+
+def parse_tier(text: str) -> Tier:
+    """The tier in ``name:psnr=35,ssim=0.95``."""
+    name, _, limits = text.partition(":")
+    pairs = [pair.split("=") for pair in limits.split(",")]
+    try:
+        given = {OPTIONS[measure.strip()]: float(limit) for measure, limit in pairs}
+    except (KeyError, ValueError):
+        given = {}
+    named = name.replace("-", "_").isidentifier() and name != EXACT
+    if not named or not given or not all(map(math.isfinite, given.values())):
+        raise InvalidOption(
+            f"tier {text!r}: expected name:psnr=35,ssim=0.95 with limits on {', '.join(OPTIONS)}, and not {EXACT}, "
+            "which is the tier without a cache"
+        )
+    return Tier(name, given)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is to be proven.
+
+    Attributes:
+        risk: The share of prompts that may miss a limit.
+        confidence: That nothing false is certified.
+        tests: Sequences of tests that share the error probability: policies times tiers.
+    """
+
+    risk: float
+    confidence: float
+    tests: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.risk < 1 and 0 < self.confidence < 1):
+            raise InvalidOption(
+                f"--risk {self.risk:g}, --confidence {self.confidence:g}: expected numbers between 0 and 1"
+            )
+
+    @property
+    def level(self) -> float:
+        """The error probability of one test."""
+        return (1 - self.confidence) / self.tests
+
+    @property
+    def prompts_needed(self) -> int:
+        """The fewest prompts that can prove it, if none of them misses."""
+        return math.ceil(math.log(self.level) / math.log1p(-self.risk))
+
+    def lowest_risk(self, prompts: int) -> float:
+        """The lowest risk that so many prompts can prove, rounded up."""
+        return math.ceil(1000 * (1 - self.level ** (1 / prompts))) / 1000
+
+    def most_missed(self, prompts: int) -> int:
+        """The most misses among so many prompts that prove it; -1 where there are too few prompts."""
+        missed = -1
+        while chance(missed + 1, prompts, self.risk) <= self.level:
+            missed += 1
+        return missed

@@ -1,0 +1,44 @@
+"""A plan: which steps compute, and what the others are made of."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coeffs.entry.fields import Count, Name, Record, Schedule
+from coeffs.errors import EntryError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Record):
+    """A fixed schedule: C computes, S skips, one letter per step.
+
+    ``weights`` belong to a fitted forecast: one row per skipped step, of the last computed steps,
+    the newest first.
+    """
+
+    schedule: Schedule
+    computed_steps: Count | None = None
+    sigmas: tuple[float, ...] | None = None
+    forecast: str | None = None
+    forecast_of: Literal["residual", "output", "guided"] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
+    figures: dict[Name, float | None] | None = None
+
+    def _check(self) -> None:
+        computed = self.schedule.count("C")
+        if self.computed_steps not in (None, computed):
+            problem = f"{self.computed_steps}, but the schedule computes {computed}"
+            raise EntryError(problem, ("computed_steps",))
+        object.__setattr__(self, "computed_steps", computed)
+        if (self.forecast == "fitted") != (self.weights is not None):
+            problem = f"forecast {self.forecast!r}: only fitted has weights, and must"
+            raise EntryError(problem, ("weights",))
+        skipped = len(self.schedule) - computed
+        if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
+            problem = f"{len(self.weights)} rows: expected one per skipped step ({skipped})"
+            raise EntryError(problem, ("weights",))
+
+    @property
+    def weights_by_step(self) -> dict[int, tuple[float, ...]]:
+        """Skipped step -> weights of the last computed ones; empty but for a fitted forecast."""
+        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
+        return dict(zip(skipped, self.weights or (), strict=False))
