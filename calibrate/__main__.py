@@ -9,6 +9,7 @@ from teacal import PACKAGES, end_if_in_the_way
 
 _PROCESS = os.getpid()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_READ = ("--model", "--image", "--registry", "--prompts")  # options of folders that are only read
 
 
 def main() -> None:
@@ -33,12 +34,8 @@ def _end(number: int, frame: Any) -> None:
     exception instead could be swallowed by a library that is being imported, or shown as its traceback.
     """
     if os.getpid() == _PROCESS:
-        where = _folder()
-        told = f"{where}: interrupted" if where else "interrupted"
-        line = (
-            f"\nError: {told}; what is finished is kept, run the same command again to continue\n"
-        )
-        os.write(2, line.encode())
+        advice = "what is finished is kept, run the same command again to continue"
+        os.write(2, f"\nError: {_folder()}interrupted; {advice}\n".encode())
         processes = sys.modules.get("multiprocessing.process")
         for child in processes.active_children() if processes else ():
             child.terminate()
@@ -52,17 +49,12 @@ def _folder() -> str:
     """
     locks = sys.modules.get("calibrate.runs.lock")
     if locks and locks.held:
-        return str(locks.held[0])
-    words = sys.argv[1:]
-    for before, word in zip(["", *words], words, strict=False):
-        option, _, value = word.partition("=")
-        if before == "--out" or (option == "--out" and value):
-            return value or word
-    taken = ("--model", "--image", "--registry", "--prompts")  # folders that are only read
-    for before, word in zip(["", *words], words, strict=False):
-        if before not in taken and os.path.isdir(word):
-            return word
-    return ""
+        return f"{locks.held[0]}: "
+    words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
+    after = dict(zip(words, ["", *words], strict=False))
+    named = [word for word, option in after.items() if option == "--out"]
+    folders = (word for word in words if after[word] not in _READ and os.path.isdir(word))
+    return next((f"{word}: " for word in (*named, *folders)), "")
 
 
 if __name__ == "__main__":

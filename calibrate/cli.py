@@ -8,6 +8,7 @@ import click
 from click_default_group import DefaultGroup
 
 from calibrate import __version__
+from calibrate.errors import EXPECTED
 from calibrate.text import did_you_mean
 from teacal import missing_package
 
@@ -23,10 +24,9 @@ class _ExpectedError(click.ClickException):
 class _Group(DefaultGroup):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # An unset variable of a shell script: it would mean the current folder, or the default.
-        for before, argument in zip(["an argument", *args], args, strict=False):
-            option, equals, value = argument.partition("=")
-            if argument == "" or (equals and not value and option.startswith("--")):
-                name = option or before
+        for before, word in zip(["an argument", *args], args, strict=False):
+            if word == "" or (word.startswith("--") and word.endswith("=")):
+                name = word.removesuffix("=") or before
                 raise click.UsageError(f"{name}: empty; give a value, or leave the option away")
         return super().parse_args(ctx, args)
 
@@ -39,35 +39,28 @@ class _Group(DefaultGroup):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _ExpectedError("interrupted; run the same command again to continue", 3) from None
         except BrokenPipeError:
             raise  # click ends quietly when nobody reads on
         except OSError as error:
             where = error.filename or f"calibrate {ctx.invoked_subcommand}"
-            reason = error.strerror or error
-            message = f"{where}: {reason}; check the path, its rights and the room on the disk"
-            raise _ExpectedError(message, 2) from error
-        except ImportError as error:
-            missing = missing_package(error)
-            if missing is None:
-                raise
-            raise _ExpectedError(missing, 2) from error
+            advice = "check the path, its rights and the room on the disk"
+            raise _ExpectedError(f"{where}: {error.strerror or error}; {advice}", 2) from error
         except Exception as error:
-            from calibrate.errors import CalibrateError
-            from coeffs.errors import CoeffsError
-            from runtime.errors import RuntimeCacheError
-
-            if not isinstance(error, (CalibrateError, CoeffsError, RuntimeCacheError)):
+            missing = missing_package(error) if isinstance(error, ImportError) else None
+            if missing is None and not isinstance(error, EXPECTED):
                 raise
-            raise _ExpectedError(str(error), error.exit_code) from error
+            raise _ExpectedError(missing or str(error), getattr(error, "exit_code", 2)) from error
 
 
 @click.group(
     cls=_Group,
     default="run",
     default_if_no_args=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
 )
 @click.version_option(__version__, prog_name="calibrate")
 def cli() -> None:

@@ -1,5 +1,8 @@
 """Expected errors of the offline tools."""
 
+from coeffs.errors import CoeffsError
+from runtime.errors import RuntimeCacheError
+
 
 class CalibrateError(Exception):
     """Base of every expected error of `calibrate`: one line with what was found, expected and the next step."""
@@ -47,6 +50,10 @@ class Incomplete(CalibrateError):
     """Some prompts are not recorded yet; running the same command again continues."""
 
     exit_code = 3
+
+
+# They say what to do about the model, the entry or the run, and would be the same for every prompt.
+EXPECTED = (CalibrateError, CoeffsError, RuntimeCacheError)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
     lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
     labels, *others = zip(*lines, strict=True)
     first = [cell.ljust(max(map(len, labels))) for cell in labels]
-    limit = width or _terminal_width()
+    limit = width or terminal_width()
     blocks = [first]
     for column in others:
         padded = [cell.rjust(max(map(len, column))) for cell in column]
@@ -29,10 +28,9 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
 
 
-def _terminal_width() -> int:
-    if not sys.stdout.isatty():
-        return WIDTH
-    return max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+def terminal_width(least: int = WIDTH) -> int:
+    """Columns of the terminal, or of the variable COLUMNS; ``WIDTH`` where the output goes elsewhere."""
+    return max(least, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def block(title: str, facts: Mapping[str, str]) -> str:
@@ -49,6 +47,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def volume(size: float) -> str:
+    """``45 MiB`` or ``3.5 GiB``."""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def number(value: float | None, digits: int = 2) -> str:

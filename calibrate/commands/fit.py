@@ -1,64 +1,59 @@
 """The command that fits: everything a recorded run says, on the CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click import option
 
 from calibrate.commands.announce import tell_next, tell_plan
-from calibrate.commands.options import registry
+from calibrate.commands.options import DEGREE, registry
 from coeffs.entry.signals import SIGNALS
 
-FIT_OPTIONS: dict[str, Any] = {"degree": 4, "target": "output", "signal": "modulated_input"}
 # --constrained, --free or neither: the method, and the flag that the entry's command repeats.
-METHODS: dict[bool | None, tuple[str, list[str]]] = {
-    None: ("auto", []),
-    True: ("constrained", ["--constrained"]),
-    False: ("polyfit", ["--free"]),
+METHODS = {
+    None: ("auto", ""),
+    True: ("constrained", " --constrained"),
+    False: ("polyfit", " --free"),
 }
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN [RUN2 ...]")
-@click.option(
-    "--degree", type=click.IntRange(1, 6), default=4, show_default=True, help="Of the polynomial."
-)
-@click.option(
+@option("--degree", type=DEGREE, default=4, help="Of the polynomial.")
+@option(
     "--target",
     type=click.Choice(["output", "hidden", "residual"]),
     default="output",
-    show_default=True,
     help="Whose change is predicted.",
 )
-@click.option(
+@option(
     "--signal",
     type=click.Choice(list(SIGNALS)),
     default="modulated_input",
-    show_default=True,
     help="From whose change.",
 )
-@click.option(
+@option(
     "--constrained/--free",
-    "constrained",
     default=None,
     help="Recommend the fit that is never negative and never falls, or the plain one [default: the better one].",
 )
-@click.option(
+@option(
     "--score",
     "strangers",
     multiple=True,
     metavar="ENTRY",
     help="Also score an entry, or numbers such as 1,2,3 (highest power first); repeat for several.",
 )
-@click.option(
+@option(
     "--speedup",
     type=float,
     metavar="FACTOR",
     help="Also find the threshold for this expected speed-up.",
 )
 @registry
-@click.option(
+@option(
     "--out",
     type=click.Path(dir_okay=False),
     metavar="FILE",
@@ -71,15 +66,22 @@ def fit(runs: tuple[str, ...], **options: Any) -> None:
     Example:
         calibrate fit runs/flux1-dev-1a2b3c4d --score alivilab/flux1-dev --speedup 1.8
     """
-    fit_and_report(runs, options)
+    fit_and_report(runs, **options)
 
 
-def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str, Any]) -> Path:
-    """Fit, print the tables, and write the draft entry, whose path is returned.
-
-    ``options`` are those of ``calibrate fit``; what is missing takes its default.
-    """
-    import coeffs
+def fit_and_report(
+    runs: Sequence[str | Path],
+    *,
+    degree: int,
+    target: str = "output",
+    signal: str = "modulated_input",
+    constrained: bool | None = None,
+    strangers: Sequence[str] = (),
+    speedup: float | None = None,
+    registry: str | None = None,
+    out: str | None = None,
+) -> None:
+    """Fit, print the tables, and write the draft entry."""
     from calibrate.fitting.choice import fit_branches
     from calibrate.fitting.draft import entry_of
     from calibrate.fitting.score import score
@@ -87,33 +89,24 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     from calibrate.runs.entry_file import carried_over, update_entry
     from calibrate.runs.pairs import load_run
 
-    chosen = {name: options.get(name, default) for name, default in FIT_OPTIONS.items()}
-    method, flag = METHODS[options.get("constrained")]
-    others = [_candidate(name, options.get("registry")) for name in options.get("strangers", ())]
-    first, *further = [runs] if isinstance(runs, str | Path) else runs
+    others = [_candidate(name, registry) for name in strangers]
     more = {
-        "with": ", ".join(map(str, further)),
+        "with": ", ".join(map(str, runs[1:])),
         "cost": "under a minute, on the CPU alone",
     }
-    tell_plan(f"fit: a polynomial from {chosen['signal']} to {chosen['target']}", first, **more)
+    tell_plan(f"fit: a polynomial from {signal} to {target}", runs[0], **more)
+    method, flag = METHODS[constrained]
     run = load_run(runs)
-    fits = fit_branches(run, **chosen, method=method)
-    given = [f"--{name} {value}" for name, value in chosen.items()]
-    command = " ".join(["calibrate fit RUN", *given, *flag])
-    entry = entry_of(run, fits, chosen["target"], chosen["signal"], command)
-    tables = [fit_table(entry, fits), candidate_table(run, chosen["degree"])]
+    fits = fit_branches(run, degree, target, signal, method)
+    command = f"calibrate fit RUN --degree {degree} --target {target} --signal {signal}{flag}"
+    entry = entry_of(run, fits, target, signal, command)
+    tables = [fit_table(entry, fits), candidate_table(run, degree)]
     if others:
         tables.append(score_table(score(others, run)))
-    tables.append(replay_table(run, entry, fits, options.get("speedup")))
+    tables.append(replay_table(run, entry, fits, speedup))
+    path = Path(out or Path(runs[0]) / "entry.yaml")
     said: list[str] = []
-
-    def refit(old: coeffs.Entry | None) -> coeffs.Entry:
-        kept, words = carried_over(entry, old)
-        said.extend(words)
-        return kept
-
-    path = Path(options.get("out") or Path(run.path or ".") / "entry.yaml")
-    written = update_entry(path, refit)
+    written = update_entry(path, lambda old: carried_over(entry, old, said.append))
 
     click.echo("\n\n".join(tables) + "\n")
     for text in said:
@@ -121,8 +114,7 @@ def fit_and_report(runs: str | Path | Sequence[str | Path], options: Mapping[str
     for warning in written.warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"draft entry: {path}")
-    tell_next(f"calibrate plan {first} --speedup 2", f"calibrate verify {first}")
-    return path
+    tell_next(f"calibrate plan {runs[0]} --speedup 2", f"calibrate verify {runs[0]}")
 
 
 def _candidate(name: str, registry: str | None) -> Any:

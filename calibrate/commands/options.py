@@ -1,32 +1,30 @@
-"""Options that the commands share, and numbers in lists."""
+"""Options that the commands share, and numbers in lists. The group shows every default in the help."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
+from click import option
 
 from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
 
 DTYPES = click.Choice(["bfloat16", "float16", "float32"])
+FOLDER = click.Path(file_okay=False)
 POSITIVE = click.IntRange(min=1)
+DEGREE = click.IntRange(1, 6)
 
 
-class Numbers(click.ParamType):
-    """Comma-separated numbers."""
+def numbers(kind: type, example: str) -> Callable[[str], list]:
+    """A parameter's type: numbers separated by commas."""
 
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
+    def convert(text: str) -> list:
         try:
-            return [self._kind(part) for part in value.replace(" ", ",").split(",") if part]
+            return [kind(part) for part in text.replace(",", " ").split()]
         except ValueError:
-            expected = "numbers separated by commas, such as 0.1,0.2"
-            if self._kind is int:
-                expected = "whole numbers separated by commas, such as 14,10,8"
-            self.fail(f"{value!r}: expected {expected}")
+            expected = f"expected numbers separated by commas, such as {example}"
+            raise click.BadParameter(f"{text!r}: {expected}") from None
+
+    return convert
 
 
 def _parsed(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
@@ -35,16 +33,22 @@ def _parsed(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) 
     return parse_pipe_args(value)
 
 
-registry = click.option(
-    "--registry",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Registry folder that is asked first.",
+def _group(*options: Callable) -> Callable:
+    """One decorator for several options, which the help shows in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(options):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+registry = option(
+    "--registry", type=FOLDER, metavar="FOLDER", help="Registry folder that is asked first."
 )
-_SEED = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt."
-)
-_IMAGE = click.option(
+_seed = option("--seed", type=click.IntRange(min=0), default=0, help="Of the first prompt.")
+_image = option(
     "--image",
     "images",
     multiple=True,
@@ -52,15 +56,9 @@ _IMAGE = click.option(
     help="Image to edit or animate, or a folder of them; repeat for several, which go round the prompts.",
 )
 # How the weights are loaded and called: the same for everything that runs a model.
-_SESSION = (
-    click.option(
-        "--device",
-        default="auto",
-        metavar="auto|cpu|cuda",
-        show_default=True,
-        help="Where the model runs.",
-    ),
-    click.option(
+_session = _group(
+    option("--device", default="auto", metavar="auto|cpu|cuda", help="Where the model runs."),
+    option(
         "--pipe-arg",
         "pipe_args",
         multiple=True,
@@ -68,87 +66,59 @@ _SESSION = (
         metavar="KEY=VALUE",
         help="Further pipeline argument.",
     ),
-    click.option(
+    option(
         "--cpu-offload", is_flag=True, help="Keep on the GPU only the component that is running."
     ),
-    click.option(
-        "--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."
-    ),
+    option("--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."),
 )
-_RECORDING = (
-    click.option(
+# They arrive as the keyword arguments of `calibrate.record`.
+recording_options = _group(
+    option(
         "--model",
         default=EMBEDDED_MODEL,
         metavar="NAME|FOLDER",
         help="Alias (`calibrate models` lists them), diffusers folder or hub id.",
-        show_default=True,
     ),
-    click.option(
+    option(
         "--prompts", metavar="FILE|SET", help="Text (one a line), JSON lines, or a shipped set."
     ),
-    click.option(
+    option(
         "--num-prompts",
         type=POSITIVE,
         help=f"Only the first N prompts; more continue a run [default: {DEFAULT_PROMPTS} of a shipped set, all of a "
         "file].",
     ),
-    _SEED,
-    click.option("--steps", type=int, help="Denoising steps, at least 2."),
-    click.option("--guidance-scale", type=float, help="Classifier-free or distilled."),
-    click.option("--height", type=POSITIVE, help="Pixels."),
-    click.option("--width", type=POSITIVE, help="Pixels."),
-    click.option("--num-frames", type=POSITIVE, help="Frames of a video."),
-    _IMAGE,
-    click.option(
-        "--dtype",
-        type=DTYPES,
-        default="bfloat16",
-        show_default=True,
-        help="Of weights and activations.",
-    ),
-    click.option(
-        "--out",
-        type=click.Path(file_okay=False),
-        metavar="RUN",
-        help="Run folder [runs/<model>-<hash>].",
-    ),
-    click.option(
+    _seed,
+    option("--steps", type=int, help="Denoising steps, at least 2."),
+    option("--guidance-scale", type=float, help="Classifier-free or distilled."),
+    option("--height", type=POSITIVE, help="Pixels."),
+    option("--width", type=POSITIVE, help="Pixels."),
+    option("--num-frames", type=POSITIVE, help="Frames of a video."),
+    _image,
+    option("--dtype", type=DTYPES, default="bfloat16", help="Of weights and activations."),
+    option("--out", type=FOLDER, metavar="RUN", help="Run folder [runs/<model>-<hash>]."),
+    option(
         "--gram/--no-gram",
         default=None,
         help="Keep the inner products of all steps, which `calibrate plan` needs, or not [default: keep; a run "
         "begun without stays without]. --gram also records anew what lacks them.",
     ),
-    *_SESSION,
+    _session,
 )
-_RERUNNING = (
-    click.option(
+# Of everything that runs a recorded model again.
+rerunning_options = _group(
+    option(
         "--model",
         metavar="NAME|FOLDER",
         help="Weights to run [default: those of the run or the entry].",
     ),
-    click.option(
+    option(
         "--prompts",
         metavar="FILE|SET",
         help="Held-out prompts; recorded ones are left out [default: the model's].",
     ),
-    _SEED,
-    _IMAGE,
-    click.option("--dtype", type=DTYPES, help="[default: as recorded]"),
-    *_SESSION,
+    _seed,
+    _image,
+    option("--dtype", type=DTYPES, help="[default: as recorded]"),
+    _session,
 )
-
-
-def recording_options(command: Callable) -> Callable:
-    """The options of everything that records: they arrive as the keyword arguments of `calibrate.record`."""
-    return _with(_RECORDING, command)
-
-
-def rerunning_options(command: Callable) -> Callable:
-    """The options of everything that runs a recorded model again."""
-    return _with(_RERUNNING, command)
-
-
-def _with(options: tuple[Callable, ...], command: Callable) -> Callable:
-    for option in reversed(options):
-        command = option(command)
-    return command

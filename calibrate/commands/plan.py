@@ -4,43 +4,41 @@ from contextlib import nullcontext
 from typing import Any
 
 import click
+from click import option
 
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
-from calibrate.commands.options import POSITIVE, Numbers, rerunning_options
+from calibrate.commands.options import FOLDER, POSITIVE, numbers, rerunning_options
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(file_okay=False))
-@click.option("--computed", type=Numbers(int), metavar="N,N,...", help="Numbers of computed steps.")
-@click.option("--speedup", type=float, help="Of the denoiser, instead of --computed.")
-@click.option(
+@click.argument("run", metavar="RUN", type=FOLDER)
+@option(
+    "--computed", type=numbers(int, "14,10,8"), metavar="N,N,...", help="Numbers of computed steps."
+)
+@option("--speedup", type=float, help="Of the denoiser, instead of --computed.")
+@option(
     "--steps",
     type=click.IntRange(min=3),
     help="Plan for this many steps instead of the recorded number.",
 )
-@click.option(
+@option(
     "--no-runs",
     is_flag=True,
     help="Only from the log; nothing is run, nothing goes into the entry.",
 )
-@click.option(
+@option(
     "--candidates",
     type=POSITIVE,
     default=3,
-    show_default=True,
     help="Planned schedules to fit, beside the uniform one.",
 )
-@click.option(
+@option(
     "--anchors",
     type=POSITIVE,
     help="Most predictions that a skipped step is made of, where memory counts [default: all].",
 )
-@click.option(
-    "--choosing", type=POSITIVE, default=6, show_default=True, help="Prompts to choose by."
-)
-@click.option(
-    "--num-prompts", type=POSITIVE, default=8, show_default=True, help="Others to judge by."
-)
+@option("--choosing", type=POSITIVE, default=6, help="Prompts to choose by.")
+@option("--num-prompts", type=POSITIVE, default=8, help="Others to judge by.")
 @rerunning_options
 def plan(run: str, no_runs: bool, **options: Any) -> None:
     """Find the best schedule for a number of computed steps, fit its forecasts, and prove them on real runs.
@@ -60,9 +58,9 @@ def plan(run: str, no_runs: bool, **options: Any) -> None:
     from calibrate.planning.results import fewer_steps_verdict, plan_table
     from calibrate.runs.lock import hold
 
-    used = "no run of the model" if no_runs else f"{options['choosing']} to choose by, "
-    used += "" if no_runs else f"{options['num_prompts']} others to judge by"
-    tell_plan("plan: which steps to compute, and how to forecast the others", run, prompts=used)
+    used = f"{options['choosing']} to choose by, {options['num_prompts']} others to judge by"
+    prompts = "no run of the model" if no_runs else used
+    tell_plan("plan: which steps to compute, and how to forecast the others", run, prompts=prompts)
     # From the log alone nothing is written, so that it also works where nothing can be.
     with nullcontext() if no_runs else hold(run, "planning with"):
         planned = make_plans(run, runs=not no_runs, say=tell, **options)

@@ -5,34 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click import option
 
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
-from calibrate.commands.options import POSITIVE, Numbers, registry, rerunning_options
+from calibrate.commands.options import FOLDER, POSITIVE, numbers, registry, rerunning_options
 from calibrate.text import block
 
 
 @click.command()
 @click.argument("source", metavar="RUN|ENTRY")
-@click.option(
-    "--num-prompts",
-    type=POSITIVE,
-    default=10,
-    show_default=True,
-    help="The first N of them.",
-)
-@click.option(
+@option("--num-prompts", type=POSITIVE, default=10, help="The first N of them.")
+@option(
     "--budgets",
-    type=Numbers(int),
+    type=numbers(int, "14,10,8"),
     metavar="N,N,...",
     help="Computed steps to compare at [default: five].",
 )
-@click.option(
+@option(
     "--thresholds",
-    type=Numbers(float),
+    type=numbers(float, "0.1,0.2"),
     metavar="T,T,...",
     help="Thresholds of the fitted gate instead.",
 )
-@click.option(
+@option(
     "--policies",
     metavar="P,P,...",
     help="Of gate, apart, plan, plan-cache-dit, plan-diffusers-magcache (not by default), uniform, "
@@ -40,23 +35,14 @@ from calibrate.text import block
     "fewer-steps, fewer-steps-2, magcache, cache-dit-masks, mflux, published, "
     "first-block-cache, mag-cache, sea-cache or all [default: gate, plan, uniform, fewer-steps].",
 )
-@click.option(
+@option(
     "--through",
     multiple=True,
     type=click.Choice(["cache-dit", "diffusers-magcache"]),
     help="Run the plans by this engine's own code from their export; repeat.",
 )
-@click.option(
-    "--lpips",
-    is_flag=True,
-    help="Add LPIPS to the measures; needs teacal[lpips].",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Where an entry's verification goes.",
-)
+@option("--lpips", is_flag=True, help="Add LPIPS to the measures; needs teacal[lpips].")
+@option("--out", type=FOLDER, metavar="FOLDER", help="Where an entry's verification goes.")
 @registry
 @rerunning_options
 def verify(source: str, policies: str | None, **options: Any) -> None:
@@ -88,23 +74,20 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         of = entry_folder(entry, options["out"])
         tell(block(title, {"entry": entry.label, "folder": str(of)}))
     with hold(of, "verifying"):
-        found = run_verification(
-            source, policies=policies.split(",") if policies else None, say=tell, **options
-        )
-    advice, folder = advise(found.results), found.folder.parent
+        chosen = policies.split(",") if policies else None
+        done = run_verification(source, policies=chosen, say=tell, **options)
+    advice, folder = advise(done.results), done.folder.parent
     entry = coeffs.load(folder / "entry.yaml")
-    click.echo(advice)
-    for lines in (python_lines(advice, entry, folder), export_line(advice, entry, folder)):
-        if lines:
-            click.echo("\n" + textwrap.indent(lines, "    "))
-    click.echo(f"\n{verdict_table(found.summary)}")
-    for name, count in found.facts["broken"].items():
+    usage = python_lines(advice, entry, folder), export_line(advice, entry, folder)
+    indented = [textwrap.indent(lines, "    ") for lines in usage if lines]
+    click.echo("\n\n".join([str(advice), *indented, verdict_table(done.summary)]))
+    for name, count in done.facts["broken"].items():
         click.echo(f"broken: {name}: {count} samples with NaN or infinity, which count as 0 dB")
-    for name, reason in found.facts["refused"].items():
+    for name, reason in done.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
-    of_plan = judge_plan(found.results)
+    of_plan = judge_plan(done.results)
     # Where there is a plan, plan and gate are compared once.
-    of_gate = [one for one in found.comparisons if not of_plan or one.baseline != PLAN]
+    of_gate = [row for row in done.comparisons if not of_plan or row.baseline != PLAN]
     for sentence in sentences(of_plan) + sentences(of_gate):
         click.echo(sentence)
     click.echo(f"\nverified thresholds: {folder / 'entry.yaml'}")
@@ -112,7 +95,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(file_okay=False))
+@click.argument("run", metavar="RUN", type=FOLDER)
 def report(run: str) -> None:
     """Write plots (PNG and SVG) and a self-contained report.html into RUN/report.
 

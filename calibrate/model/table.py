@@ -72,7 +72,7 @@ def recognise(
         for row in rows:
             repository = (row.repository or row.slug).lower()
             if name.lower() in (row.slug, repository, repository.rpartition("/")[2]):
-                return row, f"the name {name}"
+                return row, f"{row.alias}, by the name {name}"
     matching = []
     for row in rows:
         known = row.configuration
@@ -80,7 +80,8 @@ def recognise(
             matching.append(row)
     if len(matching) != 1:
         return None
-    return matching[0], f"its configuration ({', '.join(matching[0].configuration)})"
+    row = matching[0]
+    return row, f"{row.alias}, by its configuration ({', '.join(row.configuration)})"
 
 
 def class_defaults(pipeline_class: str) -> ModelSpec | None:

@@ -15,11 +15,6 @@ def world_size() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def restarts() -> int:
-    """How often torchrun has started this job's processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 class Party:
     """The ranks that run every forward of a denoiser together; its first one chooses what is recorded, and writes.
 

@@ -2,51 +2,45 @@
 
 import gc
 import logging
+import os
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from calibrate.errors import CalibrateError, Incomplete
+from calibrate.errors import EXPECTED, Incomplete
 from calibrate.model.session import Session
-from calibrate.recording.launch import Party, rank, restarts, world_size
+from calibrate.recording.launch import Party, rank, world_size
 from calibrate.runs.folder import Group, RunFolder
 from calibrate.runs.lock import RunLock
-from coeffs.errors import CoeffsError
-from runtime.errors import RuntimeCacheError
 
 # So many first prompts failing alike mean that the call is wrong, not the prompts.
 _SAME_FAILURES = 3
 _WAIT_SECONDS = 0.2  # between looks at the groups that other ranks are recording
-# They say what to do about the model or the run, and would be the same for every prompt.
-_EXPECTED = (CalibrateError, CoeffsError, RuntimeCacheError)
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Loop:
     """Records the prompts a run still lacks; ranks claim them one at a time.
 
-    ``anew`` names finished groups that are recorded again for their Gram matrices, at most once by each process.
+    Attributes:
+        anew: Finished groups that are recorded again for their Gram matrices, at most once by each process.
+        outcomes: Of each prompt in turn a failure's text, or None for a success.
     """
 
-    def __init__(
-        self,
-        run: RunFolder,
-        session: Session,
-        recorder: Any,
-        lock: RunLock,
-        party: Party,
-        anew: Iterable[str] = (),
-    ) -> None:
-        self.run = run
-        self.session = session
-        self.recorder = recorder
-        self.lock = lock
-        self.party = party
-        self.anew = set(anew)
-        self.images = run.images
-        self.job = f"{lock.job}#{restarts()}"
-        self.outcomes: list[str | None] = []  # a failure's text, or None for a success
+    run: RunFolder
+    session: Session
+    recorder: Any
+    lock: RunLock
+    party: Party
+    anew: set[str]
+    outcomes: list[str | None] = field(default_factory=list)
+
+    @property
+    def job(self) -> str:
+        """Processes that torchrun has started again are a new job, and try again what failed before."""
+        return f"{self.lock.job}#{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
     def lead(self, bar: Any) -> None:
         """Claim one group after the other until all are there, or in other hands."""
@@ -60,7 +54,8 @@ class Loop:
                 if rank() != 0:
                     break  # the rest is in other hands, and rank 0 stays until it is done
                 time.sleep(_WAIT_SECONDS)
-            show(bar, self.run)
+            self._show(bar)
+        self._show(bar)
         self.party.announce(None)
 
     def follow(self) -> None:
@@ -72,7 +67,7 @@ class Loop:
     def _is_wanted(self, group: Group) -> bool:
         if group.name in self.anew:
             return group.name not in self.run.with_gram()
-        return not self.run.is_finished(group) and self.run.failed_in(group) != self.job
+        return not self.run.shard(group.name).exists() and self.run.failed_in(group) != self.job
 
     def _claim_and_record(self, group: Group, bar: Any) -> bool:
         if not self.lock.claim(group.index):
@@ -84,7 +79,7 @@ class Loop:
             self._record(group)
         finally:
             self.lock.release(group.index)
-        show(bar, self.run)
+        self._show(bar)
         first, *others = self.outcomes
         if first and others == [first] * (_SAME_FAILURES - 1):
             self.party.announce(None)
@@ -98,9 +93,9 @@ class Loop:
         self.anew.discard(group.name)
         try:
             self.recorder.start()
-            self.session.generate(group.prompt, self.images)
+            self.session.generate(group.prompt, self.run.images)
             recording = self.recorder.finish()
-        except _EXPECTED:
+        except EXPECTED:
             raise
         except Exception as error:
             message = " ".join((str(error) or repr(error)).split())[:500]
@@ -129,20 +124,16 @@ class Loop:
                 "%s failed (%s: %s); the next start tries it again", group.name, kind, message
             )
 
-
-def show(bar: Any, run: RunFolder) -> None:
-    """What all ranks have finished, not only this one."""
-    bar.n = len(run.finished())
-    bar.refresh()
+    def _show(self, bar: Any) -> None:
+        """What all ranks have finished, not only this one."""
+        bar.n = len(self.run.finished())
+        bar.refresh()
 
 
 def _kind_of(error: Exception) -> str:
-    import torch
-
-    text = str(error).lower()
     # torch's CPU allocator raises a plain RuntimeError.
-    out_of_memory = "out of memory" in text or "can't allocate memory" in text
-    if out_of_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    known = ("out of memory", "can't allocate memory")
+    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in known):
         return "out of memory"
     return type(error).__name__
 
@@ -152,5 +143,4 @@ def _free_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

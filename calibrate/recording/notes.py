@@ -17,7 +17,7 @@ from calibrate.model.prompts import PromptSet
 from calibrate.recording.launch import rank
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import seconds_per_prompt
-from calibrate.text import block, duration
+from calibrate.text import block, duration, volume
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ def command_line(
     What has no place on a command line (a loaded pipeline, a list of prompts) is left out.
     """
     given = [("model", model), *options.items(), *(("image", image) for image in images)]
-    given.append(("dtype", None if dtype == "bfloat16" else dtype))
+    if dtype != "bfloat16":
+        given.append(("dtype", dtype))
     given += [("pipe-arg", f"{name}={value}") for name, value in pipe_args.items()]
     words = ["calibrate", "record"]
     for name, value in given:
-        if isinstance(value, (str, int, float, Path)):
-            text = str(value)
-            shown = Path(text).name if Path(text).exists() else text
-            words += [f"--{name.replace('_', '-')}", shown]
+        if isinstance(value, str | int | float | Path):
+            path = Path(str(value))
+            words += [f"--{name.replace('_', '-')}", path.name if path.exists() else str(value)]
     return shlex.join(words)
 
 
@@ -66,34 +66,25 @@ def announcement(
     """What a recording is going to do, before the weights are loaded."""
     loaded = checkpoint.pipeline is not None
     place = "as loaded" if loaded else f"on {pick_device(device)}"
-    size = checkpoint.weights_bytes / 2**20
-    weights = f"{size:.0f} MiB" if size < 1024 else f"{size / 1024:.1f} GiB"
-    count, more = len(prompts.prompts), prompts.total - len(prompts.prompts)
-    rest = (
-        f"; {more} more in it: --num-prompts {prompts.total} adds them to the run" if more else ""
-    )
     protocol = {**call.protocol, "dtype": None if loaded else dtype}
-    model = f"{checkpoint.repository}, {checkpoint.pipeline_class}"
-    row = checkpoint.spec
-    recognised = f"{row.alias}, by {checkpoint.recognised}" if row and checkpoint.recognised else ""
+    size = checkpoint.weights_bytes
+    count, total = len(prompts.prompts), prompts.total
+    rest = f"{total - count} more in it: --num-prompts {total} adds them to the run"
     facts = {
-        "model": model,
-        "settings of": recognised,
+        "model": f"{checkpoint.repository}, {checkpoint.pipeline_class}",
+        "settings of": checkpoint.recognised,
         "call": f"{call_text(protocol)} {place}",
-        "prompts": f"{count} of {prompts.name}{rest}",
-        "memory": f"{weights} of weights on disk, and what a generation needs" if size else "",
-        "folder": str(out)
-        if out is not None
-        else "runs/<model>-<hash>, named when the model is loaded",
+        "prompts": f"{count} of {prompts.name}" + (f"; {rest}" if total > count else ""),
+        "memory": f"{volume(size)} of weights on disk, and what a generation needs" if size else "",
+        "folder": str(out or "runs/<model>-<hash>, named when the model is loaded"),
     }
     return block("record: every step computed, nothing cached", facts)
 
 
 def outlook(run: RunFolder, anew: Collection[str]) -> str:
     """How much is left to record, and how long it will take where earlier prompts tell."""
-    missing = len({group.name for group in run.groups} - run.finished())
+    todo = len(run.missing()) + len(anew)
     seconds = seconds_per_prompt(run)
-    todo = missing + len(anew)
     time = f", about {duration(seconds * todo)}" if seconds and todo else ""
     again = f", {len(anew)} of them again for their Gram matrices" if anew else ""
     return f"{run.path}: {todo} of {len(run.groups)} prompts to record{again}{time}"

@@ -4,7 +4,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from calibrate.model.session import Session, callable_session, load_session
 from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
 from calibrate.recording import notes
 from calibrate.recording.launch import Party, rank
-from calibrate.recording.loop import Loop, show
-from calibrate.runs.files import make_folder
+from calibrate.recording.loop import Loop
 from calibrate.runs.folder import RunFolder, tidy
-from calibrate.runs.lock import RunLock, job_name
+from calibrate.runs.lock import hold
 
 
 def record(
@@ -77,31 +75,30 @@ def record(
         "width": width,
         "num_frames": num_frames,
     }
-    _check_options(settings, num_prompts, dtype)
-    if out is not None and not os.fspath(out):
-        raise InvalidOption("--out: empty; give a folder, or leave it away")
+    _check_options({**settings, "num_prompts": num_prompts}, dtype, out)
     images, pipe_args = list(images), dict(pipe_args or {})
     options = {"prompts": prompts, "num_prompts": num_prompts, "seed": seed or None, **settings}
     command = notes.command_line(model, options, images, dtype, pipe_args)
     if generate is None and callable(model) and not hasattr(model, "components"):
         model, generate = getattr(model, "__name__", type(model).__name__), model
     if generate is not None:
-        prompt_set = _enough_prompts(prompts, num_prompts, seed, images)
+        prompt_set = _prompts(prompts, num_prompts, seed, images)
         settings["num_steps"] = settings.pop("steps")
         settings["call_arguments"] = pipe_args
         session = callable_session(str(model), generate, modules, settings, blocks)
     else:
         checkpoint = find_checkpoint(model, allow_pickle=allow_pickle)
+        spec = checkpoint.spec
         call = prepare_call(
-            pipeline_class_of(checkpoint).__call__, checkpoint.spec, pipe_args=pipe_args, **settings
+            pipeline_class_of(checkpoint).__call__, spec, pipe_args=pipe_args, **settings
         )
-        if prompts is None and checkpoint.spec is not None:
-            prompts = checkpoint.spec.prompts
-            num_prompts = num_prompts or checkpoint.spec.num_prompts
-        prompt_set = _enough_prompts(prompts, num_prompts, seed, images)
+        if prompts is None and spec is not None:
+            prompts, num_prompts = spec.prompts, num_prompts or spec.num_prompts
+        prompt_set = _prompts(prompts, num_prompts, seed, images)
         call.refuse_unfit(prompt_set.prompts)
         if out is not None:
-            _refuse_unusable(Path(out))
+            with hold(out):  # said before gigabytes are read: unwritable, or somebody else is at it
+                pass
         if progress:
             notes.tell(notes.announcement(checkpoint, call, prompt_set, dtype, device, out))
         weights = {"allow_pickle": allow_pickle, "cpu_offload": cpu_offload}
@@ -111,7 +108,7 @@ def record(
             session.pipeline.set_progress_bar_config(
                 disable=not (progress and sys.stderr.isatty()), leave=False, position=1
             )
-    return _record_all(session, prompt_set, out, command, blocks, gram, progress)
+    return _record_all(session, prompt_set, out, command, gram, progress)
 
 
 def _record_all(
@@ -119,20 +116,19 @@ def _record_all(
     prompts: PromptSet,
     out: str | os.PathLike | None,
     command: str,
-    blocks: Sequence[str] | None,
     gram: bool | None,
     progress: bool,
 ) -> RunFolder:
     import torch
+    from tqdm import tqdm
 
     from calibrate.recording.recorder import Recorder
 
     run_id = canonical_sha256([session.identity["protocol_sha256"], prompts.sha256])[:8]
-    path = Path("runs") / f"{session.identity['model']}-{run_id}" if out is None else Path(out)
+    path = Path(out or Path("runs") / f"{session.identity['model']}-{run_id}")
     with_gram, anew = _gram_setting(path, gram)
-    recorder = Recorder(session.modules, session.driver, session.blocks or blocks, gram=with_gram)
-    make_folder(path)
-    with RunLock(path / "lock", job_name(), lambda: notes.tell_tidied(path, tidy(path))) as lock:
+    recorder = Recorder(session.modules, session.driver, session.blocks, gram=with_gram)
+    with hold(path, prepare=lambda: notes.tell_tidied(path, tidy(path))) as lock:
         facts = {"command": command, **notes.now(), "device": session.device_name}
         facts["call"] = plain(session.arguments)
         run = RunFolder.create(path, {"run_id": run_id, **session.identity}, prompts, **facts)
@@ -141,66 +137,53 @@ def _record_all(
             notes.tell(notes.outlook(run, anew))
         party = Party(session.modules)
         loop = Loop(run, session, recorder, lock, party, anew)
-        with torch.inference_mode(), recorder:
+        bar = tqdm(
+            total=len(run.groups),
+            initial=len(run.finished()),
+            desc="recording",
+            unit="prompt",
+            disable=not (progress and party.leads and rank() == 0),
+            smoothing=0.1,
+        )
+        with torch.inference_mode(), recorder, bar:
             if party.leads:
-                with _bar(run, shown=progress and rank() == 0) as bar:
-                    loop.lead(bar)
+                loop.lead(bar)
             else:
                 loop.follow()
     return run
 
 
-def _check_options(settings: Mapping[str, Any], num_prompts: int | None, dtype: str) -> None:
+def _check_options(settings: Mapping[str, Any], dtype: str, out: str | os.PathLike | None) -> None:
     """Refuse before anything is loaded what no pipeline can take."""
-    for name, value in {**settings, "num_prompts": num_prompts}.items():
-        minimum = MIN_STEPS if name == "steps" else 1
+    for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is None:
-            continue
-        if name == "guidance_scale":
-            if not math.isfinite(value):
-                raise InvalidOption(f"{flag} {value}: expected a finite number")
-        elif value < minimum:
-            raise InvalidOption(f"{flag} {value}: expected a whole number from {minimum}")
+        if value is not None and not math.isfinite(value):
+            raise InvalidOption(f"{flag} {value}: expected a finite number")
+        least = MIN_STEPS if name == "steps" else 1
+        if value is not None and value < least and name != "guidance_scale":
+            raise InvalidOption(f"{flag} {value}: expected a whole number from {least}")
     if dtype not in DTYPES:
         raise InvalidOption(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if out is not None and not os.fspath(out):
+        raise InvalidOption("--out: empty; give a folder, or leave it away")
 
 
-def _enough_prompts(source: Any, count: int | None, seed: int, images: Sequence[Any]) -> PromptSet:
+def _prompts(source: Any, count: int | None, seed: int, images: Sequence[Any]) -> PromptSet:
     """The prompts to record; of a shipped set by default as many as the fit needs."""
     prompts = load_prompts(source, seed=seed, images=images)
-    shipped = source is None or (isinstance(source, str) and source in shipped_sets())
-    if count is None and shipped:
-        count = min(DEFAULT_PROMPTS, len(prompts.prompts))
+    if count is None and (source is None or str(source) in shipped_sets()):
+        count = min(DEFAULT_PROMPTS, prompts.total)
     return prompts.first(count)
 
 
 def _gram_setting(path: Path, gram: bool | None) -> tuple[bool, set[str]]:
     """Whether Gram matrices are kept, and which finished groups are recorded anew for them."""
-    finished = {shard.stem for shard in (path / "pairs").glob("*.parquet")}
-    lacking = finished - {file.stem for file in (path / "gram").glob("*.npz")}
+    run = RunFolder(path, {})
+    finished = run.finished()
+    lacking = finished - run.with_gram()
     if gram:
         return True, lacking
     if gram is None and lacking:
         notes.tell_lacking(path, len(lacking), len(finished))
         gram = lacking != finished
-    return gram is None or gram, set()
-
-
-@contextmanager
-def _bar(run: RunFolder, shown: bool):
-    from tqdm import tqdm
-
-    total, done = len(run.groups), len(run.finished())
-    with tqdm(
-        total=total, initial=done, desc="recording", unit="prompt", disable=not shown, smoothing=0.1
-    ) as bar:
-        yield bar
-        show(bar, run)
-
-
-def _refuse_unusable(path: Path) -> None:
-    """Say before a model is loaded that nothing can be written there, or that somebody else is at it."""
-    make_folder(path)
-    with RunLock(path / "lock", job_name()):
-        pass
+    return gram is not False, set()

@@ -12,15 +12,21 @@ from typing import Any
 from calibrate.errors import CorruptShard, RunFolderError
 from coeffs.entry.signals import SIGNALS
 
-TEXT_COLUMNS = ("prompt_id", "branch", "expert")
-INTEGER_COLUMNS = {"seed": "int64", "step": "int32", "num_steps": "int32"}
-FLOAT_COLUMNS = (
+MEASURED_COLUMNS = (
     *("timestep", "sigma", *(signal.column for signal in SIGNALS.values())),
     *("y_output", "y_hidden", "y_residual", "mag_ratio", "mag_ratio_std", "cos_distance"),
 )
-PAIR_COLUMNS = (
-    "prompt_id", "seed", "branch", "expert", "step", "num_steps", *FLOAT_COLUMNS
-)  # fmt: skip
+# Column -> its type in a file, in the order of the file.
+PAIR_TYPES = {
+    "prompt_id": "string",
+    "seed": "int64",
+    "branch": "string",
+    "expert": "string",
+    "step": "int32",
+    "num_steps": "int32",
+    **dict.fromkeys(MEASURED_COLUMNS, "float64"),
+}
+PAIR_COLUMNS = tuple(PAIR_TYPES)
 
 
 def encode_pairs(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -28,11 +34,9 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = dict.fromkeys(TEXT_COLUMNS, "string") | INTEGER_COLUMNS
-    fields = [(name, pa.type_for_alias(types.get(name, "float64"))) for name in PAIR_COLUMNS]
     ordered = sorted(rows, key=lambda row: (row["expert"], row["branch"], row["step"]))
+    table = pa.Table.from_pylist(ordered, schema=pa.schema(list(PAIR_TYPES.items())))
     stream = BytesIO()
-    table = pa.Table.from_pylist(ordered, schema=pa.schema(fields))
     pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
     return stream.getvalue()
 
@@ -49,22 +53,18 @@ def read_pairs(path: Path):
     try:
         content = path.read_bytes()
     except OSError as error:  # says nothing about the content: the file may be whole
-        raise RunFolderError(
-            f"{path}: cannot be read ({error.strerror}); check the rights to it and the disk"
-        ) from None
+        advice = "check the rights to it and the disk"
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     try:
         table = pq.ParquetFile(BytesIO(content), page_checksum_verification=True).read()
+        absent = [name for name in PAIR_COLUMNS if name not in table.column_names]
+        if set(absent) - set(MEASURED_COLUMNS):
+            raise ValueError(f"it has no column {', '.join(absent)}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptShard(
             f"{path}: not a readable file of pairs ({' '.join(str(error).split())[:160]}); run the same "
             "`calibrate record` again, which sets it aside and records it anew"
         ) from None
-    absent = [name for name in PAIR_COLUMNS if name not in table.column_names]
-    foreign = [name for name in absent if name not in FLOAT_COLUMNS]
-    if foreign:
-        raise CorruptShard(
-            f"{path}: no column {', '.join(foreign)}; expected a file written by `calibrate record`"
-        )
     for name in absent:
         table = table.append_column(name, pa.nulls(len(table), pa.float64()))
     return table
@@ -82,35 +82,34 @@ def make_folder(path: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` under ``path`` so that after a crash or power loss the file is whole or absent, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(temporary, flags, 0o644), "wb") as stream:
+        with temporary.open("xb") as stream:  # x: not through a link that lies there
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself, which a power loss could undo
-        finally:
-            os.close(folder)
+        os.fsync(folder)  # the new name itself, which a power loss could undo
+        os.close(folder)
     except OSError as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise RunFolderError(
             f"{path}: cannot be written ({error.strerror}); nothing finished is lost: make room or choose another "
             "folder with --out, then run the same command again"
         ) from None
 
 
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping atomically, with sorted keys."""
+    write_atomically(path, f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
 
 
-def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays atomically, as a compressed .npz file."""
     import numpy as np
 
     stream = BytesIO()
     np.savez_compressed(stream, **arrays)
-    return stream.getvalue()
+    write_atomically(path, stream.getvalue())

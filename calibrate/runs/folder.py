@@ -14,14 +14,22 @@ from typing import Any
 
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
 from calibrate.model.prompts import Prompt, PromptSet
-from calibrate.runs.files import encode_pairs, json_bytes, npz_bytes, read_pairs, write_atomically
+from calibrate.runs.files import (
+    encode_pairs,
+    read_pairs,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
 from calibrate.text import did_you_mean, siblings
 
 # Of the whole folder, written as `format` into run.yaml; runs from before that line existed have the same format.
 # A new column needs no new format: where an older run lacks it, it reads as NaN.
 FORMAT = 1
-_FOLDERS = ("pairs", "timing", "gram", "failures", "corrupt", "inputs", "report")
-_FILES = ("run.yaml", "lock", "entry.yaml")
+_WRITTEN = (
+    *("pairs", "timing", "gram", "failures", "corrupt", "inputs", "report"),
+    *("run.yaml", "lock", "entry.yaml"),
+)
 _GROUP_NAME = re.compile(r"[0-9]{5,}-[A-Za-z0-9_.-]{1,64}-[0-9]+")
 
 
@@ -97,19 +105,20 @@ class RunFolder:
 
     def finished(self) -> set[str]:
         """Names of the groups whose pairs are on disk, by name only (`tidy` looks inside)."""
-        return {path.stem for path in (self.path / "pairs").glob("*.parquet")}
+        return {path.stem for path in self.path.glob("pairs/*.parquet")}
 
     def with_gram(self) -> set[str]:
         """Names of the groups whose Gram matrices are on disk."""
-        return {path.stem for path in (self.path / "gram").glob("*.npz")}
+        return {path.stem for path in self.path.glob("gram/*.npz")}
 
-    def is_finished(self, group: Group) -> bool:
-        return self.shard(group.name).exists()
+    def missing(self) -> set[str]:
+        """Names of the groups that are still to be recorded."""
+        return {group.name for group in self.groups} - self.finished()
 
     @property
     def is_complete(self) -> bool:
         """Whether every prompt of the manifest is recorded."""
-        return not {group.name for group in self.groups} - self.finished()
+        return not self.missing()
 
     def shard(self, name: str) -> Path:
         """Where the pairs of the group of this name are."""
@@ -127,9 +136,9 @@ class RunFolder:
         ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
         payload = encode_pairs([{**row, **ids} for row in rows])
         if gram:
-            write_atomically(self.path / "gram" / f"{name}.npz", npz_bytes(gram))
-        if not self.is_finished(group):  # else recorded again for its Gram matrices alone
-            write_atomically(self.path / "timing" / f"{name}.json", json_bytes(timing))
+            write_arrays(self.path / "gram" / f"{name}.npz", gram)
+        if not self.shard(name).exists():  # else recorded again for its Gram matrices alone
+            write_json(self.path / "timing" / f"{name}.json", timing)
             write_atomically(self.shard(name), payload)
         self._failure_path(name).unlink(missing_ok=True)
 
@@ -137,11 +146,11 @@ class RunFolder:
         """Note that a group could not be recorded, by which job; the next start tries it again."""
         ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
         failure = {**ids, "kind": kind, "message": message, "job": job}
-        write_atomically(self._failure_path(group.name), json_bytes(failure))
+        write_json(self._failure_path(group.name), failure)
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Group name -> what went wrong, for groups that are not finished."""
-        names = {path.stem for path in (self.path / "failures").glob("*.json")}
+        names = {path.stem for path in self.path.glob("failures/*.json")}
         return {name: self._failure(name) for name in sorted(names - self.finished())}
 
     def failed_in(self, group: Group) -> str | None:
@@ -152,15 +161,13 @@ class RunFolder:
         return self.path / "failures" / f"{name}.json"
 
     def _failure(self, name: str) -> dict[str, Any]:
-        path = self._failure_path(name)
         try:
-            failure = json.loads(path.read_text(encoding="utf-8"))
+            failure = json.loads(self._failure_path(name).read_text(encoding="utf-8"))
+            return {"kind": "unreadable", **failure}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
-            failure = None
-        readable = isinstance(failure, dict) and "kind" in failure
-        return failure if readable else {"kind": "unreadable", "message": f"{path.name} is damaged"}
+        except (OSError, ValueError, TypeError):
+            return {"kind": "unreadable"}
 
     @property
     def images(self) -> dict[str, Path]:
@@ -188,15 +195,17 @@ class RunFolder:
 
     def _refuse_other(self, identity: Mapping[str, Any], prompts: PromptSet) -> None:
         if self.manifest.get("protocol_sha256") != identity["protocol_sha256"]:
-            raise ProtocolMismatch(
-                f"{self.path}: holds another recording ({_difference(self.manifest, identity)}); recordings are never "
-                "mixed: repeat the old settings to continue it, or choose another folder with --out"
-            )
-        if self.manifest.get("prompts_sha256") != prompts.sha256:
-            raise ProtocolMismatch(
-                f"{self.path}: holds a recording of other prompts or seeds; recordings are never mixed: repeat the "
-                "old --prompts and --seed to continue it, or choose another folder with --out"
-            )
+            other = f"another recording ({differences(self.manifest, identity)})"
+            same = "the old settings"
+        elif self.manifest.get("prompts_sha256") != prompts.sha256:
+            other = "a recording of other prompts or seeds"
+            same = "the old --prompts and --seed"
+        else:
+            return
+        raise ProtocolMismatch(
+            f"{self.path}: holds {other}; recordings are never mixed: repeat {same} to continue it, or choose another "
+            "folder with --out"
+        )
 
 
 def tidy(path: Path) -> list[str]:
@@ -208,25 +217,20 @@ def tidy(path: Path) -> list[str]:
     if (path / "run.yaml").exists():
         RunFolder.open(path)
     _refuse_links(path)
-    remove_leftovers(path)
+    for depth in ("", "*/", "*/*/"):
+        for leftover in path.glob(f"{depth}.*.????*.tmp"):
+            leftover.unlink(missing_ok=True)
     moved = []
-    for shard in sorted((path / "pairs").glob("*.parquet")):
+    for shard in sorted(path.glob("pairs/*.parquet")):
         try:
             read_pairs(shard)
         except CorruptShard:
             target = path / "corrupt"
             target.mkdir(exist_ok=True)
             number = len(list(target.glob(f"{shard.stem}.*")))
-            os.replace(shard, target / f"{shard.stem}.{number}.parquet")
+            shard.rename(target / f"{shard.stem}.{number}.parquet")
             moved.append(shard.stem)
     return moved
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes had half written; nobody else may be in the folder."""
-    for depth in ("", "*/", "*/*/"):
-        for leftover in path.glob(f"{depth}.*.????*.tmp"):
-            leftover.unlink(missing_ok=True)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -234,46 +238,38 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
+        number = manifest.get("format", FORMAT)
+        newer = number > FORMAT
+        if not newer and not all("prompt_id" in row for row in manifest["prompts"]):
+            raise ValueError("a prompt without an id")
     except FileNotFoundError:
         folder = path.parent
         hint = "" if folder.exists() else did_you_mean(str(folder), siblings(folder))
-        raise RunFolderError(
-            f"{folder}: no run.yaml in it; {hint or 'expected a folder written by `calibrate record`'}"
-        ) from None
+        expected = hint or "expected a folder written by `calibrate record`"
+        raise RunFolderError(f"{folder}: no run.yaml in it; {expected}") from None
     except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be read ({error.strerror}); check the rights to it"
-        ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = f"cannot be read ({error.strerror}); check the rights to it"
+        raise RunFolderError(f"{path}: {reason}") from None
+    except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:160]
         raise RunFolderError(f"{path}: not a manifest ({reason}); put the original back") from None
-    number = manifest.get("format", FORMAT) if isinstance(manifest, dict) else FORMAT
-    if not isinstance(number, int) or number > FORMAT:
+    if newer:
         raise RunFolderError(
             f"{path}: format {number!r}, and this version of teacal reads up to {FORMAT}; update teacal, or choose "
             "another folder with --out. Nothing was changed"
-        )
-    rows = manifest.get("prompts") if isinstance(manifest, dict) else None
-    expected = isinstance(rows, list) and all(
-        isinstance(row, dict) and "prompt_id" in row for row in rows
-    )
-    if not expected:
-        raise RunFolderError(
-            f"{path}: no list of prompts in it; expected a manifest written by `calibrate record`"
         )
     return manifest
 
 
 def _refuse_links(path: Path) -> None:
     """A run folder from elsewhere must not lead what we write out of it."""
-    for name in (*_FOLDERS, *_FILES):
+    for name in _WRITTEN:
         if (path / name).is_symlink():
-            raise RunFolderError(
-                f"{path / name}: a link inside a run folder, which could lead outside it; remove it"
-            )
+            problem = "a link inside a run folder, which could lead outside it; remove it"
+            raise RunFolderError(f"{path / name}: {problem}")
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first few settings that differ, as ``name old -> new``."""
     before = dict(_flat(old))
     differing = [

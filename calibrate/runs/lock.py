@@ -6,30 +6,59 @@ file system without locks costs at most work done twice: shards are written atom
 writes them.
 """
 
+import fcntl
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from calibrate.errors import RunFolderError, RunInUse
 from calibrate.runs.files import make_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows: one process at a time is then up to the user
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-_JOB_BYTE = 0
 held: list[Path] = []  # folders of this process, whose own locks never conflict with each other
+_EXCLUSIVE, _SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
+_JOB_BYTE = 0
 _PATIENCE = 120.0  # seconds to wait for the first process of a job to write down whose it is and to clean up
 
 
-def job_name() -> str:
+@contextmanager
+def hold(
+    folder: str | os.PathLike,
+    work: str = "recording into",
+    prepare: Callable[[], object] = lambda: None,
+) -> Iterator["RunLock"]:
+    """Hold a run folder for this job: ``with hold(run, "verifying"):``.
+
+    Args:
+        work: What the holder does with the run, for the message to others.
+        prepare: Called when no other process holds the folder, and before any other can.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    if folder.resolve() in {other.resolve() for other in held}:
+        raise RunInUse(f"{folder}: this process is recording into this run already, or using it")
+    with ExitStack() as stack:
+        try:
+            file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            stack.callback(os.close, file)
+            lock = RunLock(folder, file, work)
+            lock.join(prepare)
+        except OSError as error:
+            message = f"{error.filename or folder}: cannot be written ({error.strerror})"
+            raise RunFolderError(f"{message}; choose another folder with --out") from None
+        held.append(folder)
+        stack.callback(held.remove, folder)
+        yield lock
+
+
+def _job_name() -> str:
     """Equal for the ranks of one torchrun or accelerate launch, restarts included; unique otherwise."""
     environment = os.environ
     if int(environment.get("WORLD_SIZE", 1)) > 1:
@@ -39,112 +68,57 @@ def job_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
 
-def hold(folder: str | os.PathLike, work: str) -> "RunLock":
-    """The lock of a run for a command that works on it: ``with hold(run, "verifying"):``."""
-    path = Path(folder)
-    make_folder(path)
-    return RunLock(path / "lock", job_name(), work=work)
-
-
 class RunLock:
-    """Holds a run folder for one job; a context manager.
+    """The locks of this process in a run folder."""
 
-    Args:
-        path: The lock file.
-        job: Processes of the same job share the lock, see :func:`job_name`.
-        prepare: Called when no other process holds the folder, and before any other can.
-        work: What the holder does with the run, for the message to others.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        job: str,
-        prepare: Callable[[], object] = lambda: None,
-        work: str = "recording into",
-    ):
-        self.path, self.job, self.prepare, self.work = path, job, prepare, work
-        self.supported = fcntl is not None
-        self._file = -1
-
-    def __enter__(self) -> "RunLock":
-        folder = self.path.parent
-        if folder.resolve() in {other.resolve() for other in held}:
-            raise RunInUse(
-                f"{folder}: this process is recording into this run already, or using it"
-            )
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._file = os.open(self.path, flags, 0o644)
-            self._join()
-        except BaseException as error:
-            if self._file >= 0:
-                os.close(self._file)
-            if isinstance(error, OSError):
-                message = f"{error.filename or self.path}: cannot be written ({error.strerror}); choose another folder"
-                raise RunFolderError(f"{message} with --out") from None
-            raise
-        held.append(folder)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        held.remove(self.path.parent)
-        os.close(self._file)
+    def __init__(self, folder: Path, file: int, work: str) -> None:
+        self.folder, self._file, self.work = folder, file, work
+        self.job = _job_name()
+        self.supported = True
 
     def claim(self, index: int) -> bool:
         """Take group ``index`` unless another process has it."""
-        return self._lock(fcntl.LOCK_EX, index + 1) if self.supported else True
+        return self._lock(_EXCLUSIVE, index + 1)
 
     def release(self, index: int) -> None:
         """Give group ``index`` back."""
-        if self.supported:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index + 1)
+        self._lock(fcntl.LOCK_UN, index + 1)
 
-    def _join(self) -> None:
+    def join(self, prepare: Callable[[], object]) -> None:
+        """Take the folder alone, or beside other processes of the same job."""
         deadline = time.monotonic() + _PATIENCE
-        while self.supported:
-            if self._lock(fcntl.LOCK_EX, _JOB_BYTE):
-                if not self.supported:
-                    logger.warning(
-                        "%s: no file locks here; see to it that only one job uses the run",
-                        self.path.parent,
-                    )
-                    return
-                self._write_holder()
-                self.prepare()
-                self._lock(fcntl.LOCK_SH, _JOB_BYTE)
+        while not self._lock(_EXCLUSIVE, _JOB_BYTE):
+            holder = self._holder() if self._lock(_SHARED, _JOB_BYTE) else {}
+            if holder.get("job") == self.job:
                 return
-            holder = self._holder() if self._lock(fcntl.LOCK_SH, _JOB_BYTE) else None
-            if holder is not None and holder.get("job") == self.job:
-                return
-            if holder is not None or time.monotonic() > deadline:
-                known = {"pid": "?", "host": "?", "work": "recording into", **(holder or {})}
+            if holder or time.monotonic() > deadline:
+                known = {"pid": "?", "host": "?", "work": "recording into"} | holder
                 raise RunInUse(
-                    f"{self.path.parent}: process {known['pid']} on {known['host']} is {known['work']} this run; wait "
-                    "for it, stop it (the lock goes with its process), or choose another folder with --out"
+                    f"{self.folder}: process {known['pid']} on {known['host']} is {known['work']} this run; wait for "
+                    "it, stop it (the lock goes with its process), or choose another folder with --out"
                 )
             time.sleep(0.05)
+        if not self.supported:
+            logger.warning(
+                "%s: no file locks here; see to it that only one job uses the run", self.folder
+            )
+            return
+        holder = {"job": self.job, "pid": os.getpid(), "host": socket.gethostname()}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({**holder, "work": self.work}).encode(), 0)
+        prepare()
+        self._lock(_SHARED, _JOB_BYTE)
 
     def _lock(self, kind: int, start: int) -> bool:
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, start)
+            fcntl.lockf(self._file, kind, 1, start)
         except (BlockingIOError, PermissionError):
             return False
         except OSError:  # no locks on this file system
             self.supported = False
         return True
 
-    def _write_holder(self) -> None:
-        holder = {
-            "job": self.job,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "work": self.work,
-        }
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(holder).encode(), 0)
-
-    def _holder(self) -> dict:
+    def _holder(self) -> dict[str, Any]:
         # Through our own descriptor: closing a second one would drop every lock of this process on the file.
         try:
             return json.loads(os.pread(self._file, 4096, 0))

@@ -10,32 +10,31 @@ from pathlib import Path
 
 from calibrate.errors import InvalidPrompts, RunFolderError
 from calibrate.model.prompts import PromptSet
-from calibrate.runs.files import write_atomically
+from calibrate.runs.files import write_json
 
 RECORDED, CHOOSING, JUDGED = "recorded", "choosing", "judged"
 
 
 def purposes(run: Path) -> dict[str, str]:
     """Prompt id -> ``choosing`` or ``judged``, of the prompts that were not recorded."""
+    path = run / "purposes.json"
     try:
-        noted = json.loads((run / "purposes.json").read_text(encoding="utf-8"))
-        return {str(prompt): str(purpose) for prompt, purpose in noted.items()}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         raise RunFolderError(
-            f"{run / 'purposes.json'}: not readable as prompt id -> purpose; it says which prompts chose plans: "
-            "put a copy back, or delete it and plan anew"
+            f"{path}: not readable as prompt id -> purpose; it says which prompts chose plans: put a copy back, or "
+            "delete it and plan anew"
         ) from None
 
 
 def note(run: Path, prompts: Iterable[str], purpose: str) -> None:
     """Remember what prompts were used for; one that chose stays one that chose."""
     known = purposes(run)
-    changed = {**known, **{p: purpose for p in prompts if known.get(p) != CHOOSING}}
+    changed = known | {prompt: purpose for prompt in prompts if known.get(prompt) != CHOOSING}
     if changed != known:
-        text = json.dumps(changed, indent=1, sort_keys=True)
-        write_atomically(run / "purposes.json", f"{text}\n".encode())
+        write_json(run / "purposes.json", changed)
 
 
 def for_judging(known: dict[str, str], prompts: Sequence[str]) -> list[str]:
@@ -52,13 +51,7 @@ def for_choosing(known: dict[str, str], prompts: Sequence[str], count: int) -> l
 
 def held_out_prompts(known: dict[str, str], sets: Sequence[PromptSet], count: int) -> PromptSet:
     """Up to ``count`` prompts to judge by, of the first set that has some, whatever their seed."""
-    for offered in sets:
-        ids = for_judging(known, [prompt.prompt_id for prompt in offered.prompts])
-        if ids:
-            return _selected(offered, ids[:count])
-    raise InvalidPrompts(
-        f"{sets[-1].name}: every prompt of it was recorded for the fit or chose plans; give others with --prompts"
-    )
+    return divided_prompts(known, sets, 0, count)[1]
 
 
 def divided_prompts(
@@ -68,15 +61,16 @@ def divided_prompts(
     for offered in sets:
         ids = [prompt.prompt_id for prompt in offered.prompts]
         free = len(set(for_choosing(known, ids, len(ids))))
-        if free < choosing + judging:
+        if choosing and free < choosing + judging:
             choosing = min(choosing, max(1, free // 3))
         chosen = for_choosing(known, ids, choosing)
         others = for_judging(known, [prompt for prompt in ids if prompt not in chosen])
-        if chosen and others:
+        if others and (chosen or not choosing):
             return _selected(offered, chosen), _selected(offered, others[:judging])
+    needed = "one to choose by and another to judge by" if choosing else "one to judge by"
     raise InvalidPrompts(
-        f"{sets[-1].name}: expected a prompt to choose by and at least one other to judge by, neither of them "
-        "recorded, and the judging ones never used to choose; give others with --prompts"
+        f"{sets[-1].name}: every prompt of it was recorded for the fit or chose plans, or few are left ({needed}); "
+        "give others with --prompts"
     )
 
 

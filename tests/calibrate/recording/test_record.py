@@ -26,7 +26,7 @@ from calibrate.errors import (
 )
 from calibrate.model.table import DEFAULT_PROMPTS
 from calibrate.runs.gram_log import NoPlan, load_grams
-from calibrate.runs.lock import RunLock
+from calibrate.runs.lock import hold
 from runtime.errors import UnsupportedModel
 
 PROMPTS = ["a cup", "a house", "a lake", "a cat"]
@@ -280,12 +280,14 @@ def test_other_settings_refuse_to_mix(tmp_path):
 def test_two_recordings_into_one_folder_are_refused_and_a_dead_one_does_not_matter(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    script = "import sys,time; sys.path.insert(0, sys.argv[1])\nfrom calibrate.runs.lock import RunLock\n"
-    script += "from pathlib import Path\nwith RunLock(Path(sys.argv[2]), 'other'):\n"
+    script = (
+        "import sys,time; sys.path.insert(0, sys.argv[1])\nfrom calibrate.runs.lock import hold\n"
+    )
+    script += "with hold(sys.argv[2]):\n"
     script += "    print('held', flush=True); time.sleep(60)"
     repository = os.path.dirname(os.path.dirname(calibrate.__file__))
     with subprocess.Popen(
-        [sys.executable, "-c", script, repository, folder / "lock"],
+        [sys.executable, "-c", script, repository, folder],
         stdout=subprocess.PIPE,
         text=True,
     ) as other:
@@ -303,7 +305,7 @@ def test_one_process_does_not_record_twice_into_one_folder_either(tmp_path):
     """Its own locks would not stop it: file locks belong to a process."""
     tmp_path.joinpath("run").mkdir()
     with (
-        RunLock(tmp_path / "run" / "lock", "x"),
+        hold(tmp_path / "run"),
         pytest.raises(RunInUse, match="this process is recording"),
     ):
         record_toy(tmp_path / "run")

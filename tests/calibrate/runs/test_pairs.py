@@ -125,7 +125,7 @@ def test_runs_of_another_protocol_and_repeated_trajectories_are_refused(tmp_path
     other = make_run(tmp_path / "b", second, protocol={"num_steps": 28}, protocol_sha256="1" * 64)
     assert isinstance(refused([a, other], a, other, "different protocol"), ValueError)
     other = make_run(tmp_path / "c", second, protocol={"num_steps": 28})
-    refused([a, other], "different protocol (guidance_scale: None and 4.5)")
+    refused([a, other], "different protocol (protocol.num_steps 20 -> 28")
     refused([a, make_run(tmp_path / "d", second, model="else")], "different model")
     refused([a, a], "prompt a with seed 0", "twice")
     refused(pd.concat([first, first[:1]]), "twice")
