@@ -12,7 +12,7 @@ from pathlib import Path
 
 import coeffs
 from calibrate import plan, record, verify
-from calibrate.fitting.draft import draft_entry
+from calibrate.fitting.draft import fit as draft_entry
 from calibrate.reporting.run_data import example_run
 from calibrate.runs.pairs import load_run
 

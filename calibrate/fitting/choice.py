@@ -13,13 +13,14 @@ from calibrate.fitting.held_out import (
     rival_figures,
 )
 from calibrate.fitting.intervals import Bootstrap, bootstrap
-from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial, has_shape
+from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial
 from calibrate.runs.pairs import Run
+from coeffs.entry.polynomial import negative_ranges
 
 METHODS = ("auto", "polyfit", "constrained")
 BETTER = 0.01  # a held-out RMSE has to be this much lower to count as better
 POOLING_LOSS = 0.10  # share of its held-out RMSE that a branch may lose to one polynomial for all
-TINY = 1e-300
+TINY = 1e-300  # instead of an error of 0, which nothing can be divided by
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def fit_branches(
         raise InvalidOption(f"method {method!r}: expected one of {', '.join(METHODS)}")
     fits = []
     for expert in run.experts:
+        recorded = run.rows.loc[run.rows["expert"] == expert, "branch"].value_counts()
         branches = run.branches(expert)
         for branch in [*branches, "pooled"] if len(branches) > 1 else branches:
             pairs = run.pairs(signal, target, expert, branch)
@@ -74,10 +76,7 @@ def fit_branches(
                     f"{expert}/{branch}: no finite pairs of {signal} and {target}, which this model or log lacks; "
                     "choose another --signal or --target"
                 )
-            recorded = run.rows[run.rows["expert"] == expert]
-            if branch != "pooled":
-                recorded = recorded[recorded["branch"] == branch]
-            excluded = len(recorded) - len(pairs)
+            excluded = int(recorded.get(branch, recorded.sum())) - len(pairs)
             fits.append(_fit_branch(expert, branch, pairs, degree, method, excluded))
     return fits
 
@@ -92,16 +91,11 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
         return main, None
     pooled = own["pooled"]
     table = compare_branches(pooled.pairs, pooled.chosen.degree, pooled.chosen.method)
-    if table["rmse_held_out"].isna().any():
-        return "pooled", None
-    errors = table.pivot(index="fitted_on", columns="branch", values="rmse_held_out")
+    errors = table.pivot(index="branch", columns="fitted_on", values="rmse_held_out").astype(float)
     losses = {}
-    for branch in own:
-        if branch != "pooled":
-            losses[branch] = (
-                errors.loc["pooled", branch] / max(errors.loc[branch, branch], TINY) - 1
-            )
-    if max(losses.values()) <= POOLING_LOSS:
+    for branch, error in errors.iterrows():
+        losses[branch] = error["pooled"] / max(error[branch], TINY) - 1
+    if errors.isna().any(axis=None) or max(losses.values()) <= POOLING_LOSS:
         return "pooled", None
     recommended = main if losses[main] > POOLING_LOSS else "pooled"
     lost = ", ".join(f"{branch} {100 * loss:+.0f} %" for branch, loss in losses.items())
@@ -114,21 +108,22 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
 def _fit_branch(
     expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
 ) -> BranchFit:
-    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    free, shaped = fit_polynomial(x, y, degree), fit_constrained(x, y, degree)
-    fits = {"polyfit": free, "constrained": shaped}
-    same = free.coefficients_high_to_low == shaped.coefficients_high_to_low
-    if same:
-        del fits["polyfit" if method == "constrained" else "constrained"]
+    free, shaped = (
+        fitter(pairs["x"], pairs["y"], degree) for fitter in (fit_polynomial, fit_constrained)
+    )
+    fits = [free, shaped]
+    if free.coefficients_high_to_low == shaped.coefficients_high_to_low:
+        fits = [shaped if method == "constrained" else free]
     rivals = rival_figures(pairs)
-    of_method = {name: figures(pairs, result) | rivals for name, result in fits.items()}
-    if same:
+    of_method = {fit.method: figures(pairs, fit) | rivals for fit in fits}
+    name, why = method, "chosen by hand"
+    if len(fits) == 1:
+        name = fits[0].method
         why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
-        name = next(iter(fits))
-    else:
-        name, why = _choose(free, of_method) if method == "auto" else (method, "chosen by hand")
-    chosen = fits.pop(name)
-    other = next(iter(fits.values()), None)
+    elif method == "auto":
+        name, why = _choose(free, of_method)
+    fits.sort(key=lambda fit: fit.method != name)
+    chosen, other = fits[0], fits[1] if len(fits) > 1 else None
     _, enough = learning_curve(pairs, chosen.degree, chosen.method)
     resampled = bootstrap(pairs, chosen)
     return BranchFit(
@@ -144,7 +139,7 @@ def _choose(plain: FitResult, of_method: dict[str, Figures]) -> tuple[str, str]:
         kind, key = "in-sample", "rmse"
     change = (shaped[key] or 0.0) / max(free[key] or 0.0, TINY) - 1
     compared = f"{kind} RMSE {100 * change:+.1f} %"
-    if not has_shape(plain)[0]:
+    if negative_ranges(plain.polynomial(), plain.domain):
         return "constrained", (
             "the free fit is negative on part of its domain, where engines disagree on what that means; "
             f"non-negative and non-decreasing instead: {compared}"

@@ -6,21 +6,20 @@ not independent. A held-out x outside the fitted range is clamped to it, as the 
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial
+from calibrate.fitting.least_squares import FitResult, fit_polynomial
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 
 FOLDS = 10
+REPEATS = 20  # draws of the learning curve: their mean moves by a fifth of the spread between draws
 # What a predictor may know that does not look at the signal: the moment.
 SCHEDULE = ["expert", "branch", "num_steps", "step"]
-FITTERS: dict[str, Callable[..., FitResult]] = {
-    "polyfit": fit_polynomial,
-    "constrained": fit_constrained,
-}
 
 Predictor = Callable[[pd.DataFrame], np.ndarray]
 Fitter = Callable[[pd.DataFrame], Predictor]
@@ -29,9 +28,8 @@ Figures = dict[str, float | None]
 
 def r2(y: np.ndarray, predicted: np.ndarray) -> float | None:
     """Share of variance explained, negative where worse than the mean; None for constant y."""
-    if len(y) == 0 or np.ptp(y) == 0:
-        return None
-    return 1.0 - float(np.sum((y - predicted) ** 2)) / float(np.sum((y - np.mean(y)) ** 2))
+    variation = float(np.sum((y - np.mean(y)) ** 2))
+    return 1.0 - float(np.sum((y - predicted) ** 2)) / variation if np.ptp(y) else None
 
 
 def rmse(y: np.ndarray, predicted: np.ndarray) -> float:
@@ -41,36 +39,34 @@ def rmse(y: np.ndarray, predicted: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Rank correlation; None where one side is constant."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def polynomial_predictor(
-    train: pd.DataFrame, degree: int = 4, method: str = "polyfit"
+    train: pd.DataFrame, degree: int = 4, method: str = "polyfit", branch: str = "pooled"
 ) -> Predictor:
-    """A fit of the given method on the training pairs."""
-    result = FITTERS[method](train["x"].to_numpy(), train["y"].to_numpy(), degree)
-    return lambda pairs: result.within_domain(pairs["x"].to_numpy())
+    """A fit on the training pairs of a branch, or of all of them."""
+    own = train if branch == "pooled" else train[train["branch"] == branch]
+    if own.empty:  # a branch that only the held-out prompts have
+        return lambda pairs: np.full(len(pairs), np.nan)
+    result = fit_polynomial(own["x"], own["y"], degree, method)
+    return lambda pairs: result.within_domain(pairs["x"])
 
 
-def constant_predictor(train: pd.DataFrame) -> Predictor:
-    """The mean change, whatever the step: uniform skipping."""
-    mean = float(train["y"].mean())
-    return lambda pairs: np.full(len(pairs), mean)
-
-
-def step_mean_predictor(train: pd.DataFrame, use_x: bool = False) -> Predictor:
-    """The mean change at each moment of the schedule, as a fixed plan knows it.
+def moment_predictor(train: pd.DataFrame, use_x: bool = False) -> Predictor:
+    """The mean change at each ``moment`` of the schedule, as a fixed plan knows it.
 
     ``use_x`` adds one slope on how far x lies from its own mean at that moment.
     """
     by_moment = train.groupby("moment")[["x", "y"]]
-    means = by_moment.mean()
-    overall = float(train["y"].mean())
-    distance = train[["x", "y"]] - by_moment.transform("mean")
-    spread = float(distance["x"] @ distance["x"])
-    slope = float(distance["x"] @ distance["y"]) / spread if use_x and spread > 0 else 0.0
+    means, overall = by_moment.mean(), float(train["y"].mean())
+    slope = 0.0
+    if use_x:
+        distance = train[["x", "y"]] - by_moment.transform("mean")
+        spread = float(distance["x"] @ distance["x"])
+        slope = float(distance["x"] @ distance["y"]) / spread if spread else 0.0
 
     def predict(pairs: pd.DataFrame) -> np.ndarray:
         known = means.reindex(pairs["moment"])
@@ -80,10 +76,11 @@ def step_mean_predictor(train: pd.DataFrame, use_x: bool = False) -> Predictor:
     return predict
 
 
-RIVALS: dict[str, Fitter] = {
-    "constant": constant_predictor,
-    "step_mean": step_mean_predictor,
-    "step_mean_and_x": partial(step_mean_predictor, use_x=True),
+# What a rival knows of a pair: the columns that make a moment, and whether x.
+RIVALS: dict[str, tuple[list[str], bool]] = {
+    "constant": ([], False),
+    "step_mean": (SCHEDULE, False),
+    "step_mean_and_x": (SCHEDULE, True),
 }
 
 
@@ -93,10 +90,10 @@ def prompt_folds(prompts: np.ndarray, folds: int = FOLDS) -> np.ndarray:
     return index % min(folds, len(unique))
 
 
-def held_out(pairs: pd.DataFrame, fitter: Fitter, folds: int = FOLDS) -> np.ndarray | None:
+def held_out(pairs: pd.DataFrame, fitter: Fitter) -> np.ndarray | None:
     """Prediction for every pair by a predictor that has not seen its prompt; None with fewer than two prompts."""
-    fold = prompt_folds(pairs["prompt_id"].to_numpy(), folds)
-    if len(fold) == 0 or fold.max() == 0:
+    fold = prompt_folds(pairs["prompt_id"].to_numpy())
+    if fold.max() == 0:
         return None
     predicted = np.empty(len(pairs))
     for number in range(fold.max() + 1):
@@ -107,10 +104,9 @@ def held_out(pairs: pd.DataFrame, fitter: Fitter, folds: int = FOLDS) -> np.ndar
 
 def figures(pairs: pd.DataFrame, result: FitResult) -> Figures:
     """Figures of a fit on its own pairs (columns x and y), in-sample and held out; None where not computable."""
-    y = pairs["y"].to_numpy()
+    y, in_sample = pairs["y"].to_numpy(), result(pairs["x"])
     refit = partial(polynomial_predictor, degree=result.degree, method=result.method)
-    in_sample = result(pairs["x"].to_numpy())
-    unseen = held_out(pairs[["prompt_id", "x", "y"]], refit)
+    unseen = held_out(pairs, refit)
     known = _agreement(y, in_sample) | {"spearman": spearman(in_sample, y)}
     known |= _agreement(y, unseen, "_held_out")
     return known | {"spearman_held_out": None if unseen is None else spearman(unseen, y)}
@@ -123,12 +119,15 @@ def rival_figures(pairs: pd.DataFrame) -> Figures:
     on x. ``spearman_within_step`` is :func:`spearman_within_step` with its interval.
     """
     y = pairs["y"].to_numpy()
-    known: Figures = {"y_mean": float(pairs["y"].mean())}
-    narrow = pairs[["prompt_id", "x", "y"]].assign(moment=pairs.groupby(SCHEDULE).ngroup())
-    for name, fitter in RIVALS.items():
-        known |= _agreement(y, held_out(narrow, fitter), f"_{name}")
-    names = ("spearman_within_step", "spearman_within_step_low", "spearman_within_step_high")
-    return known | dict(zip(names, spearman_within_step(pairs), strict=True))
+    known: Figures = {"y_mean": float(y.mean())}
+    for name, (columns, use_x) in RIVALS.items():
+        moment = pairs.groupby(columns).ngroup() if columns else 0
+        narrow = pairs[["prompt_id", "x", "y"]].assign(moment=moment)
+        unseen = held_out(narrow, partial(moment_predictor, use_x=use_x))
+        known |= _agreement(y, unseen, f"_{name}")
+    within, low, high = spearman_within_step(pairs)
+    known |= {"spearman_within_step": within}
+    return known | {"spearman_within_step_low": low, "spearman_within_step_high": high}
 
 
 def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
@@ -136,37 +135,34 @@ def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | Non
 
     The interval is the jackknife's: each prompt left out in turn and the rest ranked anew, Student's t.
     """
-    table = pairs.pivot(index=SCHEDULE, columns=["prompt_id", "seed"], values=["x", "y"])
-    x, y = table["x"].to_numpy(float), table["y"].to_numpy(float)
-    prompt_of = table["x"].columns.get_level_values("prompt_id").to_numpy(dtype=str)
-    prompts = np.unique(prompt_of)
-    value = _pooled_rank_correlation(x, y)
-    if value is None or len(prompts) < 3:
+    narrow = pairs[["x", "y"]].assign(moment=pairs.groupby(SCHEDULE).ngroup())
+    value = _rank_correlation(narrow)
+    prompts = pairs["prompt_id"].unique()
+    if len(prompts) < 3:
         return value, None, None
-    others = [prompt_of != prompt for prompt in prompts]
-    left_out = [_pooled_rank_correlation(x[:, kept], y[:, kept]) for kept in others]
-    if None in left_out:
+    left_out = [_rank_correlation(narrow[pairs["prompt_id"] != prompt]) for prompt in prompts]
+    if value is None or None in left_out:
         return value, None, None
     error = np.sqrt((len(prompts) - 1) * np.var(np.array(left_out, float)))
-    low, high = stats.t.interval(0.95, len(prompts) - 1, value, error) if error else (value, value)
-    return value, max(float(low), -1.0), min(float(high), 1.0)
+    half = float(stats.t.ppf(0.975, len(prompts) - 1) * error)
+    return value, max(value - half, -1.0), min(value + half, 1.0)
 
 
 def compare_candidates(run: Run, degree: int = 4, expert: str = "transformer") -> pd.DataFrame:
     """Which signal predicts which target best: one row per signal, target and branch, best held-out R² first."""
     rows = []
-    branches = run.branches(expert)
-    choices = [(s, t, b) for s in SIGNAL_COLUMNS for t in TARGET_COLUMNS for b in branches]
-    for signal, target, branch in choices:
+    for signal, target, branch in product(SIGNAL_COLUMNS, TARGET_COLUMNS, run.branches(expert)):
         pairs = run.pairs(signal, target, expert, branch)
         if pairs.empty:
             continue
-        x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-        unseen = held_out(pairs, partial(polynomial_predictor, degree=degree))
-        row = {"signal": signal, "target": target, "branch": branch, "pairs": len(pairs)}
-        row["r2"] = r2(y, fit_polynomial(x, y, degree)(x))
-        row["r2_held_out"] = None if unseen is None else r2(y, unseen)
-        row["spearman"] = spearman(x, y)
+        row: dict[str, Any] = {
+            "signal": signal,
+            "target": target,
+            "branch": branch,
+            "pairs": len(pairs),
+        }
+        known = figures(pairs, fit_polynomial(pairs["x"], pairs["y"], degree))
+        row |= {name: known[name] for name in ("r2", "r2_held_out", "spearman")}
         row["spearman_within_step"] = spearman_within_step(pairs)[0]
         rows.append(row)
     table = pd.DataFrame(rows)
@@ -178,25 +174,21 @@ def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfi
 
     Columns: branch (whose pairs), fitted_on, r2_held_out, rmse_held_out.
     """
-    pairs = pairs[["prompt_id", "branch", "x", "y"]]
-    branch_of, y = pairs["branch"].to_numpy(), pairs["y"].to_numpy()
-    branches = sorted(set(branch_of), key=lambda branch: (branch != "cond", branch))
+    branches = sorted(pairs["branch"].unique())
     rows = []
     for source in [*branches, "pooled"] if len(branches) > 1 else branches:
-        unseen = held_out(pairs, partial(_branch_predictor, source, degree, method))
+        refit = partial(polynomial_predictor, degree=degree, method=method, branch=source)
+        unseen = held_out(pairs, refit)
         for branch in branches:
-            own = branch_of == branch
-            known = _agreement(y[own], None if unseen is None else unseen[own], "_held_out")
+            own = (pairs["branch"] == branch).to_numpy()
+            predicted = None if unseen is None else unseen[own]
+            known = _agreement(pairs["y"].to_numpy()[own], predicted, "_held_out")
             rows.append({"branch": branch, "fitted_on": source, **known})
     return pd.DataFrame(rows).sort_values("branch", kind="stable", ignore_index=True)
 
 
 def learning_curve(
-    pairs: pd.DataFrame,
-    degree: int = 4,
-    method: str = "polyfit",
-    repeats: int = 20,
-    tolerance: float = 0.05,
+    pairs: pd.DataFrame, degree: int = 4, method: str = "polyfit", tolerance: float = 0.05
 ) -> tuple[pd.DataFrame, int | None]:
     """Held-out error against the number of fitted prompts, and after how many it stops falling.
 
@@ -207,26 +199,25 @@ def learning_curve(
     Returns:
         Table with columns prompts, rmse (mean), low, high (10th and 90th percentile over repeats).
     """
-    prompts, index = np.unique(pairs["prompt_id"].to_numpy(dtype=str), return_inverse=True)
+    prompts, index = np.unique(pairs["prompt_id"].to_numpy(str), return_inverse=True)
     if len(prompts) < 4:
         return pd.DataFrame(columns=["prompts", "rmse", "low", "high"]), None
-    largest = len(prompts) - max(1, len(prompts) // 4)
-    sizes = sorted({*(2**power for power in range(12) if 2**power < largest), largest})
-    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
+    largest = len(prompts) - len(prompts) // 4
+    sizes = [*(2 ** np.arange(np.ceil(np.log2(largest)), dtype=int)), largest]
     random = np.random.default_rng(0)
-    errors = np.empty((repeats, len(sizes)))
-    for repeat in range(repeats):
+    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
+    errors = np.empty((REPEATS, len(sizes)))
+    for own in errors:
         rank = random.permutation(len(prompts))[index]
         test = rank >= largest
-        for position, size in enumerate(sizes):
-            train = rank < size
-            result = FITTERS[method](x[train], y[train], degree)
-            errors[repeat, position] = rmse(y[test], result.within_domain(x[test]))
+        for place, size in enumerate(sizes):
+            result = fit_polynomial(x[rank < size], y[rank < size], degree, method)
+            own[place] = rmse(y[test], result.within_domain(x[test]))
     means = errors.mean(axis=0)
     low, high = np.quantile(errors, [0.1, 0.9], axis=0)
     table = pd.DataFrame({"prompts": sizes, "rmse": means, "low": low, "high": high})
     enough = sizes[int(np.argmax(means <= (1 + tolerance) * means[-1]))]
-    return table, enough if enough < largest else None
+    return table, int(enough) if enough < largest else None
 
 
 def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") -> Figures:
@@ -236,20 +227,10 @@ def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") ->
     return {f"r2{suffix}": r2(y, predicted), f"rmse{suffix}": rmse(y, predicted)}
 
 
-def _branch_predictor(branch: str, degree: int, method: str, train: pd.DataFrame) -> Predictor:
-    """The fit of one branch's training pairs, or of all with the branch ``pooled``."""
-    own = train if branch == "pooled" else train[train["branch"] == branch]
-    if own.empty:  # a branch that only the held-out prompts have
-        return lambda test: np.full(len(test), np.nan)
-    return polynomial_predictor(own, degree, method)
-
-
-def _pooled_rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Correlation of ranks along axis 1, centred within each row, over all rows; NaN marks missing pairs."""
-    rows = np.isfinite(x).sum(axis=1) >= 2
-    if not rows.any():
-        return None
-    a, b = (stats.rankdata(values[rows], axis=1, nan_policy="omit") for values in (x, y))
-    a, b = a - np.nanmean(a, axis=1, keepdims=True), b - np.nanmean(b, axis=1, keepdims=True)
-    spread = np.sqrt(np.nansum(a * a) * np.nansum(b * b))
-    return float(np.nansum(a * b) / spread) if spread > 0 else None
+def _rank_correlation(pairs: pd.DataFrame) -> float | None:
+    """Correlation of the ranks within each moment, over all moments; None without spread."""
+    ranks = pairs.groupby("moment").rank()
+    centred = ranks - ranks.groupby(pairs["moment"]).transform("mean")
+    a, b = centred.to_numpy().T
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread > 0 else None

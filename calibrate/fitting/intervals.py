@@ -5,13 +5,14 @@ deviation, the latter widened by sqrt(n / (n - 1)) for the small number of promp
 truth in 90 to 99 % of repetitions from 6 prompts on, where the percentile interval falls to 80 to 88 %.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.polynomial import Polynomial as Curve
 from numpy.polynomial import polynomial as powers
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from calibrate.fitting.least_squares import (
@@ -21,6 +22,7 @@ from calibrate.fitting.least_squares import (
     shaped_solution,
 )
 from calibrate.fitting.replay import Key, Search
+from coeffs import Fit
 
 RESAMPLES = 200
 # Whole step counts can leave a bootstrap with zero spread (coverage 50 to 95 %); adding half a step
@@ -33,35 +35,39 @@ class Bootstrap:
     """Refits on resampled prompts.
 
     Attributes:
-        coefficients_high_to_low: shape (resamples, degree + 1).
+        estimate: Coefficients of the fit to all prompts, highest power first.
+        domain: Range of x of all prompts.
+        coefficients_high_to_low: Of the refits, shape (resamples, degree + 1).
         weights: How often each prompt was drawn, shape (resamples, prompts).
         prompts: Prompt of each column of ``weights``.
     """
 
-    result: FitResult
+    estimate: tuple[float, ...]
+    domain: tuple[float, float]
     coefficients_high_to_low: np.ndarray
     weights: np.ndarray
     prompts: tuple[str, ...]
 
     def curves(self, x: np.ndarray) -> np.ndarray:
         """Every refit at every x, shape (resamples, x)."""
-        return self.coefficients_high_to_low @ np.vander(x, self.result.degree + 1).T
+        return self.coefficients_high_to_low @ np.vander(x, len(self.estimate)).T
 
     def coefficient_intervals(self) -> tuple[tuple[float, float], ...]:
         """Low and high per coefficient, highest power first."""
-        estimate = np.array(self.result.coefficients_high_to_low)
+        estimate = np.array(self.estimate)
         edges = student_interval(estimate, self.coefficients_high_to_low, len(self.prompts))
-        return tuple((float(low), float(high)) for low, high in zip(*edges, strict=True))
+        return tuple((low, high) for low, high in np.transpose(edges).tolist())
 
     def curve_band(self, points: int = 100) -> pd.DataFrame:
         """Pointwise interval of the fitted curve over its domain: columns x, low, high."""
-        x = np.linspace(*self.result.domain, points)
-        low, high = student_interval(self.result(x), self.curves(x), len(self.prompts))
+        x = np.linspace(*self.domain, points)
+        curve = np.polyval(self.estimate, x)
+        low, high = student_interval(curve, self.curves(x), len(self.prompts))
         return pd.DataFrame({"x": x, "low": low, "high": high})
 
 
 def student_interval(
-    estimate: np.ndarray | float, resampled: np.ndarray, prompts: int, rounding: float = 0.0
+    estimate: np.ndarray, resampled: np.ndarray, prompts: int, rounding: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval around ``estimate`` from bootstrap values along axis 0 of ``resampled``.
 
@@ -72,65 +78,64 @@ def student_interval(
     return estimate - half, estimate + half
 
 
-def draw_prompts(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each prompt is drawn in each resample, shape (resamples, prompts)."""
-    random = np.random.default_rng(seed)
-    return random.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-
-
 def bootstrap(
-    pairs: pd.DataFrame, result: FitResult, resamples: int = RESAMPLES
+    pairs: pd.DataFrame, fit: FitResult | Fit, resamples: int = RESAMPLES
 ) -> Bootstrap | None:
-    """Refits on resampled prompts (columns prompt_id, x, y), from each prompt's normal equations; None below 3."""
-    prompts = sorted(pairs["prompt_id"].astype(str).unique())
-    if len(prompts) < 3:
+    """Refits on resampled prompts (columns prompt_id, x, y), from normal equations.
+
+    None below three prompts, and for a fit without a domain.
+    """
+    prompts, index = np.unique(pairs["prompt_id"].to_numpy(str), return_inverse=True)
+    if len(prompts) < 3 or fit.domain is None:
         return None
-    degree = result.degree - result.lowered
-    squares, products = [], []
-    for prompt in prompts:
-        own = pairs[pairs["prompt_id"] == prompt]
-        design = powers.polyvander(scale_to_unit(own["x"].to_numpy(), result.domain), degree)
-        squares.append(design.T @ design)
-        products.append(design.T @ own["y"].to_numpy())
-    weights = draw_prompts(len(prompts), resamples)
-    left = np.tensordot(weights, np.array(squares), axes=1)
-    right = weights @ np.array(products)
-    if result.method == "constrained":
+    estimate = fit.coefficients_high_to_low
+    degree = max(len(np.trim_zeros(estimate, "f")) - 1, 0)  # it may have been lowered
+    design = powers.polyvander(scale_to_unit(pairs["x"].to_numpy(), fit.domain), degree)
+    random = np.random.default_rng(0)
+    weights = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples)
+    of_pair = weights[:, index]
+    left = np.tensordot(of_pair, design[:, :, None] * design[:, None, :], axes=1)
+    right = of_pair * pairs["y"].to_numpy() @ design
+    if fit.method == "constrained":
         scaled = np.array([_shaped(a, b) for a, b in zip(left, right, strict=True)])
     else:
         # A resample may leave a high power undetermined: the pseudo-inverse takes the smallest solution.
         inverse = np.linalg.pinv(left, rcond=1e-12, hermitian=True)
         scaled = np.einsum("bij,bj->bi", inverse, right)
-    unit = [powers_of_x(Curve(row, domain=result.domain)) for row in np.eye(degree + 1)]
-    exported = np.pad(scaled @ np.array(unit), ((0, 0), (result.lowered, 0)))
-    return Bootstrap(result, exported, weights, tuple(prompts))
+    terms = [Curve(row, domain=fit.domain) for row in np.eye(degree + 1)]
+    exported = scaled @ [powers_of_x(term, len(estimate) - 1) for term in terms]
+    return Bootstrap(estimate, fit.domain, exported, weights, tuple(prompts))
 
 
 def computed_intervals(
-    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: Sequence[float]
-) -> dict[float, tuple[float, float]] | None:
-    """Interval of the mean number of computed steps per threshold: prompts resampled, their polynomials refitted.
+    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: ArrayLike
+) -> np.ndarray:
+    """Low and high of the mean number of computed steps per threshold: prompts resampled, polynomials refitted.
 
-    None without refits, or where not every branch holds every prompt.
+    NaN at threshold 0, which computes everything whatever the fit; and everywhere without refits, or where not every
+    branch holds every prompt.
     """
-    used: list[Bootstrap] = []
-    for trajectory in search.recorded:
-        refit = refits.get(trajectory.key)
-        if refit is None or list(refit.prompts) != search.prompts:
-            return None
-        used.append(refit)
-    weights = used[0].weights  # the same draw for every branch
+    thresholds = np.asarray(thresholds, float)
+    deciding = search.deciding[["expert", "branch"]].itertuples(index=False, name=None)
+    used = [refits.get(key) for key in deciding]
+    known = [refit for refit in used if refit and refit.prompts == tuple(search.prompts)]
+    if len(known) < len(used):
+        return np.full((2, len(thresholds)), np.nan)
+    weights = known[0].weights  # the same draw for every branch
     predicted = np.empty((len(weights), *search.x.shape))
-    for row, refit in enumerate(used):
-        x = np.maximum(np.nan_to_num(search.x[row]), refit.result.domain[0])
+    for row, refit in enumerate(known):
+        x = np.maximum(np.nan_to_num(search.x[row]), refit.domain[0])
         predicted[:, row] = np.maximum(refit.curves(x), 0.0)
-    edges = {}
-    for threshold in thresholds:
-        estimate = search.generation_means(search.computed(threshold))
-        resampled = search.resampled_means(search.computed(threshold, predicted), weights)
-        low, high = student_interval(estimate, resampled, len(search.prompts), ROUNDING)
-        edges[threshold] = max(float(low), 1.0), min(float(high), float(search.num_steps))
-    return edges
+    estimate = search.generation_means(search.computed(thresholds))
+    of_generation = weights[:, search.prompt_of]
+    resampled = [
+        np.average(search.computed(threshold, predicted) @ search.shares, 1, of_generation)
+        for threshold in thresholds
+    ]
+    count = len(search.prompts)
+    edges = student_interval(estimate, np.transpose(resampled), count, ROUNDING)
+    possible = np.clip(edges, 1, search.generation_means(search.num_steps))
+    return np.where(thresholds > 0, possible, np.nan)
 
 
 def _shaped(left: np.ndarray, right: np.ndarray) -> np.ndarray:

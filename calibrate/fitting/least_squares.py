@@ -8,6 +8,7 @@ degree 4 in practice), it gives the same coefficients to 1e-9 relative.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.polynomial import Polynomial as Curve
@@ -28,7 +29,7 @@ UNDETERMINED = 1e5
 EXPORT_LOSS = 1e-8  # largest relative rounding error of the powers of x
 CONDITION_LIMIT = 1e5  # up to here numpy.polyfit on the bare x agrees to 1e-9
 CANCELLATION_LIMIT = 1e4  # float32 keeps three digits of the sum
-HUGE_COEFFICIENT = 1e6
+HUGE_COEFFICIENT = 1e6  # a step of 1e-6 outside the domain changes the prediction by 1
 
 
 class CannotFit(CalibrateError, ValueError):
@@ -45,7 +46,6 @@ class FitResult:
         method: ``polyfit`` or ``constrained``.
         domain: Smallest and largest fitted x.
         condition: Condition number of the problem as ``numpy.polyfit`` on the bare x sees it.
-        lowered: By how much the degree had to be lowered; so many leading coefficients are 0.
         warnings: What is doubtful about the coefficients, in words.
     """
 
@@ -53,8 +53,7 @@ class FitResult:
     method: str
     domain: tuple[float, float]
     condition: float
-    lowered: int = 0
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
     @property
     def degree(self) -> int:
@@ -68,43 +67,36 @@ class FitResult:
         """Values with x clamped to the domain: the gate clamps below it and computes above it."""
         return self(np.clip(x, *self.domain))
 
-    def polynomial(self, sign_rule: str = "clamp") -> Polynomial:
-        return Polynomial(self.coefficients_high_to_low, self.domain, sign_rule)
+    def polynomial(self) -> Polynomial:
+        return Polynomial(self.coefficients_high_to_low, self.domain)
 
 
-def fit_polynomial(x: ArrayLike, y: ArrayLike, degree: int = 4) -> FitResult:
-    """Least squares, equal to ``numpy.polyfit(x, y, degree)``.
+def fit_polynomial(
+    x: ArrayLike, y: ArrayLike, degree: int = 4, method: str = "polyfit"
+) -> FitResult:
+    """Least squares, equal to ``numpy.polyfit(x, y, degree)``; or ``constrained``.
+
+    The latter is least squares over the polynomials that are non-negative and non-decreasing on their domain. The
+    exported numbers, evaluated in double precision, are so on any grid of up to 4096 points. The in-sample RMSE is
+    never above that of a constant, which has the shape; where the plain fit has the shape already, it is that fit.
 
     The degree is lowered, with a warning, where x takes too few distinct values to determine it or where the powers
     of x cancel so far that the exported numbers would no longer describe the fit (nearly constant x).
     """
     x, y = _checked(x, y, degree)
-    return _result(_plain(x, y, degree), degree, "polyfit", x)
-
-
-def fit_constrained(x: ArrayLike, y: ArrayLike, degree: int = 4) -> FitResult:
-    """Least squares over the polynomials that are non-negative and non-decreasing on their domain.
-
-    The exported numbers, evaluated in double precision, are non-negative and increasing on any grid of up to 4096
-    points. The in-sample RMSE is never above that of a constant, which has the shape; where the plain fit has the
-    shape already, it is that fit.
-    """
-    x, y = _checked(x, y, degree)
     curve = _plain(x, y, degree)
-    if min(_slack(curve)) < 0:
+    if method == "constrained" and min(_slack(curve)) < 0:
         q, r = np.linalg.qr(powers.polyvander(scale_to_unit(x, curve.domain), curve.degree()))
         curve = _lifted(Curve(shaped_solution(r, q.T @ y), domain=curve.domain))
-    return _result(curve, degree, "constrained", x)
+    coefficients = tuple(powers_of_x(curve, degree).tolist())
+    design = np.vander(x, curve.degree() + 1)
+    condition = np.linalg.cond(design / np.maximum(np.linalg.norm(design, axis=0), EPS))
+    doubts = _doubts(np.array(coefficients), x, degree - curve.degree(), float(condition))
+    low, high = map(float, curve.domain)
+    return FitResult(coefficients, method, (low, high), float(condition), tuple(doubts))
 
 
-def has_shape(result: FitResult) -> tuple[bool, bool]:
-    """Whether a fit is non-negative, and whether it is non-decreasing, on its domain."""
-    low, high = result.domain
-    curve = Curve(result.coefficients_high_to_low[::-1])
-    noise = 16 * EPS * _size_of_terms(result.coefficients_high_to_low, high)
-    non_negative = _minimum(curve, low, high) >= -noise
-    non_decreasing = _minimum(curve.deriv(), low, high) * (high - low) >= -noise
-    return non_negative, non_decreasing
+fit_constrained = partial(fit_polynomial, method="constrained")
 
 
 def scale_to_unit(x: np.ndarray, domain: tuple[float, float] | np.ndarray) -> np.ndarray:
@@ -112,10 +104,10 @@ def scale_to_unit(x: np.ndarray, domain: tuple[float, float] | np.ndarray) -> np
     return np.polynomial.polyutils.mapdomain(x, domain, [-1, 1])
 
 
-def powers_of_x(curve: Curve) -> np.ndarray:
-    """Coefficients of a curve on a domain as those of powers of x, highest first."""
+def powers_of_x(curve: Curve, degree: int) -> np.ndarray:
+    """Coefficients of a curve on a domain as those of powers of x up to a degree, highest first."""
     ascending = curve.convert().coef
-    return np.pad(ascending, (0, len(curve.coef) - len(ascending)))[::-1]
+    return np.pad(ascending, (0, degree + 1 - len(ascending)))[::-1]
 
 
 def shaped_solution(r: np.ndarray, projected: np.ndarray) -> np.ndarray:
@@ -124,42 +116,35 @@ def shaped_solution(r: np.ndarray, projected: np.ndarray) -> np.ndarray:
     ``r`` is upper triangular, from a QR or Cholesky factorisation of the design. The constraints are homogeneous, so
     the solution is the projection on a cone, and what NNLS finds is the projection on its polar cone.
     """
-    degree = len(projected) - 1
-    value_at_left_edge = powers.polyvander(np.array([-1.0]), degree)
-    slopes = np.zeros((len(SHAPE_POINTS), degree + 1))
-    slopes[:, 1:] = powers.polyvander(SHAPE_POINTS, max(degree - 1, 0))[:, :degree]
-    slopes *= np.arange(degree + 1)
-    rows = np.vstack([value_at_left_edge, slopes[: None if degree else 0]]) @ np.linalg.inv(r)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    terms = np.eye(len(projected))
+    value_at_left_edge = powers.polyval(-1.0, terms)
+    slopes = powers.polyval(SHAPE_POINTS, powers.polyder(terms))
+    rows = np.vstack([value_at_left_edge, slopes.T]) @ np.linalg.inv(r)
+    sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.where(sizes > 0, sizes, 1)  # the slopes of a constant are 0
     weights, _ = nnls(-rows.T, projected)
     return np.linalg.solve(r, projected + rows.T @ weights)
 
 
 def _checked(x: ArrayLike, y: ArrayLike, degree: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, float), np.asarray(y, float)
-    whole = isinstance(degree, int | np.integer) and not isinstance(degree, bool)
-    if not whole or not 1 <= degree <= MAX_DEGREE:
+    if degree not in range(1, MAX_DEGREE + 1):
         raise CannotFit(f"degree {degree!r}: expected a whole number from 1 to {MAX_DEGREE}")
     if x.ndim != 1 or x.shape != y.shape:
-        raise CannotFit(
-            f"x of shape {x.shape} and y of shape {y.shape}: expected two equally long rows of numbers"
-        )
+        shapes = f"x of shape {x.shape} and y of shape {y.shape}"
+        raise CannotFit(f"{shapes}: expected two equally long rows of numbers")
     if not len(x):
         raise CannotFit("no pairs to fit; record at least one prompt with two or more steps")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    if not np.isfinite([x, y]).all():
         raise CannotFit("non-finite x or y among the pairs; leave them out first (Run.pairs does)")
     return x, y
 
 
-def _domain(x: np.ndarray) -> tuple[float, float]:
-    """Range of x; a single value gets 1 % on either side, because a domain must not be empty."""
-    low, high = float(x.min()), float(x.max())
-    return (low, high) if low < high else (0.99 * low, 1.01 * high or 1.0)
-
-
 def _plain(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
     """The least-squares curve of the highest degree that x determines."""
-    low, high = _domain(x)
+    low, high = float(x.min()), float(x.max())
+    if low == high:  # a domain must not be empty: 1 % on either side
+        low, high = 0.99 * low, 1.01 * high or 1.0
     growth = 1 + 2 * abs(low + high) / (high - low)  # of rounding errors in powers of x, per power
     exportable = int(math.log(EXPORT_LOSS / EPS) / math.log(growth))
     kept = min(degree, len(np.unique(x)) - 1, exportable)
@@ -168,72 +153,45 @@ def _plain(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
     return Curve.fit(x, y, kept, domain=[low, high])
 
 
-def _size_of_terms(high_to_low: ArrayLike, x_max: float) -> float:
-    """Sum of the absolute terms at the upper edge, which Horner's rounding errors are proportional to."""
-    return float(np.polyval(np.abs(high_to_low), abs(x_max)))
-
-
-def _minimum(curve: Curve, low: float, high: float) -> float:
-    """Smallest value between the edges, which lies at one of them or at a root of the derivative."""
-    extrema = curve.trim().deriv().trim().roots().real
-    return float(curve(np.array([low, high, *np.clip(extrema, low, high)])).min())
-
-
 def _slack(curve: Curve) -> tuple[float, float]:
     """Value at the lower edge and smallest slope over t, less the rounding that must not hide them."""
-    margin = 32 * EPS * _size_of_terms(powers_of_x(curve), curve.domain[1])
-    scaled = Curve(curve.coef)
-    if curve.degree() == 0:
-        return float(scaled.coef[0]), 0.0
-    return float(scaled(-1.0) - margin), _minimum(scaled.deriv(), -1, 1) - margin * DENSE_GRID / 2
+    # Horner's rounding errors are proportional to the sum of the absolute terms at the upper edge.
+    size = powers.polyval(curve.domain[1], np.abs(curve.convert().coef))
+    margin = 32 * EPS * size if curve.degree() else 0.0
+    slope = Curve(curve.coef).deriv()
+    extrema = slope.trim().deriv().trim().roots().real
+    smallest = slope(np.clip([-1, 1, *extrema], -1, 1)).min()
+    return powers.polyval(-1.0, curve.coef) - margin, smallest - margin * DENSE_GRID / 2
 
 
 def _lifted(curve: Curve) -> Curve:
     """The curve raised by what lies below the constraints between the points, and by rounding."""
     value, slope = _slack(curve)
-    lifted = np.array(curve.coef, float)
-    lifted[0] += max(-value, 0.0)
-    if slope < 0:
-        lifted[:2] += -slope  # a multiple of t + 1 leaves the value at -1 as it is
-    return Curve(lifted, domain=curve.domain)
+    constant = Curve([max(-value, 0.0)], domain=curve.domain)
+    rising = Curve([max(-slope, 0.0)] * min(len(curve.coef), 2), domain=curve.domain)
+    return curve + constant + rising  # a multiple of t + 1, which leaves the value at -1 as it is
 
 
-def _result(curve: Curve, degree: int, method: str, x: np.ndarray) -> FitResult:
-    lowered = degree - curve.degree()
-    high_to_low = np.pad(powers_of_x(curve), (lowered, 0))
-    coefficients = tuple(float(value) for value in high_to_low)
-    domain = float(curve.domain[0]), float(curve.domain[1])
-    design = np.vander(x, curve.degree() + 1)
-    columns = np.maximum(np.linalg.norm(design, axis=0), EPS)
-    condition = float(np.linalg.cond(design / columns))
-    plain = FitResult(coefficients, method, domain, condition, lowered)
-    return FitResult(coefficients, method, domain, condition, lowered, tuple(_doubts(plain, x)))
-
-
-def _doubts(result: FitResult, x: np.ndarray) -> Iterator[str]:
+def _doubts(
+    coefficients: np.ndarray, x: np.ndarray, lowered: int, condition: float
+) -> Iterator[str]:
     """What is doubtful about the coefficients, one sentence each."""
-    distinct, degree = len(np.unique(x)), result.degree
-    if result.lowered:
+    distinct, degree = len(np.unique(x)), len(coefficients) - 1
+    if lowered:
         spread = "nearly constant"
         if distinct <= 2 * degree:
             spread = "constant" if distinct == 1 else f"known at too few places ({distinct})"
-        yield (
-            f"x is {spread} ({x.min():.6g} to {x.max():.6g}): "
-            f"degree {degree - result.lowered} instead of {degree}"
-        )
-    if result.condition > CONDITION_LIMIT:
-        yield (
-            f"coefficients are ill-conditioned (condition {result.condition:.1e}): "
-            "compare curves, not coefficients"
-        )
-    largest = max(map(abs, result.coefficients_high_to_low))
-    if largest > HUGE_COEFFICIENT:
-        yield f"huge coefficient ({largest:.2g}): the fit says nothing outside its domain"
-    terms = _size_of_terms(result.coefficients_high_to_low, result.domain[1])
-    cancellation = terms / max(float(np.abs(result(x)).max()), EPS)
+        kept = f"degree {degree - lowered} instead of {degree}"
+        yield f"x is {spread} ({x.min():.6g} to {x.max():.6g}): {kept}"
+    if condition > CONDITION_LIMIT:
+        said = f"coefficients are ill-conditioned (condition {condition:.1e})"
+        yield f"{said}: compare curves, not coefficients"
+    terms = np.abs(coefficients)
+    if terms.max() > HUGE_COEFFICIENT:
+        yield f"huge coefficient ({terms.max():.2g}): the fit says nothing outside its domain"
+    largest = np.abs(np.polyval(coefficients, x)).max()
+    cancellation = np.polyval(terms, x.max()) / max(largest, EPS)
     if cancellation > CANCELLATION_LIMIT:
         digits = math.ceil(math.log10(cancellation)) + 3
-        yield (
-            f"terms cancel to one part in {cancellation:.1g}: "
-            f"keep at least {digits} digits of the coefficients"
-        )
+        said = f"terms cancel to one part in {cancellation:.1g}"
+        yield f"{said}: keep at least {digits} digits of the coefficients"

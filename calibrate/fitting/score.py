@@ -1,6 +1,6 @@
 """Scoring others: any entry or list of coefficients on the pairs of our run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,6 @@ from calibrate.fitting.held_out import Figures, r2, rmse, spearman
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 from coeffs import Entry, Polynomial
 
-Candidate = Entry | Polynomial | Sequence[float]
-
 
 def score_polynomial(polynomial: Polynomial, pairs: pd.DataFrame) -> Figures:
     """Figures of any polynomial on pairs (columns x and y), with its own domain and sign rule.
@@ -20,24 +18,28 @@ def score_polynomial(polynomial: Polynomial, pairs: pd.DataFrame) -> Figures:
     moves the threshold; ``bias`` is the mean of prediction minus measurement.
     """
     x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    predicted = np.array([polynomial.predict(value) for value in x])
+    predicted = np.vectorize(polynomial.predict, otypes=[float])(x)
     size = float(predicted @ predicted)
-    factor = max(float(predicted @ y) / size, 0.0) if size > 0 else 0.0
-    low, high = polynomial.domain or (None, None)
-    return {
+    factor = max(float(predicted @ y) / size, 0.0) if size else 0.0
+    known: Figures = {
         "pairs": len(y),
         "r2": r2(y, predicted),
         "r2_rescaled": r2(y, factor * predicted),
         "rmse": rmse(y, predicted),
         "bias": float(np.mean(predicted - y)),
         "spearman": spearman(predicted, y),
-        "below_domain": None if low is None else float(np.mean(x < low)),
-        "above_domain": None if high is None else float(np.mean(x > high)),
-        "negative": float(np.mean([polynomial.raw(value) < 0 for value in x])),
+        "negative": float(np.mean(np.polyval(polynomial.coefficients_high_to_low, x) < 0)),
     }
+    if polynomial.domain:
+        low, high = polynomial.domain
+        known |= {
+            "below_domain": float(np.mean(x < low)),
+            "above_domain": float(np.mean(x > high)),
+        }
+    return known
 
 
-def score(candidates: Sequence[Candidate], run: Run, expert: str | None = None) -> pd.DataFrame:
+def score(candidates: Sequence[Entry | Sequence[float]], run: Run) -> pd.DataFrame:
     """Score candidates on every branch of a run: one row per candidate, expert and branch.
 
     An entry is scored on the signal and target it was fitted for, with the fit it would use for that branch; a bare
@@ -45,23 +47,27 @@ def score(candidates: Sequence[Candidate], run: Run, expert: str | None = None) 
     """
     rows = []
     for candidate in candidates:
-        for name in [expert] if expert else run.experts:
-            rows += [_score_branch(candidate, run, name, branch) for branch in run.branches(name)]
+        for expert in run.experts:
+            for branch in run.branches(expert):
+                row = _score_branch(candidate, run, expert, branch)
+                rows.append({"expert": expert, "branch": branch} | row)
     return pd.DataFrame(rows)
 
 
-def _score_branch(candidate: Candidate, run: Run, expert: str, branch: str) -> dict[str, Any]:
+def _score_branch(
+    candidate: Entry | Sequence[float], run: Run, expert: str, branch: str
+) -> dict[str, Any]:
     signal, target, label = "modulated_input", "output", "coefficients"
     notes: list[str] = []
     if isinstance(candidate, Entry):
-        label = candidate.label
         known = expert if expert in candidate.experts else next(iter(candidate.experts))
         polynomial = candidate.fit(known, branch).polynomial(candidate.sign_rule)
+        label = candidate.label
         signal = candidate.signal if candidate.signal in SIGNAL_COLUMNS else signal
         target = candidate.target if candidate.target in TARGET_COLUMNS else target
-        notes = _mismatches(candidate, known, run, expert, target)
-    elif isinstance(candidate, Polynomial):
-        polynomial = candidate
+        if known != expert:
+            notes.append(f"scored with its expert {known}")
+        notes += _mismatches(candidate, run, target)
     else:
         polynomial = Polynomial(tuple(candidate), None, "signed")
     pairs = run.pairs(signal, target, expert, branch)
@@ -70,20 +76,17 @@ def _score_branch(candidate: Candidate, run: Run, expert: str, branch: str) -> d
         notes.append(f"the log has no {signal}")
     else:
         figures = score_polynomial(polynomial, pairs)
-    row = {"candidate": label, "expert": expert, "branch": branch, "signal": signal}
-    return row | {"target": target} | figures | {"note": "; ".join(notes)}
+    row = {"candidate": label, "signal": signal, "target": target, "note": "; ".join(notes)}
+    return row | figures
 
 
-def _mismatches(entry: Entry, known: str, run: Run, expert: str, target: str) -> list[str]:
+def _mismatches(entry: Entry, run: Run, target: str) -> Iterator[str]:
     """What of an entry does not match the run it is scored on, in words."""
-    notes = []
-    if known != expert:
-        notes.append(f"scored with its expert {known}")
     if entry.signal not in SIGNAL_COLUMNS:
-        notes.append("fitted on another signal")
+        yield "fitted on another signal"
     if entry.target != target:
-        notes.append(f"target {entry.target}, scored on {target}")
+        yield f"target {entry.target}, scored on {target}"
+    made_for = entry.transformer_class
     classes = (run.manifest.get("transformer_classes") or {}).values()
-    if entry.transformer_class and classes and entry.transformer_class not in classes:
-        notes.append(f"made for {entry.transformer_class}")
-    return notes
+    if made_for and classes and made_for not in classes:
+        yield f"made for {made_for}"

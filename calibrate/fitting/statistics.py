@@ -18,18 +18,16 @@ MIN_FOR_INTERVAL = 3
 # differences about 2 dB: t times 2 / sqrt(7) = 1.8 dB).
 ENOUGH_PROMPTS = 8
 MARGIN_DB = 1.0  # differences inside it are not seen side by side
+NAN = float("nan")
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Mean with its 95 % interval by Student's t; NaN bounds below three values."""
     values = np.asarray(values, float)
-    if not len(values):
-        return (float("nan"),) * 3
-    mean = float(values.mean())
+    mean = float(values.mean()) if len(values) else NAN
     if len(values) < MIN_FOR_INTERVAL:
-        return mean, float("nan"), float("nan")
-    quantile = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
-    half = float(quantile * stats.sem(values))
+        return mean, NAN, NAN
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
     return mean, mean - half, mean + half
 
 
@@ -43,9 +41,9 @@ def p_different(differences: ArrayLike) -> float:
     """Two-sided p that the mean difference is 0, by Student's t; 1 where all values are 0."""
     values = np.asarray(differences, float)
     if len(values) < MIN_FOR_INTERVAL:
-        return float("nan")
+        return NAN
     if np.ptp(values) == 0:  # no spread: scipy's quotient is 0 / 0 or infinite
-        return 1.0 if values[0] == 0 else 0.0
+        return float(values[0] == 0)
     return float(stats.ttest_1samp(values, 0).pvalue)
 
 
@@ -53,9 +51,9 @@ def p_not_equivalent(differences: ArrayLike, margin: float = MARGIN_DB) -> float
     """p that the mean difference is ``margin`` or more, either way: two one-sided t tests (TOST)."""
     values = np.asarray(differences, float)
     if len(values) < MIN_FOR_INTERVAL:
-        return float("nan")
+        return NAN
     if np.ptp(values) == 0:
-        return 0.0 if abs(values[0]) < margin else 1.0
+        return float(abs(values[0]) >= margin)
     below = stats.ttest_1samp(values, margin, alternative="less").pvalue
     above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
     return float(max(below, above))
@@ -65,7 +63,7 @@ def p_wilcoxon(differences: ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test, which no single outlying prompt decides."""
     values = np.asarray(differences, float)
     if len(values) < MIN_FOR_INTERVAL:
-        return float("nan")
+        return NAN
     return float(stats.wilcoxon(values).pvalue) if np.any(values) else 1.0
 
 

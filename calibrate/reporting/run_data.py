@@ -16,8 +16,7 @@ import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.fitting.held_out import learning_curve
 from calibrate.fitting.intervals import bootstrap
-from calibrate.fitting.least_squares import FitResult
-from calibrate.fitting.replay import Search, polynomials, replay, summarise
+from calibrate.fitting.replay import Search, polynomials
 from calibrate.runs.pairs import Run, load_run
 from calibrate.text import number
 from calibrate.trials.measures import capped, main_measure
@@ -75,13 +74,7 @@ class Findings:
         """95 % interval of each branch's curve over its domain; none with fewer than three prompts."""
         bands = {}
         for name, fit in self.entry.experts[expert].branches.items():
-            if fit.domain is None:
-                continue
-            leading = np.flatnonzero(fit.coefficients_high_to_low)
-            lowered = int(leading[0]) if len(leading) else fit.degree or 0
-            coefficients = fit.coefficients_high_to_low
-            result = FitResult(coefficients, fit.method, fit.domain, np.nan, lowered)
-            resampled = bootstrap(self.pairs(expert, name), result)
+            resampled = bootstrap(self.pairs(expert, name), fit)
             if resampled is not None:
                 bands[name] = resampled.curve_band()
         return bands
@@ -101,14 +94,13 @@ class Findings:
     def replayed(self) -> pd.DataFrame:
         """Computed steps and expected speed-up over the threshold, from the gate on the recorded signals."""
         of_branch = polynomials(self.entry, self.run)
-        driving = gate_config(self.entry), self.entry.signal, branches_of(GATE, self.entry)
-        search = Search(self.run, of_branch, *driving)
+        mode = branches_of(GATE, self.entry)
+        search = Search(self.run, of_branch, gate_config(self.entry), self.entry.signal, mode)
         counts = search.generation_means(search.computed(search.grid))
         # The stretch in which the number of computed steps changes, evenly spaced in threshold.
-        few = max(counts.min() + 0.5, 0.2 * search.num_steps)
+        few = max(counts.min() + 0.5, 0.2 * search.generation_means(search.num_steps))
         last = search.grid[int(np.argmax(counts <= few))]
-        thresholds = list(np.linspace(0, last, CURVE_POINTS))
-        return summarise(replay(self.run, of_branch, thresholds, *driving), self.run.timing)
+        return search.summary(np.linspace(0, last, CURVE_POINTS))
 
     def thresholds(self, kind: str = "verified") -> pd.DataFrame:
         """Rows of the entry's threshold table of one kind (``replay``, ``verified``, ``reported``)."""

@@ -11,7 +11,8 @@ import calibrate
 import coeffs
 from calibrate.errors import CalibrateError
 from calibrate.fitting.choice import fit_branches
-from calibrate.fitting.draft import draft_entry, slug
+from calibrate.fitting.draft import fit as draft_entry
+from calibrate.fitting.draft import slug
 from calibrate.fitting.score import score, score_polynomial
 from calibrate.runs.pairs import load_run
 from coeffs import Polynomial

@@ -89,8 +89,8 @@ def test_intervals_of_computed_steps_are_calibrated():
         result = fit_polynomial(pairs["x"], pairs["y"], 2)
         key = ("transformer", "cond")
         search = Search(run, {key: result.polynomial()})
-        found = computed_intervals(search, {key: bootstrap(pairs, result, 60)}, thresholds)
-        low, high = np.array(list(found.values())).T
+        refits = {key: bootstrap(pairs, result, 60)}
+        low, high = computed_intervals(search, refits, thresholds)
         hits.append((low <= truth) & (truth <= high))
     coverage = np.mean(hits, axis=0)
     assert (coverage >= CALIBRATED[0]).all() and (coverage <= CALIBRATED[1]).all(), coverage
@@ -101,7 +101,7 @@ def test_constrained_refits_keep_the_shape_and_cover():
     for _ in range(40):
         pairs = table(*population(10, random))
         resampled = bootstrap(pairs, fit_constrained(pairs["x"], pairs["y"], 4), 50)
-        grid = np.linspace(*resampled.result.domain, 200)
+        grid = np.linspace(*resampled.domain, 200)
         curves = resampled.coefficients_high_to_low @ np.vander(grid, 5).T
         assert curves.min() >= -1e-9 and np.diff(curves, axis=1).min() >= -1e-9
         band = resampled.curve_band(3)

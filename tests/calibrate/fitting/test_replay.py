@@ -1,28 +1,26 @@
 """Replay: the gate's decisions, decision for decision, and what follows from them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from analysis_data import make_frame, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate.fitting.draft import draft_entry
+from calibrate.fitting.draft import fit
 from calibrate.fitting.replay import (
     Search,
     Unreachable,
     polynomials,
     replay,
-    summarise,
     threshold_for_speedup,
     threshold_grid,
-    trajectories,
 )  # fmt: skip
 from calibrate.runs.pairs import load_run
 from coeffs import Polynomial
-from runtime.decide.gate import GateConfig
+from runtime.decide.gate import Gate, GateConfig
 
 CURVE = Polynomial((2.0, 0.5, 0.01), (0.03, 0.2))
 
@@ -63,27 +61,42 @@ def logs(draw):
     return load_run(frame.assign(x=x))
 
 
+def gated(run, polynomial, config):
+    """The pattern that the runtime's own gate makes of every trajectory."""
+    search = Search(run, curves(run), branches="apart")
+    patterns = []
+    for x, num_steps in zip(search.x, search.num_steps, strict=True):
+        gate, pattern = Gate(polynomial, config), ""
+        for step, change in enumerate(x[:num_steps].tolist()):
+            decision = gate.step(change if step else None, step=step, num_steps=int(num_steps))
+            pattern += "S" if decision.skip else "C"
+        patterns.append(pattern)
+    return patterns
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     logs(), st.floats(0, 1), st.integers(0, 4) | st.floats(0, 0.4), st.integers(0, 3) | st.floats(0, 0.3),
     st.none() | st.integers(1, 4), st.sampled_from(["clamp", "signed", "abs"]),
 )  # fmt: skip
-def test_replay_search_and_restatement_agree(run, threshold, start, end, max_skips, sign_rule):
+def test_replay_gate_and_restatement_agree(run, threshold, start, end, max_skips, sign_rule):
     config = GateConfig(threshold=0.0, start=start, end=end, max_skips=max_skips)
+    search = Search(run, curves(run), config, branches="apart")
     decisions = replay(run, curves(run), [threshold], config, branches="apart")
-    for one, pattern in zip(trajectories(run), decisions["pattern"], strict=True):
+    trajectories = zip(search.x, search.num_steps, strict=True)
+    for (x, num_steps), pattern in zip(trajectories, decisions["pattern"], strict=True):
         counts = [
-            math.ceil(value * one.num_steps) if isinstance(value, float) else value
+            math.ceil(value * num_steps) if isinstance(value, float) else value
             for value in (start, end)
         ]
-        assert pattern == restated(one.x, threshold, CURVE, max(counts[0], 1), counts[1], max_skips)
+        window = max(counts[0], 1), counts[1]
+        assert pattern == restated(x[:num_steps], threshold, CURVE, *window, max_skips)
     wavy = Polynomial((30.0, -8.0, 0.3), (0.0, 0.2), sign_rule)
     for polynomial in (CURVE, wavy):
         decisions = replay(run, curves(run, polynomial), [threshold], config, branches="apart")
-        computed = Search(run, curves(run, polynomial), config, branches="apart").computed(
-            threshold
-        )
-        assert decisions["computed"].tolist() == computed.tolist()
+        expected = gated(run, polynomial, replace(config, threshold=threshold))
+        assert decisions["pattern"].tolist() == expected
+        assert decisions["computed"].tolist() == [pattern.count("C") for pattern in expected]
     together = replay(run, curves(run), [threshold], config)
     conditional = decisions_of(
         replay(run, curves(run), [threshold], config, branches="apart"), "cond"
@@ -103,8 +116,8 @@ def test_compatibility_mode_ignores_domain_and_cap():
     config = GateConfig(threshold=0.0, max_skips=1, compat=True)
     for threshold in (0.05, 0.2, 1.0):
         decisions = replay(run, curves(run), [threshold], config, branches="apart")
-        search = Search(run, curves(run), config, branches="apart")
-        assert decisions["computed"].tolist() == search.computed(threshold).tolist()
+        expected = gated(run, CURVE, replace(config, threshold=threshold))
+        assert decisions["pattern"].tolist() == expected
 
 
 def test_a_hand_made_trajectory():
@@ -133,37 +146,29 @@ def test_a_second_expert_starts_its_own_trajectory():
         for one in (frame, late)
     ]
     assert patterns[0] == patterns[1] and all(len(pattern) == 6 for pattern in patterns[0])
-    table = summarise(replay(load_run(frame), curves(load_run(frame)), [0.0]))
+    table = Search(load_run(frame), curves(load_run(frame))).summary([0.0])
     assert table.loc[0, ["computed_steps", "num_steps"]].tolist() == [12, 12]
 
 
-def test_summary_by_hand():
-    decisions = pd.DataFrame([
-        {"threshold": 0.1, "prompt_id": prompt, "seed": 0, "expert": "transformer", "branch": branch, "num_steps": 10,
-         "computed": computed}
-        for prompt, branch, computed in [("a", "cond", 4), ("a", "uncond", 6), ("b", "cond", 5), ("b", "uncond", 9)]
-    ])  # fmt: skip
-    row = summarise(decisions, {"transformer": (1.0, 0.8)}).iloc[0]
-    assert (row["computed_steps"], row["computed_low"], row["computed_high"], row["num_steps"]) == (
-        6,
-        5,
-        7,
-        10,
-    )
+def test_summary_by_hand(monkeypatch):
+    """Prompt a computes 4 and 6 of 10 steps in its branches, prompt b 5 and 9."""
+    run = load_run(make_frame(prompts=2, steps=10))
+    timed = replace(run, timing={"transformer": (1.0, 0.8)})
+    monkeypatch.setattr(Search, "computed", lambda self, thresholds: np.array([[4, 6, 5, 9]]))
+    row = Search(timed, curves(run), branches="apart").summary([0.1]).iloc[0]
+    assert (row["computed_steps"], row["computed_low"], row["computed_high"]) == (6, 5, 7)
+    assert row["num_steps"] == 10
     assert row["speedup"] == pytest.approx(40 / (40 - 0.8 * 16))
-    assert summarise(decisions).iloc[0]["speedup"] == pytest.approx(40 / 24)
+    untimed = Search(run, curves(run), branches="apart").summary([0.1]).iloc[0]
+    assert untimed["speedup"] == pytest.approx(40 / 24)
 
 
 def test_the_grid_covers_the_range_of_computed_steps():
     run = load_run(make_frame(prompts=6, steps=50))
-    entry = draft_entry(run)
+    entry = fit(run)
     search = Search(run, polynomials(entry, run))
     grid = threshold_grid(search)
-    shares = (
-        summarise(replay(run, polynomials(entry, run), grid))
-        .eval("computed_steps / num_steps")
-        .to_numpy()
-    )
+    shares = search.summary(grid).eval("computed_steps / num_steps").to_numpy()
     assert grid[0] == 0 and shares[0] == 1 and shares[-1] <= 0.22 and len(grid) >= 10
     assert (np.diff(shares) < 0).all() and np.abs(np.diff(shares)).max() < 0.15
     assert search.generation_means(search.computed(np.array(grid))) == pytest.approx(shares * 50)
@@ -176,8 +181,7 @@ def test_the_threshold_for_a_speedup_gives_it(tmp_path):
     assert threshold_for_speedup(search, 1.0) == 0
     for speedup in (1.2, 1.8, 2.5):
         threshold = threshold_for_speedup(search, speedup)
-        decisions = replay(run, of_branch, [0.999 * threshold, threshold])
-        less, found = summarise(decisions, run.timing)["speedup"]
+        less, found = search.summary([0.999 * threshold, threshold])["speedup"]
         assert less < speedup <= found < speedup + 0.03
 
 
@@ -195,7 +199,7 @@ def test_a_speedup_out_of_reach_names_the_best(tmp_path):
 
 def test_every_branch_is_gated_with_its_own_polynomial():
     run = load_run(make_frame(prompts=4, noise=0.001))
-    entry = draft_entry(run)
+    entry = fit(run)
     known = entry.experts["transformer"].branches
     of_branch = polynomials(entry, run)
     for branch in ("cond", "uncond"):

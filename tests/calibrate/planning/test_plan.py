@@ -13,7 +13,7 @@ from tiny_pipeline import TinyExperts, TinyPipeline
 import coeffs
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption
-from calibrate.fitting.draft import draft_entry
+from calibrate.fitting.draft import fit as draft_entry
 from calibrate.planning import closed_loop, trajectories
 from calibrate.planning import plan as planning
 from calibrate.planning.candidates import BASELINES, Candidate, Planner, fewer_steps

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import coeffs
-from calibrate.fitting.draft import draft_entry
+from calibrate.fitting.draft import fit as draft_entry
 from calibrate.recording.record import record
 from calibrate.reporting.report import report
 from calibrate.reporting.run_data import load_findings

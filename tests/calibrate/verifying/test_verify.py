@@ -15,7 +15,7 @@ from tiny_pipeline import TinyPipeline, tiny_session
 import coeffs
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption, InvalidPrompts
-from calibrate.fitting.draft import draft_entry
+from calibrate.fitting.draft import fit as draft_entry
 from calibrate.planning.candidates import UNIFORM_FITTED
 from calibrate.planning.plan import plan
 from calibrate.recording.record import record
