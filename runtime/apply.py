@@ -2,24 +2,26 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 from torch.nn import Module
 
 import coeffs
-from runtime.anchors import Guided
+from runtime.anchors import Anchors, Guided
+from runtime.asked import FROM_ENTRY, Asked, Model
 from runtime.cache import CacheHandler
 from runtime.compat.diffusers_private import enabled_cache, unwrapped
 from runtime.decide.forecast import Forecast
 from runtime.errors import ApplyError, UnsupportedModel
 from runtime.facts import class_name, facts_of
 from runtime.settings import Settings, for_steps, resolve
-from runtime.source import FROM_ENTRY, Asked, Model
 from runtime.stats import Stats
 from runtime.watch.hooks import Watch
 from runtime.watch.ranks import refuse_inner_sharding
-from runtime.watch.scheduler import OwnLoop
+from runtime.watch.scheduler import OwnLoop, SchedulerClock
 
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _logger = logging.getLogger(__name__)
@@ -32,22 +34,29 @@ def denoisers(target: Any) -> dict[str, Module]:
         UnsupportedModel: The pipeline has no transformer.
     """
     if isinstance(target, Module):
-        return {"transformer": unwrapped(target)}
-    if isinstance(target, OwnLoop):
-        return {name: unwrapped(module) for name, module in target.modules.items()}
-    components = getattr(target, "components", None)
+        modules = {"transformer": target}
+    elif isinstance(target, OwnLoop):
+        modules = target.modules
+    else:
+        modules = _components(target)
+    return {name: unwrapped(module) for name, module in modules.items()}
+
+
+def _components(pipeline: Any) -> dict[str, Module]:
+    """The denoisers among a pipeline's components."""
+    components = getattr(pipeline, "components", None)
     if not isinstance(components, dict):
         raise UnsupportedModel(
-            f"{type(target).__name__}: expected a diffusers pipeline, or the denoiser itself as a torch module"
+            f"{type(pipeline).__name__}: expected a diffusers pipeline, or the denoiser itself as a torch module"
         )
     modules = {
-        name: unwrapped(module)
+        name: module
         for name, module in components.items()
         if _DENOISER.match(name) and isinstance(module, Module)
     }
     if not modules:
         raise UnsupportedModel(
-            f"{type(target).__name__}: none of its components ({', '.join(components)}) is a diffusion transformer; "
+            f"{type(pipeline).__name__}: none of its components ({', '.join(components)}) is a diffusion transformer; "
             "pass the denoiser itself"
         )
     return modules
@@ -63,28 +72,21 @@ class TeaCache:
             joins when a generation shows it. Each is also logged once, as a warning.
     """
 
-    def __init__(self, target: Any, settings: dict[str, Any]) -> None:
+    _watch: Watch
+
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.stats = Stats()
         self.settings = settings
         self.mismatches: list[str] = []
-        self._target = target
-        self._watch: Watch | None = None
-        self._free: Callable[[], Any] | None = None
+        self._installed = ExitStack()
 
     def reset(self) -> None:
         """Forget the generation under way; the next denoiser call begins a new one. Statistics stay."""
-        if self._watch is not None:
-            self._watch.reset()
+        self._watch.reset()
 
     def remove(self) -> None:
         """Take the cache off; the model gives the same results as before. Does nothing when it is off already."""
-        if self._watch is not None:
-            self._watch.remove()
-        self._watch = None
-        attributes = getattr(self._target, "__dict__", {})
-        if self._free is not None and attributes.get("maybe_free_model_hooks") is self._free:
-            del attributes["maybe_free_model_hooks"]
-        self._free = None
+        self._installed.close()
 
     def __enter__(self) -> "TeaCache":
         self.reset()
@@ -93,13 +95,12 @@ class TeaCache:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
-    def differs(self, differences: Sequence[str]) -> None:
-        """List differences from what the entry was measured on; those not listed yet are logged."""
-        for text in differences:
-            if text not in self.mismatches:
-                self.mismatches.append(text)
-                whose = self.settings["entry"] or self.settings["policy"]
-                _logger.warning("%s: %s; results may differ from what was measured", whose, text)
+    def differs(self, difference: str) -> None:
+        """List and log what differs from what the entry was measured on, unless it is listed already."""
+        if difference not in self.mismatches:
+            self.mismatches.append(difference)
+            whose = self.settings["entry"] or self.settings["policy"]
+            _logger.warning("%s: %s; results may differ from what was measured", whose, difference)
 
 
 def apply_tea_cache(
@@ -206,37 +207,49 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None)
     if isinstance(target, OwnLoop):
         pipeline = target.driver
         blocks = target.blocks if blocks is None else blocks
-    classes = {name: class_name(module) for name, module in modules.items()}
-    facts = facts_of(target, modules) | {"num_steps": asked.num_steps}
-    model = Model(facts=facts, classes=classes, has_scheduler=pipeline is not None)
+    model = Model(
+        facts=facts_of(target, modules) | {"num_steps": asked.num_steps},
+        classes={name: class_name(module) for name, module in modules.items()},
+        has_scheduler=pipeline is not None,
+    )
     settings = resolve(asked, model)
-    handle = TeaCache(target, settings.described())
-    by_steps: dict[int | None, Settings] = {}
+    handle = TeaCache(settings.described())
+    clock = SchedulerClock(pipeline, asked.num_steps)
+
+    @cache
+    def settings_for(num_steps: int | None) -> Settings:
+        return for_steps(settings, model, num_steps)
 
     def on_generation(num_steps: int | None) -> Settings:
-        if num_steps not in by_steps:
-            by_steps[num_steps] = for_steps(settings, asked, model, num_steps)
-        in_force = by_steps[num_steps]
+        in_force = settings_for(num_steps)
         handle.settings.update(in_force.described())
-        handle.differs(in_force.differences(num_steps, watch.clock.sigma))
+        difference = in_force.difference(num_steps, clock.sigma)
+        if difference is not None:
+            handle.differs(difference)
         return in_force
 
     guided = None
     if settings.forecast_of == "guided":
-        guided = Guided(settings.forecast, asked.offload)
+        across_experts = settings.forecast.kind == "fitted"
+        guided = Guided(Anchors(settings.forecast, clock.level, asked.offload), across_experts)
+
+    def new_anchors(in_force: Settings) -> Anchors:
+        # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
+        forecast = in_force.forecast if guided is None else Forecast()
+        return Anchors(forecast, clock.level, asked.offload)
 
     def new_handler(expert: str) -> CacheHandler:
-        return CacheHandler(expert, settings, handle.stats, guided, on_generation)
+        return CacheHandler(expert, handle.stats, on_generation, new_anchors, guided)
 
-    on_step = None if guided is None else guided.step
-    watch = Watch(modules, new_handler, pipeline, blocks, asked.num_steps, on_step)
-    for stack in watch.stacks:
+    handle._watch = Watch(modules, new_handler, clock, blocks, guided.step if guided else None)
+    for stack in handle._watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
-    watch.install()
-    handle._watch = watch
-    handle.differs(settings.mismatches)
+    handle._watch.install()
+    handle._installed.callback(handle._watch.remove)
+    for mismatch in settings.mismatches:
+        handle.differs(mismatch)
     if settings.advice is not None:
-        _logger.warning("%s: %s", settings.entry, settings.advice)
+        _logger.warning("%s: %s", settings.label, settings.advice)
     if hasattr(pipeline, "maybe_free_model_hooks"):
         _free_after_generation(pipeline, handle)
     return handle
@@ -249,4 +262,6 @@ def _free_after_generation(pipeline: Any, handle: TeaCache) -> None:
         handle.reset()
         return type(pipeline).maybe_free_model_hooks(pipeline)
 
-    pipeline.__dict__["maybe_free_model_hooks"] = handle._free = free
+    attributes = vars(pipeline)
+    attributes["maybe_free_model_hooks"] = free
+    handle._installed.callback(attributes.pop, "maybe_free_model_hooks", None)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from runtime.anchors import Anchors, Guided
-from runtime.decide.forecast import Forecast
+from runtime.compat.diffusers_private import lockstep_group
 from runtime.decide.gate import Decision, Policy
 from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
 from runtime.settings import Settings
 from runtime.stats import Stats
 from runtime.watch.call import Call, Handler, Trajectory, measured
-from runtime.watch.distance import l1_sums, ratio
+from runtime.watch.distance import ratio
 from runtime.watch.places import mapped, tensors
-from runtime.watch.ranks import agree, await_gathered, lockstep_group
+from runtime.watch.ranks import agree, await_gathered
 
 
 class _CachedTrajectory(Trajectory):
@@ -25,11 +25,10 @@ class _CachedTrajectory(Trajectory):
 
     def __init__(self, policy: Policy, anchors: Anchors) -> None:
         self.policy, self.anchors = policy, anchors
-        self.restart()
+        super().__init__()
 
     def restart(self) -> None:
         super().restart()
-        self.previous: Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -52,57 +51,54 @@ class CacheHandler(Handler):
 
     Args:
         expert: The denoiser's name in the pipeline (``transformer``, ``transformer_2``).
-        settings: What is in force.
         stats: Where decisions are counted.
-        guided: Forecasts the guided prediction, if the settings say so.
         on_generation: Told the number of steps when a generation begins; says what is then in force.
+        new_anchors: Makes what keeps a trajectory's computed steps.
+        guided: Forecasts the guided prediction, if the settings say so.
     """
+
+    settings: Settings
 
     def __init__(
         self,
         expert: str,
-        settings: Settings,
         stats: Stats,
+        on_generation: Callable[[int | None], Settings],
+        new_anchors: Callable[[Settings], Anchors],
         guided: Guided | None,
-        on_generation: Callable[[int | None], Settings] | None = None,
     ) -> None:
-        self.expert, self.settings, self.stats = expert, settings, stats
-        self._guided, self._on_generation = guided, on_generation
-        self._of_output = settings.forecast_of != "residual"
-        self._lead: tuple[int, str, Decision] | None = None
+        self.expert, self.stats = expert, stats
+        self._on_generation, self._new_anchors, self._guided = on_generation, new_anchors, guided
+        self._lead: tuple[Position, Decision] | None = None
 
     def begin(self, position: Position) -> None:
-        if self._on_generation is not None:
-            self.settings = self._on_generation(position.num_steps)
+        self.settings = self._on_generation(position.num_steps)
         self._lead = None
-        self.stats.begin(self.expert, position.schedule)
+        joins = self.stats.begin(self.expert, position.schedule)
         if self._guided is not None:
-            self._guided.begin(self.expert, position.schedule)
+            self._guided.begin(joins)
 
     def end(self) -> None:
         if self._guided is not None:
             self._guided.clear()
 
     def new_trajectory(self, branch: str) -> Trajectory:
-        # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
-        forecast = self.settings.forecast if self._guided is None else Forecast()
-        anchors = Anchors(forecast, self.settings.asked.offload)
-        return _CachedTrajectory(self.settings.new_policy(self.expert, branch), anchors)
+        policy = self.settings.new_policy(self.expert, branch)
+        return _CachedTrajectory(policy, self._new_anchors(self.settings))
 
     @torch.no_grad()
     def decide(self, call: Call, changed: bool) -> bool:
         trajectory, where = _kept(call), call.position
-        decision = self._led(where)
+        led = self._led(where)
         # Ranks that run in lockstep all take part in every round, also where another branch has decided.
-        if decision is None or lockstep_group(call.root) is not None:
-            own = self._decide(call)
+        if led is None or lockstep_group(call.root) is not None:
+            decision = self._decide(call)
         else:
-            trajectory.previous = None  # not looked at, so it is no reference of a later step
-        if decision is None:
-            decision = own
-            self._lead = (where.step, where.branch, decision)
+            trajectory.buffers.clear()  # the signal is not looked at, so it is no reference of a later step
+        if led is None:
+            self._lead = where, decision
         else:
-            decision = Decision("skipped" if decision.skip else "computed")
+            decision = Decision("skipped" if led.skip else "computed")
         if changed:
             decision = Decision("shape_changed")
         elif decision.skip and not trajectory.anchors:
@@ -110,7 +106,7 @@ class CacheHandler(Handler):
         if not decision.skip:
             trajectory.anchors.make_room(where.step)  # frees what the stack's own memory can use
         if self._guided is not None:
-            self._guided.decided(where.step, call.locator, decision.skip)
+            self._guided.decided(where.step, decision.skip)
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
@@ -119,8 +115,8 @@ class CacheHandler(Handler):
         """The decision that another branch has taken at this step, where branches decide together."""
         if self.settings.branches == "apart" or self._lead is None:
             return None
-        step, branch, decision = self._lead
-        return decision if step == where.step and branch != where.branch else None
+        first, decision = self._lead
+        return decision if first.step == where.step and first.branch != where.branch else None
 
     def _decide(self, call: Call) -> Decision:
         policy, where = _kept(call).policy, call.position
@@ -139,21 +135,15 @@ class CacheHandler(Handler):
                 "entry's coefficients were fitted on it; use an entry fitted on the modulated_input"
             )
         trajectory = _kept(call)
-        before = trajectory.previous
-        sums = None
-        if before is not None and before.shape == signal.shape and before.dtype == signal.dtype:
-            sums = l1_sums(signal, before) if needed else None
-            before.copy_(signal)
-        else:
-            trajectory.previous = signal.detach().clone()
+        sums = trajectory.change("signal", signal, needed)
         group = lockstep_group(call.root)
         if group is None:
             return None if sums is None else ratio(*sums.tolist())
         past = crc32(call.position.branch.encode(), trajectory.past)
-        agreement = agree(group, sums, past, signal.device)
-        if not agreement.same_past:
+        x, same_past = agree(group, sums, past, signal.device)
+        if not same_past:
             trajectory.forget()
-        return agreement.x
+        return x
 
     @torch.no_grad()
     def leave(self, call: Call, index: int, value: Tensor, base: Tensor | None) -> Tensor:
@@ -165,20 +155,23 @@ class CacheHandler(Handler):
         return torch.sub(value.detach().to(base), base, out=out)
 
     def keep(self, call: Call, results: list[Tensor]) -> None:
-        if not self._of_output:
-            _kept(call).anchors.add(call.position.step, call.locator, results)
+        if self.settings.forecast_of == "residual":
+            _kept(call).anchors.add(call.position.step, results)
 
     @torch.no_grad()
     def enter(self, call: Call, index: int, base: Tensor | None) -> Tensor:
-        if self._of_output:  # it is replaced as a whole; what runs until then does not matter
-            return base if base is not None else call.wiring.exits[index].spec.make()
-        forecast = _kept(call).anchors.forecast(call.position.step, call.locator, index)
+        spec = call.wiring.exits[index].spec
+        if self.settings.forecast_of != "residual":  # the output is replaced as a whole
+            return spec.make() if base is None else base
+        device = spec.device if base is None else base.device
+        forecast = _kept(call).anchors.forecast(call.position.step, index, device)
         # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
         return forecast.clone() if base is None else (base + forecast).to(base.dtype)
 
     @torch.no_grad()
     def finish(self, call: Call, output: Any) -> Any:
-        replaced = self._output_for(call, output) if self._of_output else None
+        of_residual = self.settings.forecast_of == "residual"
+        replaced = None if of_residual else self._output_for(call, output)
         where = call.position
         if where.num_steps is not None and where.step >= where.num_steps - 1:
             call.trajectory.restart()  # nothing follows: the decoder can use the memory
@@ -189,13 +182,14 @@ class CacheHandler(Handler):
         anchors, step = _kept(call).anchors, call.position.step
         outputs = [tensor for _, tensor in tensors(output)]
         if not call.skip:
-            anchors.add(step, call.locator, [tensor.clone() for tensor in outputs])
+            anchors.add(step, [tensor.clone() for tensor in outputs])
             return None
         if lockstep_group(call.root) is not None:
             await_gathered(outputs)
         places = iter(range(len(outputs)))
 
         def forecast(tensor: Tensor) -> Tensor:
-            return anchors.forecast(step, call.locator, next(places)).to(tensor.dtype, copy=True)
+            value = anchors.forecast(step, next(places), tensor.device)
+            return value.to(tensor.dtype, copy=True)
 
         return mapped(output, forecast)

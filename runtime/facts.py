@@ -13,25 +13,41 @@ def facts_of(target: Any, modules: Mapping[str, Module]) -> dict[str, Any]:
     """Facts for :func:`coeffs.find` about a pipeline, a loop of one's own, or a bare denoiser."""
     first = next(iter(modules.values()))
     is_pipeline = not isinstance(target, Module | OwnLoop)
-    scheduler = getattr(target, "scheduler", None)
     return {
         "transformer_class": class_name(first),
         "pipeline_class": type(target).__name__ if is_pipeline else None,
         "checkpoint": repository_of(target) if is_pipeline else None,
-        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
-        "shift": shift_of(scheduler),
-        "dtype": dtype_of(first),
-        "quantization": quantization_of(first),
-        "lora": lora_of(first),
+        **settings_of(getattr(target, "scheduler", None), first),
     }
 
 
-def dtype_of(module: Module) -> str | None:
-    """The dtype that a denoiser states, or of its first parameter."""
-    dtype = getattr(module, "dtype", None)
+def settings_of(scheduler: Any, denoiser: Module) -> dict[str, Any]:
+    """What an entry's protocol states of them; ``None`` where there is none of a thing, or it is not known."""
+    config = getattr(scheduler, "config", None) or {}
+    shift = None
+    if not config.get(
+        "use_dynamic_shifting"
+    ):  # a shift that follows the size of the image is no fixed one
+        shift = config.get("shift")
+    dtype = getattr(denoiser, "dtype", None)
     if dtype is None:
-        dtype = next((parameter.dtype for parameter in module.parameters()), None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+        dtype = next((parameter.dtype for parameter in denoiser.parameters()), None)
+    adapters = getattr(denoiser, "peft_config", None) or ()
+    return {
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "shift": float(shift) if isinstance(shift, int | float) else None,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "quantization": _quantization(denoiser),
+        "lora": ", ".join(sorted(adapters)) or None,
+    }
+
+
+def _quantization(denoiser: Module) -> str | None:
+    """Name of the quantisation method of a denoiser's weights, if any."""
+    config = getattr(getattr(denoiser, "config", None), "quantization_config", None)
+    values = config if isinstance(config, Mapping) else {}
+    method = values.get("quant_method", getattr(config, "quant_method", None))
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def class_name(module: Module) -> str:
@@ -46,31 +62,5 @@ def class_name(module: Module) -> str:
 def repository_of(pipeline: Any) -> str | None:
     """The hub id that a pipeline came from, or the name of its folder: never a machine's path."""
     name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", "") or "")
-    if not name:
-        return None
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
-
-
-def shift_of(scheduler: Any) -> float | None:
-    """The fixed time shift of a flow-matching scheduler; ``None`` where there is none or it follows the size."""
-    config = getattr(scheduler, "config", None) or {}
-    shift = config.get("shift")
-    if not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
-        return None
-    return float(shift)
-
-
-def quantization_of(module: Module) -> str | None:
-    """Name of the quantisation method of a denoiser's weights, if any."""
-    config = getattr(getattr(module, "config", None), "quantization_config", None)
-    method = (
-        config.get("quant_method")
-        if isinstance(config, Mapping)
-        else getattr(config, "quant_method", None)
-    )
-    return str(getattr(method, "value", method)) if method is not None else None
-
-
-def lora_of(module: Module) -> str | None:
-    """Names of the adapters loaded into a denoiser, if any."""
-    return ", ".join(sorted(getattr(module, "peft_config", None) or ())) or None
+    is_folder = Path(name).is_absolute() or Path(name).is_dir()
+    return (Path(name).name if is_folder else name) or None

@@ -5,24 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import coeffs
-from coeffs.errors import CoeffsError
+from coeffs.entry.signals import MODULATED_INPUT, SIGNALS
+from coeffs.errors import CoeffsError, EntryMismatch
+from coeffs.match import compare, find
+from runtime.asked import OF_GATE, Asked, Model, check
+from runtime.decide.choice import best_for, fewer_steps_advice, threshold_for
 from runtime.decide.forecast import Forecast
 from runtime.decide.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.errors import InvalidSetting
-from runtime.source import (
-    FROM_ENTRY,
-    Asked,
-    Model,
-    Source,
-    best_for,
-    fewer_steps_advice,
-    loaded,
-    source_of,
-    threshold_for,
-)
 
-FORECAST_OF = ("residual", "output", "guided")
-BRANCHES = ("together", "apart")
 LEVEL_TOLERANCE = 0.02  # of the largest noise level: a plan was made for levels this near
 
 
@@ -31,29 +22,29 @@ class Settings:
     """What is in force.
 
     Attributes:
-        asked: What ``apply_tea_cache`` was given; ``threshold`` is the one in force.
+        asked: What ``apply_tea_cache`` was given.
         policy: ``gate``, ``plan`` (of an entry) or ``schedule`` (a bare string).
-        entry: Label of the entry, if there is one.
+        entry: The entry, if there is one.
+        own: The caller's own polynomial, which takes the place of an entry's.
         gate: Settings of the gate; ``None`` where a schedule decides.
-        source: The gate's polynomials.
-        mismatches: In what the model differs from what the entry was measured on, known before it runs.
-        num_steps: Length of the schedule that the entry was measured on, where it matters.
+        num_steps: Length of the schedule that was measured or planned, where it is known.
         sigmas: Noise levels that the plan was made for.
+        mismatches: In what the model differs from what the entry was measured on, known before it runs.
         advice: What does better than a plan that was chosen by its speed-up, if its figures say so.
     """
 
     asked: Asked
-    policy: str
-    entry: str | None
-    signal: str
     forecast: Forecast
     forecast_of: str
-    schedule: str | None = None
+    policy: str = "gate"
+    entry: "coeffs.Entry | None" = None
+    own: "coeffs.Polynomial | None" = None
+    signal: str = MODULATED_INPUT.name
     gate: GateConfig | None = None
-    source: Source | None = None
-    mismatches: tuple[str, ...] = ()
+    schedule: str | None = None
     num_steps: int | None = None
-    sigmas: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] = ()
+    mismatches: tuple[str, ...] = ()
     advice: str | None = None
 
     @property
@@ -61,19 +52,27 @@ class Settings:
         """Whether CFG branches decide ``together`` or ``apart``."""
         return self.asked.branches or ("apart" if self.asked.compat else "together")
 
+    @property
+    def label(self) -> str | None:
+        return self.entry.label if self.entry else None
+
     def new_policy(self, expert: str, branch: str) -> Policy:
-        """The policy of one branch of one expert."""
-        if self.gate is None or self.source is None:
+        """The policy of one branch of one expert; its own polynomial where the entry has one."""
+        if self.gate is None:
             return FixedSchedule(self.schedule or "")
-        return Gate(self.source.polynomial(expert, branch), self.gate)
+        polynomial = self.own
+        if self.entry is not None:
+            polynomial = self.entry.fit(expert, branch).polynomial(self.entry.sign_rule)
+        assert polynomial is not None
+        return Gate(polynomial, self.gate)
 
     def described(self) -> dict[str, Any]:
         """What the handle tells its user."""
         described = {
             "policy": self.policy,
-            "entry": self.entry,
+            "entry": self.label,
             "signal": self.signal,
-            "threshold": self.asked.threshold,
+            "threshold": self.gate.threshold if self.gate else None,
             "schedule": self.schedule,
             "compat": self.asked.compat,
             "branches": self.branches,
@@ -82,8 +81,8 @@ class Settings:
         }
         return described if self.advice is None else described | {"advice": self.advice}
 
-    def differences(self, num_steps: int | None, level: Callable[[int], float | None]) -> list[str]:
-        """In what a generation of ``num_steps`` differs from what was measured or planned.
+    def difference(self, num_steps: int | None, level: Callable[[int], float | None]) -> str | None:
+        """In what a generation of ``num_steps`` differs from what was measured or planned, if it does.
 
         Args:
             level: Noise level of a step; ``None`` where the scheduler tells none.
@@ -91,29 +90,27 @@ class Settings:
         Raises:
             InvalidSetting: Something differs and the settings are strict.
         """
-        differences = []
-        if self.sigmas is not None:
-            levels = [level(step) for step in range(len(self.sigmas))]
-            differences += self._differing_levels(self.sigmas, levels)
-        if self.num_steps is not None and num_steps not in (None, self.num_steps):
-            text = f"num_steps: {self.num_steps} in the entry, {num_steps} here"
-            self._refuse(text, "measured like this", f"calibrate at {num_steps} steps")
-            differences.append(text)
-        return differences
+        difference = self._other_length(num_steps) if self.gate else self._other_level(level)
+        if difference and self.asked.strict:
+            made = "measured like" if self.gate else "planned for"
+            raise InvalidSetting(
+                f"{self.label or 'the plan'} was not {made} this: {difference}; calibrate at these settings, "
+                "or leave strict out"
+            )
+        return difference
 
-    def _differing_levels(self, stated: tuple[float, ...], levels: list[float | None]) -> list[str]:
-        tolerance = LEVEL_TOLERANCE * max(map(abs, stated))
-        for step, (planned, here) in enumerate(zip(stated, levels, strict=True)):
+    def _other_length(self, num_steps: int | None) -> str | None:
+        if None in (num_steps, self.num_steps) or num_steps == self.num_steps:
+            return None
+        return f"num_steps: {self.num_steps} in the entry, {num_steps} here"
+
+    def _other_level(self, level: Callable[[int], float | None]) -> str | None:
+        tolerance = LEVEL_TOLERANCE * max(map(abs, self.sigmas), default=0.0)
+        for step, planned in enumerate(self.sigmas):
+            here = level(step)
             if here is not None and abs(here - planned) > tolerance:
-                text = f"sigma of step {step}: {planned:.4g} in the plan, {here:.4g} here"
-                self._refuse(text, "planned for this schedule", "plan at these settings")
-                return [text]
-        return []
-
-    def _refuse(self, difference: str, made: str, advice: str) -> None:
-        if self.asked.strict:
-            whose = self.entry or "the plan"
-            raise InvalidSetting(f"{whose} was not {made}: {difference}; {advice}")
+                return f"sigma of step {step}: {planned:.4g} in the plan, {here:.4g} here"
+        return None
 
 
 def resolve(asked: Asked, model: Model) -> Settings:
@@ -123,19 +120,32 @@ def resolve(asked: Asked, model: Model) -> Settings:
         InvalidSetting: Settings that exclude each other or cannot be used.
         coeffs.errors.CoeffsError: No entry fits.
     """
-    _check(asked, model)
-    if asked.schedule is not None:
-        label = None if asked.entry is None else loaded(asked.entry).label
-        settings = _planned(asked, asked.schedule, label)
+    check(asked, model)
+    entry = asked.entry
+    if not isinstance(entry, coeffs.Entry | None):
+        entry = coeffs.load(entry)
+    settings = Settings(
+        asked=asked,
+        entry=entry,
+        forecast=_forecast(asked.forecast or "reuse"),
+        forecast_of=asked.forecast_of or "residual",
+    )
+    if isinstance(asked.schedule, str):
+        steps = FixedSchedule(asked.schedule).schedule
+        settings = replace(_planned(settings, coeffs.Plan(schedule=steps)), policy="schedule")
+    elif asked.schedule is not None:
+        settings = _planned(settings, asked.schedule)
     else:
-        source = source_of(asked, model)
-        choice = asked.threshold if asked.speedup is None else _for_speedup(asked, source)
+        settings = _sourced(settings, model)
+        choice: float | coeffs.Plan | None = asked.threshold
+        if asked.speedup is not None:
+            gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
+            choose = threshold_for if gate_only else best_for
+            choice = choose(settings.entry, asked.speedup)
         if isinstance(choice, coeffs.Plan):
-            settings = _planned(asked, choice, source.label)
-            advice = fewer_steps_advice(choice)
-            settings = replace(settings, mismatches=source.mismatches, advice=advice)
+            settings = replace(_planned(settings, choice), advice=fewer_steps_advice(choice))
         else:
-            settings = _gated(replace(asked, threshold=choice), source, model)
+            settings = _gated(settings, choice, model)
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
     for expert in model.classes:
@@ -143,50 +153,23 @@ def resolve(asked: Asked, model: Model) -> Settings:
     return settings
 
 
-def for_steps(settings: Settings, asked: Asked, model: Model, num_steps: int | None) -> Settings:
+def for_steps(settings: Settings, model: Model, num_steps: int | None) -> Settings:
     """What will be in force for a generation of ``num_steps``, which is known only once it runs.
 
     Where no entry was named, one that was measured at this number of steps takes over, if it can
     be watched and followed in the same way.
     """
-    named = asked.entry is not None or asked.coefficients is not None or asked.schedule is not None
-    known = settings.num_steps or len(settings.schedule or "")
-    if named or num_steps in (None, known) or settings.forecast_of == "guided":
+    asked = settings.asked
+    fixed = asked.given("entry", "coefficients", "schedule") or settings.forecast_of == "guided"
+    if fixed or num_steps in (None, settings.num_steps):
         return settings
     facts = {**model.facts, "num_steps": num_steps}
     try:
         other = resolve(asked, replace(model, facts=facts))
     except (CoeffsError, InvalidSetting):
         return settings  # what differs is said, as for a named entry
-    same_steps = num_steps in (other.num_steps, len(other.schedule or ""))
     same_watch = (other.signal, other.forecast_of) == (settings.signal, settings.forecast_of)
-    return other if same_steps and same_watch else settings
-
-
-def _check(asked: Asked, model: Model) -> None:
-    choices = ("threshold", "speedup", "schedule")
-    chosen = [name for name in choices if getattr(asked, name) is not None]
-    if len(chosen) != 1:
-        given = " and ".join(chosen) or "none of them"
-        raise InvalidSetting(
-            f"{given} given: expected exactly one of {', '.join(f'{name}=' for name in choices)}"
-        )
-    if asked.num_steps is not None and model.has_scheduler:
-        raise InvalidSetting(
-            "num_steps= is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
-        )
-    if asked.compat and not (
-        asked.start is asked.end is None and asked.max_skips in (FROM_ENTRY, None)
-    ):
-        raise InvalidSetting(
-            "start=, end= and max_skips= have no meaning beside compat=True, which fixes them"
-        )
-    if asked.forecast_of not in (None, *FORECAST_OF):
-        raise InvalidSetting(
-            f"forecast_of {asked.forecast_of!r}: expected {', '.join(FORECAST_OF)}"
-        )
-    if asked.branches not in (None, *BRANCHES):
-        raise InvalidSetting(f"branches {asked.branches!r}: expected {' or '.join(BRANCHES)}")
+    return other if other.num_steps == num_steps and same_watch else settings
 
 
 def _check_guided(settings: Settings, model: Model) -> None:
@@ -201,69 +184,90 @@ def _check_guided(settings: Settings, model: Model) -> None:
         )
 
 
-def _for_speedup(asked: Asked, source: Source) -> "float | coeffs.Plan":
-    of_gate = (asked.start, asked.end, asked.forecast, asked.forecast_of, asked.branches)
-    gate_only = (
-        asked.compat
-        or asked.max_skips is not FROM_ENTRY
-        or any(setting is not None for setting in of_gate)
-    )
-    choose = threshold_for if gate_only else best_for
-    assert asked.speedup is not None
-    return choose(source.entry, asked.speedup)
+def _sourced(settings: Settings, model: Model) -> Settings:
+    """With the polynomials of a gate: the caller's own, those of a named entry, or of the one that fits the model."""
+    asked, entry = settings.asked, settings.entry
+    if asked.coefficients is not None:
+        own = coeffs.Polynomial(tuple(asked.coefficients), asked.domain, asked.sign_rule or "clamp")
+        return replace(settings, own=own, signal=_watchable(asked.signal or settings.signal))
+    if entry is None:
+        entry = find(model.facts).entry
+    else:
+        _check_class(entry, model)
+    if entry.forecast is not None or entry.target == "forecast_error":
+        raise InvalidSetting(
+            f"{entry.label} was fitted to the error of a forecast, which no gate follows any more: fit its run again, "
+            "or give one of its plans as schedule="
+        )
+    mismatches = tuple(map(str, compare(entry, model.facts)[0]))
+    if asked.strict and mismatches:
+        raise EntryMismatch(
+            f"{entry.label} was not measured like this: {'; '.join(mismatches)}; leave strict out"
+        )
+    return replace(settings, entry=entry, signal=_watchable(entry.signal), mismatches=mismatches)
 
 
-def _planned(asked: Asked, schedule: "str | coeffs.Plan", label: str | None) -> Settings:
-    plan = schedule if isinstance(schedule, coeffs.Plan) else None
-    names = ["coefficients", "domain", "sign_rule", "signal", "start", "end", "max_skips", "compat"]
-    if plan is None:
-        names.append("strict")  # only a plan states noise levels that could be strict
-    asked.refuse("has no meaning beside schedule=, which fixes every step; leave it out", *names)
-    forecast, forecast_of = asked.forecast, asked.forecast_of
-    if plan is not None and forecast is None:
+def _check_class(entry: "coeffs.Entry", model: Model) -> None:
+    stated, classes = entry.transformer_class, set(model.classes.values())
+    if stated and stated.split()[0] not in classes:
+        raise InvalidSetting(
+            f"{entry.label} is for {stated}, this model is {', '.join(sorted(classes))}: "
+            "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
+        )
+
+
+def _watchable(signal: str) -> str:
+    if signal not in SIGNALS:
+        raise InvalidSetting(
+            f"signal {signal!r}: the runtime can watch {' or '.join(SIGNALS)}; use another entry"
+        )
+    return signal
+
+
+def _planned(settings: Settings, plan: "coeffs.Plan") -> Settings:
+    """With a schedule instead of a gate; the plan's forecast, unless the caller gave another."""
+    asked, forecast, forecast_of = settings.asked, settings.forecast, settings.forecast_of
+    if asked.forecast is None:
         forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
-        forecast_of = forecast_of or plan.forecast_of
-    pattern = schedule if isinstance(schedule, str) else schedule.schedule
-    return Settings(
-        asked=asked,
-        policy="schedule" if plan is None else "plan",
-        entry=label,
-        signal="modulated_input",
-        forecast=_forecast(forecast).planned_for(pattern),
-        forecast_of=forecast_of or "residual",
-        schedule=pattern,
-        sigmas=None if plan is None else plan.sigmas,
+        forecast_of = asked.forecast_of or plan.forecast_of or "residual"
+    return replace(
+        settings,
+        policy="plan",
+        signal=MODULATED_INPUT.name,
+        forecast=forecast.planned_for(plan.schedule),
+        forecast_of=forecast_of,
+        schedule=plan.schedule,
+        num_steps=len(plan.schedule),
+        sigmas=plan.sigmas or (),
     )
 
 
-def _gated(asked: Asked, source: Source, model: Model) -> Settings:
+def _gated(settings: Settings, threshold: float | None, model: Model) -> Settings:
+    """With a gate at ``threshold``, its window and cap as asked for, else as the entry states them."""
+    asked, entry = settings.asked, settings.entry
     length_known = model.has_scheduler or asked.num_steps is not None
-    assert asked.threshold is not None
-    config = GateConfig(
-        threshold=asked.threshold,
-        start=source.stated("start", 1) if asked.start is None else asked.start,
-        end=source.stated("end", int(length_known)) if asked.end is None else asked.end,
-        max_skips=source.stated("max_skips") if asked.max_skips is FROM_ENTRY else asked.max_skips,
+
+    def chosen(name: str, default: int | None) -> Any:
+        if asked.given(name):
+            return getattr(asked, name)
+        stated = getattr(entry, name, None)
+        return default if stated is None else stated
+
+    assert threshold is not None
+    gate = GateConfig(
+        threshold=threshold,
+        start=chosen("start", 1),
+        end=chosen("end", int(length_known)),
+        max_skips=chosen("max_skips", None),
         compat=asked.compat,
     )
-    if config.needs_num_steps and not length_known:
+    if gate.needs_num_steps and not length_known:
         raise InvalidSetting(
             "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "
             "count and end=0"
         )
-    return Settings(
-        asked=asked,
-        policy="gate",
-        entry=source.label,
-        signal=source.signal,
-        forecast=_forecast(asked.forecast),
-        forecast_of=asked.forecast_of or "residual",
-        gate=config,
-        source=source,
-        mismatches=source.mismatches,
-        num_steps=source.entry.protocol.num_steps if source.entry else None,
-    )
+    return replace(settings, gate=gate, num_steps=entry.protocol.num_steps if entry else None)
 
 
-def _forecast(given: str | Forecast | None) -> Forecast:
-    return given if isinstance(given, Forecast) else Forecast(given or "reuse")
+def _forecast(given: str | Forecast) -> Forecast:
+    return given if isinstance(given, Forecast) else Forecast(given)

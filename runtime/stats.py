@@ -64,21 +64,20 @@ class Stats:
     @property
     def pattern(self) -> str:
         """Pattern of the first branch of the latest generation, one expert after the other."""
-        if not self.branches:
-            return ""
-        first = next(iter(self.branches))[1]
+        names = [branch for _, branch in self.branches]
         return "".join(
-            stats.pattern for (_, branch), stats in self.branches.items() if branch == first
+            stats.pattern for (_, branch), stats in self.branches.items() if branch == names[0]
         )
 
-    def begin(self, expert: str, schedule: Hashable | None = None) -> None:
-        """``expert`` begins a generation, or its part of the one that another expert began on the same schedule."""
-        joins = schedule is not None and schedule == self._schedule
-        if joins and not any(key[0] == expert for key in self.branches):
-            return
+    def begin(self, expert: str, schedule: Hashable | None = None) -> bool:
+        """``expert`` begins a generation; whether it only joins one that another began on the same schedule."""
+        took_part = expert in (name for name, _ in self.branches)
+        if schedule is not None and schedule == self._schedule and not took_part:
+            return True
         self._schedule = schedule
         self.generations += 1
         self.branches = {}
+        return False
 
     def add(self, expert: str, branch: str, decision: Decision) -> None:
         self.branches.setdefault((expert, branch), BranchStats()).add(decision)

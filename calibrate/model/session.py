@@ -199,17 +199,9 @@ def _identity(
     scheduler: Any,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from runtime.facts import dtype_of, lora_of, quantization_of, shift_of
+    from runtime.facts import settings_of
 
-    first = next(iter(modules.values()))
-    protocol = {
-        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
-        "shift": shift_of(scheduler),
-        "dtype": dtype_of(first),
-        "quantization": quantization_of(first),
-        "lora": lora_of(first),
-        **settings,
-    }
+    protocol = {**settings_of(scheduler, next(iter(modules.values()))), **settings}
     config = plain(dict(getattr(scheduler, "config", None) or {}))
     # Names with an underscore say where the configuration came from, not what it is.
     public = {key: value for key, value in config.items() if not key.startswith("_")}

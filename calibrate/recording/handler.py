@@ -25,12 +25,13 @@ from calibrate.recording.figures import (
 )
 from calibrate.recording.inner_products import Products
 from coeffs.entry.signals import SIGNALS
+from runtime.compat.diffusers_private import lockstep_group
 from runtime.decide.tracker import Position
 from runtime.watch.call import Call, Handler, Trajectory, measured
-from runtime.watch.distance import l1_sums
 from runtime.watch.hooks import StackHooks
 from runtime.watch.places import tensors
-from runtime.watch.ranks import gathered, lockstep_group
+from runtime.watch.ranks import gathered
+from runtime.watch.scheduler import SchedulerClock, timestep
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Moments:
     """
 
     def __init__(self, call: Call) -> None:
-        devices = {tensor.device for _, tensor in tensors((call.args, call.kwargs))}
+        devices = {tensor.device for _, tensor in tensors(call.named)}
         self._cuda = next((device for device in devices if device.type == "cuda"), None)
         self._marks: dict[str, Any] = {}
         self.mark("begun")
@@ -102,32 +103,20 @@ class RecordedTrajectory(Trajectory):
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.buffers: dict[str, Tensor] = {}
-
-    def restart(self) -> None:
-        super().restart()
-        self.buffers.clear()
-
-    def previous(self, name: str, like: Tensor) -> Tensor | None:
-        """The tensor of the previous step, where it is comparable."""
-        kept = self.buffers.get(name)
-        if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
-            return None
-        return kept
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        kept = self.previous(name, tensor)
-        if kept is None:
-            self.buffers[name] = tensor.detach().clone()
-        else:
-            kept.copy_(tensor)
+        super().__init__()
 
 
 class RecordHandler(Handler):
     """Measures one denoiser; never skips."""
 
-    def __init__(self, expert: str, gram: bool, on_open: Callable[["RecordHandler"], None]) -> None:
-        self.expert, self._on_open = expert, on_open
+    def __init__(
+        self,
+        expert: str,
+        gram: bool,
+        clock: SchedulerClock,
+        on_open: Callable[["RecordHandler"], None],
+    ) -> None:
+        self.expert, self._clock, self._on_open = expert, clock, on_open
         self._products = Products() if gram else None
         self.discard()
 
@@ -186,8 +175,8 @@ class RecordHandler(Handler):
         where = self._where = call.position
         self._on_open(self)
         if self._products is not None:
-            latents = call.kwargs.get("hidden_states", *call.args[:1])
-            self._products.add_latents(where.branch, latents)
+            first = next(iter(call.named.values()))
+            self._products.add_latents(where.branch, call.named.get("hidden_states", first))
         self._moments, self._row = Moments(call), Row()
 
     def guided(self, value: Tensor) -> None:
@@ -226,7 +215,7 @@ class RecordHandler(Handler):
         parts = [tensor for _, tensor in tensors(prediction(output))]
         value = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         self._compare(call, "y_output", value)
-        where, sigma = call.position, call.locator.sigma
+        where, sigma = call.position, self._clock.sigma
         if self._products is not None:
             self._products.add_output(where.branch, where.step, value)
             for step in (where.step, where.step + 1):
@@ -237,11 +226,9 @@ class RecordHandler(Handler):
     # -- figures --------------------------------------------------------------------------------------------------
 
     def _compare(self, call: Call, name: str, value: Tensor) -> None:
-        trajectory = _kept(call)
-        before = trajectory.previous(name, value)
-        if before is not None:
-            self._row[name] = l1_sums(value, before)
-        trajectory.keep(name, value)
+        sums = _kept(call).change(name, value)
+        if sums is not None:
+            self._row[name] = sums
 
     def _measure_exit(self, call: Call, hidden: Tensor, entry: Tensor | None) -> None:
         trajectory = _kept(call)
@@ -258,14 +245,14 @@ class RecordHandler(Handler):
             self._products.add_residual(where.branch, where.step, hidden, entry)
 
     def _finished_row(self, call: Call) -> Row:
-        where, locator = call.position, call.locator
-        timestep, sigma = locator.timestep(call.args, call.kwargs), locator.sigma(where.step)
+        where = call.position
+        time, sigma = timestep(call.named), self._clock.sigma(where.step)
         return {
             "branch": where.branch,
             "expert": self.expert,
             "step": where.step,
             "num_steps": where.num_steps,
-            "timestep": float("nan") if timestep is None else highest(timestep),
+            "timestep": float("nan") if time is None else highest(time),
             "sigma": float("nan") if sigma is None else sigma,
             "figures": stacked(self._row),
             "tokens": self._row["tokens"],

@@ -9,6 +9,7 @@ from torch.nn import Module
 from calibrate.recording.figures import number_steps
 from calibrate.recording.handler import RecordedTrajectory, RecordHandler, Recording
 from runtime.watch.hooks import Watch
+from runtime.watch.scheduler import SchedulerClock
 
 
 class Recorder:
@@ -40,10 +41,13 @@ class Recorder:
         blocks: Any = None,
         gram: bool = False,
     ) -> None:
-        self._handlers = {expert: RecordHandler(expert, gram, self._opened) for expert in modules}
+        clock = SchedulerClock(pipeline)
+        self._handlers = {
+            expert: RecordHandler(expert, gram, clock, self._opened) for expert in modules
+        }
         self._latest: RecordHandler | None = None  # whose denoiser was called last
         on_step = self._stepped if gram else None
-        self._watch = Watch(modules, self._handlers.__getitem__, pipeline, blocks, on_step=on_step)
+        self._watch = Watch(modules, self._handlers.__getitem__, clock, blocks, on_step)
 
     def __enter__(self) -> "Recorder":
         self._watch.install()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -192,6 +193,7 @@ class HookSet:
         root: The denoiser.
         blocks: Its blocks with their paths.
         receiver: Hears the names of CFG branches.
+        installed: What :meth:`remove` has to undo.
         begin, end: Forward hooks of the denoiser; ``end`` also runs where the forward failed, with no output.
         run_block: Takes the place of every block's forward.
         reset: Called when the pipeline says that a generation is over.
@@ -205,43 +207,33 @@ class HookSet:
     def __init__(self, root: Module, blocks: list[tuple[str, Module]]) -> None:
         self.root, self.blocks = root, blocks
         self.receiver = ContextReceiver()
-        self._handles: list = []
-        self._hooks: list[tuple[Module, BlockHook]] = []
+        self.installed = ExitStack()
 
     def install(self) -> None:
         """Put the hooks in place, all or none."""
-        if getattr(self.root, _OWNER, None) is not None:
+        root = self.root
+        if hasattr(root, _OWNER):
             raise ApplyError(
-                f"{type(self.root).__name__} already carries a cache or recorder of teacal; remove() that one first"
+                f"{type(root).__name__} already carries a cache or recorder of teacal; remove() that one first"
             )
-        setattr(self.root, _OWNER, self)
-        try:
-            self._handles += [
-                self.root.register_forward_pre_hook(self.begin, with_kwargs=True),
-                self.root.register_forward_hook(self.end, with_kwargs=True, always_call=True),
-            ]
+        with ExitStack() as undo:
+            registry = HookRegistry.check_if_exists_or_initialize(root)
+            undo.callback(registry.invalidate_child_registries_cache)
+            setattr(root, _OWNER, self)
+            undo.callback(delattr, root, _OWNER)
+            before = root.register_forward_pre_hook(self.begin, with_kwargs=True)
+            undo.callback(before.remove)
+            after = root.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+            undo.callback(after.remove)
             for index, (_, block) in enumerate(self.blocks):
                 first = index == 0
                 hook = BlockHook(self.run_block, *(self.receiver, self.reset) if first else ())
-                self._hooks.append((block, hook))
+                undo.callback(unregister, block, hook)
                 # A model's context-parallel hook splits the sequence on the first block: ours must see what is left.
                 register(block, hook, innermost=first)
-            HookRegistry.check_if_exists_or_initialize(
-                self.root
-            ).invalidate_child_registries_cache()
-        except BaseException:
-            self.remove()
-            raise
+            registry.invalidate_child_registries_cache()
+            self.installed = undo.pop_all()
 
     def remove(self) -> None:
         """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        while self._hooks:
-            unregister(*self._hooks.pop())
-        if getattr(self.root, _OWNER, None) is self:
-            delattr(self.root, _OWNER)
-        registry = hook_registry(self.root)
-        if registry is not None:
-            registry.invalidate_child_registries_cache()
+        self.installed.close()

@@ -1,93 +1,120 @@
 """One forward of a denoiser: what is known of it, how its signals are measured, and who is asked about it."""
 
+import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
-from runtime.decide.tracker import Position
+from runtime.compat.diffusers_private import ContextReceiver
+from runtime.decide.tracker import Position, Tracker
 from runtime.errors import UnsupportedModel
+from runtime.watch.distance import l1_sums
 from runtime.watch.observe import Observation
-from runtime.watch.places import Place, at, call_tensors, signature
-from runtime.watch.scheduler import Locator
+from runtime.watch.places import Place, at, call_tensors, signature, streams
+from runtime.watch.scheduler import SchedulerClock
 from runtime.watch.wiring import Spec, Wiring
 
 
 class Trajectory:
-    """What is kept between the steps of one CFG branch of one denoiser; handlers derive their own."""
+    """What is kept between the steps of one CFG branch of one denoiser; handlers derive their own.
 
-    wiring: Wiring | None = None
-    signature: tuple | None = None
+    Attributes:
+        wiring: How the denoiser is wired, once a forward has shown it.
+        conditions: What must not change from step to step.
+        buffers: The previous step's tensors by name, written over step by step.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
 
     def restart(self) -> None:
         """Forget the past: the next step has nothing to be compared with."""
-        self.wiring = None
-        self.signature = None
+        self.wiring: Wiring | None = None
+        self.conditions: tuple | None = None
+        self.buffers: dict[str, Tensor] = {}
+
+    def previous(self, name: str, like: Tensor) -> Tensor | None:
+        """The tensor of the previous step, where it is comparable."""
+        kept = self.buffers.get(name)
+        if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
+            return None
+        return kept
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """``tensor`` becomes the previous one."""
+        kept = self.previous(name, tensor)
+        if kept is None:
+            self.buffers[name] = tensor.detach().clone()
+        else:
+            kept.copy_(tensor)
+
+    def change(self, name: str, tensor: Tensor, needed: bool = True) -> Tensor | None:
+        """The sums of the change since the previous step, where it is ``needed``; ``tensor`` becomes the previous one.
+
+        See :func:`runtime.watch.distance.l1_sums`.
+        """
+        before = self.previous(name, tensor) if needed else None
+        sums = None if before is None else l1_sums(tensor, before)
+        self.keep(name, tensor)
+        return sums
 
 
+@dataclass(eq=False)
 class Call:
     """One forward of the denoiser.
 
     Attributes:
         root: The denoiser.
-        locator: Tells noise levels and timesteps.
+        named: Its arguments by the names of its parameters.
         time_embedding: Where it stands in the first block's arguments, if that is known.
         compiler: What ``torch.compile(model)`` runs the forward with.
         decided, skip: Whether the first block was reached, and what was decided there.
         observation: Learns the wiring while the forward runs; ``None`` where it is known.
+        head: The first block's arguments.
+        first_block: That block, its own forward, and its attention layers.
         bases: Copies of the streams that enter the stack.
         results: What the handler made of each exit's value.
         overrides: Values that skipped exits still have to be given.
         stand_ins: Zeros that skipped blocks return.
-        head: The first block's arguments, ``stream`` the shape of what is generated there.
-        probe: Runs the first block up to its first attention call and gives the modulated input.
+        counts: How often each module was called, within the forward and since the stack began.
     """
 
-    probe: Callable[[], Tensor]
-
-    def __init__(
-        self,
-        root: Module,
-        locator: Locator,
-        trajectory: Trajectory,
-        position: Position,
-        args: tuple,
-        kwargs: dict,
-    ) -> None:
-        self.root, self.locator = root, locator
-        self.trajectory, self.position = trajectory, position
-        self.args, self.kwargs = args, kwargs
-        self.time_embedding: Place | None = None
-        self.compiler: Any = None
-        self.decided = self.skip = False
-        self.observation: Observation | None = None
-        self.bases: dict[Place, Tensor] = {}
-        self.results: dict[int, Any] = {}
-        self.overrides: dict[int, Tensor] = {}
-        self.stand_ins: dict[Spec, Tensor] = {}
-        self.head: tuple[tuple, dict] = ((), {})
-        self.stream: torch.Size = torch.Size()
-        self.thread = threading.get_ident()
-        self._counts: dict[Module, int] = {}
+    root: Module
+    trajectory: Trajectory
+    position: Position
+    named: dict[str, Any]
+    time_embedding: Place | None = None
+    compiler: Any = None
+    decided: bool = False
+    skip: bool = False
+    observation: Observation | None = None
+    head: tuple[tuple, dict] = ((), {})
+    first_block: tuple[Module, Callable, list[Module]] = field(init=False)
+    bases: dict[Place, Tensor] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
+    overrides: dict[int, Tensor] = field(default_factory=dict)
+    stand_ins: dict[Spec, Tensor] = field(default_factory=dict)
+    counts: Counter[Module] = field(default_factory=Counter)
+    thread: int = field(default_factory=threading.get_ident)
 
     def count(self, module: Module) -> int:
-        """Which call of ``module`` this is, within the forward and since the stack began."""
-        number = self._counts.get(module, 0)
-        self._counts[module] = number + 1
-        return number
+        """Which call of ``module`` this is."""
+        self.counts[module] += 1
+        return self.counts[module] - 1
 
     @property
     def wiring(self) -> Wiring:
         """The wiring as far as it is known."""
-        if self.observation is not None:
-            return self.observation.wiring
-        assert self.trajectory.wiring is not None
-        return self.trajectory.wiring
+        known = self.observation or self.trajectory
+        assert known.wiring is not None
+        return known.wiring
 
-    def conditions(self, block: Module, whole: bool) -> tuple:
+    def conditions(self, whole: bool) -> tuple:
         """What must not change within a trajectory.
 
         Args:
@@ -95,22 +122,17 @@ class Call:
                 call's shapes change on all of them at once.
         """
         # Texts among the denoiser's arguments name modes (such as writing or reading a key-value cache).
-        modes = tuple(item for item in self.kwargs.items() if isinstance(item[1], str))
-        outer = signature(self.args, self.kwargs) if whole else None
-        return block, signature(*self.head), modes, outer
+        modes = tuple(item for item in self.named.items() if isinstance(item[1], str))
+        outer = signature((), self.named) if whole else None
+        return self.first_block[0], signature(*self.head), modes, outer
 
     def keep_bases(self) -> None:
         """Copy the streams that enter the stack, since a block may change its input in place."""
-        if self.observation is None:
-            bases = {exit.base for exit in self.wiring.exits if exit.base is not None}
-            streams = [(place, at(place, *self.head)) for place in bases]
+        if self.observation is not None:
+            places = list(streams(*self.head))
         else:
-            streams = [
-                (place, tensor)
-                for place, tensor in call_tensors(*self.head)
-                if tensor.is_floating_point() and tensor.ndim > 1
-            ]
-        self.bases = {place: tensor.detach().clone() for place, tensor in streams}
+            places = [exit.base for exit in self.wiring.exits if exit.base is not None]
+        self.bases = {place: at(place, *self.head).detach().clone() for place in set(places)}
 
 
 class Handler:
@@ -152,31 +174,36 @@ class Trajectories:
     """The trajectories of one denoiser in the generation under way, by CFG branch.
 
     Attributes:
-        siblings: Those of the pipeline's other denoisers, which may share its schedule.
+        siblings: Those of all denoisers of the pipeline, which may share its schedule.
     """
 
-    def __init__(self, locator: Locator, handler: Handler) -> None:
-        self.locator, self.siblings = locator, list[Trajectories]()
+    def __init__(
+        self, root: Module, receiver: ContextReceiver, clock: SchedulerClock, handler: Handler
+    ) -> None:
         self.branches: dict[str, Trajectory] = {}
-        self._handler = handler
+        self.siblings: list[Trajectories] = []
+        self._root, self._receiver, self._clock, self._handler = root, receiver, clock, handler
+        self._names = list(inspect.signature(root.forward).parameters)
+        self._tracker = Tracker()
         self._step = -1
         self._schedule: Hashable | None = None
 
     def clear(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""
         self.branches.clear()
-        self.locator.reset()
+        self._tracker.reset()
         self._handler.end()
 
-    def call(self, root: Module, args: tuple, kwargs: dict) -> Call:
-        """A call of ``root`` with these arguments: its trajectory, and where in the generation it stands."""
-        position = self.locator.locate(args, kwargs)
+    def call(self, args: tuple, kwargs: dict) -> Call:
+        """A call of the denoiser with these arguments: its trajectory, and where in the generation it stands."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        info = self._clock.call_info(named, self._receiver.name)
+        position = self._tracker.locate(info)
         if position.new_generation:
-            for other in self.siblings:  # an aborted generation may have left them in the middle
-                if other._schedule != position.schedule:
-                    other.branches.clear()
             self._schedule = position.schedule
-            self.branches.clear()
+            for other in self.siblings:  # an aborted generation may have left them in the middle
+                if other is self or other._schedule != position.schedule:
+                    other.branches.clear()
             self._handler.begin(position)
         if position.step != self._step:
             self._step = position.step
@@ -188,7 +215,7 @@ class Trajectories:
         trajectory = self.branches[position.branch]
         if not position.consecutive:
             trajectory.restart()
-        return Call(root, self.locator, trajectory, position, args, kwargs)
+        return Call(self._root, trajectory, position, named)
 
 
 def measured(call: Call, signal: str) -> Tensor | None:
@@ -196,39 +223,28 @@ def measured(call: Call, signal: str) -> Tensor | None:
     return _MEASURES[signal](call)
 
 
-def _time_embedding(call: Call) -> Tensor | None:
-    # At the first step ever only what has been observed so far tells where it stands.
-    place = call.time_embedding or call.wiring.time_embedding
-    return None if place is None else at(place, *call.head)
-
-
-_MEASURES: dict[str, Callable[[Call], Tensor | None]] = {
-    "modulated_input": lambda call: call.probe(),
-    "time_embedding": _time_embedding,
-}
-
-
-class StopForward(BaseException):
+class _StopForward(BaseException):
     """Ends the probe at the first attention call. No Exception, so that no model's own handler swallows it."""
 
 
-def probed(call: Call, block: Module, original: Callable, attention: list[Module]) -> Tensor:
-    """The modulated input: the first block's own forward, stopped at its first attention call."""
+def _modulated_input(call: Call) -> Tensor:
+    """The probe: the first block's own forward, stopped at its first attention call."""
     args, kwargs = call.head
+    block, original, attention = call.first_block
     # A block that is an attention layer itself has no forward to stop: its input is the signal.
     if block in attention:
-        return _hidden_states(args, kwargs, call.stream)
+        return _hidden_states(call, args, kwargs)
     seen: list[Tensor] = []
 
     def stop(module: Module, inputs: tuple, named: dict) -> None:
-        seen.append(_hidden_states(inputs, named, call.stream))
-        raise StopForward
+        seen.append(_hidden_states(call, inputs, named))
+        raise _StopForward
 
     handles = [module.register_forward_pre_hook(stop, with_kwargs=True) for module in attention]
     try:
         # Without the graph that compile_blocks() made of it: a graph knows no hooks that come and go.
         getattr(original, "uncompiled", original)(*args, **kwargs)
-    except StopForward:
+    except _StopForward:
         return seen[0]
     finally:
         for handle in handles:
@@ -239,10 +255,24 @@ def probed(call: Call, block: Module, original: Callable, attention: list[Module
     )
 
 
-def _hidden_states(args: tuple, kwargs: dict, stream: torch.Size) -> Tensor:
-    """What an attention layer receives as hidden states: by name, else the tensor shaped like the stream."""
+def _hidden_states(call: Call, args: tuple, kwargs: dict) -> Tensor:
+    """What an attention layer receives as hidden states: by name, else the tensor shaped like what is generated."""
     value = kwargs.get("hidden_states")
     if isinstance(value, Tensor):
         return value
+    generated = at(call.wiring.primary, *call.head)
     received = [tensor for _, tensor in call_tensors(args, kwargs)]
-    return next((tensor for tensor in received if tensor.shape == stream), received[0])
+    return next((tensor for tensor in received if tensor.shape == generated.shape), received[0])
+
+
+def _time_embedding(call: Call) -> Tensor | None:
+    # At the first step ever only what has been observed so far tells where it stands.
+    place = call.time_embedding or call.wiring.time_embedding
+    return None if place is None else at(place, *call.head)
+
+
+# One for each of coeffs.entry.signals.SIGNALS, by its name.
+_MEASURES: dict[str, Callable[[Call], Tensor | None]] = {
+    "modulated_input": _modulated_input,
+    "time_embedding": _time_embedding,
+}

@@ -6,6 +6,7 @@ enters the stack's exit is overridden, so that nothing the blocks would have ret
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,10 @@ from runtime.compat.diffusers_private import lockstep_group
 from runtime.compat.torch_private import compiled_by, pause, resume, stays_python
 from runtime.errors import UnsupportedModel, WiringError
 from runtime.watch.blocks import HookSet, attention_modules, find_blocks
-from runtime.watch.call import Call, Handler, Trajectories, probed
+from runtime.watch.call import Call, Handler, Trajectories
 from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, replaced
-from runtime.watch.scheduler import Locator, SchedulerClock, StepHook
+from runtime.watch.scheduler import SchedulerClock, StepHook
 from runtime.watch.wiring import Exit
 
 
@@ -29,9 +30,8 @@ class Watch:
     Args:
         modules: The denoisers by name.
         new_handler: Makes the handler of a denoiser, by its name.
-        pipeline: The pipeline that drives them; ``None`` where there is none.
+        clock: Reads the scheduler of the pipeline that drives them.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
-        num_steps: Length of the schedule where there is no scheduler to ask.
         on_step: Given what the pipeline's schedulers receive (see :class:`runtime.watch.scheduler.StepHook`).
     """
 
@@ -39,42 +39,38 @@ class Watch:
         self,
         modules: Mapping[str, Module],
         new_handler: Callable[[str], Handler],
-        pipeline: Any = None,
+        clock: SchedulerClock,
         blocks: Sequence[str | Module] | None = None,
-        num_steps: int | None = None,
         on_step: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
-        self.clock = SchedulerClock(pipeline, num_steps)
-        self.steps = StepHook(pipeline, on_step)
+        self.steps = StepHook(clock.pipeline, on_step)
         self.stacks = [
-            StackHooks(module, new_handler(expert), self.clock, blocks)
+            StackHooks(module, new_handler(expert), clock, blocks)
             for expert, module in modules.items()
         ]
+        self._parts: list[Any] = [*self.stacks, self.steps]
         trajectories = [stack.trajectories for stack in self.stacks]
-        for own in trajectories:
-            own.siblings = [other for other in trajectories if other is not own]
+        for stack in self.stacks:
+            stack.trajectories.siblings = trajectories
 
     def install(self) -> None:
         """Put the hooks in place, all or none."""
-        try:
-            for stack in self.stacks:
-                stack.install()
-            self.steps.install()
-        except BaseException:
-            self.remove()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.remove)
+            for part in self._parts:
+                part.install()
+            undo.pop_all()
 
     def remove(self) -> None:
         """Take everything out again; the models are as they were. Does nothing when nothing is installed."""
-        for stack in self.stacks:
-            stack.remove()
-        self.steps.remove()
+        for part in self._parts:
+            part.remove()
         self.reset()
 
     def reset(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""
         for stack in self.stacks:
-            stack.reset()
+            stack.trajectories.clear()
 
 
 class StackHooks(HookSet):
@@ -94,29 +90,28 @@ class StackHooks(HookSet):
     ) -> None:
         super().__init__(root, find_blocks(root, blocks))
         self.handler = handler
-        self.trajectories = Trajectories(Locator(root, self.receiver, clock), handler)
+        self.trajectories = Trajectories(root, self.receiver, clock, handler)
         self.time_embedding: Place | None = None
         self.call: Call | None = None
         self._members = frozenset(block for _, block in self.blocks)
-        self._head = self.blocks[0][1]
+        path, self._head = self.blocks[0]
         self._attention = attention_modules(self._head)
         if not self._attention:
             raise UnsupportedModel(
-                f"{type(root).__name__}: the first block ({self.blocks[0][0]}, {type(self._head).__name__}) "
+                f"{type(root).__name__}: the first block ({path}, {type(self._head).__name__}) "
                 "has no attention layer, so there is no modulated input to watch; name another stack with blocks=[...]"
             )
-        self._exit_handles: dict[Module, Any] = {}
+        self._exit_modules: dict[Module, None] = {}  # in the order in which they were found
         self._lock = threading.Lock()
 
     def remove(self) -> None:
         """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
-        while self._exit_handles:
-            self._exit_handles.popitem()[1].remove()
         super().remove()
+        self._exit_modules.clear()
         self._drop_call()
 
     def reset(self) -> None:
-        """The generation is over: free what was kept, the next call begins a new one."""
+        """The pipeline says that the generation is over."""
         self.trajectories.clear()
 
     # -- one forward ----------------------------------------------------------------------------------------------
@@ -127,21 +122,16 @@ class StackHooks(HookSet):
     @stays_python
     def begin(self, root: Module, args: tuple, kwargs: dict) -> None:
         compiler = pause()
-        try:
+        with ExitStack() as undo:
+            undo.callback(resume, compiler)
             self._take_lock()
-            try:
-                self.call = self.trajectories.call(root, args, kwargs)
-                self.call.compiler = compiler
-                self.call.time_embedding = self.time_embedding
-                self.handler.open(self.call)
-                if self.call.trajectory.wiring is None:
-                    self._observe(self.call)
-            except BaseException:
-                self._drop_call()
-                raise
-        except BaseException:
-            resume(compiler)
-            raise
+            undo.callback(self._drop_call)
+            self.call = call = self.trajectories.call(args, kwargs)
+            call.compiler, call.time_embedding = compiler, self.time_embedding
+            self.handler.open(call)
+            if call.trajectory.wiring is None:
+                self._observe(call)
+            undo.pop_all()
 
     @stays_python
     def end(self, root: Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -185,23 +175,23 @@ class StackHooks(HookSet):
                 f"{name} ran without any of its hooked blocks: something that was installed before the cache took its "
                 "hooks along when it was removed; remove() the cache and apply it again"
             )
+        needed: Sequence[int] = range(len(call.wiring.exits))
         if call.observation is not None:
             wiring, needed = call.observation.finish(output)
             trajectory.wiring = wiring
             self.time_embedding = self.time_embedding or wiring.time_embedding
             self._watch_exits(wiring.exits)
-            self.handler.keep(call, [call.results[index] for index in needed])
-            return
-        exits = len(call.wiring.exits)
-        if call.skip and call.overrides:
+        if call.overrides:
             raise WiringError(
-                f"{name}: a skipped step reached {exits - len(call.overrides)} of {exits} exits of the block stack; "
+                f"{name}: a skipped step missed {len(call.overrides)} of {len(needed)} exits of the block stack; "
                 "the model took another path than on the computed step; its output is refused: exclude such steps "
                 "with start/end, or remove the cache"
             )
-        if not call.skip and len(call.results) == exits:
-            self.handler.keep(call, [call.results[index] for index in range(exits)])
-        elif not call.skip:
+        if call.skip:
+            return
+        if all(index in call.results for index in needed):
+            self.handler.keep(call, [call.results[index] for index in needed])
+        else:
             trajectory.restart()  # another path than before: learn again
 
     # -- blocks ---------------------------------------------------------------------------------------------------
@@ -216,60 +206,56 @@ class StackHooks(HookSet):
             if call is None:  # the block is used outside the denoiser's own forward
                 return compiled_by(compiler, original, args, kwargs)
             if not call.decided:
-                call.head = (args, kwargs)
-                self._decide(call, block, original)
+                self._decide(call, block, original, args, kwargs)
             number = call.count(block)
             if call.skip and (block, number) in call.wiring.outputs:
                 return call.wiring.placeholder(block, number, call.stand_ins)
-            if call.observation is None:
-                return compiled_by(compiler or call.compiler, original, args, kwargs)
-            with call.observation.paused():
-                result = compiled_by(compiler or call.compiler, original, args, kwargs)
-            call.observation.block(block, number, result)
-            return result
+            run = partial(compiled_by, compiler or call.compiler, original, args, kwargs)
+            return run() if call.observation is None else call.observation.block(block, number, run)
         finally:
             resume(compiler)
 
-    def _decide(self, call: Call, block: Module, original: Callable) -> None:
-        trajectory = call.trajectory
-        conditions = call.conditions(block, whole=lockstep_group(self.root) is not None)
-        changed = trajectory.signature not in (None, conditions)
-        if changed:
-            trajectory.restart()
-        trajectory.signature = conditions
+    def _decide(
+        self, call: Call, block: Module, original: Callable, args: tuple, kwargs: dict
+    ) -> None:
+        trajectory, head = call.trajectory, (args, kwargs)
         if self._head is not block:
             self._head, self._attention = block, attention_modules(block)
-        call.decided = True
+        call.decided, call.head = True, head
+        call.first_block = (block, original, self._attention)
+        conditions = call.conditions(whole=lockstep_group(self.root) is not None)
+        changed = trajectory.conditions not in (None, conditions)
+        if changed:
+            trajectory.restart()
+        trajectory.conditions = conditions
         if trajectory.wiring is None and call.observation is None:
             self._observe(call)
         if call.observation is not None:
-            call.observation.head(*call.head)
-        call.stream = at(call.wiring.primary, *call.head).shape
-        call.probe = partial(probed, call, block, original, self._attention)
+            call.observation.head(args, kwargs)
         call.skip = self.handler.decide(call, changed)
-        del call.probe  # it holds the call
         if not call.skip:
             call.keep_bases()
             return
         for index, exit in enumerate(call.wiring.exits):
-            base = None if exit.base is None else exit.selected(at(exit.base, *call.head))
+            base = None if exit.base is None else exit.selected(at(exit.base, *head))
             call.overrides[index] = self.handler.enter(call, index, base)
 
     # -- exits ----------------------------------------------------------------------------------------------------
 
     def _observe(self, call: Call) -> None:
         call.observation = Observation(self.root, self._members, partial(self._leave, call))
-        call.observation.begin(call.args, call.kwargs)
+        call.observation.begin(call.named)
 
     def _leave(self, call: Call, index: int, exit: Exit, value: Tensor) -> None:
         base = None if exit.base is None else exit.selected(call.bases[exit.base])
         call.results[index] = self.handler.leave(call, index, value, base)
 
     def _watch_exits(self, exits: tuple[Exit, ...]) -> None:
-        for module in (exit.module for exit in exits):
-            if module not in self._exit_handles:
-                handle = module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
-                self._exit_handles[module] = handle
+        for exit in exits:
+            if exit.module not in self._exit_modules:
+                self._exit_modules[exit.module] = None
+                handle = exit.module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
+                self.installed.callback(handle.remove)
 
     def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
@@ -283,16 +269,15 @@ class StackHooks(HookSet):
             value = at(exit.place, args, kwargs)
             if call.skip:
                 stored = self._override(call, index, exit, value)
-                both = replaced({"args": args, "kwargs": kwargs}, exit.place, stored)
-                args, kwargs = changed = both["args"], both["kwargs"]
+                args, kwargs = changed = replaced(exit.place, stored, args, kwargs)
             else:
                 self._leave(call, index, exit, value)
         return changed
 
     def _override(self, call: Call, index: int, exit: Exit, value: Any) -> Tensor:
         stored = call.overrides.pop(index)
-        if not isinstance(value, Tensor) or value.shape != stored.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        shape = getattr(value, "shape", None)
+        if shape != stored.shape:
             raise WiringError(
                 f"{type(self.root).__name__}: {tuple(stored.shape)} was computed at the stack's exit "
                 f"({type(exit.module).__name__}), a skipped step brings {shape} there; its output is refused"

@@ -6,17 +6,15 @@ what enters there is what a skipped step must replace. Exits whose results never
 stream that is normalised and dropped) need nothing. Inside the blocks nothing is followed.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
 from runtime.errors import UnsupportedModel
-from runtime.watch.places import Place, call_tensors, mapped, tensors
+from runtime.watch.places import Place, mapped, streams, tensors
 from runtime.watch.scheduler import is_time
 from runtime.watch.wiring import Carried, Exit, Follow, Mark, Marked, Selection, Spec, Wiring
 
@@ -48,10 +46,12 @@ class Observation:
         self._head: tuple[tuple, dict] | None = None
         self._active = False
 
-    def begin(self, args: tuple, kwargs: dict) -> None:
-        """Start following; ``args`` and ``kwargs`` are the denoiser's own, to tell time from latents."""
-        for name, tensor in _named(self.root, args, kwargs):
-            if is_time(name) or _LATENTS.search(name):
+    def begin(self, named: dict[str, Any]) -> None:
+        """Start following; ``named`` are the denoiser's arguments, to tell time from latents."""
+        for name, value in named.items():
+            if not is_time(name) and not _LATENTS.search(name):
+                continue
+            for _, tensor in tensors(value):
                 self._follow.marks[tensor] = Mark(
                     from_time=is_time(name), from_latents=not is_time(name)
                 )
@@ -62,8 +62,7 @@ class Observation:
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
                 ]
-        self._follow.__enter__()
-        self._active = True
+        self._start()
 
     def head(self, args: tuple, kwargs: dict) -> None:
         """The first block's arguments: where the streams enter."""
@@ -78,46 +77,40 @@ class Observation:
 
     def _generated(self, args: tuple, kwargs: dict, marked: list[Marked]) -> Place:
         """Where what is generated enters: by its usual name, else the largest tensor that comes from the latents."""
-        streams = {
-            place: tensor.numel()
-            for place, tensor in call_tensors(args, kwargs)
-            if tensor.is_floating_point() and tensor.ndim > 1
-        }
-        if not streams:
+        entering = streams(args, kwargs)
+        if not entering:
             raise UnsupportedModel(
                 f"{type(self.root).__name__}: the first block receives no stream of hidden states; "
                 "name another stack with blocks=[...]"
             )
-        named = [place for place in streams if place[-1] == "hidden_states"]
+        named = [place for place in entering if place[-1] == "hidden_states"]
         if named:
             return named[0]
-        from_latents = [
-            place for place, _, mark in marked if mark.from_latents and place in streams
-        ]
-        return max(from_latents or list(streams)[:1], key=lambda place: streams[place])
+        of_latents = [place for place, _, mark in marked if mark.from_latents and place in entering]
+        return max(of_latents or list(entering)[:1], key=lambda place: entering[place].numel())
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is followed inside a block."""
+    def block(self, block: Module, call: int, run: Callable[[], Any]) -> Any:
+        """Run a block, inside of which nothing is followed."""
         self._stop()
         try:
-            yield
+            result = run()
         finally:
-            self._follow.__enter__()
-            self._active = True
-
-    def block(self, block: Module, call: int, result: Any) -> None:
-        """A block has returned ``result``."""
+            self._start()
         self.wiring.outputs[block, call] = mapped(result, Spec.of)
         for place, tensor in tensors(result):
             carried = Carried(origin=tuple(tensor.shape), source=place)
             self._follow.marks[tensor] = Mark(carried=carried)
+        return result
 
     def abort(self) -> None:
         """Stop following, whatever state the forward is in."""
         self._stop()
         while self._handles:
             self._handles.pop().remove()
+
+    def _start(self) -> None:
+        self._follow.__enter__()
+        self._active = True
 
     def _stop(self) -> None:
         if self._active:
@@ -195,10 +188,10 @@ class Observation:
         carried: Carried,
     ) -> Exit:
         assert self._head is not None
-        streams = [(p, t) for p, t in call_tensors(*self._head) if t.is_floating_point()]
+        entering = streams(*self._head)
         taken = {base for source, base in self._bases.items() if source != carried.source}
-        same = [place for place, tensor in streams if tensor.shape == value.shape]
-        before = [place for place, tensor in streams if tensor.shape == carried.origin]
+        same = [place for place, tensor in entering.items() if tensor.shape == value.shape]
+        before = [place for place, tensor in entering.items() if tensor.shape == carried.origin]
         base: Place | None = None
         selections: tuple[Selection, ...] = ()
         if same:
@@ -207,14 +200,6 @@ class Observation:
             base, selections = _preferred(before, taken), carried.selections
         self._bases[carried.source] = base
         return Exit(module, call, place, Spec.of(value), base, selections)
-
-
-def _named(module: Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a call with the names of the parameters that they are passed to."""
-    names = list(inspect.signature(module.forward).parameters)
-    for place, tensor in call_tensors(args, kwargs):
-        kind, key = place[0], place[1]
-        yield (names[key] if kind == "args" and key < len(names) else str(key)), tensor
 
 
 def _preferred(places: list[Place], taken: set[Place | None]) -> Place:

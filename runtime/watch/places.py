@@ -38,18 +38,28 @@ def at(place: Place, args: tuple, kwargs: dict) -> Any:
     return value
 
 
-def replaced(tree: Any, place: Place, value: Any) -> Any:
-    """A copy of ``tree`` with ``value`` at ``place``; only the containers on the way are copied."""
+def streams(args: tuple, kwargs: dict) -> dict[Place, Tensor]:
+    """What may be a stream of hidden states among the arguments of a block."""
+    return {
+        place: tensor
+        for place, tensor in call_tensors(args, kwargs)
+        if tensor.is_floating_point() and tensor.ndim > 1
+    }
+
+
+def replaced(place: Place, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a call with ``value`` at ``place``; only the containers on the way are copied."""
+    both = _replaced({"args": args, "kwargs": kwargs}, place, value)
+    return both["args"], both["kwargs"]
+
+
+def _replaced(tree: Any, place: Place, value: Any) -> Any:
     if not place:
         return value
-    key, rest = place[0], place[1:]
-    if isinstance(tree, dict):
-        copy = dict(tree)
-        copy[key] = replaced(tree[key], rest, value)
-        return copy
-    items = list(tree)
-    items[key] = replaced(items[key], rest, value)
-    return _rebuild(tree, items)
+    key, *rest = place
+    copy: Any = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[key] = _replaced(tree[key], tuple(rest), value)
+    return copy if isinstance(tree, dict) else _rebuild(tree, copy)
 
 
 def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> Any:

@@ -1,7 +1,6 @@
 """Several ranks, one decision: what a cache has to know of the process groups that its model runs in."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -9,34 +8,13 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Module
 
-from runtime.compat.diffusers_private import lockstep_group
 from runtime.errors import ApplyError, WiringError
 from runtime.watch.distance import ratio
 
-__all__ = [
-    "Agreement",
-    "agree",
-    "await_gathered",
-    "gathered",
-    "lockstep_group",
-    "refuse_inner_sharding",
-]
 
-
-@dataclass(frozen=True)
-class Agreement:
-    """What the ranks of a group found together; equal on all of them.
-
-    Attributes:
-        x: Relative L1 change over all ranks; ``None`` unless every rank had something to compare.
-        same_past: Whether all ranks have decided alike so far.
-    """
-
-    x: float | None
-    same_past: bool
-
-
-def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> Agreement:
+def agree(
+    group: Any, sums: Tensor | None, past: int, device: torch.device
+) -> tuple[float | None, bool]:
     """Add up the sums of all ranks, and see that all of them are at the same point.
 
     A rank that decides alone leaves the others waiting in the next collective. So every rank takes part in
@@ -46,6 +24,10 @@ def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> A
     Args:
         sums: ``[sum|cur - prev|, sum|prev|]`` of this rank's part, shape (2,).
         past: Digest of what this rank has decided so far; its low 16 bits count.
+
+    Returns:
+        The same on all ranks: the relative L1 change over all of them, ``None`` unless every rank had something to
+        compare, and whether all ranks have decided alike so far.
     """
     past &= 0xFFFF
     votes = torch.tensor(
@@ -57,7 +39,7 @@ def agree(group: Any, sums: Tensor | None, past: int, device: torch.device) -> A
     numerator, denominator, unable, total, squares = votes.tolist()
     # (sum p)^2 = n sum p^2 only if all p are equal (Cauchy-Schwarz); exact in float64 for 16-bit p.
     same_past = total * total == group.size() * squares
-    return Agreement(None if unable or not same_past else ratio(numerator, denominator), same_past)
+    return (None if unable or not same_past else ratio(numerator, denominator)), same_past
 
 
 def await_gathered(unused: Iterable[Tensor]) -> None:

@@ -3,16 +3,16 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from runtime.compat.diffusers_private import ContextReceiver
-from runtime.decide.tracker import CallInfo, Position, Tracker
-from runtime.watch.places import Place, tensors
+from runtime.decide.tracker import CallInfo
+from runtime.watch.places import tensors
 
 # How denoisers call the argument that says where in the schedule they are, the usual name first.
 _TIME = re.compile(r"^(timesteps?|t|time|sigma)$|_timesteps?$|_time$")
@@ -61,49 +61,47 @@ class SchedulerClock:
         num_steps: Length of the schedule where there is no scheduler to ask.
     """
 
-    def __init__(self, pipeline: Any, num_steps: int | None = None) -> None:
-        self._pipeline, self._stated_steps = pipeline, num_steps
+    def __init__(self, pipeline: Any = None, num_steps: int | None = None) -> None:
+        self.pipeline, self._stated_steps = pipeline, num_steps
         self._timesteps: Any = None
         self._sigmas: Any = None
         self._levels: list[float] = []
         self._generation = 0
 
-    @property
-    def _scheduler(self) -> Any:
-        return getattr(self._pipeline, "scheduler", None)
-
-    def schedule(self) -> int | None:
-        """A number that changes with every generation; ``None`` without a pipeline."""
-        if self._pipeline is None:
-            return None
-        timesteps = getattr(self._scheduler, "timesteps", None)
+    def call_info(self, named: dict[str, Any], context: str | None) -> CallInfo:
+        """What is known of a denoiser call with the arguments ``named`` in the cache context ``context``."""
+        scheduler: Any = getattr(self.pipeline, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self._timesteps:
             # Kept, so that no other tensor can be given its identity.
             self._timesteps, self._generation = timesteps, self._generation + 1
-        return self._generation
-
-    def step_index(self) -> int | None:
-        """0-based step of the schedule; ``None`` where the scheduler keeps no count (DDIM and its like)."""
-        if not hasattr(self._scheduler, "step_index"):
-            return None
-        index = self._scheduler.step_index
-        if index is None:  # not stepped yet
-            index = getattr(self._scheduler, "begin_index", None)
-        return int(index or 0)
-
-    def num_steps(self) -> int | None:
-        """Length of the schedule, if known."""
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        return self._stated_steps if timesteps is None else len(timesteps)
+        index = None  # DDIM and its like keep no count
+        if hasattr(scheduler, "step_index"):
+            # Before the first step there may be a place to begin at (image to image).
+            begins_at = getattr(scheduler, "begin_index", None) or 0
+            index = int(begins_at if scheduler.step_index is None else scheduler.step_index)
+        return CallInfo(
+            context=context,
+            schedule=None if self.pipeline is None else self._generation,
+            step_index=index,
+            num_steps=self._stated_steps if timesteps is None else len(timesteps),
+            timestep=lambda: _extent(timestep(named)),
+            conditioning=frozenset(_identities(named)),
+        )
 
     def sigma(self, step: int) -> float | None:
         """Noise level of ``step``; ``None`` where the scheduler has no sigmas."""
-        sigmas = getattr(self._scheduler, "sigmas", None)
+        sigmas = getattr(getattr(self.pipeline, "scheduler", None), "sigmas", None)
         if sigmas is not self._sigmas:
             # They may lie on the device: read once per schedule, not once per step.
             self._sigmas = sigmas
             self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
         return self._levels[step] if step < len(self._levels) else None
+
+    def level(self, step: int) -> float:
+        """Abscissa of forecasts: the noise level, or minus the step where there is none."""
+        sigma = self.sigma(step)
+        return float(-step) if sigma is None else sigma
 
 
 class StepHook:
@@ -132,8 +130,7 @@ class StepHook:
         schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
         for scheduler in schedulers.values():
             own = type(scheduler)
-            hooked = self._subclass(own)
-            scheduler.__class__ = hooked
+            scheduler.__class__ = hooked = self._subclass(own)
             self._hooked.append((scheduler, own, hooked))
 
     def remove(self) -> None:
@@ -145,55 +142,20 @@ class StepHook:
         self._hooked.clear()
 
     def _subclass(self, own: Any) -> type:
-        name = list(inspect.signature(own.step).parameters)[1]
+        signature = inspect.signature(own.step)
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs.get(name)
-            if self._on_step is not None and isinstance(given, Tensor):
-                replaced = self._on_step(given)
-                if replaced is not None and args:
-                    args = (replaced, *args[1:])
-                elif replaced is not None:
-                    kwargs[name] = replaced
-            return own.step(scheduler, *args, **kwargs)
+            given = signature.bind(scheduler, *args, **kwargs)
+            name = list(given.arguments)[1]
+            prediction = given.arguments[name]
+            if self._on_step is not None and isinstance(prediction, Tensor):
+                replaced = self._on_step(prediction)
+                given.arguments[name] = prediction if replaced is None else replaced
+            return own.step(*given.args, **given.kwargs)
 
         names = {"step": step, "__module__": own.__module__, "__qualname__": own.__qualname__}
         return type(own.__name__, (own,), names)
-
-
-class Locator:
-    """Tells which trajectory and step a call of one denoiser belongs to."""
-
-    def __init__(self, module: Module, receiver: ContextReceiver, clock: SchedulerClock) -> None:
-        self._names = list(inspect.signature(module.forward).parameters)
-        self._receiver, self._clock = receiver, clock
-        self._tracker = Tracker()
-        self.sigma = clock.sigma
-        self.reset = self._tracker.reset
-
-    def locate(self, args: tuple, kwargs: dict) -> Position:
-        """Position of the call with these arguments."""
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        return self._tracker.locate(
-            CallInfo(
-                context=self._receiver.name,
-                schedule=self._clock.schedule(),
-                step_index=self._clock.step_index(),
-                num_steps=self._clock.num_steps(),
-                timestep=lambda: _extent(timestep(named)),
-                conditioning=frozenset(_identities(named)),
-            )
-        )
-
-    def level(self, step: int) -> float:
-        """Abscissa of forecasts: the noise level, or minus the step where there is none."""
-        sigma = self.sigma(step)
-        return float(-step) if sigma is None else sigma
-
-    def timestep(self, args: tuple, kwargs: dict) -> Tensor | float | None:
-        """The timestep that this call was given, as it was given."""
-        return timestep({**dict(zip(self._names, args, strict=False)), **kwargs})
 
 
 def is_time(name: str) -> bool:
@@ -201,43 +163,33 @@ def is_time(name: str) -> bool:
     return _TIME.search(name) is not None
 
 
-def timestep(named: dict[str, Any]) -> Tensor | float | None:
-    """The argument of a denoiser that carries the timestep."""
+def timestep(named: dict[str, Any]) -> Any:
+    """The argument of a denoiser that carries the timestep, as it was given."""
     names = sorted(filter(is_time, named), key=lambda name: name != "timestep")
     return next((named[name] for name in names if named[name] is not None), None)
 
 
 def _extent(value: Any) -> tuple[float, float] | None:
+    """Lowest and highest of the timesteps that a call was given."""
     if value is None:
         return None
-    if isinstance(value, list | tuple):
-        value = torch.stack([torch.as_tensor(item, dtype=torch.float32).mean() for item in value])
-    if isinstance(value, Tensor):
-        low, high = torch.stack(torch.aminmax(value.detach().float())).tolist()
-        return low, high
-    return float(value), float(value)
+    parts = value if isinstance(value, list | tuple) else [value]
+    times = [torch.as_tensor(part, dtype=torch.float32).detach().flatten() for part in parts]
+    low, high = torch.stack(torch.aminmax(torch.cat(times))).tolist()
+    return low, high
 
 
+@dataclass(frozen=True)
 class _Identity:
     """A conditioning tensor by its memory, which is held so that no other tensor can be given it meanwhile."""
 
-    __slots__ = ("_key", "_memory")
-
-    def __init__(self, name: str, place: Place, tensor: Tensor) -> None:
-        self._key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
-        self._memory = tensor.untyped_storage()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    key: tuple
+    memory: Any = field(compare=False)
 
 
-def _identities(named: dict[str, Any]) -> list[_Identity]:
-    return [
-        _Identity(name, place, tensor)
-        for name, value in named.items()
-        if _CONDITIONING.search(name)
-        for place, tensor in tensors(value)
-    ]
+def _identities(named: dict[str, Any]) -> Iterator[_Identity]:
+    for name, value in named.items():
+        if _CONDITIONING.search(name):
+            for place, tensor in tensors(value):
+                key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
+                yield _Identity(key, tensor.untyped_storage())

@@ -10,8 +10,8 @@ from tiny_pipeline import TinyPipeline
 
 import coeffs
 from runtime import Forecast, apply_tea_cache
+from runtime.decide.choice import best_for
 from runtime.errors import InvalidSetting
-from runtime.source import best_for
 
 FITTED = coeffs.Plan(
     schedule="CCSCSCSS", forecast="fitted", forecast_of="output",

@@ -11,9 +11,9 @@ from tiny_pipeline import TinyPipeline
 import coeffs
 from coeffs.entry.signals import SIGNALS
 from runtime import InvalidSetting, apply_tea_cache
+from runtime.asked import Asked, Model
 from runtime.decide.forecast import Forecast
 from runtime.settings import resolve
-from runtime.source import Asked, Model
 
 FACTS = {"transformer_class": "FluxTransformer2DModel"}
 PIPELINE = Model(facts=FACTS, classes={"transformer": "FluxTransformer2DModel"}, has_scheduler=True)
@@ -30,7 +30,7 @@ def entry(**fields) -> coeffs.Entry:
 
 
 def test_resolving_needs_no_torch():
-    code = "import sys, runtime.settings, runtime.source; sys.exit('torch' in sys.modules)"
+    code = "import sys, runtime.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -38,7 +38,7 @@ def test_a_gate_takes_the_entrys_window_unless_another_is_given():
     protocol = coeffs.Protocol(num_steps=50)
     measured = entry(start=3, end=2, max_skips=4, protocol=protocol)
     settings = resolve(Asked(entry=measured, threshold=0.2), PIPELINE)
-    assert (settings.policy, settings.entry, settings.signal) == (
+    assert (settings.policy, settings.label, settings.signal) == (
         "gate",
         "tiny@v0",
         "modulated_input",

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.compat.diffusers_private import ContextReceiver
 from runtime.decide.tracker import MOST_BRANCHES, CallInfo, Position, Tracker
-from runtime.watch.scheduler import Locator, SchedulerClock
+from runtime.watch.scheduler import SchedulerClock
 
 COND, UNCOND, THIRD = frozenset({"prompt"}), frozenset({"negative"}), frozenset({"image"})
 
@@ -114,13 +113,6 @@ def test_indistinguishable_branches_go_by_the_order_of_their_calls() -> None:
 
 def test_memory_that_another_tensor_takes_over_is_not_its_identity() -> None:
     """Embeddings made anew for every call may be given each other's memory; that must not swap the branches."""
-
-    class Denoiser(torch.nn.Module):
-        def forward(
-            self, hidden_states: torch.Tensor, timestep: float, encoder_hidden_states: torch.Tensor
-        ) -> None:
-            pass
-
     free = [np.zeros(4, np.float32) for _ in range(9)]
 
     def new() -> torch.Tensor:
@@ -130,12 +122,14 @@ def test_memory_that_another_tensor_takes_over_is_not_its_identity() -> None:
         weakref.finalize(view, free.append, memory)
         return torch.from_numpy(view)
 
-    locator, found = Locator(Denoiser(), ContextReceiver(), SchedulerClock(None)), []
+    clock, tracker, found = SchedulerClock(), Tracker(), []
     for time in (900.0, 600.0, 300.0, 100.0):
         texts = []
         for _ in range(2):
             texts.append(new())
-            found.append(locator.locate((torch.zeros(1), time, texts[-1]), {}))
+            named = {"hidden_states": torch.zeros(1), "timestep": time}
+            named["encoder_hidden_states"] = texts[-1]
+            found.append(tracker.locate(clock.call_info(named, context=None)))
         while texts:
             texts.pop(0)
     assert [p.branch for p in found] == ["branch0", "branch1"] * 4

@@ -1,0 +1,99 @@
+"""What ``apply_tea_cache`` was given, and what it is applied to. Pure: no tensors, no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import coeffs
+from runtime.decide.forecast import Forecast
+from runtime.errors import InvalidSetting
+
+FROM_ENTRY: Any = "entry"  # default of max_skips, where None lifts the cap
+# Arguments with few values -> all of them.
+_VALUES = {"forecast_of": ("residual", "output", "guided"), "branches": ("together", "apart")}
+_OF_COEFFICIENTS = ("domain", "sign_rule", "signal")
+# Beside a speed-up they take the gate; beside a schedule they mean nothing.
+OF_GATE = ("start", "end", "max_skips", "compat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The arguments of ``apply_tea_cache``, which documents them; ``None`` where nothing was said."""
+
+    entry: "coeffs.Entry | str | None" = None
+    threshold: float | None = None
+    speedup: float | None = None
+    schedule: "str | coeffs.Plan | None" = None
+    coefficients: Sequence[float] | None = None
+    domain: tuple[float, float] | None = None
+    sign_rule: str | None = None
+    signal: str | None = None
+    start: int | float | None = None
+    end: int | float | None = None
+    max_skips: int | None = FROM_ENTRY
+    num_steps: int | None = None
+    forecast: str | Forecast | None = None
+    forecast_of: str | None = None
+    branches: str | None = None
+    offload: bool = False
+    compat: bool = False
+    strict: bool = False
+
+    def given(self, *names: str) -> list[str]:
+        """Those of the arguments ``names`` that are not at their default."""
+        return [name for name in names if getattr(self, name) is not getattr(Asked, name)]
+
+    def refuse(self, reason: str, *names: str) -> None:
+        """Refuse those of the arguments ``names`` that were given."""
+        given = self.given(*names)
+        if given:
+            raise InvalidSetting(f"{given[0]}= {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Plain facts about what the cache is applied to.
+
+    Attributes:
+        facts: In the registry's words, for :func:`coeffs.find`.
+        classes: Class names of the denoisers by component name.
+        has_scheduler: Whether there is a scheduler to ask for steps and noise levels; a bare denoiser has none.
+    """
+
+    facts: Mapping[str, Any]
+    classes: Mapping[str, str]
+    has_scheduler: bool
+
+
+def check(asked: Asked, model: Model) -> None:
+    """Refuse arguments that exclude each other.
+
+    Raises:
+        InvalidSetting: Which of them, and what to do about it.
+    """
+    chosen = asked.given("threshold", "speedup", "schedule")
+    if len(chosen) != 1:
+        given = " and ".join(chosen) or "none of them"
+        raise InvalidSetting(
+            f"{given} given: expected exactly one of threshold=, speedup=, schedule="
+        )
+    if asked.schedule is not None:
+        names = ["coefficients", *_OF_COEFFICIENTS, *OF_GATE]
+        if isinstance(asked.schedule, str):
+            names.append("strict")  # only a plan states noise levels that could be strict
+        reason = "has no meaning beside schedule=, which fixes every step; leave it out"
+        asked.refuse(reason, *names)
+    if asked.coefficients is None:
+        asked.refuse("belongs to coefficients=; an entry brings its own", *_OF_COEFFICIENTS)
+    elif asked.entry is not None:
+        raise InvalidSetting("entry and coefficients given: expected one of them")
+    if model.has_scheduler:
+        reason = "is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
+        asked.refuse(reason, "num_steps")
+    if asked.compat:
+        fixed = OF_GATE[:2] if asked.max_skips is None else OF_GATE[:3]
+        asked.refuse("has no meaning beside compat=True, which fixes it", *fixed)
+    for name, values in _VALUES.items():
+        value = getattr(asked, name)
+        if value not in (None, *values):
+            raise InvalidSetting(f"{name} {value!r}: expected {', '.join(values)}")

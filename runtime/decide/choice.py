@@ -1,0 +1,94 @@
+"""What of an entry is taken for a wanted speed-up: a threshold of its gate, or one of its plans. Pure: no torch."""
+
+import math
+from itertools import pairwise
+
+import coeffs
+from runtime.errors import InvalidSetting
+
+NOISE_DB = 0.3  # differences of means below it are not told apart by a plan's few prompts
+MEASURES = ("psnr_db", "snr_db")  # of pictures, of sound
+# How a plan's figures name fewer steps without a cache -> the solver that they were taken with.
+_FEWER_STEPS = {
+    "fewer_steps": "",
+    "fewer_steps_second_order_solver": " and DPM-Solver++ of order 2",
+}
+
+
+def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
+    """The lowest verified threshold of ``entry`` that reaches ``speedup``, between table rows by interpolation.
+
+    Raises:
+        InvalidSetting: The entry has no measured speed-ups, or none as high.
+    """
+    if entry is None:
+        raise InvalidSetting(
+            "speedup= needs a registry entry with verified thresholds; give threshold= instead"
+        )
+    rows = [(1.0, 0.0)]
+    rows += [(reached, row.threshold) for reached, row in _verified(entry)]
+    for (slower, low), (faster, high) in pairwise(rows):
+        if 1 <= speedup <= faster:
+            share = (speedup - slower) / (faster - slower) if faster > slower else 1.0
+            return low + share * (high - low)
+    raise InvalidSetting(
+        f"speedup {speedup}: {entry.label} was verified from 1 to {rows[-1][0]:.2f}; choose one of those, "
+        "run `calibrate verify` on it, or give threshold= instead"
+    )
+
+
+def best_for(entry: "coeffs.Entry | None", speedup: float) -> "float | coeffs.Plan":
+    """The gate's threshold or the plan of ``entry`` that verified best among those that reach ``speedup``.
+
+    Both are judged by what was measured at this speed-up or a higher one.
+
+    Raises:
+        InvalidSetting: Neither was verified at this speed-up.
+    """
+    plans = entry.plans if entry else None
+    fast_enough = [plan for plan in plans or () if _speedup(plan) >= speedup >= 1]
+    if entry is None or not fast_enough:
+        return threshold_for(entry, speedup)
+    best = max(fast_enough, key=_fidelity)
+    gates = [row.psnr_db for reached, row in _verified(entry) if reached >= speedup]
+    if gates and gates[0] is not None and gates[0] >= _fidelity(best):
+        return threshold_for(entry, speedup)
+    return best
+
+
+def fewer_steps_advice(plan: "coeffs.Plan") -> str | None:
+    """What to do instead of a plan, where fewer steps without a cache was measured better; else None."""
+    figures = plan.figures or {}
+    for measure in MEASURES:
+        own = figures.get(measure)
+        rivals = [
+            (figures.get(f"{name}_{measure}") or -math.inf, solver)
+            for name, solver in _FEWER_STEPS.items()
+        ]
+        best, solver = max(rivals)
+        if own is not None and best > own + NOISE_DB:
+            return (
+                f"use fewer steps instead: num_inference_steps={plan.computed_steps}{solver} without a cache gave "
+                f"{best:.1f} dB, this plan {own:.1f} dB"
+            )
+    return None
+
+
+def _verified(entry: "coeffs.Entry") -> list[tuple[float, "coeffs.Threshold"]]:
+    """Measured speed-up and row of the thresholds that have one, the slowest first."""
+    rows = [
+        (row.speedup, row)
+        for row in entry.thresholds
+        if row.kind == "verified" and row.speedup is not None
+    ]
+    return sorted(rows, key=lambda rated: (rated[0], rated[1].threshold))
+
+
+def _speedup(plan: "coeffs.Plan") -> float:
+    return (plan.figures or {}).get("speedup") or 0.0
+
+
+def _fidelity(plan: "coeffs.Plan") -> float:
+    """PSNR in dB, SNR for sound; minus infinity where nothing was measured."""
+    values = [(plan.figures or {}).get(measure) for measure in MEASURES]
+    return next((value for value in values if value is not None), -math.inf)
