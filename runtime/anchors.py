@@ -75,7 +75,7 @@ class Anchors:
 
     def _asked_level(self, step: int) -> float:
         """0 where the forecast asks for no levels, since reading one may wait for the device."""
-        return self._level(step) if self._forecast.asks_levels else 0.0
+        return self._level(step) if self._forecast.order else 0.0
 
 
 class Guided:

@@ -36,8 +36,8 @@ class CompiledBlocks:
         count: How many blocks are compiled, over all denoisers.
     """
 
-    def __init__(self) -> None:
-        self._compiled: list[tuple[Module, _CompiledForward]] = []
+    def __init__(self, compiled: list[tuple[Module, _CompiledForward]]) -> None:
+        self._compiled = compiled
 
     @property
     def count(self) -> int:
@@ -91,16 +91,11 @@ def compile_blocks(
     ]
     for root, path, block in targets:
         _refuse(root, path, block)
-    handle = CompiledBlocks()
-    try:
-        for _, _, block in targets:
-            forward = _CompiledForward(inner_forward(block), {"fullgraph": fullgraph, **options})
-            set_inner_forward(block, forward)
-            handle._compiled.append((block, forward))
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
+    options["fullgraph"] = fullgraph
+    compiled = [(block, _CompiledForward(inner_forward(block), options)) for _, _, block in targets]
+    for block, forward in compiled:
+        set_inner_forward(block, forward)
+    return CompiledBlocks(compiled)
 
 
 def _refuse(root: Module, path: str, block: Module) -> None:

@@ -43,16 +43,9 @@ class Forecast:
             )
 
     @property
-    def asks_levels(self) -> bool:
-        """Whether weights follow from the noise levels."""
-        return ORDERS.get(self.kind, 0) > 0
-
-    @property
-    def kept(self) -> int:
-        """How many computed values are kept at the most."""
-        if self.kind == "fitted":
-            return max(len(row) for row in self.weights.values())
-        return ORDERS[self.kind] + 1
+    def order(self) -> int:
+        """Degree of the extrapolation in the noise levels; 0 where weights do not follow from them."""
+        return ORDERS.get(self.kind, 0)
 
     def planned_for(self, schedule: str) -> "Forecast":
         """This forecast under ``schedule``; weights fitted for another one are refused."""
@@ -67,15 +60,14 @@ class Forecast:
     def kept_from(self, step: int) -> int:
         """How many of the values computed up to ``step`` the skipped steps after it use."""
         if self.kind != "fitted":
-            return self.kept
-        kept = 1
-        for later, row in self.weights.items():
-            if later > step:
-                computed_between = (
-                    self.schedule[step + 1 : later].count("C") if self.schedule else 0
-                )
-                kept = max(kept, len(row) - computed_between)
-        return kept
+            return self.order + 1
+        schedule = self.schedule or ""
+        used = [
+            len(row) - schedule[step + 1 : later].count("C")
+            for later, row in self.weights.items()
+            if later > step
+        ]
+        return max(1, *used) if used else 1
 
     def at(
         self, step: int, level: float, anchors: Sequence[float], steps: Sequence[int] = ()
@@ -91,19 +83,15 @@ class Forecast:
             [2.0, -1.0]
         """
         if self.kind != "fitted":
-            return extrapolation(level, anchors[: self.kept])
+            return extrapolation(level, anchors[: self.order + 1])
         row = list(self.weights.get(step, (1.0,)))
-        if len(row) <= len(anchors) and self._planned(step, list(steps[: len(row)])):
+        before = (self.schedule or "")[:step]
+        computed = [index for index, letter in enumerate(before) if letter == "C"]
+        last = computed[::-1][: len(row)]
+        is_planned = self.schedule is None or last == list(steps[: len(row)])
+        if is_planned and len(row) <= len(anchors):
             return row
         return [1.0] + [0.0] * (len(anchors) - 1)
-
-    def _planned(self, step: int, steps: list[int]) -> bool:
-        """Whether ``steps`` are the last that the schedule computes before ``step``."""
-        if self.schedule is None:
-            return True
-        before = self.schedule[:step]
-        computed = [index for index, letter in enumerate(before) if letter == "C"]
-        return computed[::-1][: len(steps)] == steps
 
 
 def extrapolation(level: float, anchors: Sequence[float]) -> list[float]:

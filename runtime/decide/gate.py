@@ -7,7 +7,6 @@ published polynomial lacks: a fitted domain, a forced window, a cap on consecuti
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from coeffs.entry.polynomial import Polynomial
 from runtime.errors import InvalidSetting
@@ -45,19 +44,6 @@ class Decision:
         return self.kind == "skipped"
 
 
-class Policy(Protocol):
-    """What the hooks ask at every step of a trajectory: the gate or a fixed plan."""
-
-    @property
-    def needs_signal(self) -> bool: ...
-
-    def known(self, *, step: int, num_steps: int | None) -> Decision | None: ...
-
-    def step(self, x: float | None, *, step: int, num_steps: int | None) -> Decision: ...
-
-    def reset(self) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """Settings of a gate.
@@ -78,13 +64,17 @@ class GateConfig:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_number(self.threshold) or not self.threshold >= 0:
+        if not _is_number(self.threshold) or not 0 <= self.threshold < math.inf:
             raise InvalidSetting(
                 f"threshold {self.threshold!r}: expected a number >= 0 (0 computes every step)"
             )
-        for name in ("start", "end"):
-            _check_window(name, getattr(self, name))
-        if self.max_skips is not None and (not _is_count(self.max_skips) or self.max_skips < 1):
+        for name, value in (("start", self.start), ("end", self.end)):
+            most = 1 if isinstance(value, float) else math.inf
+            if not _is_number(value) or not 0 <= value <= most:
+                raise InvalidSetting(
+                    f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)"
+                )
+        if self.max_skips is not None and (type(self.max_skips) is not int or self.max_skips < 1):
             raise InvalidSetting(
                 f"max_skips {self.max_skips!r}: expected a count >= 1, or None for no cap"
             )
@@ -136,8 +126,10 @@ class Gate:
         """The decision where it does not depend on x, else ``None``; changes nothing, :meth:`step` must follow."""
         if not self._started:
             return Decision("first")
-        if self.config.threshold == 0 or self.config.forced(step, num_steps):
-            return Decision("computed" if self.config.threshold == 0 else "forced")
+        if self.config.threshold == 0:
+            return Decision("computed")
+        if self.config.forced(step, num_steps):
+            return Decision("forced")
         cap = None if self.config.compat else self.config.max_skips
         if cap is not None and self._skips_in_a_row >= cap:
             return Decision("streak_cap")
@@ -207,22 +199,13 @@ class FixedSchedule:
         return decision
 
 
+# What decides at every step of a trajectory.
+Policy = Gate | FixedSchedule
+
+
 def _count(value: int | float, num_steps: int) -> int:
     return math.ceil(value * num_steps) if isinstance(value, float) else value
 
 
-def _check_window(name: str, value: int | float) -> None:
-    if not _is_count(value) and not (isinstance(value, float) and 0 <= value <= 1):
-        raise InvalidSetting(
-            f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)"
-        )
-    if value < 0:
-        raise InvalidSetting(f"{name} {value!r}: expected 0 or more steps")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -55,20 +55,15 @@ class Position:
     schedule: Hashable | None = None
 
 
+@dataclass
 class _Branch:
-    def __init__(self, name: str, ordinal: int, conditioning: frozenset) -> None:
-        self.name = name
-        self.ordinal = ordinal
-        self.seen = self.constant = conditioning
-        self.calls = 1
+    """A CFG branch: the ordinal of its latest step, the conditioning seen there, and what of it never changed."""
 
-    def accepts(self, conditioning: frozenset) -> bool:
-        """Whether all that stayed the same in this branch so far is there again (one call alone proves nothing)."""
-        return self.calls < 2 or self.constant <= conditioning
-
-    def visit(self, ordinal: int, conditioning: frozenset) -> None:
-        self.constant &= conditioning
-        self.seen, self.ordinal, self.calls = conditioning, ordinal, self.calls + 1
+    name: str
+    ordinal: int
+    seen: frozenset
+    constant: frozenset
+    calls: int = 1
 
 
 class Tracker:
@@ -92,20 +87,19 @@ class Tracker:
         index = info.step_index
         if index is not None and self._is_stuck(info, index):
             index = None
-        by_clock = index is not None
-        event = self._time_event(info) if index is None else self._clock_event(info, index)
+        time = info.timestep() if index is None else None
+        event = self._event(info, index, time)
         if event == "generation":
             stuck = self._stuck
             self.reset()
-            self._stuck = None if by_clock else stuck
+            self._stuck = stuck
         if event != "branch":
             self._ordinal += 1
         self._schedule, self._index = info.schedule, index
-        if not by_clock:
-            self._remember_time(info)
+        self._time = self._time if time is None else time
         branch, consecutive = self._visit(info)
         return Position(
-            branch=branch.name,
+            branch=branch,
             step=self._ordinal if index is None else index,
             num_steps=info.num_steps,
             new_generation=event == "generation",
@@ -118,79 +112,73 @@ class Tracker:
     def _is_stuck(self, info: CallInfo, index: int) -> bool:
         """Whether the scheduler in view stands still while the denoiser is driven by another one (a shared model)."""
         now = (info.schedule, index)
-        if self._stuck is not None and self._stuck != now:
-            self._stuck = None  # it moves again: it drives
-            self._branches = []
-        if info.num_steps is not None and index >= info.num_steps and self._stuck is None:
-            self._stuck, self._branches = now, []  # it is through with its schedule
-        if self._stuck is None and self._branches and (self._schedule, self._index) == now:
-            used = [branch.name for branch in self._branches if branch.ordinal == self._ordinal]
-            if info.context in used or len(used) >= MOST_BRANCHES:
+        if self._stuck not in (None, now):
+            self._stuck, self._branches = None, []  # it moves again: it drives
+        if self._stuck is None:
+            names = [branch.name for branch in self._called()]
+            again = info.context in names or len(names) >= MOST_BRANCHES
+            through = info.num_steps is not None and index >= info.num_steps
+            if through or (again and (self._schedule, self._index) == now):
                 self._stuck, self._branches = now, []
         return self._stuck is not None
 
-    def _clock_event(self, info: CallInfo, index: int) -> str:
-        if not self._branches or info.schedule != self._schedule or self._index is None:
-            return "generation"
-        if index < self._index:
-            return "generation"
-        return "step" if index > self._index else "branch"
+    def _called(self) -> list[_Branch]:
+        """The branches that were called at this step."""
+        return [branch for branch in self._branches if branch.ordinal == self._ordinal]
 
-    def _time_event(self, info: CallInfo) -> str:
-        time = info.timestep()
-        if not self._branches or info.schedule != self._schedule or self._index is not None:
+    def _event(self, info: CallInfo, index: int | None, time: tuple[float, float] | None) -> str:
+        """What begins with this call: a ``generation``, a ``step``, or only another ``branch``."""
+        before = self._index
+        if not self._branches or info.schedule != self._schedule:
+            return "generation"
+        if index is not None and before is not None:
+            return "generation" if index < before else "step" if index > before else "branch"
+        if before is not None or index is not None:
             return "generation"
         if time is None or time == self._time:
             silent = time is None and info.context is None and not info.conditioning
             return "step" if silent or self._evaluated_again(info) else "branch"
-        rises = sum(time) > sum(self._time) if self._time is not None else None
-        if self._rises is not None and rises is not None and rises != self._rises:
-            return "generation"
+        if self._time is not None:
+            rises = sum(time) > sum(self._time)
+            if self._rises not in (None, rises):
+                return "generation"
+            self._rises = rises
         return "step"
 
     def _evaluated_again(self, info: CallInfo) -> bool:
         """Whether the same branch runs once more at one timestep, as solvers of second order do."""
-        used = [branch for branch in self._branches if branch.ordinal == self._ordinal]
         if info.context is not None:
-            return any(branch.name == info.context for branch in used)
-        return bool(info.conditioning) and any(branch.seen == info.conditioning for branch in used)
-
-    def _remember_time(self, info: CallInfo) -> None:
-        time = info.timestep()
-        if (
-            time is not None
-            and self._time is not None
-            and time != self._time
-            and self._rises is None
-        ):
-            self._rises = sum(time) > sum(self._time)
-        self._time = time if time is not None else self._time
+            return any(branch.name == info.context for branch in self._called())
+        same = [branch for branch in self._called() if branch.seen == info.conditioning]
+        return bool(info.conditioning and same)
 
     # -- which branch is it? --------------------------------------------------------------------------------------
 
-    def _visit(self, info: CallInfo) -> tuple[_Branch, bool]:
-        branch = self._find(info)
+    def _visit(self, info: CallInfo) -> tuple[str, bool]:
+        """The name of the call's branch, and whether it was also called at the previous step."""
+        now, branch = info.conditioning, self._find(info)
         if branch is None:
             name = info.context or f"branch{len(self._branches)}"
-            self._branches.append(_Branch(name, self._ordinal, info.conditioning))
-            return self._branches[-1], False
+            self._branches.append(_Branch(name, self._ordinal, now, now))
+            return name, False
         # Pipelines pass the same embeddings at every step, so after one call other embeddings may mean another branch.
         # Custom loops often rebuild embeddings every step, so without a scheduler we trust call order.
         known = branch.calls > 1 or info.context is not None or self._index is None
-        known = known or not branch.seen or not info.conditioning
-        consecutive = branch.ordinal == self._ordinal - 1 and (
-            known or bool(branch.seen & info.conditioning)
-        )
-        branch.visit(self._ordinal, info.conditioning)
-        return branch, consecutive
+        known = known or not (branch.seen and now) or bool(branch.seen & now)
+        consecutive = known and branch.ordinal == self._ordinal - 1
+        branch.constant &= now
+        branch.seen, branch.ordinal, branch.calls = now, self._ordinal, branch.calls + 1
+        return branch.name, consecutive
 
     def _find(self, info: CallInfo) -> _Branch | None:
+        now = info.conditioning
         if info.context is not None:
             return next((branch for branch in self._branches if branch.name == info.context), None)
+        # All that stayed the same in a branch so far must be there again (one call alone proves nothing).
         free = [
             branch
             for branch in self._branches
-            if branch.ordinal < self._ordinal and branch.accepts(info.conditioning)
+            if branch.ordinal < self._ordinal and (branch.calls < 2 or branch.constant <= now)
         ]
         # max() keeps the first of equals: among indistinguishable branches the order of the calls decides.
-        return max(free, key=lambda branch: len(branch.constant & info.conditioning), default=None)
+        return max(free, key=lambda branch: len(branch.constant & now), default=None)

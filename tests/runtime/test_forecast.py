@@ -25,7 +25,7 @@ def test_weights_by_hand():
         1.0
     ]  # one anchor: nothing to extrapolate from
     fitted = Forecast("fitted", {3: (1.5, -0.5)})
-    assert fitted.kept == 2
+    assert fitted.kept_from(0) == 2
     assert fitted.at(3, level=0.0, anchors=[0.6, 0.8]) == [1.5, -0.5]
     assert fitted.at(4, level=0.0, anchors=[0.6, 0.8]) == [1.0]  # a step without weights is reused
 
