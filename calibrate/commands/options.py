@@ -6,9 +6,9 @@ from typing import Any
 import click
 from click import option
 
+from calibrate.model.loading import DTYPES
 from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
 
-DTYPES = click.Choice(["bfloat16", "float16", "float32"])
 FOLDER = click.Path(file_okay=False)
 POSITIVE = click.IntRange(min=1)
 DEGREE = click.IntRange(1, 6)
@@ -95,7 +95,9 @@ recording_options = _group(
     option("--width", type=POSITIVE, help="Pixels."),
     option("--num-frames", type=POSITIVE, help="Frames of a video."),
     _image,
-    option("--dtype", type=DTYPES, default="bfloat16", help="Of weights and activations."),
+    option(
+        "--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Of weights and activations."
+    ),
     option("--out", type=FOLDER, metavar="RUN", help="Run folder [runs/<model>-<hash>]."),
     option(
         "--gram/--no-gram",
@@ -119,6 +121,6 @@ rerunning_options = _group(
     ),
     _seed,
     _image,
-    option("--dtype", type=DTYPES, help="[default: as recorded]"),
+    option("--dtype", type=click.Choice(DTYPES), help="[default: as recorded]"),
     _session,
 )

@@ -12,7 +12,7 @@ from calibrate.model.table import ModelSpec
 from calibrate.text import did_you_mean
 
 MIN_STEPS = 2  # one pair needs two steps
-_STEPS = "num_inference_steps"
+STEPS = "num_inference_steps"
 _SIZES = ("height", "width", "num_frames")
 # Ours to give: the recording sets them for every prompt.
 _RESERVED = {*("prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt")}
@@ -45,60 +45,56 @@ class Call:
         for prompt in prompts:
             for name in ("negative_prompt", "image"):
                 if getattr(prompt, name) and not self.accepts(name):
-                    raise InvalidOption(
-                        f"prompt {prompt.prompt!r} has one, but the pipeline takes no {name}"
-                    )
+                    problem = f"has one, but the pipeline takes no {name}"
+                    raise InvalidOption(f"prompt {prompt.prompt!r} {problem}")
             if self.needs_image and not prompt.image:
-                raise InvalidOption(
-                    f"prompt {prompt.prompt!r} has no image, which the pipeline needs; give --image FILE"
-                )
+                problem = "has no image, which the pipeline needs; give --image FILE"
+                raise InvalidOption(f"prompt {prompt.prompt!r} {problem}")
 
 
 def prepare_call(
     pipeline_call: Callable,
     spec: ModelSpec | None,
     *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
     pipe_args: Mapping[str, Any] | None = None,
+    **options: float | None,
 ) -> Call:
     """Merge the pipeline's own defaults, the table's and the options, the latter winning.
 
-    A default of the table that the pipeline does not take is left out; an option that it does not take is an error.
+    ``options`` are steps, guidance_scale, height, width and num_frames. A default of the table that the pipeline does
+    not take is left out; an option that it does not take is an error.
     """
     parameters = dict(inspect.signature(pipeline_call).parameters)
     parameters.pop("self", None)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = None if open_ended else frozenset(parameters)
     guidance = (spec and spec.guidance_argument) or _guidance_argument(parameters)
-    options = {
-        "--steps": (_STEPS, steps),
-        "--guidance-scale": (guidance, guidance_scale),
-        "--height": ("height", height),
-        "--width": ("width", width),
-        "--num-frames": ("num_frames", num_frames),
-    }
-    given = _given(options, dict(pipe_args or {}), accepted)
-    arguments = {
-        name: value
-        for name, value in _table_defaults(spec, guidance).items()
-        if accepted is None or name in accepted
-    } | given
+    argument_of = {"steps": STEPS, "guidance_scale": guidance}
+    given = dict(pipe_args or {})
+    flags = {name: f"--pipe-arg {name}" for name in given}
+    for option, value in options.items():
+        name, flag = argument_of.get(option, option), f"--{option.replace('_', '-')}"
+        if value is not None and name in given:
+            problem = "set the same argument; give one of them"
+            raise InvalidOption(f"{flag} and --pipe-arg {name} {problem}")
+        if value is not None:
+            given[name], flags[name] = value, flag
+    for name, flag in flags.items():
+        _refuse_argument(name, flag, accepted)
+    known = {} if spec is None else _table_defaults(spec, guidance)
+    arguments = {name: known[name] for name in known if open_ended or name in parameters} | given
     settings = {name: p.default for name, p in parameters.items() if _is_number(p.default)}
     settings |= arguments
-    num_steps = settings.get(_STEPS)
-    if num_steps is not None and (not isinstance(num_steps, int) or num_steps < MIN_STEPS):
-        raise InvalidOption(
-            f"--steps {num_steps}: a pair needs two steps; expected a whole number from {MIN_STEPS}"
-        )
-    protocol = {"num_steps": num_steps, "guidance_scale": settings.get(guidance)}
-    protocol |= {name: settings.get(name) for name in _SIZES}
-    named = {_STEPS, "guidance_scale", *_SIZES}
-    protocol["call_arguments"] = {
-        name: value for name, value in arguments.items() if name not in named
+    steps = settings.get(STEPS)
+    if steps is not None and (not isinstance(steps, int) or steps < MIN_STEPS):
+        expected = f"a pair needs two steps; expected a whole number from {MIN_STEPS}"
+        raise InvalidOption(f"--steps {steps}: {expected}")
+    named = (STEPS, "guidance_scale", *_SIZES)
+    protocol = {
+        "num_steps": steps,
+        "guidance_scale": settings.get(guidance),
+        **{name: settings.get(name) for name in _SIZES},
+        "call_arguments": {name: arguments[name] for name in arguments if name not in named},
     }
     image = parameters.get("image")
     required = image is not None and image.default is image.empty
@@ -106,44 +102,21 @@ def prepare_call(
     return Call(arguments=arguments, accepted=accepted, protocol=protocol, needs_image=needs_image)
 
 
-def _given(
-    options: Mapping[str, tuple[str, Any]],
-    pipe_args: dict[str, Any],
-    accepted: frozenset[str] | None,
-) -> dict[str, Any]:
-    """What the user set, by argument; refuses what is set twice, is ours to set, or is not taken."""
-    given = dict(pipe_args)
-    flags = {name: f"--pipe-arg {name}" for name in pipe_args}
-    for flag, (name, value) in options.items():
-        if value is None:
-            continue
-        if name in pipe_args:
-            raise InvalidOption(
-                f"{flag} and --pipe-arg {name} set the same argument; give one of them"
-            )
-        given[name], flags[name] = value, flag
-    for name, flag in flags.items():
-        if name in _RESERVED:
-            raise InvalidOption(
-                f"{flag}: it is set for every prompt; use --prompts, --image or --seed"
-            )
-        if accepted is not None and name not in accepted:
-            hint = (
-                did_you_mean(name, accepted)
-                or f"it takes {', '.join(sorted(accepted - _RESERVED))}"
-            )
-            raise InvalidOption(f"{flag}: the pipeline takes no argument {name!r}; {hint}")
-    return given
+def _refuse_argument(name: str, flag: str, accepted: frozenset[str] | None) -> None:
+    if name in _RESERVED:
+        advice = "use --prompts, --image or --seed"
+        raise InvalidOption(f"{flag}: it is set for every prompt; {advice}")
+    if accepted is not None and name not in accepted:
+        takes = f"it takes {', '.join(sorted(accepted - _RESERVED))}"
+        hint = did_you_mean(name, accepted) or takes
+        raise InvalidOption(f"{flag}: the pipeline takes no argument {name!r}; {hint}")
 
 
-def _table_defaults(spec: ModelSpec | None, guidance: str) -> dict[str, Any]:
-    if spec is None:
-        return {}
-    values = {_STEPS: spec.num_steps, guidance: spec.guidance_scale}
+def _table_defaults(spec: ModelSpec, guidance: str) -> dict[str, Any]:
+    values = {STEPS: spec.num_steps, guidance: spec.guidance_scale}
     values |= {name: getattr(spec, name) for name in _SIZES}
-    return {
-        name: value for name, value in values.items() if value is not None
-    } | spec.call_arguments
+    known = {name: value for name, value in values.items() if value is not None}
+    return known | spec.call_arguments
 
 
 def _guidance_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
@@ -162,7 +135,7 @@ def call_text(protocol: Mapping[str, Any]) -> str:
         f"{steps} steps" if steps else "",
         "" if guidance is None else f"guidance {guidance:g}",
         "x".join(str(size) for size in sizes if size) or "the pipeline's own size",
-        protocol.get("dtype") or "",
+        protocol.get("dtype"),
     ]
     return ", ".join(part for part in parts if part)
 
@@ -174,9 +147,8 @@ def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
-            raise InvalidOption(
-                f"--pipe-arg {pair}: expected KEY=VALUE, such as enable_prompt_rewrite=false"
-            )
+            expected = "expected KEY=VALUE, such as enable_prompt_rewrite=false"
+            raise InvalidOption(f"--pipe-arg {pair}: {expected}")
         if key in arguments:
             raise InvalidOption(f"--pipe-arg {key}: given twice; give it once")
         arguments[key] = _value(text.strip())
@@ -184,12 +156,9 @@ def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    # Python's spelling of them is taken too.
-    json_text = text.lower().replace("none", "null")
-    if json_text in ("true", "false", "null"):
-        text = json_text
+    python = {"True": "true", "False": "false", "None": "null"}  # Python's spelling is taken too
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(python.get(text.title(), text), parse_constant=_refuse_constant)
     except json.JSONDecodeError:
         return text
 
@@ -199,4 +168,4 @@ def _refuse_constant(name: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)

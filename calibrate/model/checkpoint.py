@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, one_line
-from calibrate.model.table import ModelSpec, class_defaults, find_model, model_table, recognise
+from calibrate.model.table import ModelSpec, find_model, model_table, recognise
 from calibrate.text import did_you_mean
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -44,8 +45,7 @@ class Checkpoint:
 
     def as_dict(self) -> dict[str, str | None]:
         """What the manifest and the entry say about the weights; content is hashed where no revision pins it."""
-        hashed = self.revision is None and self.folder is not None
-        digest = weights_sha256(self.folder) if hashed and self.folder else None
+        digest = None if self.revision or not self.folder else weights_sha256(self.folder)
         return {"repository": self.repository, "revision": self.revision, "sha256": digest}
 
     @property
@@ -66,32 +66,20 @@ def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
     row = find_model(name)
     folder = Path(name).expanduser()
     if row is not None and row.embedded:
-        folder = Path(str(files("calibrate") / "embedded" / row.embedded))
-        if not folder.is_dir():
-            raise ModelNotFound(
-                f"{row.alias}: its weights are missing from this installation; reinstall teacal"
-            )
-        checkpoint = _in_folder(folder, row.alias, row)
+        name, folder = row.alias, Path(str(files("calibrate") / "embedded" / row.embedded))
     elif name and folder.is_dir():
-        checkpoint = _in_folder(folder, folder.resolve().name, None)
+        name, row = folder.resolve().name, None
     elif row is not None or _REPOSITORY.fullmatch(name):
-        repository = (row and row.repository) or name
-        checkpoint = _in_folder(_download(name, repository, allow_pickle), repository, row)
+        name = (row and row.repository) or name
+        folder = _download(name, allow_pickle)
     else:
         aliases = [row.alias for row in model_table()]
-        hint = (
-            did_you_mean(name, aliases)
-            or "Give a folder with a model_index.json, a hub id, or one of:"
-        )
+        expected = "Give a folder with a model_index.json, a hub id, or one of:"
         raise ModelNotFound(
             f"{name or '(empty name)'}: no model of that name; tried the embedded models, a folder here, and a hub id "
-            f"(owner/name). {hint} {', '.join(aliases)}"
+            f"(owner/name). {did_you_mean(name, aliases) or expected} {', '.join(aliases)}"
         )
-    assert checkpoint.folder is not None
-    _refuse_code(checkpoint.folder)
-    if not allow_pickle:
-        _refuse_pickle(checkpoint.folder)
-    return checkpoint
+    return _in_folder(folder, name, row, allow_pickle)
 
 
 def pipeline_class_of(checkpoint: Checkpoint) -> type:
@@ -111,13 +99,12 @@ def pipeline_class_of(checkpoint: Checkpoint) -> type:
 
 def weights_sha256(folder: Path) -> str:
     """One hash over names and contents of the denoisers' configuration and weights."""
-    parts = [part for part in folder.iterdir() if re.match(r"transformer|denoiser|dit", part.name)]
-    suffixes = {".json", ".safetensors", ".bin"}
-    paths = sorted(path for part in parts for path in part.glob("*") if path.suffix in suffixes)
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        digest.update(_file_digest(path, path.stat().st_mtime_ns))
+    for path in sorted(folder.glob("*/*")):
+        denoiser = re.match(r"transformer|denoiser|dit", path.parent.name)
+        if denoiser and path.suffix in (".json", ".safetensors", ".bin"):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(_file_digest(path, path.stat().st_mtime_ns))
     return digest.hexdigest()
 
 
@@ -130,32 +117,17 @@ def _file_digest(path: Path, changed: int) -> bytes:
 def _loaded(pipeline: Any) -> Checkpoint:
     from runtime.facts import repository_of
 
-    def setting(key: str) -> Any:
-        component, _, name = key.partition(".")
+    def config(component: str) -> Mapping[str, Any]:
         holder = pipeline if component == "pipeline" else getattr(pipeline, component, None)
-        return (getattr(holder, "config", None) or {}).get(name)
+        return getattr(holder, "config", None) or {}
 
-    path = str(setting("pipeline._name_or_path") or "")
-    snapshot = _SNAPSHOT.search(Path(path).as_posix())
     pipeline_class = type(pipeline).__name__
-    repository = repository_of(pipeline) or pipeline_class
-    if snapshot:
-        repository = f"{snapshot[1]}/{snapshot[2]}"
-    spec, recognised = _row_of(pipeline_class, [repository], setting)
-    row = find_model(repository)
-    return Checkpoint(
-        repository=repository,
-        revision=snapshot[3] if snapshot else None,
-        slug=row.slug if row else slug_of(repository.rpartition("/")[2]),
-        pipeline_class=pipeline_class,
-        spec=spec,
-        recognised=recognised,
-        pipeline=pipeline,
-    )
+    path = Path(config("pipeline").get("_name_or_path") or "")
+    name = repository_of(pipeline) or pipeline_class
+    return _identified(name, path, pipeline_class, config, pipeline=pipeline)
 
 
-def _in_folder(folder: Path, repository: str, row: ModelSpec | None) -> Checkpoint:
-    """The checkpoint in a folder; a folder of the hub's cache is the repository that it was fetched from."""
+def _in_folder(folder: Path, name: str, row: ModelSpec | None, allow_pickle: bool) -> Checkpoint:
     index = model_index(folder)
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
@@ -163,34 +135,41 @@ def _in_folder(folder: Path, repository: str, row: ModelSpec | None) -> Checkpoi
             f"{folder}: model_index.json names a pipeline from a Python file ({pipeline_class!r}), which is never "
             "run; load it yourself and hand the pipeline to calibrate.record"
         )
+    _refuse_code(folder, index)
+    if not allow_pickle:
+        _refuse_pickle(folder)
 
-    def setting(key: str) -> Any:
-        component, _, name = key.partition(".")
-        return index.get(name) if component == "pipeline" else _config(folder / component).get(name)
+    def config(component: str) -> Mapping[str, Any]:
+        return index if component == "pipeline" else _config(folder / component)
 
-    snapshot = _SNAPSHOT.search(folder.resolve().as_posix())
+    return _identified(name, folder.resolve(), pipeline_class, config, row, folder=folder)
+
+
+def _identified(
+    name: str,
+    path: Path,
+    pipeline_class: str,
+    config: Callable[[str], Mapping[str, Any]],
+    row: ModelSpec | None = None,
+    **source: Any,
+) -> Checkpoint:
+    """The checkpoint with its row of the table; a folder of the hub's cache is the repository it was fetched from."""
+    snapshot = _SNAPSHOT.search(path.as_posix())
     if snapshot:
-        repository = f"{snapshot[1]}/{snapshot[2]}"
+        name = f"{snapshot[1]}/{snapshot[2]}"
     spec, recognised = row, ""
     if row is None:
-        names = [repository, str(index.get("_name_or_path") or "")]
-        spec, recognised = _row_of(pipeline_class, names, setting)
-        row = find_model(repository)
+        row = find_model(name)
+        spec, recognised = recognise(pipeline_class, name, config)
     return Checkpoint(
-        folder=folder,
-        repository=repository,
+        repository=name,
         revision=snapshot[3] if snapshot else None,
-        slug=row.slug if row else slug_of(repository.rpartition("/")[2]),
+        slug=row.slug if row else slug_of(name.rpartition("/")[2]),
         pipeline_class=pipeline_class,
         spec=spec,
         recognised=recognised,
+        **source,
     )
-
-
-def _row_of(
-    pipeline_class: str, names: list[str], setting: Callable[[str], Any]
-) -> tuple[ModelSpec | None, str]:
-    return recognise(pipeline_class, names, setting) or (class_defaults(pipeline_class), "")
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -198,38 +177,30 @@ def model_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError(f"{type(index).__name__} found, not an object")
     except FileNotFoundError:
         raise InvalidCheckpoint(
             f"{folder}: no model_index.json in it; expected a checkpoint in diffusers' folder format, as written by "
             "pipeline.save_pretrained"
         ) from None
-    except OSError as error:
-        raise InvalidCheckpoint(
-            f"{path}: cannot be read ({error.strerror}); check the rights to it"
-        ) from None
-    except ValueError as error:
-        raise InvalidCheckpoint(
-            f"{path}: cannot be read ({one_line(error)}); fetch the checkpoint again"
-        ) from None
-    if not isinstance(index, dict):
-        raise InvalidCheckpoint(
-            f"{path}: {type(index).__name__} found; expected an object naming the components"
-        )
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+        advice = "check the rights to it, or fetch the checkpoint again"
+        raise InvalidCheckpoint(f"{path}: {reason}; {advice}") from None
     return index
 
 
-def _config(component: Path) -> dict[str, Any]:
+def _config(component: Path) -> Mapping[str, Any]:
     """A component's configuration; empty where there is none that can be read."""
-    names = ("config.json", "scheduler_config.json")
-    path = next((component / name for name in names if (component / name).exists()), None)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    for name in ("config.json", "scheduler_config.json"):
+        with suppress(OSError, ValueError):
+            config = json.loads((component / name).read_text(encoding="utf-8"))
+            return config if isinstance(config, dict) else {}
+    return {}
 
 
-def _download(name: str, repository: str, allow_pickle: bool) -> Path:
+def _download(repository: str, allow_pickle: bool) -> Path:
     from diffusers import DiffusionPipeline
 
     safetensors = None if allow_pickle else True
@@ -239,18 +210,18 @@ def _download(name: str, repository: str, allow_pickle: bool) -> Path:
         )
     except Exception as error:  # the hub client raises from four libraries; none of them is a programming error here
         raise ModelNotFound(
-            f"{name}: tried the embedded models, a folder of that name, the local cache and the hub ({repository}): "
-            f"{one_line(error)}. Check the name and the connection, log in with `hf auth login` if it is gated, or "
+            f"{repository}: tried the embedded models, a folder of that name, the local cache and the hub "
+            f"({one_line(error)}). Check the name and the connection, log in with `hf auth login` if it is gated, or "
             "give a local folder"
         ) from None
     return Path(folder)
 
 
-def _refuse_code(folder: Path) -> None:
+def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose configuration names anything but classes of diffusers and transformers."""
     from diffusers import pipelines
 
-    for component, value in model_index(folder).items():
+    for component, value in index.items():
         if component.startswith("_") or not isinstance(value, list) or value[:1] == [None]:
             continue
         library = value[0]

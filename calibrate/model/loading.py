@@ -50,7 +50,7 @@ def load_pipeline(
         raise InvalidOption(
             f"{checkpoint.repository}: does not fit on {device} ({one_line(error)}); try --cpu-offload"
         ) from None
-    except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError, RuntimeError) as error:  # fmt: skip
+    except Exception as error:  # whatever a damaged or incomplete folder makes diffusers raise
         raise InvalidCheckpoint(
             f"{checkpoint.repository}: diffusers cannot load it as {checkpoint.pipeline_class} "
             f"({type(error).__name__}: {one_line(error)}); check that the folder is complete and diffusers new enough"
@@ -80,17 +80,16 @@ def pick_device(device: str = "auto") -> str:
     """``auto`` is this process's GPU (``LOCAL_RANK`` under torchrun) when there is one, else the CPU."""
     import torch
 
-    if device != "auto" and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise InvalidOption(f"--device {device}: expected auto, cpu or cuda")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
-    if not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
+        return "cpu"
+    if not available:
         raise InvalidOption(f"--device {device}: torch sees no GPU here; use --device cpu")
     count = torch.cuda.device_count()
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
-    if int(device.removeprefix("cuda:")) >= count:
+    own = int(os.environ.get("LOCAL_RANK", 0)) % count
+    index = int(device.partition(":")[2] or own)
+    if index >= count:
         raise InvalidOption(f"--device {device}: torch sees {count} GPUs, counted from cuda:0")
-    return device
+    return f"cuda:{index}"

@@ -1,6 +1,8 @@
 """Prompt sets: the shipped ones by name, and a user's own files (text, or JSON lines)."""
 
+import codecs
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +16,7 @@ from calibrate.model.protocol import canonical_sha256
 from calibrate.text import did_you_mean, siblings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_IMAGES = ", ".join(sorted(IMAGE_SUFFIXES))
 # Shipped sets that are never recorded by default: `verify` judges on them once a run has recorded all of the first.
 HELD_OUT_SETS = {"default": "held-out", "video": "video-held-out", "audio": "audio-held-out"}
 _FIELDS = {"prompt", "negative_prompt", "image", "seed"}
@@ -102,9 +105,8 @@ def load_prompts(
     ``seed + i`` unless its line names one. ``images`` (files or folders) go round the prompts that name no image of
     their own.
     """
-    source = "default" if source is None else source
-    if isinstance(source, (str, os.PathLike)):
-        path = shipped_sets().get(str(source), Path(source))
+    if source is None or isinstance(source, str | os.PathLike):
+        path = shipped_sets().get(str(source or "default"), Path(source or "default"))
         name, lines = path.name, _read(path)
     else:
         name = "the given list"
@@ -113,20 +115,19 @@ def load_prompts(
         raise InvalidPrompts(f"{name}: no prompt in it; expected at least one")
     shared = [_image_name(path) for path in _image_files(images)]
     known = dict(shared)
+    in_turn = itertools.cycle([[image] for image in shared] or [[]])
     prompts: list[Prompt] = []
     seen: dict[tuple[str, int], str] = {}
-    for index, line in enumerate(lines):
+    for index, (line, turn) in enumerate(zip(lines, in_turn, strict=False)):
         own = _own_images(line)
         known.update(own)
-        if shared and not own:
-            own = [shared[index % len(shared)]]
-        prompt = _prompt(line, tuple(image for image, _ in own), default_seed=seed + index)
-        key = (prompt.prompt_id, prompt.seed)
-        if key in seen:
+        names = tuple(image for image, _ in own or turn)
+        prompt = _prompt(line, names, default_seed=seed + index)
+        first = seen.setdefault((prompt.prompt_id, prompt.seed), line.where)
+        if first != line.where:
             raise InvalidPrompts(
-                f"{line.where}: the same prompt with the same seed as {seen[key]}; give it another seed"
+                f"{line.where}: the same prompt with the same seed as {first}; give it another seed"
             )
-        seen[key] = line.where
         prompts.append(prompt)
     digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
     everything = PromptSet(
@@ -136,19 +137,19 @@ def load_prompts(
 
 
 def _prompt(line: _Line, images: tuple[str, ...], default_seed: int) -> Prompt:
-    text, negative = line.fields.get("prompt"), line.fields.get("negative_prompt")
+    text: Any = line.fields.get("prompt")
+    negative = line.fields.get("negative_prompt")
     seed = line.fields.get("seed")
     seed = default_seed if seed is None else seed
+    problem = ""
     if not isinstance(text, str):
-        raise InvalidPrompts(
-            f'{line.where}: no text under \'prompt\'; expected {{"prompt": "..."}}'
-        )
-    if negative is not None and not isinstance(negative, str):
-        raise InvalidPrompts(f"{line.where}: 'negative_prompt' is {negative!r}; expected text")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
-        raise InvalidPrompts(
-            f"{line.where}: the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1"
-        )
+        problem = 'no text under \'prompt\'; expected {"prompt": "..."}'
+    elif not isinstance(negative, str | None):
+        problem = f"'negative_prompt' is {negative!r}; expected text"
+    elif type(seed) is not int or not 0 <= seed <= _MAX_SEED:
+        problem = f"the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1"
+    if problem:
+        raise InvalidPrompts(f"{line.where}: {problem}")
     prompt_id = canonical_sha256([text, negative, list(images)])[:12]
     return Prompt(
         prompt_id=prompt_id, prompt=text, negative_prompt=negative, image=images, seed=seed
@@ -162,12 +163,12 @@ def _read(path: Path) -> list[_Line]:
     except OSError as error:
         shipped = shipped_sets()
         hint = did_you_mean(str(path), [*shipped, *siblings(path)])
+        expected = hint or "expected a .txt or .jsonl file or one of the shipped sets"
         raise InvalidPrompts(
-            f"{path}: {error.strerror}; {hint or 'expected a .txt or .jsonl file or one of the shipped sets'} "
-            f"({', '.join(shipped)})"
+            f"{path}: {error.strerror}; {expected} ({', '.join(shipped)})"
         ) from None
     lines = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8").strip()
@@ -192,20 +193,17 @@ def _json_fields(where: str, text: str) -> dict[str, Any]:
         )
     unknown = ", ".join(sorted(set(fields) - _FIELDS))
     if unknown:
-        raise InvalidPrompts(
-            f"{where}: unknown field {unknown}; expected {', '.join(sorted(_FIELDS))}"
-        )
+        known = ", ".join(sorted(_FIELDS))
+        raise InvalidPrompts(f"{where}: unknown field {unknown}; expected {known}")
     return fields
 
 
 def _own_images(line: _Line) -> list[tuple[str, Path]]:
-    value = line.fields.get("image")
-    paths = [value] if isinstance(value, str) else value or []
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise InvalidPrompts(
-            f"{line.where}: 'image' is {value!r}; expected a file name or a list of them"
-        )
+    value = line.fields.get("image") or []
+    paths = [value] if isinstance(value, str) else value
     try:
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise InvalidPrompts(f"'image' is {value!r}; expected a file name or a list of them")
         return [_image_name(line.folder / path) for path in paths]
     except InvalidPrompts as error:
         raise InvalidPrompts(f"{line.where}: {error}") from None
@@ -215,15 +213,12 @@ def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """Files as they are, folders as the images in them by name."""
     paths: list[Path] = []
     for source in map(Path, sources):
-        if not source.is_dir():
-            paths.append(source)
-            continue
-        inside = [path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not inside:
-            raise InvalidPrompts(
-                f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
-        paths += sorted(inside)
+        paths.append(source)
+        if source.is_dir():
+            inside = [path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+            paths[-1:] = sorted(inside)
+            if not inside:
+                raise InvalidPrompts(f"{source}: no image in it; expected {_IMAGES}")
     return paths
 
 
@@ -233,7 +228,7 @@ def _image_name(path: Path) -> tuple[str, Path]:
 
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        raise InvalidPrompts(f"{path}: not an image; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InvalidPrompts(f"{path}: not an image; expected {_IMAGES}")
     try:
         raw = path.read_bytes()
         with Image.open(path) as image:

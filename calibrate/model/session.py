@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import InvalidOption, InvalidPrompts
-from calibrate.model.call import Call
+from calibrate.model.call import STEPS, Call
 from calibrate.model.checkpoint import Checkpoint, slug_of
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import Prompt
@@ -19,8 +19,6 @@ _PROTOCOL = (
     *("scheduler", "num_steps", "shift", "guidance_scale", "height", "width", "num_frames"),
     *("dtype", "quantization", "lora", "call_arguments"),
 )
-
-STEPS = "num_inference_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +80,8 @@ class Session:
 
         device = getattr(self.pipeline, "_execution_device", None)
         if device is None:
-            parameters = (
-                parameter for module in self.modules.values() for parameter in module.parameters()
-            )
-            device = next(parameters, torch.empty(0)).device
+            first = next(iter(self.modules.values()))
+            device = next(first.parameters(), torch.empty(0)).device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def generate(
@@ -102,8 +98,8 @@ class Session:
         arguments = {**self.arguments, "prompt": prompt.prompt, **overrides}
         if prompt.negative_prompt is not None:
             arguments["negative_prompt"] = prompt.negative_prompt
-        opened = [_open_image(name, images or {}) for name in prompt.image]
-        if opened:
+        if prompt.image:
+            opened = [_opened((images or {})[name]) for name in prompt.image]
             arguments["image"] = opened[0] if len(opened) == 1 else opened
         generator = torch.Generator("cpu").manual_seed(prompt.seed)
         return self.pipeline(**arguments, generator=generator)
@@ -121,35 +117,22 @@ class Session:
         return self.function(prompt.prompt, prompt.seed, **options)
 
 
-def load_session(
-    checkpoint: Checkpoint,
-    call: Call,
-    *,
-    dtype: str = "bfloat16",
-    device: str = "auto",
-    allow_pickle: bool = False,
-    cpu_offload: bool = False,
-) -> Session:
-    """Load the checkpoint's weights (a pipeline that is loaded already is used as it is)."""
+def load_session(checkpoint: Checkpoint, call: Call, **loading: Any) -> Session:
+    """Load the checkpoint's weights (a pipeline that is loaded already is used as it is).
+
+    ``loading`` are the options of :func:`calibrate.model.loading.load_pipeline`.
+    """
     from runtime import denoisers
 
-    pipeline = checkpoint.pipeline
-    if pipeline is None:
-        pipeline = load_pipeline(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            allow_pickle=allow_pickle,
-            cpu_offload=cpu_offload,
-        )
+    pipeline = checkpoint.pipeline or load_pipeline(checkpoint, **loading)
     modules = denoisers(pipeline)
     identity = _identity(
-        model=checkpoint.slug,
-        modules=modules,
-        pipeline_class=type(pipeline).__name__,
-        checkpoint=checkpoint.as_dict(),
-        scheduler=getattr(pipeline, "scheduler", None),
-        settings=call.protocol,
+        checkpoint.slug,
+        modules,
+        type(pipeline).__name__,
+        checkpoint.as_dict(),
+        getattr(pipeline, "scheduler", None),
+        call.protocol,
     )
     return Session(modules=modules, call=call, identity=identity, pipeline=pipeline)
 
@@ -172,26 +155,17 @@ def callable_session(
             "generate without modules: name the denoiser to watch, such as modules=model.transformer"
         )
     loop = modules if isinstance(modules, OwnLoop) else OwnLoop(modules, blocks=blocks)
-    taken = inspect.signature(generate).parameters
-    accepted = (
-        {"prompt"} | {"scheduler"} & set(taken) | ({STEPS} if "num_steps" in taken else set())
-    )
+    taken = set(inspect.signature(generate).parameters)
+    accepted = {"prompt"} | taken & {"scheduler"} | ({STEPS} if "num_steps" in taken else set())
     stated = settings.get("num_steps")
     arguments = {STEPS: stated} if stated and STEPS in accepted else {}
-    identity = _identity(
-        model=slug_of(name),
-        modules=loop.modules,
-        pipeline_class=None,
-        checkpoint={"repository": name, "revision": None, "sha256": None},
-        scheduler=loop.scheduler,
-        settings=settings,
-    )
+    weights = {"repository": name, "revision": None, "sha256": None}
+    identity = _identity(slug_of(name), loop.modules, None, weights, loop.scheduler, settings)
     call = Call(arguments=arguments, accepted=frozenset(accepted), protocol=settings)
     return Session(modules=loop.modules, call=call, identity=identity, function=generate, loop=loop)
 
 
 def _identity(
-    *,
     model: str,
     modules: Mapping[str, Any],
     pipeline_class: str | None,
@@ -203,23 +177,16 @@ def _identity(
 
     protocol = {**settings_of(scheduler, next(iter(modules.values()))), **settings}
     config = plain(dict(getattr(scheduler, "config", None) or {}))
-    # Names with an underscore say where the configuration came from, not what it is.
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
     identity = {
         "model": model,
         "transformer_classes": {name: type(module).__name__ for name, module in modules.items()},
         "pipeline_class": pipeline_class,
         "checkpoint": checkpoint,
         "protocol": plain({name: protocol.get(name) for name in _PROTOCOL}),
-        "scheduler_config": public,
+        # Names with an underscore say where the configuration came from, not what it is.
+        "scheduler_config": {key: config[key] for key in config if not key.startswith("_")},
     }
     return {**identity, "protocol_sha256": canonical_sha256(identity)}
-
-
-def _open_image(name: str, images: Mapping[str, Path]) -> Any:
-    if name not in images:
-        raise InvalidPrompts(f"{name}: no such input image; give it again with --image")
-    return _opened(images[name])
 
 
 @lru_cache(maxsize=8)  # a verification runs the same prompt under many settings

@@ -1,6 +1,6 @@
 """Models by name: one table of repositories, default protocols and call arguments (``data/models.yaml``)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -60,28 +60,31 @@ def find_model(name: str) -> ModelSpec | None:
 
 
 def recognise(
-    pipeline_class: str, names: Iterable[str], setting: Callable[[str], Any]
-) -> tuple[ModelSpec, str] | None:
-    """The row that a checkpoint of this class belongs to, and by what: a name, or settings that only it has.
+    pipeline_class: str, name: str, config: Callable[[str], Mapping[str, Any]]
+) -> tuple[ModelSpec | None, str]:
+    """The row of a checkpoint, and in words by what: its name, that of its origin, or settings that only it has.
 
-    ``names`` are candidates (repository, folder); ``setting("transformer.num_layers")`` reads a component's
-    configuration, None where there is no such setting.
+    ``config("transformer")`` is a component's configuration. Without a row: what every checkpoint of the class needs.
     """
     rows = [row for row in model_table() if row.pipeline_class == pipeline_class]
-    for name in names:
+    for known in (name, str(config("pipeline").get("_name_or_path") or "")):
         for row in rows:
             repository = (row.repository or row.slug).lower()
-            if name.lower() in (row.slug, repository, repository.rpartition("/")[2]):
-                return row, f"{row.alias}, by the name {name}"
-    matching = []
-    for row in rows:
-        known = row.configuration
-        if known and all(setting(key) == value for key, value in known.items()):
-            matching.append(row)
-    if len(matching) != 1:
-        return None
-    row = matching[0]
-    return row, f"{row.alias}, by its configuration ({', '.join(row.configuration)})"
+            if known.lower() in (row.slug, repository, repository.rpartition("/")[2]):
+                return row, f"{row.alias}, by the name {known}"
+    matching = [row for row in rows if row.configuration and _agrees(row.configuration, config)]
+    if len(matching) == 1:
+        settings = ", ".join(matching[0].configuration)
+        return matching[0], f"{matching[0].alias}, by its configuration ({settings})"
+    return class_defaults(pipeline_class), ""
+
+
+def _agrees(known: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]) -> bool:
+    for key, value in known.items():
+        component, _, setting = key.partition(".")
+        if config(component).get(setting) != value:
+            return False
+    return True
 
 
 def class_defaults(pipeline_class: str) -> ModelSpec | None:
