@@ -27,8 +27,8 @@ def measure_measures(workload: Workload, rounds: int) -> dict[str, Any]:
     image = rng.random((side, side, 3), np.float32)
     other = np.clip(image + 0.01 * rng.standard_normal(image.shape, np.float32), 0, 1)
     measures: dict[str, Callable[[], Any]] = {
-        "PSNR": lambda: psnr(other, image, data_range=1.0),
-        "SSIM": lambda: ssim(other, image, data_range=1.0),
+        "PSNR": lambda: psnr(other, image),
+        "SSIM": lambda: ssim(other, image),
     }
     try:
         for device in dict.fromkeys(["cpu", workload.device]):

@@ -5,11 +5,14 @@ A schedule is ``"CCSC..."``: C computes the block stack, S reuses what it last a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+from itertools import cycle, zip_longest
 
 from calibrate.errors import CalibrateError
 
 DEFAULT_FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)
+LARGEST_THRESHOLD = 1e9  # rules that still compute more here are not driven by their threshold
 
 
 class InvalidBudget(CalibrateError, ValueError):
@@ -18,10 +21,8 @@ class InvalidBudget(CalibrateError, ValueError):
 
 def default_budgets(num_steps: int) -> list[int]:
     """Five numbers of computed steps, from three quarters of the schedule to under a third."""
-    return sorted(
-        {max(2, round(fraction * num_steps)) for fraction in DEFAULT_FRACTIONS if num_steps > 2},
-        reverse=True,
-    )
+    budgets = {max(2, round(fraction * num_steps)) for fraction in DEFAULT_FRACTIONS}
+    return sorted(budgets, reverse=True)
 
 
 def check_budget(computed: int, num_steps: int) -> None:
@@ -29,15 +30,25 @@ def check_budget(computed: int, num_steps: int) -> None:
         raise InvalidBudget(f"{computed} computed steps of {num_steps}: expected 1 to {num_steps}")
 
 
-def _plan(positions: Sequence[int], num_steps: int) -> str:
-    chosen = set(positions)
+def _schedule(chosen: Container[int], num_steps: int) -> str:
     return "".join("C" if step in chosen else "S" for step in range(num_steps))
 
 
 def uniform(num_steps: int, computed: int) -> str:
     """Every so-many-th step: computed step i lies at ``floor(i T / B)``. The baseline that a gate has to beat."""
     check_budget(computed, num_steps)
-    return _plan([i * num_steps // computed for i in range(computed)], num_steps)
+    return _schedule([i * num_steps // computed for i in range(computed)], num_steps)
+
+
+def threshold_for(count: Callable[[float], float], budget: float) -> float:
+    """Threshold at which ``count`` (computed steps, falling with the threshold) comes nearest to the budget."""
+    low, high = 0.0, 1e-6
+    while count(high) > budget and high < LARGEST_THRESHOLD:
+        low, high = high, high * 4
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if count(middle) > budget else (low, middle)
+    return min((high, low), key=lambda threshold: abs(count(threshold) - budget))
 
 
 def magcache(
@@ -49,19 +60,18 @@ def magcache(
         ratios: Of each step 1 .. T-1, mean magnitude of the residual over the previous step's.
         retention: Fraction of first steps that always compute.
     """
-    first, plan = int(retention * num_steps + 0.5), ["C"]
-    product, error, run = 1.0, 0.0, 0
-    for step in range(1, num_steps):
-        if step >= first:
-            product *= ratios[step - 1]
-            run += 1
-            error += abs(1.0 - product)
-            if error <= threshold and run <= max_skips:
-                plan.append("S")
-                continue
+    first = max(1, int(retention * num_steps + 0.5))
+    plan, product, error, run = "C" * first, 1.0, 0.0, 0
+    for ratio in ratios[first - 1 :]:
+        product *= ratio
+        run += 1
+        error += abs(1.0 - product)
+        if error <= threshold and run <= max_skips:
+            plan += "S"
+        else:
+            plan += "C"
             product, error, run = 1.0, 0.0, 0
-        plan.append("C")
-    return "".join(plan)
+    return plan
 
 
 def magcache_at(ratios: Sequence[float], num_steps: int, computed: int) -> str:
@@ -71,31 +81,14 @@ def magcache_at(ratios: Sequence[float], num_steps: int, computed: int) -> str:
     lies below what they can reach.
     """
     check_budget(computed, num_steps)
-    best = "C" * num_steps
-    for max_skips, retention in ((3, 0.2), (4, 0.1), (6, 0.05), (num_steps, 0.0)):
-        low, high = 0.0, 1.0
 
-        def plan(threshold: float, k: int = max_skips, r: float = retention) -> str:
-            return magcache(ratios, num_steps, threshold, max_skips=k, retention=r)
+    def nearest(guards: tuple[int, float]) -> str:
+        max_skips, retention = guards
+        plan = partial(magcache, ratios, num_steps, max_skips=max_skips, retention=retention)
+        return plan(threshold_for(lambda threshold: plan(threshold).count("C"), computed))
 
-        while plan(high).count("C") > computed and high < 1e6:
-            high *= 4
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if plan(middle).count("C") > computed else (low, middle)
-        for candidate in (plan(high), plan(low)):
-            if abs(candidate.count("C") - computed) < abs(best.count("C") - computed):
-                best = candidate
-        if best.count("C") == computed:
-            break
-    return best
-
-
-def disagreement(replayed: str, real: str) -> int:
-    """Number of steps that two patterns of one schedule decide differently."""
-    if len(replayed) != len(real):
-        raise ValueError(f"patterns of {len(replayed)} and {len(real)} steps do not compare")
-    return sum(a != b for a, b in zip(replayed, real, strict=True))
+    loosening = (3, 0.2), (4, 0.1), (6, 0.05), (num_steps, 0.0)
+    return min(map(nearest, loosening), key=lambda plan: abs(plan.count("C") - computed))
 
 
 # cache-dit 1.5.3, `steps_mask`: lengths of the computed and the cached stretches, in turn, of its named policies.
@@ -125,23 +118,36 @@ def cache_dit_mask(name: str, num_steps: int) -> str:
         raise InvalidBudget(f"{num_steps} steps: cache-dit's masks are taken from 8 steps on")
     stretches = CACHE_DIT_MASKS[name]
     if num_steps < 16:
-        stretches = _FEW_STEPS[name][num_steps if num_steps in (8, 9) else 15]
+        stretches = _FEW_STEPS[name][num_steps if num_steps < 10 else 15]
     # Computed and cached stretches in turn; there is one more computed one.
-    lengths = [list(stretches[0]), list(stretches[1])]
+    computed, cached = lengths = list(stretches[0]), list(stretches[1])
     if num_steps > 28:
-        _lengthen(lengths, stretches, num_steps)
-    turn = 1
-    while _total(lengths) > num_steps:
-        if lengths[turn]:
-            lengths[turn][-1] -= 1
-            if lengths[turn][-1] == 0:
-                lengths[turn].pop()
-        turn = 1 - turn
-    schedule = ""
-    for index in range(max(map(len, lengths))):
-        schedule += "C" * sum(lengths[0][index : index + 1])
-        schedule += "S" * sum(lengths[1][index : index + 1])
+        _lengthen(lengths, num_steps)
+    for last in cycle((cached, computed)):
+        if sum(computed) + sum(cached) <= num_steps:
+            break
+        if last:
+            last[-1] -= 1
+            if last[-1] == 0:
+                last.pop()
+    stretches_in_turn = zip_longest(computed, cached, fillvalue=0)
+    schedule = "".join("C" * run + "S" * skipped for run, skipped in stretches_in_turn)
     return schedule[:-1] + "C"
+
+
+def _lengthen(lengths: tuple[list[int], list[int]], num_steps: int) -> None:
+    """Grow the stretches in turn, each by half its share of the schedule, and the last computed one by a step."""
+    computed, cached = lengths
+    growth = num_steps / 28 * 0.5
+    turns = [
+        (part, index, max(int(part[index] * growth), 1))
+        for index in range(len(cached))
+        for part in lengths
+    ]
+    for part, index, steps in cycle([*turns, (computed, -1, 1)]):
+        part[index] += steps
+        if sum(computed) + sum(cached) >= num_steps:
+            return
 
 
 def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
@@ -154,22 +160,4 @@ def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
     eligible = range(max(protected, 1), num_steps - protected)
     by_change = sorted(eligible, key=lambda step: abs(sigmas[step] - sigmas[step - 1]))
     skipped = by_change[: num_steps - computed]
-    return _plan([step for step in range(num_steps) if step not in skipped], num_steps)
-
-
-def _lengthen(lengths: list[list[int]], base: tuple, num_steps: int) -> None:
-    """Grow the stretches in turn, each by half its share of the schedule, and the last computed one by a step."""
-    growth = num_steps / 28 * 0.5
-    while True:
-        for index in range(len(base[1])):
-            for kind in (0, 1):
-                lengths[kind][index] += max(int(base[kind][index] * growth), 1)
-                if _total(lengths) >= num_steps:
-                    return
-        lengths[0][-1] += 1
-        if _total(lengths) >= num_steps:
-            return
-
-
-def _total(lengths: list[list[int]]) -> int:
-    return sum(map(sum, lengths))
+    return _schedule(set(range(num_steps)).difference(skipped), num_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from calibrate.model.call import Call, prepare_call
 from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
 from calibrate.model.loading import pick_device
 from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_prompts
-from calibrate.model.session import Session, callable_session, load_session
+from calibrate.model.session import STEPS, Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import Run, load_run
 from calibrate.runs.purposes import RECORDED, purposes
 from coeffs import Entry
 
-STEPS = "num_inference_steps"
 MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
+PROTOCOL_OF_OWN = ("num_steps", "guidance_scale", "height", "width", "num_frames", "call_arguments")
+
+Source = str | os.PathLike | Entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,10 @@ class Case:
     entry: Entry
     run: Run | None
     folder: Path
-    checkpoint: Checkpoint | None
     call: Call
-    weights: dict[str, Any]
-    loading: dict[str, Any]
+    weights: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
     own: Session | None = None
 
     @cached_property
@@ -65,13 +67,23 @@ class Case:
     @property
     def prompt_source(self) -> str:
         """The model's own prompt set."""
-        spec = None if self.checkpoint is None else self.checkpoint.spec
-        return "default" if spec is None else spec.prompts
+        spec = self.checkpoint and self.checkpoint.spec
+        return spec.prompts if spec else "default"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a sample depends on besides arguments and prompt: model, weights, dtype, device."""
-        return _identity(self.entry, self.session, self.weights)
+        modules = self.session.modules.values()
+        classes = [type(module).__name__ for module in modules]
+        wanted = self.entry.transformer_class
+        if wanted and wanted not in classes:
+            raise InvalidOption(
+                f"{self.entry.label} is for {wanted}, but the pipeline has {', '.join(classes)}; "
+                "its coefficients mean nothing there"
+            )
+        first = next(parameter for module in modules for parameter in module.parameters())
+        dtype, device = str(first.dtype), str(first.device.type)
+        return {"classes": classes, "weights": self.weights, "dtype": dtype, "device": device}
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -79,7 +91,7 @@ class Case:
 
     @property
     def transformer_class(self) -> str:
-        return type(next(iter(self.session.modules.values()))).__name__
+        return self.identity["classes"][0]
 
     @property
     def recorded_prompts(self) -> list[Prompt]:
@@ -98,11 +110,10 @@ class Case:
         self, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
     ) -> list[PromptSet]:
         """The set that was asked for, or the model's own and the one that is kept back beside it."""
-        sources = [self.prompt_source if prompts is None else prompts]
-        if prompts is None and self.prompt_source in HELD_OUT_SETS:
-            sources.append(HELD_OUT_SETS[self.prompt_source])
+        own = self.prompt_source
+        sources = [own, HELD_OUT_SETS.get(own)] if prompts is None else [prompts]
         images = list(images)
-        return [load_prompts(source, seed=seed, images=images) for source in sources]
+        return [load_prompts(source, seed=seed, images=images) for source in sources if source]
 
     @property
     def recorded_images(self) -> dict[str, Path]:
@@ -117,12 +128,12 @@ class Case:
 
 
 def open_case(
-    source: str | os.PathLike | Entry,
+    source: Source,
     *,
-    model: Any,
-    registry: str | os.PathLike | None,
-    out: str | os.PathLike | None,
-    dtype: str | None,
+    model: Any = None,
+    registry: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
+    dtype: str | None = None,
     device: str = "auto",
     cpu_offload: bool = False,
     allow_pickle: bool = False,
@@ -134,83 +145,60 @@ def open_case(
 
     ``generate`` and ``modules`` are a model of the caller's own, as the run was recorded with.
     """
-    folder = _run_folder(source)
-    run = None if folder is None else load_run(folder)
-    entry = _entry(source, folder, registry)
-    if folder is not None and out is not None and Path(out) != folder:
+    recorded = None if isinstance(source, Entry) else Path(source)
+    if recorded is not None and not (recorded / "run.yaml").exists():
+        recorded = None
+    run = None if recorded is None else load_run(recorded)
+    entry = _entry(source, recorded, registry)
+    folder = recorded or entry_folder(entry, out)
+    if out is not None and Path(out) != folder:
         raise InvalidOption(
             f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
         )
-    if folder is None:
-        folder = entry_folder(entry, out)
     manifest = {} if run is None else run.manifest
+    name = str(manifest.get("model") or entry.model)
+    weights = dict(manifest.get("checkpoint") or {"repository": entry.checkpoint.repository})
+    protocol = manifest.get("protocol") or vars(entry.protocol)
+    loading = {"device": pick_device(device), "cpu_offload": cpu_offload}
+    loading |= {"dtype": dtype or protocol.get("dtype") or "bfloat16", "allow_pickle": allow_pickle}
     own = checkpoint = None
     if generate is not None:
-        own = _own_session(entry, manifest, generate, modules)
+        settings = {name: protocol.get(name) for name in PROTOCOL_OF_OWN}
+        own = callable_session(name, generate, modules, settings)
         call = own.call
-        weights = dict(manifest.get("checkpoint") or {"repository": entry.checkpoint.repository})
     else:
-        checkpoint, weights = _checkpoint(entry, manifest, model, allow_pickle)
+        checkpoint, weights = _checkpoint(name, weights, model, allow_pickle)
         call = _call(entry, manifest, checkpoint, pipe_args or {})
-    num_steps = call.protocol["num_steps"]
-    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
-        raise InvalidOption(
-            f"{num_steps!r} denoising steps: a verification needs at least {MIN_STEPS} to have something to skip"
-        )
-    recorded = (manifest.get("protocol") or {}).get("dtype") or entry.protocol.dtype
-    loading = {"device": pick_device(device), "cpu_offload": cpu_offload}
-    loading |= {"dtype": dtype or recorded or "bfloat16", "allow_pickle": allow_pickle}
-    return Case(
+    case = Case(
         entry=entry,
         run=run,
         folder=folder,
-        checkpoint=checkpoint,
         call=call,
         weights=weights,
+        checkpoint=checkpoint,
         loading=loading,
         own=own,
     )
-
-
-def _own_session(
-    entry: Entry, manifest: Mapping[str, Any], generate: Callable[..., Any], modules: Any
-) -> Session:
-    """A callable under the recorded protocol."""
-    stated = manifest.get("protocol") or {}
-    names = ("num_steps", "guidance_scale", "height", "width", "num_frames", "call_arguments")
-    settings = {name: stated.get(name, getattr(entry.protocol, name)) for name in names}
-    model = str(manifest.get("model") or entry.model)
-    return callable_session(model, generate, modules, settings)
+    if not isinstance(case.num_steps, int) or case.num_steps < MIN_STEPS:
+        raise InvalidOption(
+            f"{case.num_steps!r} denoising steps: a verification needs at least {MIN_STEPS} to have something to skip"
+        )
+    return case
 
 
 def entry_folder(entry: Entry, out: str | os.PathLike | None) -> Path:
     """Where the verification of an entry without a run goes."""
-    if out is not None:
-        return Path(out)
-    return Path("runs") / f"verify-{entry.label.replace('/', '-')}"
+    return Path(out or f"runs/verify-{entry.label.replace('/', '-')}")
 
 
-def _run_folder(source: str | os.PathLike | Entry) -> Path | None:
-    """The run that ``source`` names, if it names one."""
-    if isinstance(source, Entry) or not (Path(source) / "run.yaml").exists():
-        return None
-    return Path(source)
-
-
-def _entry(
-    source: str | os.PathLike | Entry, folder: Path | None, registry: str | os.PathLike | None
-) -> Entry:
-    registry = None if registry is None else Path(registry)
+def _entry(source: Source, run: Path | None, registry: str | os.PathLike | None) -> Entry:
     if isinstance(source, Entry):
         entry = source
-    elif folder is None:
-        entry = coeffs.load(os.fspath(source), registry)
-    elif (folder / "entry.yaml").exists():
-        entry = coeffs.load(folder / "entry.yaml", registry)
     else:
-        raise InvalidOption(
-            f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
-        )
+        file = None if run is None else run / "entry.yaml"
+        if file is not None and not file.exists():
+            raise InvalidOption(f"{run}: no entry.yaml in it yet; run `calibrate fit {run}` first")
+        entry = coeffs.load(file or os.fspath(source), None if registry is None else Path(registry))
     if not any(expert.branches for expert in entry.experts.values()):
         raise InvalidOption(
             f"{entry.label}: no coefficients in it, only ratios or plans; nothing to verify with a gate"
@@ -219,17 +207,13 @@ def _entry(
 
 
 def _checkpoint(
-    entry: Entry, manifest: Mapping[str, Any], model: Any, allow_pickle: bool
+    label: str, recorded: dict[str, Any], model: Any, allow_pickle: bool
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint to run, and what is known of its weights; other weights than the recorded ones are refused."""
-    stated = manifest.get("checkpoint") or {"repository": entry.checkpoint.repository}
-    known = find_model(str(manifest.get("model") or entry.model))
-    if hasattr(model, "components"):
-        checkpoint = find_checkpoint(model)
-        return replace(checkpoint, spec=known or checkpoint.spec), dict(stated)
-    name = model or (known.alias if known else None) or stated.get("repository")
+    known = find_model(label)
+    name = model or (known and known.alias) or recorded.get("repository")
     if not name:
-        raise InvalidOption(f"{entry.label}: it names no checkpoint; give the model with --model")
+        raise InvalidOption(f"{label}: it names no checkpoint; give the model with --model")
     try:
         checkpoint = find_checkpoint(name, allow_pickle=allow_pickle)
     except ModelNotFound as error:
@@ -238,16 +222,17 @@ def _checkpoint(
         raise ModelNotFound(
             f"{name}: no weights of that name are known; give their folder with --model"
         ) from error
+    if checkpoint.pipeline is not None:
+        return replace(checkpoint, spec=known or checkpoint.spec), recorded
     weights = checkpoint.as_dict()
     for key in ("revision", "sha256"):
-        here = weights.get(key)
-        if stated.get(key) and here and stated[key] != here:
+        here, there = weights.get(key), recorded.get(key)
+        if there and here and there != here:
             raise InvalidOption(
                 f"{name}: other weights than the run was recorded on ({key} {here[:12]} instead of "
-                f"{stated[key][:12]}); give the same checkpoint with --model, or record these"
+                f"{there[:12]}); give the same checkpoint with --model, or record these"
             )
-    spec = known or class_defaults(checkpoint.pipeline_class)
-    return replace(checkpoint, spec=spec), weights
+    return replace(checkpoint, spec=known or class_defaults(checkpoint.pipeline_class)), weights
 
 
 def _call(
@@ -259,33 +244,14 @@ def _call(
     """The recorded arguments, or those of the entry's protocol; ``pipe_args`` win."""
     pipeline_call = pipeline_class_of(checkpoint).__call__
     if manifest:
-        return prepare_call(
-            pipeline_call, None, pipe_args={**manifest.get("call", {}), **pipe_args}
-        )
-    protocol = entry.protocol
+        recorded = {**manifest.get("call", {}), **pipe_args}
+        return prepare_call(pipeline_call, None, pipe_args=recorded)
+    protocol = vars(entry.protocol)
+    sizes = ("guidance_scale", "height", "width", "num_frames")
     return prepare_call(
         pipeline_call,
         checkpoint.spec,
-        steps=protocol.num_steps,
-        guidance_scale=protocol.guidance_scale,
-        height=protocol.height,
-        width=protocol.width,
-        num_frames=protocol.num_frames,
-        pipe_args={**protocol.call_arguments, **pipe_args},
+        steps=protocol["num_steps"],
+        pipe_args={**protocol["call_arguments"], **pipe_args},
+        **{size: protocol[size] for size in sizes},
     )
-
-
-def _identity(entry: Entry, session: Session, weights: dict[str, Any]) -> dict[str, Any]:
-    classes = [type(module).__name__ for module in session.modules.values()]
-    if entry.transformer_class and entry.transformer_class not in classes:
-        raise InvalidOption(
-            f"{entry.label} is for {entry.transformer_class}, but the pipeline has {', '.join(classes)}; "
-            "its coefficients mean nothing there"
-        )
-    first = next(next(iter(session.modules.values())).parameters())
-    return {
-        "classes": classes,
-        "weights": weights,
-        "dtype": str(first.dtype),
-        "device": str(first.device.type),
-    }

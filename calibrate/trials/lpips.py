@@ -6,12 +6,15 @@ nothing is downloaded. Neither that package nor jax is imported.
 
 import hashlib
 import pickle
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch.nn import functional
 
 from calibrate.trials.measures import MetricError
 
@@ -20,8 +23,8 @@ SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
 SMALLEST_SIDE = 31  # below it nothing is left after the trunk's second pooling
 
 # Mean and spread of ImageNet's pixels in [-1, 1], from the reference implementation.
-SHIFT = (-0.030, -0.088, -0.188)
-SCALE = (0.458, 0.448, 0.450)
+SHIFT = np.array((-0.030, -0.088, -0.188), np.float32)
+SCALE = np.array((0.458, 0.448, 0.450), np.float32)
 # AlexNet's five convolutions: stride, padding, and whether a 3 x 3 max-pooling of stride 2 precedes it.
 LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
 
@@ -37,8 +40,6 @@ class Lpips:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        import torch
-
         path = _weights_file()
         self.checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         if self.checksum != SHA256:
@@ -47,70 +48,48 @@ class Lpips:
             )
         with path.open("rb") as file:
             weights = _ArraysOnly(file).load()
-        self._device = device
-        self._convolutions = []
-        self._heads = []
-        for index in range(len(LAYERS)):
-            convolution = weights["AlexNet_0"][f"Conv_{index}"]
+        self._tensor = partial(torch.tensor, device=device)
+        self._layers = []
+        for index, layer in enumerate(LAYERS):
+            trunk = weights["AlexNet_0"][f"Conv_{index}"]
             # Stored as (height, width, in, out); torch wants (out, in, height, width).
-            kernel = torch.tensor(convolution["kernel"].transpose(3, 2, 0, 1).copy(), device=device)
-            bias = torch.tensor(convolution["bias"], device=device)
-            head = weights[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]
-            self._convolutions.append((kernel, bias))
-            self._heads.append(torch.tensor(head.reshape(1, -1, 1, 1), device=device))
+            kernel = self._tensor(trunk["kernel"].transpose(3, 2, 0, 1).copy())
+            head = weights[f"NetLinLayer_{index}"]["Conv_0"]["kernel"].reshape(1, -1, 1, 1)
+            self._layers.append((kernel, self._tensor(trunk["bias"]), self._tensor(head), *layer))
 
+    @torch.inference_mode()
     def __call__(self, candidate: ArrayLike, reference: ArrayLike) -> float:
         """The distance; 0 for identical images."""
-        import torch
-
         if np.shape(candidate) != np.shape(reference):
             raise MetricError(
                 f"shapes differ: {np.shape(candidate)} against {np.shape(reference)}; "
                 "compare samples of one protocol"
             )
-        with torch.inference_mode():
-            ours = self._features(self._scaled(candidate))
-            theirs = self._features(self._scaled(reference))
-            distance = sum(
-                (head * (a - b).square()).sum(1).mean((1, 2))
-                for head, a, b in zip(self._heads, ours, theirs, strict=True)
+        ours, theirs = self._frames(candidate), self._frames(reference)
+        distance = 0.0
+        for kernel, bias, head, stride, padding, pooled in self._layers:
+            if pooled:
+                ours, theirs = (functional.max_pool2d(x, 3, stride=2) for x in (ours, theirs))
+            ours, theirs = (
+                functional.conv2d(x, kernel, bias, stride=stride, padding=padding).relu()
+                for x in (ours, theirs)
             )
-        return float(distance.mean())
+            # Of unit length over its channels, so that no layer counts by its scale.
+            apart = functional.normalize(ours) - functional.normalize(theirs)
+            distance += float((head * apart.square()).sum(1).mean())
+        return distance
 
-    def _scaled(self, images: ArrayLike) -> Any:
+    def _frames(self, images: ArrayLike) -> torch.Tensor:
         """The frames as a standardised batch (frames, 3, height, width)."""
-        import torch
-
         array = np.asarray(images, np.float32)
-        if (
-            array.ndim not in (3, 4)
-            or array.shape[-1] != 3
-            or min(array.shape[-3:-1]) < SMALLEST_SIDE
-        ):
+        *_, height, width, channels = (0, *array.shape)
+        if array.ndim > 4 or channels != 3 or min(height, width) < SMALLEST_SIDE:
             raise MetricError(
                 f"found an array of shape {array.shape}; LPIPS needs colour images (height, width, 3) "
                 f"with both sides at least {SMALLEST_SIDE} pixels"
             )
-        frames = array.reshape(-1, *array.shape[-3:]).transpose(0, 3, 1, 2)
-        batch = torch.tensor(frames, device=self._device) * 2 - 1
-        shift = torch.tensor(SHIFT, device=self._device).view(3, 1, 1)
-        scale = torch.tensor(SCALE, device=self._device).view(3, 1, 1)
-        return (batch - shift) / scale
-
-    def _features(self, batch: Any) -> list[Any]:
-        """The trunk's five activations, each of unit length over its channels."""
-        from torch.nn import functional
-
-        features = []
-        for (kernel, bias), (stride, padding, pooled) in zip(
-            self._convolutions, LAYERS, strict=True
-        ):
-            if pooled:
-                batch = functional.max_pool2d(batch, kernel_size=3, stride=2)
-            batch = functional.conv2d(batch, kernel, bias, stride=stride, padding=padding).relu()
-            length = batch.square().sum(1, keepdim=True).sqrt()
-            features.append(batch / (length + 1e-10))
-        return features
+        frames = ((array * 2 - 1) - SHIFT) / SCALE
+        return self._tensor(frames.reshape(-1, height, width, 3).transpose(0, 3, 1, 2))
 
 
 class _ArraysOnly(pickle.Unpickler):

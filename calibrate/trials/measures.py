@@ -6,9 +6,8 @@ that way reads 28 dB where 16 dB is true. Images are ``(height, width[, channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 LOWEST_DB = -100.0  # noise against silence has no ratio; this is below any limit that somebody sets
 HIGHEST_DB = 100.0  # of identical samples where no noise floor was measured
+KINDS = {2: "audio", 3: "image", 4: "video"}  # by the number of axes
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,6 @@ class Measure:
 
 def psnr(candidate: ArrayLike, reference: ArrayLike, *, data_range: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB over all elements; infinite for identical arrays."""
-    _check_range(data_range)
     a, b = _pair(candidate, reference)
     return _decibels(data_range**2, float(np.mean(np.square(a - b))))
 
@@ -74,9 +73,8 @@ def rel_l2(candidate: ArrayLike, reference: ArrayLike) -> float:
     return float(np.linalg.norm(a - b) / norm) if norm > 0 else float("nan")
 
 
-def ssim(candidate: ArrayLike, reference: ArrayLike, *, data_range: float = 1.0) -> float:
-    """Structural similarity (Wang et al. 2004, equation 13) of images or videos; 1 for identical ones."""
-    _check_range(data_range)
+def ssim(candidate: ArrayLike, reference: ArrayLike) -> float:
+    """Structural similarity (Wang et al. 2004, eq. 13) of images or videos in [0, 1]; 1 for identical ones."""
     a, b = _pair(candidate, reference)
     if a.ndim == 2:
         a, b = a[..., None], b[..., None]
@@ -86,25 +84,13 @@ def ssim(candidate: ArrayLike, reference: ArrayLike, *, data_range: float = 1.0)
             f"with both sides at least {SSIM_TAPS} pixels"
         )
     if a.ndim == 4:
-        frames = zip(a, b, strict=True)
-        return float(np.mean([ssim(x, y, data_range=data_range) for x, y in frames]))
-    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+        return float(np.mean([ssim(*frames) for frames in zip(a, b, strict=True)]))
+    c1, c2 = SSIM_K1**2, SSIM_K2**2
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     contrast = (2 * (_blur(a * b) - mean_a * mean_b) + c2) / (var_a + var_b + c2)
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     return float(np.mean(contrast * luminance))
-
-
-def media_kind(array: ArrayLike) -> str:
-    """One of "image" (height, width, channels), "video" (frames first) and "audio" (channels, samples)."""
-    shape = np.shape(array)
-    kind = {2: "audio", 3: "image", 4: "video"}.get(len(shape))
-    if kind is None:
-        raise MetricError(
-            f"found a sample of shape {shape}; expected an image, a video or a waveform"
-        )
-    return kind
 
 
 def _ssim_where_it_fits(candidate: ArrayLike, reference: ArrayLike) -> float:
@@ -129,61 +115,34 @@ _TABLE = (
     Measure("latent_rel_l2", "latent error", "", False, 3, ("latents",), 1.0,
             "|cached - uncached| / |uncached| (L2) of the latents handed to the decoder", rel_l2),
 )  # fmt: skip
-MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _TABLE}
+MEASURES = {measure.name: measure for measure in _TABLE}
 
 
 def compare(
     candidate: ArrayLike, reference: ArrayLike, kind: str | None = None
 ) -> dict[str, float]:
     """Every measure that fits the medium, by name; without ``kind`` the number of axes tells it."""
-    kind = kind or media_kind(reference)
-    figures = {}
-    for measure in MEASURES.values():
-        if kind in measure.media and measure.compute is not None:
-            value = measure.compute(candidate, reference)
-            if not np.isnan(value):
-                figures[measure.name] = value
-    return figures
-
-
-class Measurable(Protocol):
-    """A sample or a reference."""
-
-    @property
-    def media(self) -> list[np.ndarray]: ...
-    @property
-    def latents(self) -> np.ndarray | None: ...
-
-
-def compare_all(
-    sample: Measurable,
-    reference: Measurable,
-    lpips: Callable[[ArrayLike, ArrayLike], float] | None = None,
-) -> dict[str, float]:
-    """Every measure of a sample's media and latents, dB at most ``HIGHEST_DB``."""
-    figures: dict[str, float] = {}
-    for cached, uncached in zip(sample.media, reference.media, strict=True):
-        figures |= compare(cached, uncached)
-        if lpips is not None and uncached.ndim >= 3:
-            figures["lpips"] = lpips(cached, uncached)
-    own, latents = sample.latents, reference.latents
-    if own is not None and latents is not None and own.shape == latents.shape:
-        figures |= compare(own, latents, "latents")
-    return {
-        name: min(value, HIGHEST_DB) if MEASURES[name].unit == "dB" else value
-        for name, value in figures.items()
+    kind = kind or KINDS.get(np.ndim(reference))
+    if kind is None:
+        raise MetricError(
+            f"found a sample of shape {np.shape(reference)}; expected an image, a video or a waveform"
+        )
+    figures = {
+        measure.name: measure.compute(candidate, reference)
+        for measure in _TABLE
+        if kind in measure.media and measure.compute is not None
     }
+    return {name: value for name, value in figures.items() if not np.isnan(value)}
 
 
 def measured(results: pd.DataFrame) -> list[Measure]:
     """The measures that a table of results has figures of, in the table's order."""
-    return [m for m in MEASURES.values() if m.name in results and results[m.name].notna().any()]
+    return [m for m in _TABLE if m.name in results and results[m.name].notna().any()]
 
 
 def main_measure(results: pd.DataFrame) -> str:
     """PSNR for images and video, SNR for sound and series."""
-    in_db = [measure.name for measure in measured(results) if measure.unit == "dB"]
-    return in_db[0] if in_db else "psnr_db"
+    return next((m.name for m in measured(results) if m.unit == "dB"), "psnr_db")
 
 
 def capped(results: pd.DataFrame, measure: str) -> pd.Series:
@@ -191,15 +150,12 @@ def capped(results: pd.DataFrame, measure: str) -> pd.Series:
 
     Identical samples, whose dB older results leave out, have ``HIGHEST_DB``; newer ones have the noise floor.
     """
-    values = (
-        results[measure]
-        .astype(float)
-        .mask(results["broken"].astype(bool), MEASURES[measure].broken)
-    )
-    if MEASURES[measure].unit != "dB":
+    known = MEASURES[measure]
+    values = results[measure].astype(float).mask(results["broken"].astype(bool), known.broken)
+    if known.unit != "dB":
         return values
     identical = results["identical"].fillna(False).astype(bool)
-    return values.where(values.notna() | ~identical, HIGHEST_DB).clip(upper=HIGHEST_DB)
+    return values.mask(values.isna() & identical, HIGHEST_DB).clip(upper=HIGHEST_DB)
 
 
 def _pair(candidate: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
@@ -218,13 +174,6 @@ def _decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return float("inf")
     return max(float(10 * np.log10(signal / noise)), LOWEST_DB) if signal > 0 else LOWEST_DB
-
-
-def _check_range(data_range: float) -> None:
-    if not (np.isfinite(data_range) and data_range > 0):
-        raise MetricError(
-            f"data_range is {data_range!r}; give the full span of the values, e.g. 1.0 or 255"
-        )
 
 
 def _blur(plane: Array) -> Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -18,6 +20,10 @@ from runtime.watch.blocks import find_blocks
 
 DIFFUSERS_CACHES = ("FirstBlockCache", "MagCache", "SeaCache")
 LARGEST_LEVEL = 1 - 1e-6  # the solver's log ratio is infinite at a level of 1
+# Configurations that space levels by a rule of their own.
+RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+Modules = Mapping[str, torch.nn.Module]
 
 
 class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
@@ -32,7 +38,8 @@ class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
     @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines look at its signature
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         given = signature(super().set_timesteps).bind(*args, **kwargs).arguments
-        if given.get("sigmas") is None and given.get("timesteps") is None and not self._respaced:
+        respaced = any(self.config[name] for name in RESPACED)
+        if given.get("sigmas") is None and given.get("timesteps") is None and not respaced:
             steps = given["num_inference_steps"]
             given["sigmas"] = np.linspace(1, 1 / steps, steps)
         super().set_timesteps(**given)
@@ -47,21 +54,13 @@ class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
         solver.timesteps = self.timesteps
         self._solver = solver
 
-    @property
-    def _respaced(self) -> bool:
-        """Whether the configuration spaces levels by a rule of its own."""
-        return any(
-            self.config[name]
-            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-        )
-
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
+        timestep: Any,
         sample: torch.Tensor,
-        generator: torch.Generator | None = None,
-        per_token_timesteps: torch.Tensor | None = None,
+        generator: Any = None,
+        per_token_timesteps: Any = None,
         return_dict: bool = True,
     ) -> Any:
         """One step; ``generator`` is taken as Euler takes it and never used."""
@@ -73,14 +72,10 @@ class SecondOrderFlow(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
             self._solver.set_begin_index(self.step_index)
         # In float32, as Euler's method does: the last steps' sample is part of the next one.
-        stepped = self._solver.step(
-            model_output.float(), timestep, sample.float(), return_dict=return_dict
-        )
+        stepped = self._solver.step(model_output.float(), timestep, sample.float())
         self._step_index += 1
-        if return_dict:
-            stepped.prev_sample = stepped.prev_sample.to(model_output.dtype)
-            return stepped
-        return (stepped[0].to(model_output.dtype),)
+        stepped.prev_sample = stepped.prev_sample.to(model_output.dtype)
+        return stepped if return_dict else (stepped.prev_sample,)
 
 
 @contextmanager
@@ -102,22 +97,20 @@ def second_order(pipeline: Any) -> Iterator[SecondOrderFlow]:
 
 
 def _check(scheduler: Any) -> None:
-    name = type(scheduler).__name__
     if scheduler is None:
         raise Refused("the pipeline has no scheduler")
+    name = type(scheduler).__name__
+    config: Any = getattr(scheduler, "config", {})
     if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
-        order = max(
-            getattr(scheduler, "order", 1),
-            dict(getattr(scheduler, "config", {})).get("solver_order", 1),
-        )
+        order = max(getattr(scheduler, "order", 1), config.get("solver_order", 1))
         if order > 1:
             raise Refused(f"{name} is of order {order} already: fewer-steps is the comparison")
         raise Refused(f"{name}: only FlowMatchEulerDiscreteScheduler has a second-order stand-in")
-    if scheduler.config.stochastic_sampling:
+    if config.stochastic_sampling:
         raise Refused(
             f"{name} adds noise at every step (stochastic_sampling): a solver's order means nothing"
         )
-    if scheduler.config.invert_sigmas:
+    if config.invert_sigmas:
         raise Refused(
             f"{name} counts noise levels upwards (invert_sigmas), which DPMSolverMultistepScheduler does not"
         )
@@ -125,105 +118,85 @@ def _check(scheduler: Any) -> None:
 
 @contextmanager
 def diffusers_cache(
-    modules: Mapping[str, torch.nn.Module], name: str, options: Mapping[str, Any]
+    modules: Modules, name: str, options: Mapping[str, Any]
 ) -> Iterator[Callable[[], dict[str, str]]]:
     """One of diffusers' own caches on every denoiser. Raises :class:`Refused` where it cannot be enabled."""
-    import diffusers
-
     config = getattr(diffusers, f"{name}Config", None)
     if config is None:
         raise Refused(f"diffusers {diffusers.__version__} has no {name}")
-    with hooks_restored(modules):
-        try:
-            for module in modules.values():
-                _enable(module, name, lambda: config(**options))
-            with counted(modules) as patterns_of:
-                yield patterns_of
-        finally:
-            cached: Iterable[Any] = modules.values()
-            for module in cached:
-                if getattr(module, "is_cache_enabled", False):
-                    module.disable_cache()
-
-
-def _enable(module: Any, name: str, config: Callable[[], Any]) -> None:
-    if not hasattr(module, "enable_cache"):
-        raise Refused(f"{type(module).__name__} has no enable_cache")
-    try:
-        module.enable_cache(config())
-    except Exception as error:  # a cache raises anything on a model it was not written for
-        raise Refused(
-            f"{name} on {type(module).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from None
+    with cache_taken_off(modules):
+        for module in modules.values():
+            if not hasattr(module, "enable_cache"):
+                raise Refused(f"{type(module).__name__} has no enable_cache")
+            with refusing(f"{name} on {type(module).__name__}"):
+                module.enable_cache(config(**options))  # type: ignore[operator]
+        with counted(modules) as patterns_of:
+            yield patterns_of
 
 
 @contextmanager
-def hooks_restored(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """Take off every diffusers hook that was put on the modules meanwhile; a refusal half-way leaves some."""
+def refusing(what: str) -> Iterator[None]:
+    """Another library raises anything on a model it was not written for: its words in one line, as a refusal."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused(f"{what}: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
+def cache_taken_off(modules: Modules) -> Iterator[None]:
+    """Afterwards diffusers' caches are disabled and every hook is off: a refusal half-way leaves some."""
     before = {part: set(registry.hooks) for part, registry in _registries(modules)}
     try:
         yield
     finally:
+        for module in modules.values():
+            if getattr(module, "is_cache_enabled", False):
+                module.disable_cache()  # type: ignore[operator]
         for part, registry in _registries(modules):
             for hook in set(registry.hooks) - before.get(part, set()):
                 registry.remove_hook(hook, recurse=False)
 
 
-def _registries(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, Any]]:
-    for module in modules.values():
-        for part in module.modules():
-            registry = hook_registry(part)
-            if registry is not None:
-                yield part, registry
+def _registries(modules: Modules) -> list[tuple[torch.nn.Module, Any]]:
+    parts = (part for module in modules.values() for part in module.modules())
+    registries = ((part, hook_registry(part)) for part in parts)
+    return [(part, registry) for part, registry in registries if registry is not None]
 
 
 @contextmanager
-def counted(modules: Mapping[str, torch.nn.Module]) -> Iterator[Callable[[], dict[str, str]]]:
+def counted(modules: Modules) -> Iterator[Callable[[], dict[str, str]]]:
     """Watch the last block of every denoiser; the function tells which calls computed it, branch by branch."""
-    counters = {expert: _StackCounter(module) for expert, module in modules.items()}
-    try:
-        yield lambda: {
-            f"{expert}/branch {index}": pattern
-            for expert, counter in counters.items()
-            for index, pattern in enumerate(counter.patterns())
+    with ExitStack() as stack:
+        letters = {
+            expert: stack.enter_context(_letters(module)) for expert, module in modules.items()
         }
-    finally:
-        for counter in counters.values():
-            counter.remove()
+        yield lambda: {
+            f"{expert}/branch {index}": "".join(branch)
+            for expert, by_time in letters.items()
+            for index, branch in enumerate(zip(*by_time.values(), strict=False))
+        }
 
 
-class _StackCounter:
-    """One letter per denoiser call: C where a module inside the last block ran, S where it did not.
+@contextmanager
+def _letters(module: torch.nn.Module) -> Iterator[Mapping[float, str]]:
+    """Timestep -> one letter per call: C where a module inside the last block ran, S where it did not.
 
     Calls of one timestep belong to different branches, in turn.
     """
+    letters: dict[float, str] = defaultdict(str)
+    ran: list[bool] = []
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._letters: dict[float, str] = {}
-        self._ran = False
-        inside = [
-            part for part in find_blocks(module)[-1][1].modules() if not list(part.children())
-        ]
-        self._handles = [part.register_forward_pre_hook(self._inside) for part in inside]
-        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+    def after(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        time: Any = kwargs.get("timestep")
+        known = isinstance(time, torch.Tensor)
+        letters[float(time.flatten()[0]) if known else len(letters)] += "C" if ran else "S"
+        ran.clear()
 
-    def _inside(self, module: torch.nn.Module, args: tuple) -> None:
-        self._ran = True
-
-    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        time_of = kwargs.get("timestep")
-        key = (
-            float(time_of.flatten()[0])
-            if isinstance(time_of, torch.Tensor)
-            else float(len(self._letters))
-        )
-        self._letters[key] = self._letters.get(key, "") + ("C" if self._ran else "S")
-        self._ran = False
-
-    def patterns(self) -> list[str]:
-        """One pattern per branch."""
-        return ["".join(letters) for letters in zip(*self._letters.values(), strict=False)]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    leaves = [part for part in find_blocks(module)[-1][1].modules() if not [*part.children()]]
+    with ExitStack() as stack:
+        for leaf in leaves:
+            handle = leaf.register_forward_pre_hook(lambda *_: ran.append(True))
+            stack.callback(handle.remove)
+        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        yield letters

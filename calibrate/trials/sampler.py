@@ -16,15 +16,13 @@ import torch
 
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
-from calibrate.model.session import Session
+from calibrate.model.session import STEPS, Session
 from calibrate.runs.folder import write_atomically
-from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, second_order
+from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, refusing, second_order
 from calibrate.trials.setting import Refused, Setting
 from calibrate.trials.through import KIND as THROUGH
 from calibrate.trials.through import run_through
 from runtime.apply import apply_tea_cache
-
-STEPS = "num_inference_steps"
 
 LONGEST_SERIES = 20_000  # values; half a second of sound
 
@@ -76,7 +74,27 @@ class Reference:
     media: list[np.ndarray]
     latents: np.ndarray | None
     pairs: pd.DataFrame
-    floor: dict[str, Any]
+    floor: dict[str, float]
+
+    def write(self, stem: Path) -> None:
+        """Keep it in three files that begin with ``stem``; the last one says that it is complete."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {f"media{index}": array for index, array in enumerate(self.media)}
+        if self.latents is not None:
+            arrays["latents"] = self.latents
+        savez: Any = np.savez_compressed  # its stub knows its own keywords only
+        savez(f"{stem}.npz", **arrays)
+        self.pairs.to_parquet(f"{stem}.parquet")
+        write_atomically(Path(f"{stem}.json"), json.dumps({"floor": self.floor}).encode())
+
+    @classmethod
+    def load(cls, stem: Path) -> Reference:
+        with np.load(f"{stem}.npz") as stored:
+            arrays = dict(stored)
+        latents = arrays.pop("latents", None)
+        media = [arrays[name] for name in sorted(arrays)]
+        floor = json.loads(Path(f"{stem}.json").read_text())["floor"]
+        return cls(media, latents, pd.read_parquet(f"{stem}.parquet"), floor)
 
 
 class Sampler:
@@ -93,9 +111,7 @@ class Sampler:
         images: Mapping[str, Path] | None = None,
         finished: Callable[[], None] = lambda: None,
     ) -> None:
-        self.session, self._finished = session, finished
-        self.images = dict(images or {})
-        self._overrides = {"output_type": "np"} if session.accepts("output_type") else {}
+        self.session, self._images, self._finished = session, images, finished
 
     def __call__(
         self, prompt: Prompt, *, num_steps: int | None = None, perturbed: bool = False
@@ -104,22 +120,21 @@ class Sampler:
 
         ``perturbed`` moves all that the denoisers receive by one unit in the last place, as other kernels would.
         """
-        overrides: dict[str, Any] = dict(self._overrides)
+        session = self.session
+        overrides: dict[str, Any] = {"output_type": "np"} if session.accepts("output_type") else {}
         if num_steps is not None:
-            if {"sigmas", "timesteps"} & set(self.session.arguments):
+            if {"sigmas", "timesteps"} & set(session.arguments):
                 raise Refused(
                     "the schedule is given step by step (sigmas or timesteps) and cannot be shortened"
                 )
-            if not self.session.accepts(STEPS):
+            if not session.accepts(STEPS):
                 raise Refused("generate(prompt, seed) takes no num_steps; let it, to compare with")
             overrides[STEPS] = num_steps
-        noise = _last_place_noise(self.session.modules) if perturbed else nullcontext()
-        with torch.inference_mode(), noise, _captured_latents(self.session.pipeline) as latents:
-            _synchronize()
-            begun = time.perf_counter()
-            output = self.session.generate(prompt, self.images, **overrides)
-            _synchronize()
-            seconds = time.perf_counter() - begun
+        noise = _last_place_noise(session.modules) if perturbed else nullcontext()
+        with torch.inference_mode(), noise, _captured_latents(session.pipeline) as latents:
+            begun = _time()
+            output = session.generate(prompt, self._images, **overrides)
+            seconds = _time() - begun
         self._finished()
         flat = np.concatenate([part.ravel() for part in latents]) if latents else None
         return Sample(_media(output), flat, seconds)
@@ -127,15 +142,11 @@ class Sampler:
     def run(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation under ``setting``; the pipeline is as before afterwards."""
         shorter = setting.budget if setting.kind == "fewer_steps" else None
+        foreign = setting.kind in (*DIFFUSERS_CACHES, THROUGH)
+        failing = refusing(f"{setting.policy} fails on this model") if foreign else nullcontext()
         with _applied(self.session, setting) as patterns_of:
-            try:
+            with failing:
                 sample = self(prompt, num_steps=shorter)
-            except Exception as error:
-                if setting.kind not in (*DIFFUSERS_CACHES, THROUGH):
-                    raise
-                raise Refused(
-                    f"{setting.policy} fails on this model: {' '.join(str(error).split())[:200]}"
-                ) from error
             patterns = patterns_of()
         computed = computed_steps(patterns) if shorter is None else float(shorter)
         return replace(sample, patterns=patterns, computed_steps=computed)
@@ -143,10 +154,9 @@ class Sampler:
 
 def computed_steps(patterns: Mapping[str, str]) -> float:
     """Computed steps of a generation: mean over the branches of an expert, summed over experts."""
-    counts: dict[str, list[int]] = {}
-    for name, pattern in patterns.items():
-        counts.setdefault(name.partition("/")[0], []).append(pattern.count("C"))
-    return float(sum(np.mean(values) for values in counts.values()))
+    counts = pd.Series(patterns).str.count("C")
+    experts = counts.index.str.split("/").str[0]
+    return float(counts.groupby(experts).mean().sum())
 
 
 @contextmanager
@@ -154,8 +164,7 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
     """Install a setting; the function that is yielded tells the patterns of the generation that followed."""
     options = dict(setting.options)
     if setting.kind == "fewer_steps":
-        better = options.get("solver_order") == 2
-        with second_order(session.driver) if better else nullcontext():
+        with second_order(session.driver) if options else nullcontext():
             yield dict
     elif setting.kind in DIFFUSERS_CACHES:
         with diffusers_cache(session.modules, setting.kind, options) as patterns_of:
@@ -169,14 +178,15 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
         target = session.target
         with apply_tea_cache(target, setting.entry, schedule=setting.plan, **options) as cache:
             yield lambda: {
-                f"{expert}/{branch}": seen.pattern
-                for (expert, branch), seen in cache.stats.branches.items()
+                "/".join(key): seen.pattern for key, seen in cache.stats.branches.items()
             }
 
 
-def _synchronize() -> None:
+def _time() -> float:
+    """Seconds, after everything that the GPU was given is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
@@ -212,10 +222,10 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
 @contextmanager
 def _captured_latents(pipeline: Any) -> Iterator[list[np.ndarray]]:
     """The first argument of every ``vae.decode``: the final latents of any pipeline that decodes."""
-    decoder: Any = getattr(pipeline, "vae", None)
     kept: list[np.ndarray] = []
+    decoder = getattr(pipeline, "vae", None)
     original = getattr(decoder, "decode", None)
-    if original is None:
+    if decoder is None or original is None:
         yield kept
         return
 
@@ -236,51 +246,23 @@ def _media(output: Any) -> list[np.ndarray]:
     A callable returns its sample itself, or several.
     """
     if isinstance(output, torch.Tensor | np.ndarray):
-        return [_array(output)]
-    if type(output) in (list, tuple):
-        return [_array(sample) for sample in output]
-    media = []
-    for name in ("images", "frames", "videos", "audios", "audio"):
-        value = getattr(output, name, None)
-        if value is not None and len(value) > 0:
-            media.append(_array(value[0]))
-    if not media:
+        output = [output]
+    if type(output) not in (list, tuple):
+        names = ("images", "frames", "videos", "audios", "audio")
+        made = [getattr(output, name, None) for name in names]
+        output = [value[0] for value in made if value is not None and len(value) > 0]
+    if not output:
         raise NothingSampled(
-            f"{type(output).__name__} holds no images, frames or audios; verify needs one of them, "
+            "the pipeline's output holds no images, frames or audios; verify needs one of them, "
             "or an array of a generate(prompt, seed)"
         )
-    return media
+    return [_array(sample) for sample in output]
 
 
 def _array(sample: Any) -> np.ndarray:
     if isinstance(sample, torch.Tensor):
         sample = sample.detach().float().cpu()
-    array = np.asarray(sample)
+    array = np.atleast_2d(sample)
     if array.dtype == np.uint8:
         array = array.astype(np.float32) / 255
-    if array.ndim == 1:
-        array = array[None]
     return array.astype(np.float32)
-
-
-def write_reference(stem: Path, reference: Reference) -> None:
-    """Keep the reference in three files that begin with ``stem``."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"media{index}": array for index, array in enumerate(reference.media)}
-    if reference.latents is not None:
-        arrays["latents"] = reference.latents
-    savez: Any = np.savez_compressed  # its stub knows its own keywords only
-    savez(stem.with_name(f"{stem.name}.npz"), **arrays)
-    reference.pairs.to_parquet(stem.with_name(f"{stem.name}.parquet"))
-    # Last: this file says that the reference is complete.
-    facts = json.dumps({"floor": reference.floor})
-    write_atomically(stem.with_name(f"{stem.name}.json"), facts.encode())
-
-
-def load_reference(stem: Path) -> Reference:
-    with np.load(stem.with_name(f"{stem.name}.npz")) as arrays:
-        media = [arrays[key] for key in sorted(arrays.files) if key.startswith("media")]
-        latents = arrays["latents"] if "latents" in arrays.files else None
-    facts = json.loads(stem.with_name(f"{stem.name}.json").read_text())
-    pairs = pd.read_parquet(stem.with_name(f"{stem.name}.parquet"))
-    return Reference(media, latents, pairs, facts["floor"])

@@ -24,6 +24,13 @@ FEWER_STEPS = "fewer steps"
 # Their samples are kept for the report, at the budget nearest to half of the steps.
 SHOWN = (PLAN, GATE, UNIFORM, FEWER_STEPS)
 FEWER_STEPS_2 = "fewer steps, second-order solver"
+# Uniform schedules, and their forecast as `apply_tea_cache` takes it.
+FORECASTS: dict[str, dict[str, Any]] = {
+    UNIFORM: {},
+    "uniform skipping, linear forecast": {"forecast": "linear"},
+    "uniform skipping, linear outputs": {"forecast": "linear", "forecast_of": "output"},
+    "uniform skipping, linear guided": {"forecast": "linear", "forecast_of": "guided"},
+}
 
 
 class Refused(CalibrateError):
@@ -60,7 +67,10 @@ class Setting:
         if self.plan is not None:
             content |= _content_of_plan(self.plan)
         if self.entry is not None:
-            content["entry"] = _hash_of_gate(self.entry)
+            # What decides: coefficients, domain, signs, window; not the tables and words beside them.
+            beside: dict[str, Any] = dict(thresholds=(), plans=None, warnings=(), notes=None)
+            bare = replace(self.entry, source=coeffs.Source(), **beside)
+            content["entry"] = canonical_sha256(coeffs.dump(bare))
         return content
 
 
@@ -79,14 +89,13 @@ def plan_setting(policy: str, plan: Plan | str, budget: int | None = None) -> Se
     """
     if isinstance(plan, str):
         plan = Plan(schedule=plan)
-    computed = plan.schedule.count("C")
-    return Setting(policy, "plan", computed if budget is None else budget, plan=plan)
+    return Setting(policy, "plan", budget or plan.schedule.count("C"), plan=plan)
 
 
 def gate_setting(policy: str, entry: Entry, budget: int, threshold: float) -> Setting:
     """A gate at a threshold, with six digits: more would make a new result of every tuning."""
-    options: dict[str, Any] = {"threshold": float(f"{threshold:.6g}")}
-    options["branches"] = branches_of(policy, entry)
+    branches = branches_of(policy, entry)
+    options: dict[str, Any] = {"threshold": float(f"{threshold:.6g}"), "branches": branches}
     if gate_config(entry).compat:
         options["compat"] = True
     return Setting(policy, "gate", budget, entry=entry, options=options)
@@ -119,19 +128,11 @@ def _content_of_plan(plan: Plan) -> dict[str, Any]:
     return content
 
 
-def _hash_of_gate(entry: Entry) -> str:
-    """Hash of what decides: coefficients, domain, signs, window; not of the tables and words beside them."""
-    bare = replace(
-        entry, thresholds=(), plans=None, warnings=(), notes=None, source=coeffs.Source()
-    )
-    return canonical_sha256(coeffs.dump(bare))
-
-
 def replayed_patterns(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
     """The pattern of every branch that replay foresees from the uncached run's signals."""
-    entry, run = setting.entry, load_run(pairs)
-    assert entry is not None and setting.threshold is not None, "only gates are replayed"
-    config, mode = gate_config(entry), setting.options["branches"]
+    entry, threshold = setting.entry, setting.threshold
+    assert entry is not None and threshold is not None, "only gates are replayed"
+    run, mode = load_run(pairs), setting.options["branches"]
     of_branch = polynomials(entry, run)
-    table = replay(run, of_branch, [setting.threshold], config, entry.signal, mode)
-    return {f"{row.expert}/{row.branch}": row.pattern for row in table.itertuples()}
+    table = replay(run, of_branch, [threshold], gate_config(entry), entry.signal, mode)
+    return dict(zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True))

@@ -10,17 +10,19 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import yaml
+from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
 from calibrate.errors import InvalidOption
 from calibrate.model.session import Session
-from calibrate.trials.rivals import counted, hooks_restored
-from calibrate.trials.setting import Refused, Setting
+from calibrate.trials.rivals import cache_taken_off, counted, refusing
+from calibrate.trials.setting import Setting
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
 from coeffs.engines.text import read_calls
 from coeffs.errors import CheckFailed
 
 KIND = "through"
-CACHE_DIT_MISSING = "cache-dit is not installed: pip install 'teacal[cache-dit]'"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,13 @@ class Engine:
 
 
 def through_setting(policy: str, engine: str, entry: Entry, plan: Plan) -> Setting:
-    """A plan as ``engine`` runs it. Raises ``EngineError`` for what the engine cannot run."""
+    """A plan as ``engine`` runs it.
+
+    Raises:
+        InvalidOption, EngineError: The engine is not installed, or cannot run the plan.
+    """
+    if engine == "cache-dit" and find_spec("cache_dit") is None:
+        raise InvalidOption("cache-dit is not installed: pip install 'teacal[cache-dit]'")
     text = export_entry(entry, ENGINES[engine].form, schedule=plan.schedule)
     options = {"engine": engine, "form": text}
     return Setting(policy, KIND, plan.schedule.count("C"), plan=plan, options=options)
@@ -49,8 +57,6 @@ def check_through(engine: str, entry: Entry, num_steps: int) -> list[Plan]:
     Raises:
         InvalidOption, EngineError: The engine is not installed, there is no such plan, or it cannot run one.
     """
-    if engine == "cache-dit" and find_spec("cache_dit") is None:
-        raise InvalidOption(f"--through cache-dit: {CACHE_DIT_MISSING}")
     plans = [plan for plan in entry.plans or () if len(plan.schedule) == num_steps]
     if not plans:
         raise InvalidOption(
@@ -66,11 +72,12 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
     """Have the engine run the setting's form; the function that is yielded checks the executed patterns.
 
     Raises:
-        Refused: The engine is not installed, or fails on the model.
+        Refused: The engine fails on the model.
         CheckFailed: It executed something else than was exported.
     """
     engine, text = setting.options["engine"], setting.options["form"]
-    exported = "" if setting.plan is None else setting.plan.schedule
+    assert setting.plan is not None
+    exported = setting.plan.schedule
     # Counted from before: an engine may put its own modules around the blocks.
     with counted(session.modules) as patterns_of:
 
@@ -84,26 +91,20 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
                     )
             return patterns
 
-        with hooks_restored(session.modules), ENGINES[engine].applied(session, text):
+        with cache_taken_off(session.modules), ENGINES[engine].applied(session, text):
             yield executed
 
 
 @contextmanager
 def _cache_dit(session: Session, text: str) -> Iterator[None]:
-    import yaml
-
-    if find_spec("cache_dit") is None:
-        raise Refused(CACHE_DIT_MISSING)
     # It logs several lines for every generation; read when it is imported.
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     import cache_dit
 
     loaded = cache_dit.load_configs(yaml.safe_load(text))
     configs = {name: loaded[name] for name in ("cache_config", "calibrator_config")}
-    try:
+    with refusing("cache-dit"):
         cache_dit.enable_cache(session.pipeline, **configs)
-    except Exception as error:  # it raises anything on a pipeline it was not written for
-        raise Refused(f"cache-dit: {' '.join(str(error).split())[:200]}") from None
     try:
         yield
     finally:
@@ -112,22 +113,13 @@ def _cache_dit(session: Session, text: str) -> Iterator[None]:
 
 @contextmanager
 def _mag_cache(session: Session, text: str) -> Iterator[None]:
-    from diffusers.hooks import MagCacheConfig, apply_mag_cache
-
     ((_, arguments),) = read_calls(text, "MagCacheConfig")
-    try:
-        for module in session.modules.values():
-            # Some classes (Stable Diffusion 3) have blocks that MagCache knows, but no enable_cache.
-            enable = getattr(module, "enable_cache", partial(apply_mag_cache, module))
-            try:
-                enable(MagCacheConfig(**arguments))
-            except ValueError as error:
-                raise Refused(f"MagCache on {type(module).__name__}: {error}") from None
-        yield
-    finally:
-        for module in session.modules.values():
-            if getattr(module, "is_cache_enabled", False):
-                module.disable_cache()
+    for module in session.modules.values():
+        # Some classes (Stable Diffusion 3) have blocks that MagCache knows, but no enable_cache.
+        enable = getattr(module, "enable_cache", partial(apply_mag_cache, module))
+        with refusing(f"MagCache on {type(module).__name__}"):
+            enable(MagCacheConfig(**arguments))
+    yield
 
 
 ENGINES = {

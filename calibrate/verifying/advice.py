@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from calibrate.fitting.statistics import ENOUGH_PROMPTS
 from calibrate.trials.baselines import uniform
 from calibrate.trials.measures import main_measure
-from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
-from calibrate.verifying.comparison import ENOUGH_PROMPTS, Comparison, judge, summarize
+from calibrate.trials.setting import FEWER_STEPS, FORECASTS, GATE, PLAN
+from calibrate.verifying.comparison import Comparison, judge, summarize
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
 from coeffs.errors import CoeffsError
@@ -20,15 +21,15 @@ from coeffs.errors import CoeffsError
 PROMPTS_TO_RUN = 10
 # The operating point: about twofold speed, which TeaCache's authors and most engines recommend.
 SHARE_COMPUTED = 0.5
-# Uniform schedules with a forecast, and how `apply_tea_cache` is told of it.
-FORECASTS = {
-    "uniform skipping, linear forecast": ', forecast="linear"',
-    "uniform skipping, linear outputs": ', forecast="linear", forecast_of="output"',
-    "uniform skipping, linear guided": ', forecast="linear", forecast_of="guided"',
-}
 # What one line of code deploys, the simplest first: on equal figures it is preferred.
-DEPLOYABLE = (FEWER_STEPS, UNIFORM, *FORECASTS, PLAN, GATE)
+DEPLOYABLE = (FEWER_STEPS, *FORECASTS, PLAN, GATE)
 GATE_ENGINES = ("vllm-omni", "sglang", "tensorrt-llm", "lightx2v", "comfyui-teacache")
+HOW_SURE = {
+    "better": "Significantly better than",
+    "worse": "Significantly better than",
+    "equal": "As good as, within 1 dB,",
+    "undecided": "Not significantly better than",
+}
 
 
 @dataclass(frozen=True)
@@ -66,68 +67,64 @@ def advise(results: pd.DataFrame) -> Advice:
             None, 0, {}, "Use none of these policies: each is slower than no cache or breaks.", ""
         )
     budget = _operating_point(usable)
-    rows = {row["policy"]: row for row in usable[usable["budget"] == budget].to_dict("records")}
-    present = [policy for policy in DEPLOYABLE if policy in rows]
-    base = present[0]
-    compared = {policy: _against(results, policy, base, budget) for policy in present}
-    gains = {
-        policy: rows[policy][measure] - rows[base][measure] if one is None else one.difference
-        for policy, one in compared.items()
-    }
-    best = max(present, key=lambda policy: gains[policy])  # of equal ones the simplest
-    others = [policy for policy in present if policy != best]
-    rival = max(others, key=lambda policy: gains[policy], default=None) if best == base else base
-    use = f"Use {_name(rows[best])}: {_worth(rows[best], measure)}."
+    at_budget = usable[usable["budget"] == budget]
+    rows = {row["policy"]: row for row in at_budget.to_dict("records")}
+    base, *others = [policy for policy in DEPLOYABLE if policy in rows]
+    compared: dict[str, Comparison | None] = {base: None}
+    gains = {base: 0.0}
+    for policy in others:
+        found = [c for c in judge(results, policy) if (c.baseline, c.budget) == (base, budget)]
+        compared[policy] = found[0] if found else None
+        apart = rows[policy][measure] - rows[base][measure]
+        gains[policy] = found[0].difference if found else apart
+    best, *rest = sorted(gains, key=lambda policy: -gains[policy])  # of equal ones the simplest
+    row = rows[best]
+    unit = "dB" if measure == "psnr_db" else "dB SNR"
+    worth = f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
     certainty = "It was compared with nothing else at these steps."
-    if rival is not None:
-        cache = best if rival == base else rival
-        certainty = _certainty(rows[rival], compared[cache], rival == base, measure)
-    enough = rows[best]["prompts"] >= ENOUGH_PROMPTS
-    return Advice(best, budget, rows[best], use, certainty, 0 if enough else PROMPTS_TO_RUN)
+    if rest:
+        rival = rest[0] if best == base else base
+        name = f"{_name(rows[rival])} ({rows[rival][measure]:.1f} dB)"
+        cache = compared[rival if best == base else best]
+        certainty = _certainty(name, rows[rival]["prompts"], cache, 1 if rival == base else -1)
+    enough = row["prompts"] >= ENOUGH_PROMPTS
+    use = f"Use {_name(row)}: {worth}."
+    return Advice(best, budget, row, use, certainty, 0 if enough else PROMPTS_TO_RUN)
 
 
 def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
     """How the advice is followed in Python, with the entry at ``path``; empty where its plan is gone from there."""
-    apply = "from runtime import apply_tea_cache\n\n"
-    if advice.policy is None:
-        return ""
+    apply, file = "from runtime import apply_tea_cache\n\n", fspath(path)
     if advice.policy == FEWER_STEPS:
         return f"pipe(prompt, num_inference_steps={advice.budget})"
     if advice.policy == GATE:
         threshold = f"{advice.figures['threshold']:.6g}"
-        return f'{apply}apply_tea_cache(pipe, "{fspath(path)}", threshold={threshold})'
+        return f'{apply}apply_tea_cache(pipe, "{file}", threshold={threshold})'
+    plan = _plan(advice, entry)
+    if plan is None:
+        return ""
     if advice.policy == PLAN:
-        index, plan = _plan(advice, entry)
-        if plan is None:
-            return ""
-        loaded = f'entry = coeffs.load("{fspath(path)}")\n'
-        used = f"apply_tea_cache(pipe, entry, schedule=entry.plans[{index}])"
-        return f"import coeffs\n{apply}{loaded}{used}"
-    forecast = FORECASTS.get(advice.policy, "")
-    return f'{apply}apply_tea_cache(pipe, schedule="{_schedule(advice)}"{forecast})'
+        used = f"schedule=entry.plans[{(entry.plans or ()).index(plan)}]"
+        return f'import coeffs\n{apply}entry = coeffs.load("{file}")\napply_tea_cache(pipe, entry, {used})'
+    options = {"schedule": plan.schedule, **FORECASTS[advice.policy or ""]}
+    stated = ", ".join(f'{name}="{value}"' for name, value in options.items())
+    return f"{apply}apply_tea_cache(pipe, {stated})"
 
 
 def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
     """The command that exports what is advised, for the first engine that takes it; empty where none does."""
-    if advice.policy in (None, FEWER_STEPS):
-        return ""
-    if advice.policy != GATE:
-        schedule, reuses = _schedule(advice), advice.policy == UNIFORM
-        if advice.policy == PLAN:
-            _, plan = _plan(advice, entry)
-            if plan is None:
-                return ""
-            schedule, reuses = plan.schedule, plan.forecast in (None, "reuse")
+    command = f"calibrate export {fspath(path)} --to"
+    plan = _plan(advice, entry)
+    if plan is not None:
+        reuses = plan.forecast in (None, "reuse")
         note = "" if reuses else "# The engine reuses instead of forecasting: less than above.\n"
-        command = f"calibrate export {fspath(path)} --to cache-dit-mask --schedule {schedule}"
-        return note + command
-    threshold = float(f"{advice.figures['threshold']:.6g}")
-    for engine in GATE_ENGINES:
-        try:
-            export_entry(entry, engine, threshold=threshold)
-        except CoeffsError:
-            continue
-        return f"calibrate export {fspath(path)} --to {engine} --threshold {threshold:g}"
+        return f"{note}{command} cache-dit-mask --schedule {plan.schedule}"
+    if advice.policy == GATE:
+        threshold = float(f"{advice.figures['threshold']:.6g}")
+        for engine in GATE_ENGINES:
+            with suppress(CoeffsError):
+                export_entry(entry, engine, threshold=threshold)
+                return f"{command} {engine} --threshold {threshold:g}"
     return ""
 
 
@@ -135,33 +132,22 @@ def _operating_point(usable: pd.DataFrame) -> int:
     """The budget with most policies that is nearest to half of the steps."""
     half = SHARE_COMPUTED * usable["num_steps"].iloc[0]
     counts = usable.groupby("budget")["policy"].nunique()
-    fullest = counts[counts == counts.max()].index.to_numpy()
-    return int(fullest[np.argmin(np.abs(fullest - half))])
+    fullest = counts[counts == counts.max()].index
+    return int(min(fullest, key=lambda budget: abs(budget - half)))
 
 
-def _against(results: pd.DataFrame, policy: str, base: str, budget: int) -> Comparison | None:
-    """The policy against the base, corrected for all that it is compared with; None where none is at these steps."""
-    compared = judge(results, policy)
-    return next((one for one in compared if (one.baseline, one.budget) == (base, budget)), None)
+def _certainty(name: str, prompts: int, compared: Comparison | None, sign: int) -> str:
+    """How sure it is that the advice is better than the rival called ``name``.
 
-
-def _certainty(other: dict, compared: Comparison | None, ahead: bool, measure: str) -> str:
-    """How sure the advice is; ``compared`` is the cache against the base, and the advice the former where ahead."""
-    name = f"{_name(other)} ({other[measure]:.1f} dB)"
-    prompts = other["prompts"]
+    ``compared`` is a cache against the base; ``sign`` is 1 where the advice is the cache, -1 where it is the base.
+    """
     if prompts < ENOUGH_PROMPTS:
         return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN} prompts."
     if compared is None:
         return f"Not compared with {name} at equal steps."
-    sign = 1 if ahead else -1
-    difference, *bounds = (
-        sign * value for value in (compared.difference, compared.low, compared.high)
-    )
-    low, high = sorted(bounds)
-    words = {"better": "Significantly better than", "worse": "Significantly better than"}
-    words |= {"equal": "As good as, within 1 dB,", "undecided": "Not significantly better than"}
-    interval = f"{difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}, {prompts} prompts"
-    return f"{words[compared.outcome]} {name}: {interval}."
+    low, high = sorted((sign * compared.low, sign * compared.high))
+    interval = f"{sign * compared.difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}"
+    return f"{HOW_SURE[compared.outcome]} {name}: {interval}, {prompts} prompts."
 
 
 def _name(row: dict) -> str:
@@ -174,20 +160,15 @@ def _name(row: dict) -> str:
     return f"{'the plan' if row['policy'] == PLAN else row['policy']} at {steps}"
 
 
-def _worth(row: dict, measure: str) -> str:
-    unit = "dB" if measure == "psnr_db" else "dB SNR"
-    return f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
-
-
-def _plan(advice: Advice, entry: Entry) -> tuple[int, Plan | None]:
-    """The plan of the entry that was run, and its index."""
-    size = advice.figures["num_steps"], advice.budget
-    for index, plan in enumerate(entry.plans or ()):
-        if (len(plan.schedule), plan.computed_steps) == size:
-            return index, plan
-    return -1, None
-
-
-def _schedule(advice: Advice) -> str:
-    """The uniform schedule of the advice's budget."""
-    return uniform(advice.figures["num_steps"], advice.budget)
+def _plan(advice: Advice, entry: Entry) -> Plan | None:
+    """The plan that was run: the entry's, or a uniform one; None for other policies, or where it is gone."""
+    if advice.policy in FORECASTS:
+        schedule = uniform(advice.figures["num_steps"], advice.budget)
+        return Plan(schedule=schedule, **FORECASTS[advice.policy])
+    for plan in entry.plans or () if advice.policy == PLAN else ():
+        if (len(plan.schedule), plan.computed_steps) == (
+            advice.figures["num_steps"],
+            advice.budget,
+        ):
+            return plan
+    return None

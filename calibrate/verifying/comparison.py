@@ -20,17 +20,15 @@ from calibrate.fitting.statistics import (
     mean_interval,
     p_different,
     p_not_equivalent,
-    p_wilcoxon,
     share_interval,
 )
-from calibrate.trials.measures import MEASURES, Measure, capped, main_measure, measured
+from calibrate.trials.measures import capped, main_measure, measured
 from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 
 SLACK = 0.5  # steps that a gate may lie outside the range of the baseline's budgets
 SIGNIFICANT = 0.05
 LOW_QUANTILE = 0.1
 LOST_DB = 3.0  # twice the error power: a loss that is seen
-UNIT = ["prompt_id", "seed"]
 WORDS = {
     "better": "better",
     "worse": "worse",
@@ -51,7 +49,6 @@ class Comparison:
         low, high: 95 % interval of it; NaN with fewer than three prompts.
         p: That there is no difference, corrected for the family of comparisons (Holm).
         p_equal: That the difference is 1 dB or more, corrected likewise.
-        wilcoxon: p of the signed-rank test, uncorrected.
     """
 
     policy: str
@@ -67,7 +64,6 @@ class Comparison:
     prompts: int
     p: float
     p_equal: float
-    wilcoxon: float
 
     @property
     def outcome(self) -> str:
@@ -94,15 +90,40 @@ class Comparison:
         return f"{means}, 95 % interval {self.low:+.1f} to {self.high:+.1f}"
 
 
-def compare(results: pd.DataFrame, policy: str, baseline: str) -> list[Comparison]:
-    """One comparison per budget of the policy; runs outside the baseline's range of steps are left out."""
-    return _corrected(_compare(results, policy, baseline))
+def judge(
+    results: pd.DataFrame, policy: str, baselines: Sequence[str] | None = None
+) -> list[Comparison]:
+    """The policy against each baseline (by default every other policy) at each budget, as one family of tests.
 
-
-def judge(results: pd.DataFrame, policy: str) -> list[Comparison]:
-    """The policy against every other one, as one family of tests; nothing where it did not run."""
-    others = [name for name in results["policy"].unique() if name != policy]
-    return _corrected([one for other in others for one in _compare(results, policy, other)])
+    Runs outside a baseline's range of computed steps are left out; there is nothing where the policy did not run.
+    """
+    if baselines is None:
+        baselines = [name for name in results["policy"].unique() if name != policy]
+    comparisons = []
+    for baseline in baselines:
+        for budget, prompts in _paired(results, policy, baseline).groupby("budget"):
+            differences = prompts["difference"].to_numpy()
+            difference, low, high = mean_interval(differences)
+            comparison = Comparison(
+                policy=policy,
+                baseline=baseline,
+                budget=int(budget),
+                num_steps=int(results["num_steps"].iloc[0]),
+                computed_steps=float(prompts["computed_steps"].mean()),
+                value=float(prompts["value"].mean()),
+                baseline_value=float(prompts["baseline_value"].mean()),
+                difference=difference,
+                low=low,
+                high=high,
+                prompts=len(prompts),
+                p=p_different(differences),
+                p_equal=p_not_equivalent(differences),
+            )
+            comparisons.append(comparison)
+    different = holm([one.p for one in comparisons]).tolist()
+    equal = holm([one.p_equal for one in comparisons]).tolist()
+    corrected = zip(comparisons, different, equal, strict=True)
+    return [replace(one, p=p, p_equal=p_equal) for one, p, p_equal in corrected]
 
 
 def judge_plan(results: pd.DataFrame) -> list[Comparison]:
@@ -127,7 +148,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 def deciding(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons with uniform skipping, or with the first baseline there is."""
     baselines = [one.baseline for one in comparisons]
-    baseline = UNIFORM if UNIFORM in baselines else baselines[0]
+    baseline = UNIFORM if UNIFORM in baselines else next(iter(baselines), None)
     return [one for one in comparisons if one.baseline == baseline]
 
 
@@ -138,106 +159,64 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     tenth of the main measure; ``lost`` the share of prompts that lose more than 3 dB against plain fewer steps (or
     uniform skipping where those did not run) at equal steps; ``<measure>_of_mean`` the dB of the mean error.
     """
-    main = MEASURES[main_measure(results)]
     rows = []
-    for (policy, budget), group in results.groupby(["policy", "budget"], sort=False):
-        row = {
-            "policy": policy,
-            "budget": int(budget),
-            "threshold": group["threshold"].iloc[0],
-            "computed_steps": float(group["computed_steps"].mean()),
-            "num_steps": int(group["num_steps"].iloc[0]),
-            "prompts": int(group["prompt_id"].nunique()),
-            "broken": int(group["broken"].sum()),
-            "seconds": float(group["seconds"].mean()),
-            "speedup": float((group["uncached_seconds"] / group["seconds"]).mean()),
-            "measure": main.name,
-            "at_floor": bool(group.get("at_floor", pd.Series([False])).all()),
-        }
-        row |= _low_end(group, main)
-        row |= _lost(results, str(policy), int(budget))
-        for measure in measured(group):
-            of_prompt = _by_prompt(group, measure)
-            mean, low, high = mean_interval(of_prompt)
-            name = measure.name
-            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-            if measure.unit == "dB":
-                row[f"{name}_of_mean"] = float(-10 * np.log10(np.mean(10 ** (-of_prompt / 10))))
-        rows.append(row)
+    for policy, runs in results.groupby("policy", sort=False):
+        others = [name for name in (FEWER_STEPS, UNIFORM) if name in set(results["policy"])]
+        plainest = next((name for name in others if name != policy), "")
+        paired = _paired(results, str(policy), plainest)
+        for budget, group in runs.groupby("budget", sort=False):
+            row = {
+                "policy": policy,
+                "budget": int(budget),
+                "threshold": group["threshold"].iloc[0],
+                "computed_steps": float(group["computed_steps"].mean()),
+                "num_steps": int(group["num_steps"].iloc[0]),
+                "prompts": int(group["prompt_id"].nunique()),
+                "broken": int(group["broken"].sum()),
+                "seconds": float(group["seconds"].mean()),
+                "speedup": float((group["uncached_seconds"] / group["seconds"]).mean()),
+                "measure": main_measure(results),
+                "at_floor": "at_floor" in group and bool(group["at_floor"].all()),
+            }
+            row |= _low_end(group, row["measure"])
+            row |= _lost(paired.query("budget == @budget")["difference"])
+            rows.append(row | _measures(group))
     return pd.DataFrame(rows)
 
 
-def _compare(results: pd.DataFrame, policy: str, baseline: str) -> list[Comparison]:
-    paired = _paired(results, policy, baseline)
-    comparisons = []
-    for budget, group in paired.groupby("budget"):
-        means = group.groupby("prompt_id")[["difference", "value", "baseline_value"]].mean()
-        differences = means["difference"].to_numpy()
-        difference, low, high = mean_interval(differences)
-        comparison = Comparison(
-            policy=policy,
-            baseline=baseline,
-            budget=int(budget),
-            num_steps=int(results["num_steps"].iloc[0]),
-            computed_steps=float(group["computed_steps"].mean()),
-            value=float(means["value"].mean()),
-            baseline_value=float(means["baseline_value"].mean()),
-            difference=difference,
-            low=low,
-            high=high,
-            prompts=len(means),
-            p=p_different(differences),
-            p_equal=p_not_equivalent(differences),
-            wilcoxon=p_wilcoxon(differences),
-        )
-        comparisons.append(comparison)
-    return comparisons
-
-
 def _paired(results: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
-    """The policy's runs, each with the baseline's quality on the same prompt at equal computed steps."""
+    """By budget and prompt: the policy's quality, and the baseline's at equal computed steps."""
     results = results.assign(value=capped(results, main_measure(results)))
     ours, theirs = (results[results["policy"] == name] for name in (policy, baseline))
+    unit = ["prompt_id", "seed"]
     curves = {
-        unit: rows.groupby("computed_steps")["value"].mean() for unit, rows in theirs.groupby(UNIT)
+        key: rows.groupby("computed_steps")["value"].mean() for key, rows in theirs.groupby(unit)
     }
-    rows = []
-    for row in ours[[*UNIT, "budget", "computed_steps", "value"]].to_dict("records"):
-        curve = curves.get((row["prompt_id"], row["seed"]))
-        if curve is None:
-            continue
-        steps = row["computed_steps"]
-        if curve.index[0] - SLACK <= steps <= curve.index[-1] + SLACK:
-            there = float(np.interp(steps, curve.index, curve))
-            rows.append({**row, "baseline_value": there, "difference": row["value"] - there})
-    columns = [*UNIT, "budget", "computed_steps", "value", "baseline_value", "difference"]
-    return pd.DataFrame(rows, columns=columns)
 
+    def there(prompt: str, seed: int, steps: float) -> float:
+        curve = curves.get((prompt, seed))
+        if curve is None or not curve.index[0] - SLACK <= steps <= curve.index[-1] + SLACK:
+            return float("nan")
+        return float(np.interp(steps, curve.index, curve))
 
-def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
-    different = holm([one.p for one in comparisons])
-    equal = holm([one.p_equal for one in comparisons])
-    corrected = zip(comparisons, different.tolist(), equal.tolist(), strict=True)
-    return [replace(one, p=p, p_equal=p_equal) for one, p, p_equal in corrected]
+    runs = zip(*(ours[name] for name in (*unit, "computed_steps")), strict=True)
+    values = np.array([there(*run) for run in runs], float)
+    paired = ours.assign(baseline_value=values, difference=ours["value"] - values)
+    columns = ["computed_steps", "value", "baseline_value", "difference"]
+    return paired[~np.isnan(values)].groupby(["budget", "prompt_id"])[columns].mean()
 
 
 def _sentence(comparisons: list[Comparison]) -> str:
     """A policy against one baseline over all budgets, grouped by outcome, the most computed steps first."""
     first = comparisons[0]
-    ordered = sorted(comparisons, key=lambda one: -one.computed_steps)
-    parts = []
-    for outcome, words in WORDS.items():
-        if outcome == "unknown":
-            words = f"too few prompts for a verdict ({first.prompts}; at least {ENOUGH_PROMPTS})"
-        places = [
-            f"{one.computed_steps:.3g} of {one.num_steps} steps ({one.figures})"
-            for one in ordered
-            if one.outcome == outcome
-        ]
-        if places:
-            parts.append(f"{words} at {', '.join(places)}")
-    policy, baseline = _named(first.policy), _named(first.baseline)
-    return f"{policy} against {baseline}: {'; '.join(parts)}"
+    few = f"too few prompts for a verdict ({first.prompts}; at least {ENOUGH_PROMPTS})"
+    words = {**WORDS, "unknown": few}
+    parts: dict[str, list[str]] = {outcome: [] for outcome in words}
+    for one in sorted(comparisons, key=lambda one: -one.computed_steps):
+        place = f"{one.computed_steps:.3g} of {one.num_steps} steps ({one.figures})"
+        parts[one.outcome].append(place)
+    said = [f"{words[outcome]} at {', '.join(at)}" for outcome, at in parts.items() if at]
+    return f"{_named(first.policy)} against {_named(first.baseline)}: {'; '.join(said)}"
 
 
 def _named(policy: str) -> str:
@@ -245,14 +224,23 @@ def _named(policy: str) -> str:
     return f"the {policy}" if policy.startswith((PLAN, GATE)) else policy
 
 
-def _by_prompt(group: pd.DataFrame, measure: Measure) -> np.ndarray:
-    """Means over the seeds of each prompt."""
-    return capped(group, measure.name).groupby(group["prompt_id"]).mean().dropna().to_numpy()
+def _measures(group: pd.DataFrame) -> dict[str, float]:
+    """Each measure's mean over prompts with its interval; of dB also the dB of the mean error."""
+    figures: dict[str, float] = {}
+    for measure in measured(group):
+        name = measure.name
+        of_prompt = capped(group, name).groupby(group["prompt_id"]).mean().dropna()
+        keys = name, f"{name}_low", f"{name}_high"
+        figures |= dict(zip(keys, mean_interval(of_prompt), strict=True))
+        if measure.unit == "dB":
+            errors = 10 ** (-of_prompt / 10)
+            figures[f"{name}_of_mean"] = float(-10 * np.log10(errors.mean()))
+    return figures
 
 
-def _low_end(group: pd.DataFrame, main: Measure) -> dict[str, float | str]:
+def _low_end(group: pd.DataFrame, measure: str) -> dict[str, float | str]:
     """The lowest tenth and the worst of all runs; a broken sample is below any limit."""
-    values = capped(group, main.name).where(~group["broken"].astype(bool), -np.inf).dropna()
+    values = capped(group, measure).mask(group["broken"].astype(bool), -np.inf).dropna()
     if values.empty:
         return {"low": float("nan"), "worst": float("nan"), "worst_prompt": ""}
     return {
@@ -262,14 +250,9 @@ def _low_end(group: pd.DataFrame, main: Measure) -> dict[str, float | str]:
     }
 
 
-def _lost(results: pd.DataFrame, policy: str, budget: int) -> dict[str, float]:
-    """The share of prompts that lose more than ``LOST_DB`` against the plainest other policy, with its interval."""
-    present = set(results["policy"]) - {policy}
-    baseline = next((name for name in (FEWER_STEPS, UNIFORM) if name in present), None)
+def _lost(differences: pd.Series) -> dict[str, float]:
+    """The share of prompts that lose more than ``LOST_DB``, with its interval; NaN where nothing was compared."""
     share = (float("nan"),) * 3
-    if baseline is not None:
-        paired = _paired(results, policy, baseline)
-        differences = paired[paired["budget"] == budget].groupby("prompt_id")["difference"].mean()
-        if len(differences):
-            share = share_interval(int((differences < -LOST_DB).sum()), len(differences))
+    if len(differences):
+        share = share_interval(int((differences < -LOST_DB).sum()), len(differences))
     return dict(zip(("lost", "lost_low", "lost_high"), share, strict=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
     FEWER_STEPS_2,
+    FORECASTS,
     GATE,
     PLAN,
     UNIFORM,
@@ -32,13 +34,7 @@ from calibrate.trials.setting import (
     plan_setting,
 )
 from calibrate.trials.through import ENGINES, through_setting
-from calibrate.verifying.tuning import (
-    Counted,
-    given_gate,
-    published_entries,
-    tuned_diffusers,
-    tuned_gate,
-)
+from calibrate.verifying.tuning import Counted, published_entries, tuned_diffusers, tuned_gate
 from coeffs import Entry, Plan
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
@@ -55,8 +51,8 @@ class Lineup:
     Attributes:
         run: Recorded signals that replay may look at, and the Gram log where it has one.
         budgets: Numbers of computed steps.
-        thresholds: Of the fitted gate, where they were given instead of budgets.
         counted: Mean computed steps of real runs of the tuning prompts under a setting.
+        given: The fitted gate's settings, where its thresholds were given instead of budgets.
         known: The registry's entries.
     """
 
@@ -65,7 +61,7 @@ class Lineup:
     num_steps: int
     budgets: Sequence[int]
     counted: Counted
-    thresholds: Sequence[float] = ()
+    given: Sequence[Setting] = ()
     known: Sequence[Entry] = ()
     transformer_class: str | None = None
 
@@ -78,10 +74,14 @@ class Lineup:
             raise InvalidOption(
                 "the entry holds no magnitude ratios of this schedule; fit a run of it first"
             )
-        return [float(value) for value in np.mean(curves, axis=0)]
+        return np.mean(curves, axis=0).tolist()
+
+    def planned(self, label: str, schedule: Callable[[int], str | Plan]) -> list[Setting]:
+        """The plan of every budget."""
+        return [plan_setting(label, schedule(budget), budget) for budget in self.budgets]
 
 
-Make = Callable[[Lineup, str], list[Setting]]
+Make = Callable[[Lineup, str], Sequence[Setting]]
 
 
 @dataclass(frozen=True)
@@ -103,24 +103,24 @@ class Policy:
     default: bool = True
 
 
-def own_gate(lineup: Lineup, label: str) -> list[Setting]:
-    """The entry's gate, tuned to the budgets, or at the thresholds that were given."""
-    if lineup.thresholds and label == GATE:
-        return given_gate(lineup.entry, lineup.thresholds, lineup.run)
-    return gate_of(lineup.entry)(lineup, label)
-
-
-def gate_of(entry: Entry) -> Make:
-    """The gate of any entry, tuned to the budgets."""
-
-    def make(lineup: Lineup, label: str) -> list[Setting]:
-        return tuned_gate(label, entry, lineup.budgets, lineup.run, lineup.counted)
-
-    return make
+def gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequence[Setting]:
+    """The gate of an entry (by default the one that is verified), tuned to the budgets or as it was given."""
+    if label == GATE and lineup.given:
+        return lineup.given
+    return tuned_gate(label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.counted)
 
 
 def planned(lineup: Lineup, label: str) -> list[Setting]:
     """The entry's plans for these budgets, each with its forecast."""
+    return [plan_setting(label, plan) for plan in _plans(lineup)]
+
+
+def planned_through(lineup: Lineup, label: str, engine: str) -> list[Setting]:
+    """The entry's plans for these budgets as an engine's own code runs the exported form."""
+    return [through_setting(label, engine, lineup.entry, plan) for plan in _plans(lineup)]
+
+
+def _plans(lineup: Lineup) -> list[Plan]:
     plans = [
         plan
         for plan in lineup.entry.plans or ()
@@ -131,36 +131,14 @@ def planned(lineup: Lineup, label: str) -> list[Setting]:
         raise InvalidOption(
             f"no plan in the entry for these budgets; make some: calibrate plan --computed {wanted}"
         )
-    return [plan_setting(label, plan) for plan in plans]
+    return plans
 
 
-def planned_through(engine: str) -> Make:
-    """The entry's plans for these budgets as an engine's own code runs the exported form."""
-
-    def make(lineup: Lineup, label: str) -> list[Setting]:
-        return [
-            through_setting(label, engine, lineup.entry, setting.plan)
-            for setting in planned(lineup, label)
-            if setting.plan is not None
-        ]
-
-    return make
-
-
-def uniform_with(
-    forecast: str | None = None, of: Literal["residual", "output", "guided"] | None = None
-) -> Make:
-    """Every so-many-th step, with a forecast of the others."""
-
-    def make(lineup: Lineup, label: str) -> list[Setting]:
-        settings = []
-        for budget in lineup.budgets:
-            schedule = uniform(lineup.num_steps, budget)
-            plan = Plan(schedule=schedule, forecast=forecast, forecast_of=of)
-            settings.append(plan_setting(label, plan))
-        return settings
-
-    return make
+def uniform_rule(lineup: Lineup, label: str) -> list[Setting]:
+    """Every so-many-th step, with the label's forecast of the others."""
+    forecast = FORECASTS[label]
+    steps = lineup.num_steps
+    return lineup.planned(label, lambda budget: Plan(schedule=uniform(steps, budget), **forecast))
 
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
@@ -168,24 +146,17 @@ def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
     folder = lineup.run.path
     if folder is None:
         raise NoPlan("no run, and so no fitted weights; verify the folder of a planned run")
-    plans = [fitted_plan(folder, lineup.num_steps, budget) for budget in lineup.budgets]
-    return [plan_setting(label, plan) for plan in plans]
+    return lineup.planned(label, partial(fitted_plan, folder, lineup.num_steps))
 
 
-def fewer_steps(**options: Any) -> Make:
+def fewer_steps(lineup: Lineup, label: str, **options: Any) -> list[Setting]:
     """A shorter schedule of the model itself, nothing cached."""
-
-    def make(lineup: Lineup, label: str) -> list[Setting]:
-        return [Setting(label, "fewer_steps", budget, options=options) for budget in lineup.budgets]
-
-    return make
+    return [Setting(label, "fewer_steps", budget, options=options) for budget in lineup.budgets]
 
 
 def magcache_rule(lineup: Lineup, label: str) -> list[Setting]:
-    ratios, steps = lineup.magnitudes[1:], lineup.num_steps
-    return [
-        plan_setting(label, magcache_at(ratios, steps, budget), budget) for budget in lineup.budgets
-    ]
+    ratios = lineup.magnitudes[1:]
+    return lineup.planned(label, partial(magcache_at, ratios, lineup.num_steps))
 
 
 def cache_dit_masks(lineup: Lineup, label: str) -> list[Setting]:
@@ -202,22 +173,15 @@ def mflux_rule(lineup: Lineup, label: str) -> list[Setting]:
     sigmas = np.concatenate([log.sigmas[:-1] for log in logs])
     if len(sigmas) != lineup.num_steps or not np.isfinite(sigmas).all():
         raise InvalidOption(f"the run holds no noise levels of {lineup.num_steps} steps")
-    return [
-        plan_setting(label, mflux_schedule(sigmas.tolist(), budget), budget)
-        for budget in lineup.budgets
-    ]
+    return lineup.planned(label, partial(mflux_schedule, sigmas.tolist()))
 
 
-def diffusers_cache(cache: str) -> Make:
+def diffusers_cache(lineup: Lineup, label: str, cache: str) -> list[Setting]:
     """One of diffusers' own caches, tuned to the budgets."""
-
-    def make(lineup: Lineup, label: str) -> list[Setting]:
-        options: dict[str, Any] = {}
-        if cache == "MagCache":
-            options = {"mag_ratios": lineup.magnitudes, "num_inference_steps": lineup.num_steps}
-        return tuned_diffusers(label, cache, lineup.budgets, options, lineup.counted)
-
-    return make
+    options: dict[str, Any] = {}
+    if cache == "MagCache":
+        options = {"mag_ratios": lineup.magnitudes, "num_inference_steps": lineup.num_steps}
+    return tuned_diffusers(label, cache, lineup.budgets, options, lineup.counted)
 
 
 def _has_branches(entry: Entry) -> bool:
@@ -225,31 +189,33 @@ def _has_branches(entry: Entry) -> bool:
 
 
 POLICIES: dict[str, Policy] = {
-    "gate": Policy(GATE, own_gate, tuned=True),
-    "apart": Policy(APART_GATE, own_gate, tuned=True, enters=_has_branches),
+    "gate": Policy(GATE, gate, tuned=True),
+    "apart": Policy(APART_GATE, gate, tuned=True, enters=_has_branches),
     "plan": Policy(PLAN, planned, enters=lambda entry: bool(entry.plans)),
     **{
-        f"plan-{engine}": Policy(f"plan through {engine}", planned_through(engine), default=False)
+        f"plan-{engine}": Policy(
+            f"plan through {engine}", partial(planned_through, engine=engine), default=False
+        )
         for engine in ENGINES
     },
-    "uniform": Policy(UNIFORM, uniform_with()),
-    "uniform-linear": Policy("uniform skipping, linear forecast", uniform_with("linear")),
-    "uniform-linear-output": Policy(
-        "uniform skipping, linear outputs", uniform_with("linear", "output")
-    ),
+    "uniform": Policy(UNIFORM, uniform_rule),
+    "uniform-linear": Policy("uniform skipping, linear forecast", uniform_rule),
+    "uniform-linear-output": Policy("uniform skipping, linear outputs", uniform_rule),
     "uniform-fitted": Policy("uniform skipping, fitted guided", uniform_fitted),
-    "uniform-linear-guided": Policy(
-        "uniform skipping, linear guided", uniform_with("linear", "guided")
-    ),
-    "fewer-steps": Policy(FEWER_STEPS, fewer_steps()),
-    "fewer-steps-2": Policy(FEWER_STEPS_2, fewer_steps(solver_order=2)),
+    "uniform-linear-guided": Policy("uniform skipping, linear guided", uniform_rule),
+    "fewer-steps": Policy(FEWER_STEPS, fewer_steps),
+    "fewer-steps-2": Policy(FEWER_STEPS_2, partial(fewer_steps, solver_order=2)),
     "magcache": Policy("MagCache's rule", magcache_rule),
     "cache-dit-masks": Policy("cache-dit's masks", cache_dit_masks),
     "mflux": Policy("mflux's rule", mflux_rule),
-    "published": Policy("published sets", own_gate, tuned=True),  # one policy a set, see _entrants
-    "first-block-cache": Policy("FirstBlockCache", diffusers_cache("FirstBlockCache"), tuned=True),
-    "mag-cache": Policy("MagCache (diffusers)", diffusers_cache("MagCache"), tuned=True),
-    "sea-cache": Policy("SeaCache", diffusers_cache("SeaCache"), tuned=True),
+    "published": Policy("published sets", gate, tuned=True),  # one policy a set, see _entrants
+    "first-block-cache": Policy(
+        "FirstBlockCache", partial(diffusers_cache, cache="FirstBlockCache"), tuned=True
+    ),
+    "mag-cache": Policy(
+        "MagCache (diffusers)", partial(diffusers_cache, cache="MagCache"), tuned=True
+    ),
+    "sea-cache": Policy("SeaCache", partial(diffusers_cache, cache="SeaCache"), tuned=True),
 }
 
 
@@ -291,6 +257,6 @@ def _entrants(lineup: Lineup, names: Sequence[str]) -> Iterator[Policy]:
         policy = POLICIES[name]
         if name == "published":  # each set is a policy of its own
             for entry in published_entries(lineup.known, lineup.transformer_class, lineup.entry):
-                yield Policy(f"{entry.model}'s gate", gate_of(entry), tuned=True)
+                yield Policy(f"{entry.model}'s gate", partial(gate, entry=entry))
         elif policy.enters(lineup.entry):
             yield policy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from calibrate.runs.folder import write_atomically
 from calibrate.trials.setting import GATE
 from calibrate.verifying.comparison import Comparison, judge, summarize
 
-_MAPPINGS = ("patterns", "replayed")  # columns of dicts, kept as JSON
+_MAPPINGS = ["patterns", "replayed"]  # columns of dicts, kept as JSON
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,27 @@ class Verification:
 
     Attributes:
         results: One row per policy, budget and prompt: measures, computed steps, seconds, patterns (JSON).
-        summary: One row per policy and budget, see :func:`calibrate.verifying.comparison.summarize`.
-        comparisons: The fitted gate against every other policy.
         facts: What else a reader needs: headline, refused policies, noise floor, drift of the replay, device.
         folder: Where it is kept.
     """
 
     results: pd.DataFrame
-    summary: pd.DataFrame
-    comparisons: list[Comparison]
     facts: dict[str, Any]
     folder: Path
 
     @property
     def headline(self) -> str:
         return self.facts["headline"]
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per policy and budget, see :func:`calibrate.verifying.comparison.summarize`."""
+        return summarize(self.results)
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The fitted gate against every other policy."""
+        return judge(self.results, GATE)
 
 
 def load_verification(folder: str | os.PathLike) -> Verification | None:
@@ -54,23 +61,15 @@ def load_verification(folder: str | os.PathLike) -> Verification | None:
             f"{path}: cannot be read ({error}); run `calibrate verify` again"
         ) from None
     for column in _MAPPINGS:
-        results[column] = [
-            json.loads(text) if isinstance(text, str) else {} for text in results[column]
-        ]
-    return Verification(results, summarize(results), judge(results, GATE), facts, path)
+        results[column] = results[column].fillna("{}").map(json.loads)
+    return Verification(results, facts, path)
 
 
-def write_verification(found: Verification) -> None:
+def write_verification(verification: Verification) -> None:
     """Keep a verification in its folder."""
-    found.folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        column: [
-            json.dumps(value) if isinstance(value, dict) else None
-            for value in found.results[column]
-        ]
-        for column in _MAPPINGS
-    }
-    found.results.assign(**texts).to_parquet(found.folder / "results.parquet")
-    write_atomically(
-        found.folder / "verification.json", (json.dumps(found.facts, indent=2) + "\n").encode()
-    )
+    folder, results = verification.folder, verification.results.copy()
+    folder.mkdir(parents=True, exist_ok=True)
+    results[_MAPPINGS] = results[_MAPPINGS].map(json.dumps, na_action="ignore")
+    results.to_parquet(folder / "results.parquet")
+    facts = json.dumps(verification.facts, indent=2)
+    write_atomically(folder / "verification.json", f"{facts}\n".encode())

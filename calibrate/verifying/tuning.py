@@ -6,38 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from calibrate.errors import InvalidOption
 from calibrate.fitting.replay import Search, polynomials
 from calibrate.runs.pairs import Run
+from calibrate.trials.baselines import threshold_for
 from calibrate.trials.setting import GATE, Setting, branches_of, gate_config, gate_setting
 from coeffs import Entry
 
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
+TRIES = 4  # real counts per budget: replay is off by a step or two, which one correction mends as a rule
+NEAR_ENOUGH = 0.5  # steps; budgets are whole numbers
 LOG_THRESHOLDS = -4.0, 1.0  # where diffusers' caches compute every step, and almost none
 HALVINGS = 7
 
 Counted = Callable[[Setting], float]  # mean computed steps of real runs on the tuning prompts
 
 
-def threshold_for(count: Callable[[float], float], budget: float, *, largest: float = 1e9) -> float:
-    """Threshold at which ``count`` (computed steps, falling with the threshold) comes nearest to the budget."""
-    low, high = 0.0, 1e-6
-    while count(high) > budget and high < largest:
-        low, high = high, high * 4
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if count(middle) > budget else (low, middle)
-    return min((high, low), key=lambda threshold: abs(count(threshold) - budget))
-
-
 def tune_threshold(
-    replayed: Callable[[float], float],
-    measured: Callable[[float], float],
-    budget: float,
-    *,
-    tries: int = 4,
-    tolerance: float = 0.5,
+    replayed: Callable[[float], float], measured: Callable[[float], float], budget: float
 ) -> tuple[float, float]:
     """Threshold whose real runs compute ``budget`` steps, and how many they do.
 
@@ -45,16 +33,16 @@ def tune_threshold(
 
     Args:
         replayed: Mean computed steps of the replay at a threshold (cheap).
-        measured: Mean computed steps of real runs (dear): called at most ``tries`` times.
+        measured: Mean computed steps of real runs (dear): called at most ``TRIES`` times.
     """
     aim = budget
     counts: dict[float, float] = {}
-    for _ in range(tries):
+    for _ in range(TRIES):
         threshold = threshold_for(replayed, aim)
         if threshold in counts:
             break
         counts[threshold] = measured(threshold)
-        if abs(counts[threshold] - budget) <= tolerance:
+        if abs(counts[threshold] - budget) <= NEAR_ENOUGH:
             break
         aim += budget - counts[threshold]
     best = min(counts, key=lambda threshold: abs(counts[threshold] - budget))
@@ -65,12 +53,8 @@ def tuned_gate(
     name: str, entry: Entry, budgets: Sequence[int], run: Run, counted: Counted
 ) -> list[Setting]:
     """The gate at the thresholds whose real runs come nearest to the budgets."""
-    search = _search(name, entry, run)
-
-    def replayed(threshold: float) -> float:
-        return float(search.generation_means(search.computed(np.array(threshold))))
-
-    settings: list[Setting] = []
+    replayed = _replayed(name, entry, run)
+    settings: dict[float | None, Setting] = {}
     missed = []
     for budget in budgets:
 
@@ -80,25 +64,27 @@ def tuned_gate(
         threshold, computed = tune_threshold(replayed, measured, budget)
         if abs(computed - budget) > MISSED_BUDGET:
             missed.append(f"{computed:.3g} instead of {budget}")
-            continue
-        setting = gate_setting(name, entry, budget, threshold)
-        if all(setting.threshold != other.threshold for other in settings):
-            settings.append(setting)
+        else:
+            setting = gate_setting(name, entry, budget, threshold)
+            settings.setdefault(setting.threshold, setting)
     if not settings:
         raise InvalidOption(
             f"no threshold gives a number of computed steps near the budgets: {', '.join(missed)}"
         )
-    return settings
+    return list(settings.values())
 
 
 def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:
     """The gate at given thresholds; its budgets are the computed steps that replay expects."""
-    search = _search(GATE, entry, run)
-    counts = search.generation_means(search.computed(np.array(thresholds, float)))
-    return [
-        gate_setting(GATE, entry, max(1, round(float(count))), threshold)
-        for threshold, count in zip(thresholds, counts, strict=True)
-    ]
+    budgets = np.maximum(1, _replayed(GATE, entry, run)(thresholds).round().astype(int)).tolist()
+    return [gate_setting(GATE, entry, *each) for each in zip(budgets, thresholds, strict=True)]
+
+
+def _replayed(name: str, entry: Entry, run: Run) -> Callable[[ArrayLike], Any]:
+    """Mean computed steps of a gate's replay over the run, at a threshold or several."""
+    mode = branches_of(name, entry)
+    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal, mode)
+    return lambda thresholds: search.generation_means(search.computed(thresholds))
 
 
 def tuned_diffusers(
@@ -110,21 +96,18 @@ def tuned_diffusers(
     def setting(budget: int, threshold: float) -> Setting:
         return Setting(policy, cache, budget, options={**options, "threshold": threshold})
 
-    def count(log_threshold: float, budget: int) -> float:
-        threshold = float(f"{10**log_threshold:.4g}")
-        if threshold not in counts:
-            counts[threshold] = counted(setting(budget, threshold))
-        return counts[threshold]
-
     settings = []
     for budget in budgets:
         low, high = LOG_THRESHOLDS
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (middle, high) if count(middle, budget) > budget else (low, middle)
-        threshold = min(counts, key=lambda value: abs(counts[value] - budget))
-        if abs(counts[threshold] - budget) <= MISSED_BUDGET:
-            settings.append(setting(budget, threshold))
+            threshold = float(f"{10**middle:.4g}")
+            if threshold not in counts:
+                counts[threshold] = counted(setting(budget, threshold))
+            low, high = (middle, high) if counts[threshold] > budget else (low, middle)
+        nearest = min(counts, key=lambda value: abs(counts[value] - budget))
+        if abs(counts[nearest] - budget) <= MISSED_BUDGET:
+            settings.append(setting(budget, nearest))
     if not settings:
         seen = sorted({round(value, 1) for value in counts.values()})
         raise InvalidOption(
@@ -133,33 +116,28 @@ def tuned_diffusers(
     return settings
 
 
-def _search(name: str, entry: Entry, run: Run) -> Search:
-    mode = branches_of(name, entry)
-    return Search(run, polynomials(entry, run), gate_config(entry), entry.signal, mode)
-
-
 def published_entries(
     entries: Sequence[Entry], transformer_class: str | None, own: Entry
 ) -> list[Entry]:
     """Newest published or copied sets of the same denoiser class that the runtime can gate with.
 
     Those for the same checkpoint where there are any. Sets that differ by a factor only are taken once: a factor only
-    moves the threshold.
+    moves the threshold. ``entries`` are sorted by version.
     """
-    newest: dict[str, Entry] = {}
-    for entry in entries:
-        foreign = entry.status != "measured" and entry.label != own.label
-        gated = entry.signal != "other" and any(e.branches for e in entry.experts.values())
-        if foreign and gated and entry.transformer_class == transformer_class:
-            known = newest.get(entry.model, entry)
-            newest[entry.model] = max(known, entry, key=lambda e: e.version)
+    newest = {
+        entry.model: entry
+        for entry in entries
+        if entry.status != "measured" and entry.label != own.label and entry.signal != "other"
+        if entry.transformer_class == transformer_class
+        if any(expert.branches for expert in entry.experts.values())
+    }
     # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
     repository = own.checkpoint.repository
     here = [entry for entry in newest.values() if entry.checkpoint.repository == repository]
     distinct: dict[tuple, Entry] = {}
     for entry in here or newest.values():
-        coefficients = entry.fit().coefficients_high_to_low
-        scale = max(map(abs, coefficients)) or 1.0
-        shape = tuple(round(value / scale, 9) for value in coefficients)
+        coefficients = np.array(entry.fit().coefficients_high_to_low)
+        scale = np.abs(coefficients).max() or 1.0
+        shape = tuple((coefficients / scale).round(9))
         distinct.setdefault((shape, entry.sign_rule, entry.signal), entry)
     return list(distinct.values())

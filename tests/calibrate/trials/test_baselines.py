@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from calibrate.trials.baselines import InvalidBudget, cache_dit_mask, mflux_schedule
+from calibrate.trials.baselines import (
+    InvalidBudget,
+    cache_dit_mask,
+    magcache,
+    magcache_at,
+    mflux_schedule,
+    uniform,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +49,33 @@ def test_mflux_skips_where_the_noise_level_changes_least_between_protected_ends(
     assert mflux_schedule(sigmas, 1) == "CSSSSSSSSC"  # the ends compute whatever the budget
     with pytest.raises(InvalidBudget, match="skips none below 10"):
         mflux_schedule(sigmas[:9], 5)
+
+
+@pytest.mark.parametrize("num_steps", [4, 28, 50])
+def test_uniform_computes_exactly_its_budget_and_starts_computing(num_steps):
+    for computed in range(1, num_steps + 1):
+        pattern = uniform(num_steps, computed)
+        assert (len(pattern), pattern.count("C"), pattern[0]) == (num_steps, computed, "C")
+
+
+def test_a_uniform_plan_looks_as_it_is_called():
+    assert uniform(8, 4) == "CSCSCSCS"
+
+
+def test_a_budget_beyond_the_schedule_is_refused():
+    with pytest.raises(InvalidBudget, match="9 computed steps of 8"):
+        uniform(8, 9)
+
+
+def test_magcache_plan_follows_the_published_rule():
+    """Errors |1 - product of ratios| add up: 0.1, then 0.1 + 0.19 = 0.29 > 0.2 computes and starts over."""
+    ratios = [0.9] * 7
+    assert magcache(ratios, 8, 0.2, max_skips=3, retention=0.0) == "CSCSCSCS"
+    assert magcache(ratios, 8, 1e9, max_skips=2, retention=0.0) == "CSSCSSCS"
+    assert magcache(ratios, 8, 1e9, max_skips=9, retention=0.5) == "CCCCSSSS"
+
+
+@pytest.mark.parametrize("computed", [4, 9, 14, 20, 27])
+def test_magcache_at_a_budget_hits_it_or_comes_near(computed):
+    ratios = list(1 - 0.1 * np.random.default_rng(1).random(27))
+    assert abs(magcache_at(ratios, 28, computed).count("C") - computed) <= 1

@@ -1,10 +1,13 @@
 """What a run is measured against: the noise floor, and what counts as identical or broken."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tiny_pipeline import TinyPipeline, tiny_session
+from tqdm import tqdm
 
 from calibrate.model.prompts import load_prompts
 from calibrate.trials.bench import Bench, Reference
@@ -82,24 +85,21 @@ class OneSetting:
     """A bench whose runs take no time, and whose measuring is watched."""
 
     def __init__(self, tmp_path, device):
-        from types import SimpleNamespace
-
-        from calibrate.model.prompts import load_prompts
-
         self.bench = Bench.__new__(Bench)
         self.bench.__dict__ |= {
             "case": SimpleNamespace(num_steps=8, identity={"device": device}),
-            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "_progress": False, "_bar": None,
-            "_folder": tmp_path, "_lines_file": tmp_path / "results.jsonl", "_identity": "x",
+            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "bar": tqdm(disable=True),
+            "_folder": tmp_path, "_identity": "x",
         }  # fmt: skip
         self.ran, self.measured = [], []
         self.bench._has_reference = lambda prompt: True
         self.bench.reference = lambda prompt: None
         self.bench._run = self._run
 
-    def _run(self, setting, prompt, keep):
+    def _run(self, setting, prompt):
         self.ran.append(prompt.prompt)
-        return {"policy": setting.policy, "prompt": prompt.prompt, "broken": False}, None
+        row = {"policy": setting.policy, "prompt": prompt.prompt, "broken": False}
+        return row, SimpleNamespace(is_drawable=False)
 
     def results(self, measure):
         from calibrate.trials.setting import Entered, plan_setting

@@ -1,5 +1,6 @@
-"""The second-order solver: the pipeline's noise levels, a smaller error at equal steps, nothing left behind."""
+"""The second-order solver (levels, error at equal steps, nothing left behind) and diffusers' caches."""
 
+import contextlib
 from types import SimpleNamespace
 
 import diffusers
@@ -11,7 +12,8 @@ from tiny_pipeline import TinyPipeline, tiny_session
 from calibrate.model.checkpoint import find_checkpoint
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import load_prompts
-from calibrate.trials.rivals import second_order
+from calibrate.trials.baselines import magcache
+from calibrate.trials.rivals import diffusers_cache, second_order
 from calibrate.trials.sampler import Sampler
 from calibrate.trials.setting import Refused, Setting
 
@@ -196,3 +198,31 @@ def test_times_of_single_tokens_are_refused():
             torch.ones(1, 2),
             per_token_timesteps=torch.ones(1, 2),
         )
+
+
+def test_magcache_plan_agrees_with_diffusers_decisions():
+    pipe, rng = TinyPipeline(), np.random.default_rng(0)
+    curve = [1.0, *(1 - 0.2 * rng.random(9))]
+    options = {"mag_ratios": torch.tensor(curve), "num_inference_steps": 10, "threshold": 0.15}
+    assert diffusers.MagCacheConfig(**options).max_skip_steps == 3
+    with diffusers_cache({"transformer": pipe.transformer}, "MagCache", options) as patterns:
+        pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+        found = patterns()
+    expected = magcache(curve[1:], 10, 0.15, max_skips=3, retention=0.2)
+    assert set(found.values()) == {expected} and "S" in expected
+
+
+def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(pipe):
+    class Forgetful(TinyPipeline):
+        @contextlib.contextmanager
+        def _branch(self, *_):  # as pipelines that never announce their branches
+            yield
+
+    forgetful = Forgetful()
+    prompt = load_prompts(["x"]).prompts[0]
+    sampler = Sampler(tiny_session(forgetful))
+    before = sampler(prompt).media[0]
+    with pytest.raises(Refused, match="FirstBlockCache fails on this model"):
+        options = {"threshold": 0.1}
+        sampler.run(Setting("FirstBlockCache", "FirstBlockCache", 4, options=options), prompt)
+    np.testing.assert_array_equal(sampler(prompt).media[0], before)

@@ -28,7 +28,7 @@ def results(policy, offset, prompts=8, seed=0, budgets=(7, 14), noise=0.3):
 
 def against_uniform(offset, prompts=8, noise=0.3, **by_budget):
     ours, theirs = results(GATE, offset, prompts, 1, noise=noise), results(UNIFORM, 0.0, prompts, 2)
-    return verdict.compare(pd.concat([ours, theirs], ignore_index=True), GATE, UNIFORM)
+    return verdict.judge(pd.concat([ours, theirs], ignore_index=True), GATE, [UNIFORM])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_budgets_are_judged_apart():
     """Bug: +2 dB at one budget and -2 at another were one verdict of no difference."""
     ours = results(GATE, 0.0, seed=1)
     ours["psnr_db"] += ours["budget"].map({7: -2.5, 14: 2.5})
-    compared = verdict.compare(pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE, UNIFORM)
+    compared = verdict.judge(pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE, [UNIFORM])
     assert {one.budget: one.outcome for one in compared} == {7: "worse", 14: "better"}
 
 
@@ -80,7 +80,7 @@ def test_comparison_is_made_at_the_policys_own_computed_steps():
     gate["computed_steps"] += 3  # and half a dB better per step, as everyone here
     gate["psnr_db"] += 1.5
     uniform = results(UNIFORM, 0.0, budgets=(7, 14, 21), noise=0.0)
-    compared = verdict.compare(pd.concat([gate, uniform]), GATE, UNIFORM)
+    compared = verdict.judge(pd.concat([gate, uniform]), GATE, [UNIFORM])
     assert [one.difference for one in compared] == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_a_broken_sample_counts_as_nothing_left_and_below_any_limit():
 def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
     ours, theirs = results(GATE, 0.0, budgets=(7,)), results(UNIFORM, 0.0, seed=2, budgets=(7,))
     ours.loc[:3, ["broken", "psnr_db"]] = [True, None]
-    (compared,) = verdict.compare(pd.concat([ours, theirs]), GATE, UNIFORM)
+    (compared,) = verdict.judge(pd.concat([ours, theirs]), GATE, [UNIFORM])
     assert compared.difference < -10
     summary = verdict.summarize(pd.concat([ours, theirs], ignore_index=True))
     assert summary.set_index("policy")["lost"][GATE] == 0.5
@@ -160,9 +160,7 @@ def test_results_of_an_older_version_with_other_measures_are_read(tmp_path):
     table.loc[0, ["identical", "psnr_db"]] = [True, None]
     table = table.assign(patterns=[{}] * len(table), replayed=[{}] * len(table))
     facts = {"headline": "Found.", "refused": {}, "broken": {}}
-    write_verification(
-        Verification(table, verdict.summarize(table), [], facts, tmp_path / "verify")
-    )
+    write_verification(Verification(table, facts, tmp_path / "verify"))
     found = load_verification(tmp_path)
     assert list(found.results["ms_ssim"]) == [0.9] * len(table)
     assert list(found.summary["ssim"]) == pytest.approx([0.8, 0.8])
