@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,14 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """Generates, measures and keeps: references, counts for tuning, results.
-
-    Attributes:
-        bar: Progress over all generations, up to ``results``, which ends it.
-    """
+    """Generates, measures and keeps: references, counts for tuning, results."""
 
     def __init__(
         self, case: Case, prompts: PromptSet, perceptual: Lpips | None, progress: bool
     ) -> None:
-        self.case, self.prompts, self._perceptual = case, prompts, perceptual
-        self.bar = tqdm(total=0, desc="running", unit="run", disable=not progress, smoothing=0.1)
+        self.case, self.prompts = case, prompts
+        self._perceptual, self._progress = perceptual, progress
+        self._bar: tqdm | None = None
         images = {**case.recorded_images, **prompts.images}
         self._sampler = Sampler(case.session, images, self._count)
         self._folder = case.folder / "verify"
@@ -60,13 +57,22 @@ class Bench:
         self._loaded: dict[str, Reference] = {}
 
     def expect(self, runs: int) -> None:
-        """So many generations are to come; tuning may ask for more."""
-        self.bar.total = self.bar.n + runs
-        self.bar.refresh()
+        """One bar for so many generations, until results are all there; more are added as tuning asks for them."""
+        if self._bar is None:
+            self._bar = tqdm(desc="running", unit="run", disable=not self._progress, smoothing=0.1)
+        self._bar.total = self._bar.n + runs
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _count(self) -> None:
-        self.bar.total = max(self.bar.total, self.bar.n + 1)
-        self.bar.update()
+        if self._bar is not None:
+            self._bar.total = max(self._bar.total, self._bar.n + 1)
+            self._bar.update()
 
     # --- references
 
@@ -162,7 +168,7 @@ class Bench:
                 done[key] = {**row, **figures.result()}
                 self._append(key, done[key])
 
-        with self.bar, ThreadPoolExecutor(MEASURING_THREADS) as pool:
+        with closing(self), ThreadPoolExecutor(MEASURING_THREADS) as pool:
             for key, (prompt, setting) in jobs.items():
                 if setting.policy in refused or key in done:
                     continue

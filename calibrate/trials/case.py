@@ -45,7 +45,7 @@ class Case:
     run: Run | None
     folder: Path
     call: Call
-    weights: Mapping[str, Any]
+    weights: dict[str, Any]
     checkpoint: Checkpoint | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
     own: Session | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def verify(
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(case, chosen, steps, thresholds, held_out, say)
     bench = Bench(case, held_out, perceptual, progress)
-    with bench.bar:
+    with closing(bench):
         bench.expect(expected)
         recorded = case.run or bench.signals()
         given = given_gate(case.entry, thresholds, recorded) if thresholds else []

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from tiny_pipeline import TinyPipeline, tiny_session
-from tqdm import tqdm
 
 from calibrate.model.prompts import load_prompts
 from calibrate.trials.bench import Bench, Reference
@@ -88,7 +87,7 @@ class OneSetting:
         self.bench = Bench.__new__(Bench)
         self.bench.__dict__ |= {
             "case": SimpleNamespace(num_steps=8, identity={"device": device}),
-            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "bar": tqdm(disable=True),
+            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "_bar": None, "_progress": False,
             "_folder": tmp_path, "_identity": "x",
         }  # fmt: skip
         self.ran, self.measured = [], []
