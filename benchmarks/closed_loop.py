@@ -23,6 +23,10 @@ from benchmarks.common import RESULTS, surroundings
 
 BESIDE = "plan of the other entry"
 CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
+RIVALS = (
+    *("plan", "uniform", "uniform-linear", "uniform-linear-output", "uniform-linear-guided"),
+    *("uniform-fitted", "fewer-steps", "fewer-steps-2"),
+)
 
 
 @click.command()
@@ -35,7 +39,7 @@ CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
 @click.option("--num-prompts", type=int, default=24, show_default=True)
 @click.option("--seed", type=int, default=90000, show_default=True, help="Of the first judged one.")
 @click.option(
-    "--policies", default="", help="Further ones of `calibrate verify`, such as sea-cache."
+    "--policies", default="", help="Further ones: sea-cache,mag-cache,first-block-cache,magcache."
 )
 @click.option("--beside", type=click.Path(exists=True, dir_okay=False), help="Another entry.")
 @click.option("--curve", type=int, help="Computed steps at which fits on fewer prompts are shown.")
@@ -64,6 +68,7 @@ def measured(
     import coeffs
     from calibrate.planning.plan import plan
     from calibrate.runs.purposes import held_out_prompts
+    from calibrate.trials.baselines import uniform
     from calibrate.trials.bench import Bench
     from calibrate.trials.case import open_case
     from calibrate.trials.measures import main_measure
@@ -85,10 +90,11 @@ def measured(
         budgets=budgets,
         counted=bench.tuning_count,
     )
-    names = ["plan", "uniform", "uniform-linear", "uniform-linear-output", "uniform-linear-guided"]
-    names += ["uniform-fitted", "fewer-steps", "fewer-steps-2", *filter(None, policies.split(","))]
-    contest = entered(lineup, names, say)
+    contest = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     settings = list(contest.settings)
+    for budget in budgets:
+        guided = coeffs.Plan(schedule=uniform(case.num_steps, budget), forecast_of="guided")
+        settings.append(plan_setting("uniform skipping, reuse guided", guided))
     if beside is not None:
         plans = coeffs.load(beside).plans or ()
         settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
@@ -120,7 +126,7 @@ def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     for count in CURVE:
         if count > len(trajectories):
             break
-        rows = Fits(runner, trajectories, None, True, say, count).rows(own.schedule)
+        rows = Fits(runner, trajectories, None, True, say, count).fit(own.schedule).rows
         weights = tuple(rows[step] for step in sorted(rows))
         plan = coeffs.Plan(
             schedule=own.schedule, forecast="fitted", forecast_of="guided", weights=weights

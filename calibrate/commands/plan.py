@@ -29,15 +29,14 @@ from calibrate.commands.options import FOLDER, POSITIVE, numbers, rerunning_opti
 @option(
     "--candidates",
     type=POSITIVE,
-    default=3,
-    help="Planned schedules to fit, beside the uniform one.",
+    help="Planned schedules to fit, beside the uniform one [default: all up to a quarter of the steps, 3 at half].",
 )
 @option(
     "--anchors",
     type=POSITIVE,
     help="Most predictions that a skipped step is made of, where memory counts [default: all].",
 )
-@option("--choosing", type=POSITIVE, default=6, help="Prompts to choose by.")
+@option("--choosing", type=POSITIVE, default=12, help="Prompts to choose by.")
 @option("--num-prompts", type=POSITIVE, default=8, help="Others to judge by.")
 @rerunning_options
 def plan(run: str, no_runs: bool, **options: Any) -> None:

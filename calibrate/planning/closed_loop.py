@@ -41,6 +41,11 @@ class Fit:
     rows: dict[int, tuple[float, ...]]
     errors: Array
 
+    @property
+    def decibels(self) -> Array:
+        """Signal-to-noise ratio of each sample's latents at the end."""
+        return -20 * np.log10(np.maximum(self.errors[:, -1], 1e-12))
+
 
 def fit(
     running: Sequence[Generation],
@@ -170,19 +175,21 @@ class Fits:
         self._anchors, self._progress, self._say = anchors, progress, say
         self._groups = RunFolder.open(runner.case.folder).groups[:prompts]
 
-    def rows(self, schedule: str) -> dict[int, tuple[float, ...]]:
-        """Skipped step -> weights; fitted now where the run folder does not have them."""
+    def fit(self, schedule: str) -> Fit:
+        """The weights of a schedule and what they miss; fitted now where the run folder does not have them."""
         names = [group.name for group in self._groups]
         key = canonical_sha256([schedule, self._anchors, RIDGE, names])[:16]
         file = self._runner.folder / f"fit-{key}.json"
-        if not file.exists():
-            rows = self._fitted(schedule)
-            kept = {"schedule": schedule, "anchors": self._anchors, "rows": rows}
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        if "errors" not in kept:  # as earlier versions wrote it
+            own = self._fitted(schedule)
+            kept = {"schedule": schedule, "anchors": self._anchors, "rows": own.rows}
+            kept["errors"] = own.errors.tolist()
             write_atomically(file, json.dumps(kept).encode())
-        rows = json.loads(file.read_text())["rows"]
-        return {int(step): tuple(row) for step, row in rows.items()}
+        rows = {int(step): tuple(row) for step, row in kept["rows"].items()}
+        return Fit(rows, np.array(kept["errors"]))
 
-    def _fitted(self, schedule: str) -> dict[int, tuple[float, ...]]:
+    def _fitted(self, schedule: str) -> Fit:
         computed = schedule.count("C")
         runs = computed * len(self._groups)
         self._say(
@@ -202,4 +209,4 @@ class Fits:
                 anchors=self._anchors,
                 walls=self._trajectories[0].walls,
                 advance=bar.update,
-            ).rows
+            )

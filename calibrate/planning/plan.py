@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
-from calibrate.planning.candidates import BASELINES, Candidate, Planner, Quantity, fewer_steps
+from calibrate.planning.candidates import (
+    BASELINES,
+    Candidate,
+    Planner,
+    Quantity,
+    fewer_steps,
+    finalists,
+    score,
+)
 from calibrate.planning.closed_loop import Fits
 from calibrate.planning.problem import Problem
-from calibrate.planning.results import Planned, fidelity, judged_figures, keep, planned_entry, score
+from calibrate.planning.results import Planned, fidelity, judged_figures, keep, planned_entry
 from calibrate.planning.trajectories import (
     NoSolver,
     Runner,
@@ -39,9 +47,10 @@ from calibrate.trials.case import Case
 from calibrate.trials.measures import main_measure
 from calibrate.trials.setting import PLAN, Setting
 
-CHOOSING_PROMPTS = 6
+CHOOSING_PROMPTS = (
+    12  # of a load model's days, six choose plans that are 0.2 dB worse, twenty hardly better ones
+)
 JUDGED_PROMPTS = 8
-FITTED_SCHEDULES = 3  # beside the uniform one: see calibrate.planning.candidates.KINDS
 Say = Callable[[str], None]
 
 
@@ -56,7 +65,7 @@ def plan(
     prompts: Any = None,
     num_prompts: int = JUDGED_PROMPTS,
     choosing: int = CHOOSING_PROMPTS,
-    candidates: int = FITTED_SCHEDULES,
+    candidates: int | None = None,
     anchors: int | None = None,
     seed: int = 0,
     images: Iterable[str | os.PathLike] = (),
@@ -72,7 +81,8 @@ def plan(
         computed: Numbers of computed steps; or ``speedup`` of the denoiser.
         steps: Plan for this many steps instead of the recorded number.
         choosing: Held-out prompts on which the winner is chosen; ``num_prompts`` others judge it.
-        candidates: Planned schedules of a budget whose weights are fitted, beside the uniform one.
+        candidates: Planned schedules of a budget whose weights are fitted, beside the uniform one; by default as
+            many as cost one and a half recordings, at least three.
         loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: such as
             ``generate`` and ``modules`` for a model of your own.
         anchors: Most predictions that a forecast uses, where memory counts; all by default.
@@ -106,24 +116,22 @@ def plan(
     # Before anything is chosen: an interrupted planning has seen these prompts too.
     note(case.folder, [prompt.prompt_id for prompt in first.prompts], CHOOSING)
     say(f"choosing by runs of {len(first.prompts)} held-out prompts")
-    everyone = [candidate for entrants in entered.values() for candidate in entrants]
-    tried = _results(case, first, [candidate.setting() for candidate in everyone], progress)
-    winners = {
-        budget: _winner(
-            [c for c in entrants if c.plan is not None], tried[tried["budget"] == budget]
-        )
+    ran = [candidate for entrants in entered.values() for candidate in finalists(entrants)]
+    tried, _ = _results(case, first, [candidate.setting() for candidate in ran], progress)
+    choices = {
+        budget: _choice(entrants, tried[tried["budget"] == budget])
         for budget, entrants in entered.items()
     }
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
     settings = []
-    for budget, winner in winners.items():
+    for budget, (winner, _) in choices.items():
         rivals = [c for c in entered[budget] if c.plan is None or c.name in BASELINES]
         settings += [winner.setting(PLAN), *(rival.setting() for rival in rivals)]
-    judged = _results(case, rest, settings, progress)
+    judged, floor = _results(case, rest, settings, progress)
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
     planned = [
-        Planned(b, entered[b], winner, judged_figures(judged[judged["budget"] == b]))
-        for b, winner in winners.items()
+        Planned(b, entered[b], winner, judged_figures(judged[judged["budget"] == b], floor), why)
+        for b, (winner, why) in choices.items()
     ]
     folder = RunFolder.open(source).path
     keep(folder, planned, tried)
@@ -186,33 +194,41 @@ def _prepared(
     return fits, problem_of(trajectories, gains), gaussian, trajectories[0].sigmas
 
 
-def _candidates(planner: Planner, fits: Fits | None, computed: int, count: int) -> list[Candidate]:
+def _candidates(
+    planner: Planner, fits: Fits | None, computed: int, count: int | None
+) -> list[Candidate]:
     if fits is None:
         return planner.simple(computed, "output") + planner.planned(computed, "output")
     return planner.simple(computed, "guided") + [
-        planner.fitted(name, schedule, fits.rows(schedule))
+        planner.fitted(name, schedule, fits.fit(schedule))
         for name, schedule in planner.schedules(computed, count).items()
     ]
 
 
-def _winner(entrants: list[Candidate], rows: pd.DataFrame) -> Candidate:
-    """The best by runs alone."""
+def _choice(entrants: list[Candidate], rows: pd.DataFrame) -> tuple[Candidate, str]:
+    """The best plan by runs alone, and in words by how much."""
     table = fidelity(rows, main_measure(rows))
-    ran = [candidate for candidate in entrants if candidate.name in table]
-    return max(ran, key=lambda candidate: score(table[candidate.name].dropna()))
+    scores = table.apply(lambda column: score(column.dropna().to_numpy())).sort_values()[::-1]
+    plans = {c.name: c for c in entrants if c.plan is not None}
+    winner = plans[next(name for name in scores.index if name in plans)]
+    others = [f"{name} {value:.1f}" for name, value in scores.items() if name != winner.name]
+    chosen = f"{winner.name}: {scores[winner.name]:.1f} dB on {len(table)} prompts"
+    return winner, f"{chosen}; {', '.join(others[:3])}"
 
 
 def _results(
     case: Case, prompts: PromptSet, settings: list[Setting], progress: bool
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The runs of all settings, and the noise floor of these prompts."""
     from calibrate.trials.bench import Bench
     from calibrate.trials.setting import Entered
 
-    frame, refused = Bench(case, prompts, None, progress).results(Entered(settings))
+    bench = Bench(case, prompts, None, progress)
+    frame, refused = bench.results(Entered(settings))
     if frame.empty or PLAN in refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no plan could be run ({reasons})")
-    return frame
+    return frame, bench.floor()
 
 
 def _budgets(

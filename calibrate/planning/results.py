@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import coeffs
-from calibrate.planning.candidates import BASELINES, UNIFORM, UNIFORM_FITTED, Candidate
+from calibrate.planning.candidates import BASELINES, UNIFORM, UNIFORM_FITTED, Candidate, score
 from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.files import write_atomically
 from calibrate.runs.gram_log import NoPlan
@@ -37,12 +37,14 @@ class Planned:
         candidates: Everything that entered, baselines first.
         winner: The plan that was chosen; without runs the one with the least open-loop error.
         figures: Of the winner on judged prompts, and of its rivals beside it; empty without runs.
+        chosen: Why the winner is it: its score on choosing prompts, and those of the next ones.
     """
 
     computed: int
     candidates: list[Candidate]
     winner: Candidate
     figures: Figures = field(default_factory=dict)
+    chosen: str | None = None
 
     @property
     def plan(self) -> coeffs.Plan:
@@ -70,13 +72,8 @@ def fidelity(rows: pd.DataFrame, main: str) -> pd.DataFrame:
     return rows.assign(value=values, key=keys).pivot_table("value", "key", "policy")
 
 
-def score(values: pd.Series) -> float:
-    """What candidates are chosen by: halfway between the mean and the worst prompt."""
-    return float((values.mean() + values.min()) / 2)
-
-
-def judged_figures(rows: pd.DataFrame) -> Figures:
-    """Means and worst prompts of the plan, its rivals' beside them, and the paired gain over uniform reuse."""
+def judged_figures(rows: pd.DataFrame, floor: Mapping[str, Any]) -> Figures:
+    """Means and worst prompts of the plan, its rivals' beside them, the paired gain over uniform reuse, the floor."""
     main = main_measure(rows)
     table = fidelity(rows, main)
     ours = table[PLAN].dropna()
@@ -85,6 +82,7 @@ def judged_figures(rows: pd.DataFrame) -> Figures:
         "prompts": len(ours),
         main: ours.mean(),
         f"worst_{main}": ours.min(),
+        f"floor_{main}": floor.get(main),
         "speedup": float((own["uncached_seconds"] / own["seconds"]).mean()),
     }
     for measure in ("ssim", "latent_rel_l2"):
@@ -115,7 +113,10 @@ def planned_entry(
 ) -> coeffs.Entry:
     """The entry with these plans in place of earlier ones for the same steps, and a word where fewer steps wins."""
     levels = tuple(float(sigma) for sigma in sigmas) if np.isfinite(sigmas).all() else None
-    new = [replace(one.plan, sigmas=levels, figures=one.figures or None) for one in planned]
+    new = [
+        replace(one.plan, sigmas=levels, figures=one.figures or None, chosen=one.chosen)
+        for one in planned
+    ]
     replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
     kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
     plans = sorted(
@@ -152,16 +153,17 @@ def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
     for one in planned:
         of_budget = tried[tried["budget"] == one.computed]
         table = fidelity(of_budget, main_measure(of_budget))
-        tried_here = [c for c in one.candidates if c.name in table]
+        scores = {name: score(table[name].dropna().to_numpy()) for name in table}
         rows.append({
             "steps": len(one.plan.schedule),
             "computed": one.computed,
             "winner": _described(one.winner),
+            "chosen": one.chosen,
+            "prompts": len(table),
             "figures": one.figures,
             "candidates": [
-                _described(c)
-                | {"score": score(table[c.name].dropna()), "prompts": int(table[c.name].count())}
-                for c in tried_here
+                _described(candidate) | {"score": scores.get(candidate.name)}
+                for candidate in one.candidates
             ],
         })  # fmt: skip
     rows.sort(key=lambda row: (row["steps"], -row["computed"]))
@@ -193,7 +195,7 @@ def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
 def plan_table(planned: Sequence[Planned]) -> str:
     """The table of the command."""
     header = ["computed", "winner", "dB (worst)", "uniform, reuse", "uniform, linear guided"]
-    header += ["fewer steps", "second-order solver", "speed-up", "schedule"]
+    header += ["fewer steps", "second-order solver", "noise floor", "speed-up", "schedule"]
     rivals = (
         "",
         "uniform_reuse_",
@@ -203,10 +205,12 @@ def plan_table(planned: Sequence[Planned]) -> str:
     rows = []
     for one in planned:
         cells = [_cell(one, prefix) for prefix in rivals]
-        speedup = one.figures.get("speedup")
+        floor, speedup = one.figures.get(f"floor_{one.main}"), one.figures.get("speedup")
+        cells.append("-" if floor is None else f"{floor:.1f}")
         cells.append("-" if speedup is None else f"{speedup:.2f}x")
         rows.append([str(one.computed), one.winner.name, *cells, one.plan.schedule])
-    return aligned(header, rows)
+    chosen = [f"{one.computed} computed: {one.chosen}" for one in planned if one.chosen]
+    return "\n".join([aligned(header, rows), *chosen])
 
 
 def _cell(one: Planned, prefix: str) -> str:
@@ -217,6 +221,7 @@ def _cell(one: Planned, prefix: str) -> str:
 
 def _described(candidate: Candidate) -> dict[str, Any]:
     described: dict[str, Any] = {"name": candidate.name, "open_loop_error": candidate.cost}
+    described["recorded_db"] = candidate.recorded_db
     if candidate.plan is not None:
         described |= {
             "schedule": candidate.plan.schedule,

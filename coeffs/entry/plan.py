@@ -12,7 +12,7 @@ class Plan(Record):
     """A fixed schedule: C computes, S skips, one letter per step.
 
     ``weights`` belong to a fitted forecast: one row per skipped step, of the last computed steps,
-    the newest first.
+    the newest first. ``chosen`` says what else was tried, and by how much this was better.
     """
 
     schedule: Schedule
@@ -22,6 +22,7 @@ class Plan(Record):
     forecast_of: Literal["residual", "output", "guided"] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
     figures: dict[Name, float | None] | None = None
+    chosen: str | None = None
 
     def _check(self) -> None:
         computed = self.schedule.count("C")

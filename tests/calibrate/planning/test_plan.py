@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,14 @@ from calibrate.errors import InvalidOption
 from calibrate.fitting.draft import fit as draft_entry
 from calibrate.planning import closed_loop, trajectories
 from calibrate.planning import plan as planning
-from calibrate.planning.candidates import BASELINES, Candidate, Planner, fewer_steps
+from calibrate.planning.candidates import (
+    BASELINES,
+    Candidate,
+    Planner,
+    fewer_steps,
+    finalists,
+    score,
+)
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.problem import Problem
 from calibrate.planning.results import Planned, fewer_steps_verdict, planned_entry
@@ -86,7 +94,33 @@ def test_runs_alone_choose_the_winner():
         Candidate(name, 1, own, cost)
         for name, own, cost in zip(values, plans, (0.001, 0.9), strict=True)
     ]
-    assert planning._winner(entrants, rows).name == "uniform, fitted guided"
+    winner, chosen = planning._choice(entrants, rows)
+    assert winner.name == "uniform, fitted guided"
+    assert chosen == "uniform, fitted guided: 33.2 dB on 2 prompts; planned 30.2"
+
+
+def test_a_third_of_the_prompts_says_what_the_worst_are():
+    """One bad prompt of twelve, which is mostly chance, does not decide against a better mean."""
+    steady = np.full(12, 40.0)
+    better = np.array([33.0, *[44.0] * 11])
+    assert score(better) > score(steady) > (better.mean() + better.min()) / 2
+    assert score(np.array([30.0])) == 30.0
+
+
+def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
+    values = (30.0, 34.0, 31.0, 33.0, 20.0)
+    names = ("a", "b", "c", "d", "uniform, fitted guided")
+    fitted = [Candidate(name, 1, recorded_db=db) for name, db in zip(names, values, strict=True)]
+    names = [candidate.name for candidate in finalists([*fitted, *fewer_steps(1)])]
+    assert names == ["b", "c", "d", "uniform, fitted guided", *(c.name for c in fewer_steps(1))]
+
+
+def test_small_budgets_try_every_kind_of_schedule(folder):
+    planner = Planner(Problem.of(load_grams(folder)), 9)
+    assert len(planner.schedules(9)) <= 4
+    assert len(planner.schedules(3)) == len(
+        {*(schedule for _, schedule in planner._planned(3)), planner.uniform(3)}
+    )
 
 
 def test_plans_without_runs_touch_nothing(folder):
@@ -131,7 +165,8 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     assert found.computed_steps == 5 and found.schedule == first[0].plan.schedule
     figures = found.figures
     rivals = ("uniform_reuse_psnr_db", "uniform_linear_guided_psnr_db", "fewer_steps_psnr_db")
-    assert {"psnr_db", "worst_psnr_db", "speedup", *rivals} <= set(figures)
+    assert {"psnr_db", "worst_psnr_db", "floor_psnr_db", "speedup", *rivals} <= set(figures)
+    assert found.chosen == first[0].chosen and "dB on 1 prompts; " in found.chosen
     # Of two prompts no interval can be given.
     assert figures["gain_db"] is not None
     assert figures["gain_low_db"] is None and figures["gain_high_db"] is None
@@ -154,6 +189,9 @@ def test_weights_fitted_in_the_loop_beat_forecasts_by_hand(folder):
     """The same schedule, the same quantity: fitted weights before linear ones before reuse."""
     rows = json.loads((folder / "plan.json").read_text())[0]["candidates"]
     scores = {row["name"]: row["score"] for row in rows}
+    # What was fitted has its score on the recorded prompts beside it.
+    recorded = [row["recorded_db"] for row in rows if row["recorded_db"] is not None]
+    assert len(recorded) >= 2 and min(recorded) > 0
     names = ("uniform, fitted guided", "uniform, linear guided", "uniform, reuse guided")
     fitted, linear, reuse = (scores[name] for name in names)
     assert fitted > linear + 1 > reuse + 2
