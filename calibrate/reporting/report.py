@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,13 @@ def report(folder: str | os.PathLike) -> Path:
     return path
 
 
-def fit_picture(findings: Findings, expert: str = "transformer") -> Figure:
+def fit_picture(findings: Findings) -> Figure:
     """``fit.png``: pairs and fit per branch, residuals, signal and target over sigma."""
     entry = findings.entry
     steps = entry.protocol.num_steps or "?"
-    return plots.fit_figure(
-        findings.pairs(expert),
-        findings.fits(expert),
-        findings.bands(expert),
-        signal=entry.signal,
-        target=entry.target,
-        title=f"{entry.label}: {len(findings.run.prompts)} prompts, {steps} steps",
-    )
+    title = f"{entry.label}: {len(findings.run.prompts)} prompts, {steps} steps"
+    shown = findings.pairs(), findings.fits(), findings.bands()
+    return plots.fit_figure(*shown, signal=entry.signal, target=entry.target, title=title)
 
 
 def report_figures(findings: Findings) -> dict[str, Picture]:
@@ -80,25 +75,22 @@ def report_figures(findings: Findings) -> dict[str, Picture]:
     for expert in findings.run.experts:
         prefix = f"{expert}-" if len(findings.run.experts) > 1 else ""
         pictures |= {prefix + name: shown for name, shown in _fit_pictures(findings, expert)}
-    replayed = plots.replay_curve(findings.replayed, verified=findings.thresholds("verified"))
+    drawing = plots.replay_curve(findings.replayed, verified=findings.thresholds("verified"))
     caption = "From the recorded signals alone; skipping itself is assumed not to change them."
-    pictures["replay"] = Picture(
-        replayed, "thresholds", "Computed steps over the threshold", caption
-    )
+    title = "Computed steps over the threshold"
+    pictures["replay"] = Picture(drawing, "thresholds", title, caption)
     return pictures | dict(_run_pictures(findings))
 
 
 def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Picture]]:
     entry = findings.entry
+    names: Any = {"signal": entry.signal, "target": entry.target}
     pairs, fits, bands = findings.pairs(expert), findings.fits(expert), findings.bands(expert)
-    for branch in findings.run.branches(expert):
-        name = branch if branch in fits else entry.experts[expert].recommended or branch
-        own = pairs[pairs["branch"] == branch].assign(branch=name)
-        band = {name: bands[name]} if name in bands else None
+    for branch, own in pairs.groupby("branch"):
+        known = branch if branch in fits else "pooled"
         title = f"{branch}: pairs and fit"
-        drawing = plots.pairs_with_fit(
-            own, {name: fits[name]}, band, signal=entry.signal, target=entry.target, title=title
-        )
+        own = own.assign(branch=known)
+        drawing = plots.pairs_with_fit(own, {known: fits[known]}, bands, **names, title=title)
         caption = (
             "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
         )
@@ -107,12 +99,11 @@ def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Pictur
     caption = "A line away from zero: the schedule explains something that x does not."
     yield "residuals", Picture(plots.residuals(pairs, fits), "fit", title, caption)
     labels = plots.SIGNAL_LABELS[entry.signal], plots.TARGET_LABELS[entry.target]
-    for name, column, label in zip(("signal", "target"), ("x", "y"), labels, strict=True):
+    for name, column, label in zip(names, "xy", labels, strict=True):
         title = f"{name.capitalize()} over the schedule"
         drawing = plots.over_sigma(pairs, column, label=label, title=title)
         caption = "Median over prompts and the range from 10 to 90 %."
-        caption += findings.coinciding(column, expert)
-        yield name, Picture(drawing, "fit", title, caption)
+        yield name, Picture(drawing, "fit", title, caption + findings.coinciding(column, expert))
     learning = findings.learning(expert)
     if len(learning):
         caption = "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws)."
@@ -124,8 +115,8 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
     """What real runs gave."""
     if findings.verification is None:
         return
-    results, summary = findings.verification.results, findings.verification.summary
-    drawing: Drawing = run_plots.pareto(summary, measure=main_measure(results))
+    measure = main_measure(findings.verification.results)
+    drawing = run_plots.pareto(findings.verification.summary, measure=measure)
     caption = (
         "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little apart. "
         "One colour per kind of policy, grey for other rules and caches; the best come first."
@@ -135,46 +126,45 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
         drawing = run_plots.step_patterns(patterns)
         caption = "The first held-out prompt: what the replay foresaw and what the real run did, per threshold."
         yield "patterns", Picture(drawing, "thresholds", "Computed steps by threshold", caption)
-    policy = next((name for name in (GATE, PLAN) if findings.samples(name)), None)
-    if policy is not None:
-        samples = findings.samples(policy)
-        caption = f"Held-out samples of the {policy}."
-        series = samples[0].uncached.ndim == 2
-        drawing = (run_plots.series_grid if series else run_plots.sample_grid)(samples)
-        yield "samples", Picture(drawing, "files", f"Samples of the {policy}", caption)
+    for policy in (GATE, PLAN):
+        if samples := findings.samples(policy):
+            series = samples[0].uncached.ndim == 2
+            drawing = (run_plots.series_grid if series else run_plots.sample_grid)(samples)
+            caption = f"Held-out samples of the {policy}."
+            yield "samples", Picture(drawing, "files", f"Samples of the {policy}", caption)
+            break
 
 
-def render(findings: Findings, pictures: dict[str, Picture]) -> str:
+def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     """The report as one HTML page without anything to fetch; every text is escaped.
 
     ``pictures`` are those of :func:`report_figures`.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader,
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters["number"] = number
-    context = {"findings": findings, "entry": findings.entry, "run": findings.run}
-    context |= {"verification": findings.verification, "advice": findings.advice}
-    context |= {"pictures": pictures.values(), "fits": figures_table(findings.entry)}
-    context |= {"python": "", "export": "", "images": {}, "plans": []}
+    environment.filters |= {"number": number, "data": _data}
+    context: dict[str, Any] = {"findings": findings, "pictures": pictures.values()}
+    context |= {"python": "", "export": "", "images": {}, "fits": figures_table(findings.entry)}
     context["plans"] = [_plan(findings, plan) for plan in findings.entry.plans or ()]
-    if findings.verification is not None and findings.advice is not None:
-        entry, folder, advice = findings.entry, findings.folder, findings.advice
-        results = findings.verification.results
-        context["python"] = python_lines(advice, entry, folder)
-        context["export"] = export_line(advice, entry, folder)
-        context["measure"] = MEASURES[main_measure(results)]
-        others = [measure for measure in measured(results) if measure.name != main_measure(results)]
-        context["others"] = others
-        policies = dict.fromkeys((advice.policy or SHOWN[0], *SHOWN))
-        images = {policy: _images(findings, policy, advice.budget or None) for policy in policies}
-        context["images"] = {policy: shown for policy, shown in images.items() if shown}
+    advice = findings.advice
+    if findings.verification is not None and advice is not None:
+        results, deployed = findings.verification.results, (findings.entry, findings.folder)
+        context["python"] = python_lines(advice, *deployed)
+        context["export"] = export_line(advice, *deployed)
+        main = main_measure(results)
+        context["measure"] = MEASURES[main]
+        context["others"] = [measure for measure in measured(results) if measure.name != main]
+        for policy in dict.fromkeys((advice.policy or SHOWN[0], *SHOWN)):
+            samples = findings.samples(policy, advice.budget or None, SHOWN_PROMPTS)
+            # Series are drawn as lines, see _run_pictures.
+            if samples and samples[0].uncached.ndim == 3:
+                context["images"][policy] = samples
     return environment.get_template("report.html.jinja").render(context)
 
 
@@ -189,36 +179,19 @@ def _finalize(value: Any) -> Any:
 
 def _plan(findings: Findings, plan: Plan) -> dict[str, Any]:
     """A plan with what was measured of it, by verification where it took part, else by the planner."""
-    figures = dict(plan.figures or {})
-    measures = [name for name, known in MEASURES.items() if known.unit == "dB" and name in figures]
-    shown: dict[str, Any] = {
-        "plan": plan,
-        "speedup": figures.get("speedup"),
-        "quality": None,
-        "worst": None,
-    }
-    shown |= {"prompts": figures.get("prompts"), "by": "planner"}
-    if measures:
-        shown |= {"quality": figures[measures[0]], "worst": figures.get(f"worst_{measures[0]}")}
+    known = plan.figures or {}
+    measures = (name for name in MEASURES if MEASURES[name].unit == "dB" and name in known)
+    measure = next(measures, "")
+    shown = {"plan": plan, "by": "planner"}
+    shown |= {name: known.get(name) for name in ("speedup", "prompts")}
+    shown |= {"quality": known.get(measure), "worst": known.get(f"worst_{measure}")}
     if findings.verification is not None:
-        rows = findings.verification.summary
-        own = rows["policy"].eq("plan") & rows["budget"].eq(plan.computed_steps)
-        for row in rows[own & rows["num_steps"].eq(len(plan.schedule))].to_dict("records"):
-            shown |= {"quality": row[row["measure"]], "worst": row["worst"], "by": "verification"}
-            shown |= {"speedup": row["speedup"], "prompts": row["prompts"]}
-    return shown
-
-
-def _images(findings: Findings, policy: str, budget: int | None) -> list[dict[str, Any]]:
-    """The kept pairs of a policy, the worst prompts first, as images for the page."""
-    shown = []
-    for sample in findings.samples(policy, budget, SHOWN_PROMPTS):
-        if sample.uncached.ndim == 2:
-            continue  # series are drawn as lines, see _run_pictures
-        sources = {"uncached": _data(sample.uncached), "cached": _data(sample.cached)}
-        height, width = sample.uncached.shape[:2]
-        sources |= {"width": width, "height": height}
-        shown.append({"prompt": sample.prompt, "quality": sample.quality, **sources})
+        rows = findings.verification.summary.set_index(["policy", "budget", "num_steps"])
+        own = (PLAN, plan.computed_steps, len(plan.schedule))
+        if own in rows.index:
+            row = rows.loc[own]
+            shown |= {name: row[name] for name in ("speedup", "prompts", "worst")}
+            shown |= {"quality": row[row["measure"]], "by": "verification"}
     return shown
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from calibrate.errors import InvalidOption
 from calibrate.fitting.held_out import learning_curve
 from calibrate.fitting.intervals import bootstrap
 from calibrate.fitting.replay import Search, polynomials
+from calibrate.model.table import EMBEDDED_MODEL
 from calibrate.runs.pairs import Run, load_run
 from calibrate.text import number
 from calibrate.trials.measures import capped, main_measure
@@ -26,7 +26,6 @@ from calibrate.verifying.comparison import Comparison, judge_plan
 from calibrate.verifying.results import Verification, load_verification
 from coeffs import Entry, Polynomial
 
-EMBEDDED_MODEL = "tiny-longcat-image"
 CURVE_POINTS = 40
 COINCIDE = 0.02  # of the range: curves of two branches that are nearer look like one
 FIT_FIGURES = (
@@ -84,29 +83,27 @@ class Findings:
         tables = []
         for name in self.run.branches(expert):
             fit = self.entry.fit(expert, name)
-            method = "constrained" if fit.method == "constrained" else "polyfit"
-            degree = max(len(fit.coefficients_high_to_low) - 1, 1)
-            table, _ = learning_curve(self.pairs(expert, name), degree, method)
+            table, _ = learning_curve(self.pairs(expert, name), fit.degree or 1, fit.method)
             tables.append(table.assign(branch=name))
         return pd.concat(tables, ignore_index=True)
 
     @cached_property
     def replayed(self) -> pd.DataFrame:
         """Computed steps and expected speed-up over the threshold, from the gate on the recorded signals."""
-        of_branch = polynomials(self.entry, self.run)
-        mode = branches_of(GATE, self.entry)
-        search = Search(self.run, of_branch, gate_config(self.entry), self.entry.signal, mode)
+        entry, mode = self.entry, branches_of(GATE, self.entry)
+        of_branch = polynomials(entry, self.run)
+        search = Search(self.run, of_branch, gate_config(entry), entry.signal, mode)
         counts = search.generation_means(search.computed(search.grid))
         # The stretch in which the number of computed steps changes, evenly spaced in threshold.
         few = max(counts.min() + 0.5, 0.2 * search.generation_means(search.num_steps))
         last = search.grid[int(np.argmax(counts <= few))]
         return search.summary(np.linspace(0, last, CURVE_POINTS))
 
-    def thresholds(self, kind: str = "verified") -> pd.DataFrame:
+    def thresholds(self, kind: str) -> pd.DataFrame:
         """Rows of the entry's threshold table of one kind (``replay``, ``verified``, ``reported``)."""
         return pd.DataFrame([vars(row) for row in self.entry.thresholds if row.kind == kind])
 
-    def patterns(self, branch: str | None = None) -> dict[str, str]:
+    def patterns(self) -> dict[str, str]:
         """Replayed and real patterns of the first held-out prompt, one pair of rows per budget of the fitted gate."""
         if self.verification is None:
             return {}
@@ -114,11 +111,9 @@ class Findings:
         rows = rows[(rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])]
         patterns = {}
         for row in rows.drop_duplicates("budget").itertuples():
-            names = (key for key in row.patterns if branch in (None, key.partition("/")[2]))
-            name = next(names, None)
-            if name in (row.replayed or {}):
-                patterns[f"{row.threshold:.3g} replayed"] = row.replayed[name]
-                patterns[f"{row.threshold:.3g} real run"] = row.patterns[name]
+            for branch, foreseen in list(row.replayed.items())[:1]:
+                patterns[f"{row.threshold:.3g} replayed"] = foreseen
+                patterns[f"{row.threshold:.3g} real run"] = row.patterns[branch]
         return patterns
 
     def samples(
@@ -129,30 +124,23 @@ class Findings:
             return []
         rows = self.verification.results
         rows = rows[rows["sample"].notna() & (rows["policy"] == policy)]
-        if rows.empty:
-            return []
-        if budget is None:
-            budgets = sorted(rows["budget"].unique())
+        budgets = sorted(rows["budget"].unique())
+        if budget is None and budgets:
             budget = budgets[len(budgets) // 2]
         rows = rows[rows["budget"] == budget]
         rows = rows.assign(quality=capped(rows, main_measure(rows))).sort_values("quality")
-        return [self._sample(row) for row in rows.head(count).to_dict("records")]
+        return [self._sample(row) for row in rows.head(count).itertuples()]
 
-    def _sample(self, row: dict[str, Any]) -> Sample:
+    def _sample(self, row: Any) -> Sample:
         assert self.verification is not None
         folder = self.verification.folder
-        with np.load(folder / "samples" / row["sample"]) as stored:
+        with np.load(folder / "samples" / row.sample) as stored:
             cached = stored["image"].astype(np.float64)
-        with np.load(folder / "reference" / row["reference"]) as stored:
+        with np.load(folder / "reference" / row.reference) as stored:
             uncached = stored["media0"].astype(np.float64)
         if uncached.ndim == 4:
             uncached = uncached[len(uncached) // 2]
-        return Sample(row["prompt"], uncached, cached, row["quality"])
-
-    @property
-    def comparisons(self) -> list[Comparison]:
-        """The fitted gate against every other policy."""
-        return [] if self.verification is None else self.verification.comparisons
+        return Sample(row.prompt, uncached, cached, row.quality)
 
     @cached_property
     def plan_comparisons(self) -> list[Comparison]:
@@ -168,22 +156,19 @@ class Findings:
         """The main measure of every prompt (rows) under the main policies at the advised steps, the worst first."""
         if self.verification is None or self.advice is None or self.advice.policy is None:
             return pd.DataFrame()
-        rows = self.verification.results
+        rows = self.verification.results[lambda rows: rows["budget"] == self.advice.budget]
         rows = rows.assign(value=capped(rows, main_measure(rows)))
-        policies = [name for name in (self.advice.policy, *SHOWN) if name in set(rows["policy"])]
-        rows = rows[rows["policy"].isin(policies) & (rows["budget"] == self.advice.budget)]
         table = rows.pivot_table("value", "prompt", "policy", sort=False)
-        policies = [name for name in dict.fromkeys(policies) if name in table]
-        return table[policies].sort_values(self.advice.policy)
+        shown = dict.fromkeys((self.advice.policy, *SHOWN))
+        return table[[name for name in shown if name in table]].sort_values(self.advice.policy)
 
     def coinciding(self, column: str, expert: str = "transformer") -> str:
         """A sentence where the curves of all branches lie on each other, so that a plot shows one; else empty."""
-        pairs, branches = self.pairs(expert), self.run.branches(expert)
-        medians = pairs.groupby(["sigma", "branch"])[column].median().unstack()
+        medians = self.pairs(expert).groupby(["sigma", "branch"])[column].median().unstack()
         apart = (medians.max(axis=1) - medians.min(axis=1)).max()
-        if len(branches) < 2 or apart > COINCIDE * np.ptp(medians.to_numpy()):
+        if medians.shape[1] < 2 or apart > COINCIDE * np.ptp(medians.to_numpy()):
             return ""
-        return f" {' and '.join(branches)} coincide: {branches[-1]} is drawn over the others."
+        return f" {' and '.join(medians)} coincide: {medians.columns[-1]} is drawn over the others."
 
     def fit_headline(self, expert: str = "transformer") -> str:
         """What the fit is worth, in one sentence per branch: on unseen prompts, and against the schedule alone."""
@@ -191,16 +176,14 @@ class Findings:
         for name in self.run.branches(expert):
             figures = self.entry.fit(expert, name).figures or {}
             unseen, alone = figures.get("r2_held_out"), figures.get("r2_step_mean")
-            if unseen is None:
-                own = number(figures.get("r2"))
-                parts.append(f"{name}: R² {own} on its own prompts (none held out)")
-                continue
-            text = f"{name}: R² {unseen:.2f} on unseen prompts"
-            if alone is not None:
-                less, more = unseen < alone - 0.01, unseen > alone + 0.01
-                word = "less than" if less else "more than" if more else "as much as"
+            text = f"R² {number(figures.get('r2'))} on its own prompts (none held out)"
+            if unseen is not None:
+                text = f"R² {unseen:.2f} on unseen prompts"
+            if unseen is not None and alone is not None:
+                more = "more than" if unseen > alone else "less than"
+                word = "as much as" if abs(unseen - alone) <= 0.01 else more
                 text += f", {word} the step number alone tells ({alone:.2f})"
-            parts.append(text)
+            parts.append(f"{name}: {text}")
         return "; ".join(parts) + "."
 
 
@@ -213,9 +196,8 @@ def load_findings(folder: str | os.PathLike) -> Findings:
     folder = Path(folder)
     run = load_run(folder)
     if not (folder / "entry.yaml").exists():
-        raise InvalidOption(
-            f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
-        )
+        missing = f"{folder}: no entry.yaml in it yet"
+        raise InvalidOption(f"{missing}; run `calibrate fit {folder}` first")
     entry = coeffs.load(folder / "entry.yaml")
     return Findings(run, entry, load_verification(folder), folder)
 
@@ -233,4 +215,4 @@ def figures_table(entry: Entry) -> pd.DataFrame:
 
 def example_run() -> Path:
     """A small recorded, fitted and verified run of the embedded model, for notebooks and for a first look."""
-    return Path(str(files("calibrate") / "data" / "example-run"))
+    return Path(__file__).parents[1] / "data" / "example-run"

@@ -16,10 +16,9 @@ from calibrate.reporting.style import (
     BLUE,
     GREY,
     INK,
-    POLICY_LINES,
-    STYLE,
     VERMILION,
     axes_or_new,
+    bare,
     finish,
     policy_styles,
 )
@@ -37,25 +36,29 @@ def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psn
     ranked = by_quality(summary, measure)
     ax = axes_or_new(ax, (7.2, 4.6 + 0.12 * len(ranked)))
     styles = policy_styles(ranked)
-    # Policies of equal steps stand side by side, so that none hides another's interval.
-    spread = min(0.08 * len(ranked), _room(summary["computed_steps"]))
-    places = spread * np.linspace(-0.5, 0.5, len(ranked)) if len(ranked) > 1 else [0.0]
+    # Policies of equal steps stand side by side, so that none hides another's interval: under one step apart, and
+    # under the distance of the budgets.
+    budgets = np.unique(np.round(summary["computed_steps"]))
+    gap = np.diff(budgets).min() if len(budgets) > 1 else 1.0
+    spread = min(0.08 * (len(ranked) - 1), 0.8, 0.4 * gap)
+    places = np.linspace(-spread / 2, spread / 2, len(ranked))
     for rank, (policy, place) in enumerate(zip(ranked, places, strict=True)):
         rows = summary[summary["policy"] == policy].sort_values("computed_steps")
         color, marker, line = styles[policy]
-        grey, leading = color == GREY, color in LEADING and line == POLICY_LINES[0]
-        mean = rows[measure].to_numpy()
+        grey, leading = color == GREY, color in LEADING and line == "-"
+        mean = rows[measure]
         errors = np.array([mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean])
         ax.errorbar(
-            rows["computed_steps"] + place, mean, np.where(np.isfinite(errors), errors, 0),
+            rows["computed_steps"] + place, mean, np.nan_to_num(errors, posinf=0), label=policy,
             color=color, marker=marker, linestyle=line, markersize=6 if leading else 4.5,
             linewidth=2.4 if leading else 0.9 if grey else 1.3, elinewidth=1.6 if leading else 0.9,
-            alpha=0.7 if grey else 1, zorder=5 if leading else 2 if grey else 3 + 1 / (2 + rank), label=policy,
+            alpha=0.7 if grey else 1, zorder=5 if leading else 2 if grey else 3 + 1 / (2 + rank),
         )  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = "Quality at equal work (mean, 95 % interval)"
-    finish(ax, title, "computed steps", measure_label(measure), legend=False)
-    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.14), "ncols": 2}
+    known = MEASURES[measure]
+    label = f"{known.label} against uncached" + (f" ({known.unit})" if known.unit else "")
+    finish(ax, "Quality at equal work (mean, 95 % interval)", "computed steps", label)
+    below: Any = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.14), "ncols": 2}
     ax.legend(**below, labelcolor=INK, frameon=False, fontsize=8.5, handlelength=3.2)
     return ax
 
@@ -74,12 +77,6 @@ def by_quality(summary: pd.DataFrame, measure: str = "psnr_db") -> list[str]:
     return list(means.sort_values(ascending=less_is_better, kind="stable").index)
 
 
-def measure_label(measure: str) -> str:
-    """A measure as the label of an axis."""
-    known = MEASURES[measure]
-    return f"{known.label} against uncached" + (f" ({known.unit})" if known.unit else "")
-
-
 def step_patterns(
     patterns: Mapping[str, str], ax: Axes | None = None, *, title: str = "Computed steps"
 ) -> Axes:
@@ -90,21 +87,15 @@ def step_patterns(
             face = BLUE if letter == "C" else "none"
             corner = step - 0.44, row - 0.36
             ax.add_patch(mpl.patches.Rectangle(corner, 0.88, 0.72, lw=0.6, ec=GREY, fc=face))
-    steps = max(map(len, patterns.values()), default=1)
+    steps = max(map(len, patterns.values()))
     ax.set(xlim=(-0.5, steps - 0.5), ylim=(len(patterns) - 0.5, -0.5))
-    finish(ax, title, "step (filled: computed, empty: skipped)", "", legend=False)
     ax.set_yticks(range(len(patterns)), list(patterns))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    return ax
+    return bare(finish(ax, title, "step (filled: computed, empty: skipped)", ""))
 
 
 def sample_grid(
-    samples: Sequence[tuple],
-    ax: Axes | None = None,
-    *,
-    gain: float | None = None,
+    samples: Sequence[tuple], ax: Axes | None = None, *, gain: float | None = None
 ) -> Axes:
     """Rows of one sample each: uncached, cached, and their absolute difference, brightened by ``gain``.
 
@@ -112,30 +103,28 @@ def sample_grid(
         samples: ``(label, uncached, cached, ...)`` with images (height, width, 3) in [0, 1].
         gain: Factor of the difference; by default the power of two that makes the largest one just visible at full.
     """
-    if not samples:
-        raise ValueError("no samples to show")
     differences = [np.abs(b - a).mean(axis=-1, keepdims=True) for _, a, b, *_ in samples]
     if gain is None:
-        largest = max(float(difference.max()) for difference in differences)
-        gain = 1.0 if largest == 0 else float(2 ** np.clip(np.floor(np.log2(1 / largest)), 0, 8))
+        largest = max(np.max(differences), 1 / 256)  # nothing is brightened more than 256-fold
+        gain = 2 ** np.floor(np.log2(1 / largest))
     height, width = samples[0][1].shape[:2]
     gap = max(1, width // 16)
-    rows = []
-    for (_, uncached, cached, *_), difference in zip(samples, differences, strict=True):
-        shown = uncached, cached, np.broadcast_to(difference * gain, uncached.shape)
-        rows.append(np.hstack([_cell(image, gap) for image in shown]))
-    canvas = np.vstack(rows)[:-gap, :-gap]
+    canvas = np.zeros((len(samples) * (height + gap) - gap, 3 * (width + gap) - gap, 4))
+    middles = []
+    for row, (_, uncached, cached, *_) in enumerate(samples):
+        top = row * (height + gap)
+        middles.append(top + height / 2)
+        for column, image in enumerate((uncached, cached, gain * differences[row])):
+            left = column * (width + gap)
+            cell = canvas[top : top + height, left : left + width]
+            cell[..., :3], cell[..., 3] = np.clip(image, 0, 1), 1
     ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
     ax.imshow(canvas, interpolation="nearest")
     ax.xaxis.tick_top()
-    columns = ["uncached", "cached", f"difference × {gain:g}" if gain != 1 else "difference"]
-    middles = [height / 2 + i * (height + gap) for i in range(len(samples))]
-    with mpl.rc_context(STYLE):
-        ax.set_xticks([width / 2 + i * (width + gap) for i in range(3)], columns, color=INK)
-        ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples], color=INK)
-    ax.tick_params(length=0, labelsize=9)
-    ax.spines[:].set_visible(False)
-    return ax
+    columns = ["uncached", "cached", f"difference × {gain:g}"]
+    ax.set_xticks([width / 2 + i * (width + gap) for i in range(3)], columns)
+    ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples])
+    return bare(ax)
 
 
 def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
@@ -144,39 +133,18 @@ def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
     Args:
         samples: ``(label, uncached, cached, ...)`` with series (channels, values).
     """
-    if not samples:
-        raise ValueError("no samples to show")
-    channels, length = samples[0][1].shape
     ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
     for row, (_, uncached, cached, *_) in enumerate(samples):
-        low = uncached.min(axis=1, keepdims=True)
-        span = np.ptp(uncached, axis=1, keepdims=True)
+        # Every channel on its own scale; 0.8 of a row leaves a gap to the next.
+        low, span = uncached.min(axis=1), np.ptp(uncached, axis=1)
+        scale = 0.8 / np.where(span > 0, span, 1)
+        channels, length = uncached.shape
+        x = np.linspace(0, 0.95, length)[:, None] + np.arange(channels)
         for values, color, name in ((uncached, GREY, "uncached"), (cached, VERMILION, "cached")):
-            # Every channel on its own scale; 0.8 of a row leaves a gap to the next.
-            heights = 0.8 * (values - low) / np.where(span > 0, span, 1) - row
-            for channel in range(channels):
-                x = np.linspace(0, 0.95, length) + channel
-                label = name if row == channel == 0 else None
-                ax.plot(x, heights[channel], color=color, linewidth=1.2, label=label)
-    with mpl.rc_context(STYLE):
-        rows = [0.4 - row for row in range(len(samples))]
-        ax.set_yticks(rows, [fill(label, 20) for label, *_ in samples], color=INK)
+            lines = ax.plot(x, (values.T - low) * scale - row, color=color, linewidth=1.2)
+            lines[0].set_label("" if row else name)
+    ax.set_yticks([0.4 - row for row in range(len(samples))])
+    ax.set_yticklabels([fill(label, 20) for label, *_ in samples])
     ax.set_xticks([])
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, labelsize=9)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=INK)
-    return ax
-
-
-def _cell(image: np.ndarray, gap: int) -> np.ndarray:
-    """An image with an opaque alpha channel, and a transparent gap to its right and below."""
-    opaque = np.dstack([np.clip(image[..., :3], 0, 1), np.ones(image.shape[:2])])
-    return np.pad(opaque, ((0, gap), (0, gap), (0, 0)))
-
-
-def _room(steps: pd.Series) -> float:
-    """How many steps wide policies may stand side by side: under one, and under the distance of the budgets."""
-    budgets = np.unique(np.round(steps))
-    gap = np.diff(budgets).min() if len(budgets) > 1 else 1.0
-    return float(min(0.8, 0.4 * gap))
+    return bare(ax)

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ INK = "#24292f"
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8a8f98"),
 )
+# Colour and marker of a CFG branch; of one with another name below.
 BRANCH_STYLES = {"cond": (BLUE, "o"), "uncond": (VERMILION, "s"), "pooled": (GREEN, "^")}
-SERIES_COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
-SERIES_LINES = ("-", "--", ":")
+OTHER_BRANCH = PURPLE, "D"
+# Lines change when the colours start over.
+SERIES_STYLES = [
+    (color, line)
+    for line in ("-", "--", ":")
+    for color in (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
+]
 # Policies of a kind share the colour; what is compared with all of them comes first. Others are grey.
 POLICY_COLORS = {
     "plan": VERMILION,
@@ -35,7 +42,9 @@ POLICY_COLORS = {
 }
 POLICY_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 POLICY_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (7, 3)))
-INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+INKED = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+GREYED = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
@@ -43,11 +52,20 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.18,
+    "grid.linewidth": 0.7,
     "svg.fonttype": "none",
     "svg.hashsalt": "calibrate",
     **dict.fromkeys(INKED, INK),
+    **dict.fromkeys(GREYED, GREY),
+    **dict.fromkeys(HIDDEN, False),
 }
 
 
@@ -58,35 +76,24 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (5.6, 3.6)) -> Axes
     return ax
 
 
-def finish(ax: Axes, title: str | None, xlabel: str, ylabel: str, *, legend: bool = True) -> Axes:
+def finish(ax: Axes, title: str | None, xlabel: str, ylabel: str) -> Axes:
+    """Labels, and a legend where more than one thing has a name."""
     with mpl.rc_context(STYLE):
-        ax.set_title(title or "", loc="left", fontsize=10.5, fontweight="bold", color=INK)
-        ax.set_xlabel(xlabel, fontsize=9.5, color=INK)
-        ax.set_ylabel(ylabel, fontsize=9.5, color=INK)
-        ax.tick_params(labelsize=8.5, color=GREY, labelcolor=INK, length=3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(GREY)
-        ax.grid(True, color=GREY, alpha=0.18, linewidth=0.7)
-        ax.set_axisbelow(True)
-        if legend and len(ax.get_legend_handles_labels()[1]) > 1:
-            ax.legend(labelcolor=INK)
+        ax.set(title=title or "", xlabel=xlabel, ylabel=ylabel)
+        # Ticks are made when the figure is drawn, in whatever style is then in force.
+        ax.tick_params(color=GREY, labelcolor=INK, labelsize=8.5, length=3)
+        ax.tick_params(grid_color=GREY, grid_alpha=0.18, grid_linewidth=0.7)
+        if len(ax.get_legend_handles_labels()[1]) > 1:
+            ax.legend()
     return ax
 
 
-def branch_style(branch: str) -> tuple[str, str]:
-    """Colour and marker of a CFG branch."""
-    return BRANCH_STYLES.get(branch, (PURPLE, "D"))
-
-
-def series_style(index: int) -> tuple[str, str]:
-    """Colour and line of the series at this place of a list; lines change when the colours start over."""
-    again, place = divmod(index, len(SERIES_COLORS))
-    return SERIES_COLORS[place], SERIES_LINES[again % len(SERIES_LINES)]
-
-
-def policy_color(policy: str) -> str:
-    """The colour of a policy's kind."""
-    return next((c for kind, c in POLICY_COLORS.items() if policy.startswith(kind)), GREY)
+def bare(ax: Axes) -> Axes:
+    """An axis of cells or images: no frame, no grid, no ticks."""
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=9, labelcolor=INK)
+    return ax
 
 
 def policy_styles(policies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
@@ -94,27 +101,21 @@ def policy_styles(policies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
 
     They follow from the names alone where a policy is the first of its kind, so that figures agree with each other.
     """
-    styles, seen = {}, dict.fromkeys((*POLICY_COLORS.values(), GREY), 0)
+    kinds: dict[str, list[str]] = {}
     for policy in sorted(policies):
-        color = policy_color(policy)
-        place = seen[color]
-        marker = POLICY_MARKERS[place % len(POLICY_MARKERS)]
-        styles[policy] = color, marker, POLICY_LINES[place % len(POLICY_LINES)]
-        seen[color] += 1
-    return styles
-
-
-def figure_of(drawing: Drawing) -> Figure:
-    figure = drawing.figure if isinstance(drawing, Axes) else drawing
-    assert isinstance(figure, Figure)
-    return figure
+        colors = (color for kind, color in POLICY_COLORS.items() if policy.startswith(kind))
+        kinds.setdefault(next(colors, GREY), []).append(policy)
+    return {
+        policy: (color, marker, line)
+        for color, own in kinds.items()
+        for policy, marker, line in zip(own, cycle(POLICY_MARKERS), cycle(POLICY_LINES))
+    }
 
 
 def save(drawing: Drawing, path: Path) -> Path:
     """Write a figure (the format follows the suffix) and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        figure_of(drawing).savefig(path, dpi=150, facecolor="white")
+    _write(drawing, path)
     return path
 
 
@@ -124,17 +125,18 @@ def as_svg(drawing: Drawing, title: str = "") -> str:
     ``title`` is what a screen reader says of it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure_of(drawing).savefig(
-            buffer, format="svg", transparent=True, dpi=150, metadata={"Date": None}
-        )
+    _write(drawing, buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     text = text.replace(BLUE.lower(), "var(--blue)")  # too dim on a dark page, which brightens it
-    if title:
-        head, _, rest = text.partition(">")
-        label = escape(title)
-        text = f'{head} role="img" aria-label="{label}"><title>{label}</title>{rest}'
-    return text
+    head, _, rest = text.partition(">")
+    label = escape(title)
+    return f'{head} role="img" aria-label="{label}"><title>{label}</title>{rest}'
+
+
+def _write(drawing: Drawing, target: Path | io.StringIO, **options: Any) -> None:
+    figure: Any = drawing.figure if isinstance(drawing, Axes) else drawing
+    with mpl.rc_context(STYLE):
+        figure.savefig(target, dpi=150, **options)

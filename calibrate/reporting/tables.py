@@ -1,57 +1,60 @@
 """The printed tables of a fit: one row per branch, threshold or scored entry."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from calibrate.fitting.choice import BranchFit
 from calibrate.fitting.draft import replayed
-from calibrate.fitting.held_out import Figures, compare_candidates
+from calibrate.fitting.held_out import compare_candidates
 from calibrate.fitting.replay import Search, polynomials, threshold_for_speedup
 from calibrate.runs.pairs import TARGET_COLUMNS, Run
 from calibrate.text import aligned, number, percent, ratio
 from coeffs import Entry
 
-FIT_HEADER = (
-    *("branch", "fit  ", "pairs", "degree", "R²", "held-out R²", "RMSE", "rank"),
-    *("/constant", "/step mean", "x within step"),
-)
 SCORE_HEADER = (
     *("scored", "pairs", "R²", "R² rescaled", "RMSE", "bias", "rank", "below", "above"),
     *("negative", "target", "note"),
 )
 REPLAY_HEADER = (
-    "threshold",
-    "computed steps",
-    "95 % interval",
-    "single prompts",
-    "expected speed-up",
+    *("threshold", "computed steps", "95 % interval", "single prompts", "expected speed-up"),
 )
 
 
 def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
     """Both fits of each branch, the recommended one marked, with what needs no polynomial beside them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fit in fits:
         name = f"{fit.expert}/{fit.branch}" if len(entry.experts) > 1 else fit.branch
         for result in filter(None, (fit.chosen, fit.other)):
-            mark = " *" if result is fit.chosen else "  "
             known = fit.figures[result.method]
             error = known["rmse_held_out"]
-            rows.append((
-                *(name, result.method + mark, str(len(fit.pairs)), str(result.degree)),
-                *(number(known["r2"]), number(known["r2_held_out"]), number(error, 4)),
-                number(known["spearman_held_out"]),
-                ratio(error, known["rmse_constant"]),
-                ratio(error, known["rmse_step_mean"]),
-                _within_step(known),
-            ))  # fmt: skip
+            value, low, high = (
+                known[f"spearman_within_step{end}"] for end in ("", "_low", "_high")
+            )
+            within = number(value)
+            if low is not None:
+                within = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            rows.append({
+                "branch": name,
+                "fit  ": result.method + (" *" if result is fit.chosen else "  "),
+                "pairs": len(fit.pairs),
+                "degree": result.degree,
+                "R²": number(known["r2"]),
+                "held-out R²": number(known["r2_held_out"]),
+                "RMSE": number(error, 4),
+                "rank": number(known["spearman_held_out"]),
+                "/constant": ratio(error, known["rmse_constant"]),
+                "/step mean": ratio(error, known["rmse_step_mean"]),
+                "x within step": within,
+            })  # fmt: skip
     prompts = max(fit.pairs["prompt_id"].nunique() for fit in fits)
     enough = (f"{fit.branch} {fit.enough or f'more than {prompts}'}" for fit in fits)
     return "\n".join((
         f"Fit of {entry.label}: {entry.signal} -> {entry.target}, {prompts} prompts (* recommended)",
-        aligned(FIT_HEADER, rows),
+        aligned(list(rows[0]), [list(row.values()) for row in rows]),
         "RMSE and rank correlation by leaving prompts out. /constant, /step mean: that RMSE over the one of the mean,",
         "and of each step's mean. x within step: rank correlation over prompts at the same step (0: x adds nothing).",
         f"Prompts needed: {', '.join(enough)}",
@@ -63,11 +66,10 @@ def candidate_table(run: Run, degree: int) -> str:
     rows = []
     for expert in run.experts:
         table = compare_candidates(run, degree, expert)
-        for (branch, signal), group in table.groupby(["branch", "signal"], sort=False):
-            known = group.set_index("target")["r2_held_out"]
+        table = table.pivot(index=["branch", "signal"], columns="target", values="r2_held_out")
+        for (branch, signal), known in table.iterrows():
             label = f"{expert}/{branch}" if len(run.experts) > 1 else branch
             rows.append((label, signal, *(number(known.get(target)) for target in TARGET_COLUMNS)))
-    rows.sort(key=lambda row: row[:2])
     body = aligned(("branch", "signal", *TARGET_COLUMNS), rows)
     return f"Held-out R² by signal and target\n{body}"
 
@@ -100,9 +102,8 @@ def replay_table(
         thresholds.add(wanted)
     rows = []
     for row in replayed(run, entry, fits, sorted(thresholds)).itertuples():
-        mark = " <" if row.threshold == wanted else ""
         rows.append((
-            f"{row.threshold:.4g}{mark}",
+            f"{row.threshold:.4g}" + (" <" if row.threshold == wanted else ""),
             f"{row.computed_steps:.1f} of {row.num_steps:.0f}",
             f"{row.low:.1f} to {row.high:.1f}" if np.isfinite(row.low) else "-",
             f"{row.computed_low:.4g} to {row.computed_high:.4g}",
@@ -117,8 +118,3 @@ def replay_table(
         aligned(REPLAY_HEADER, rows),
         f"Speed-up of the denoiser alone ({basis}), as if skipping changed nothing: `calibrate verify` runs it.",
     ))  # fmt: skip
-
-
-def _within_step(known: Figures) -> str:
-    value, low, high = (known[f"spearman_within_step{end}"] for end in ("", "_low", "_high"))
-    return number(value) if low is None else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
