@@ -1,19 +1,22 @@
 """Which fit of each branch is recommended, and which branch an engine with a single slot gets, with the reasons."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
 from calibrate.errors import InvalidOption
 from calibrate.fitting.held_out import (
     Figures,
-    compare_branches,
     figures,
+    held_out,
     learning_curve,
+    polynomial_predictor,
     rival_figures,
+    rmse,
 )
 from calibrate.fitting.intervals import Bootstrap, bootstrap
-from calibrate.fitting.least_squares import FitResult, fit_constrained, fit_polynomial
+from calibrate.fitting.least_squares import FitResult, fit_polynomial
 from calibrate.runs.pairs import Run
 from coeffs.entry.polynomial import negative_ranges
 
@@ -89,13 +92,18 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     main, *others = own
     if not others:
         return main, None
-    pooled = own["pooled"]
-    table = compare_branches(pooled.pairs, pooled.chosen.degree, pooled.chosen.method)
-    errors = table.pivot(index="branch", columns="fitted_on", values="rmse_held_out").astype(float)
-    losses = {}
-    for branch, error in errors.iterrows():
-        losses[branch] = error["pooled"] / max(error[branch], TINY) - 1
-    if errors.isna().any(axis=None) or max(losses.values()) <= POOLING_LOSS:
+    pooled, losses = own["pooled"], {}
+    degree, method = pooled.chosen.degree, pooled.chosen.method
+    refit = partial(polynomial_predictor, degree=degree, method=method)
+    unseen = held_out(pooled.pairs, refit)
+    for branch in (main, *others[:-1]):
+        error = own[branch].chosen_figures["rmse_held_out"]
+        if unseen is None or error is None:
+            return "pooled", None
+        rows = (pooled.pairs["branch"] == branch).to_numpy()
+        loss = rmse(pooled.pairs["y"].to_numpy()[rows], unseen[rows]) / max(error, TINY)
+        losses[branch] = loss - 1
+    if max(losses.values()) <= POOLING_LOSS:
         return "pooled", None
     recommended = main if losses[main] > POOLING_LOSS else "pooled"
     lost = ", ".join(f"{branch} {100 * loss:+.0f} %" for branch, loss in losses.items())
@@ -108,22 +116,21 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
 def _fit_branch(
     expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
 ) -> BranchFit:
-    free, shaped = (
-        fitter(pairs["x"], pairs["y"], degree) for fitter in (fit_polynomial, fit_constrained)
-    )
-    fits = [free, shaped]
-    if free.coefficients_high_to_low == shaped.coefficients_high_to_low:
-        fits = [shaped if method == "constrained" else free]
+    fits = {name: fit_polynomial(pairs["x"], pairs["y"], degree, name) for name in METHODS[1:]}
+    free, shaped = fits.values()
+    same = free.coefficients_high_to_low == shaped.coefficients_high_to_low
+    if same:
+        del fits["polyfit" if method == "constrained" else "constrained"]
     rivals = rival_figures(pairs)
-    of_method = {fit.method: figures(pairs, fit) | rivals for fit in fits}
+    of_method = {name: figures(pairs, result) | rivals for name, result in fits.items()}
     name, why = method, "chosen by hand"
-    if len(fits) == 1:
-        name = fits[0].method
+    if same:
+        (name,) = fits
         why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
     elif method == "auto":
         name, why = _choose(free, of_method)
-    fits.sort(key=lambda fit: fit.method != name)
-    chosen, other = fits[0], fits[1] if len(fits) > 1 else None
+    chosen = fits.pop(name)
+    other = next(iter(fits.values()), None)
     _, enough = learning_curve(pairs, chosen.degree, chosen.method)
     resampled = bootstrap(pairs, chosen)
     return BranchFit(

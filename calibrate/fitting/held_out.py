@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from calibrate.fitting.least_squares import FitResult, fit_polynomial
@@ -45,13 +46,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def polynomial_predictor(
-    train: pd.DataFrame, degree: int = 4, method: str = "polyfit", branch: str = "pooled"
+    train: pd.DataFrame, degree: int = 4, method: str = "polyfit"
 ) -> Predictor:
-    """A fit on the training pairs of a branch, or of all of them."""
-    own = train if branch == "pooled" else train[train["branch"] == branch]
-    if own.empty:  # a branch that only the held-out prompts have
-        return lambda pairs: np.full(len(pairs), np.nan)
-    result = fit_polynomial(own["x"], own["y"], degree, method)
+    """A fit on the training pairs."""
+    result = fit_polynomial(train["x"], train["y"], degree, method)
     return lambda pairs: result.within_domain(pairs["x"])
 
 
@@ -84,15 +82,15 @@ RIVALS: dict[str, tuple[list[str], bool]] = {
 }
 
 
-def prompt_folds(prompts: np.ndarray, folds: int = FOLDS) -> np.ndarray:
+def prompt_folds(prompts: ArrayLike) -> np.ndarray:
     """Fold of every row: prompts in sorted order are dealt out in turn, so that sets sorted by kind spread evenly."""
     unique, index = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)
-    return index % min(folds, len(unique))
+    return index % min(FOLDS, len(unique))
 
 
 def held_out(pairs: pd.DataFrame, fitter: Fitter) -> np.ndarray | None:
     """Prediction for every pair by a predictor that has not seen its prompt; None with fewer than two prompts."""
-    fold = prompt_folds(pairs["prompt_id"].to_numpy())
+    fold = prompt_folds(pairs["prompt_id"])
     if fold.max() == 0:
         return None
     predicted = np.empty(len(pairs))
@@ -169,24 +167,6 @@ def compare_candidates(run: Run, degree: int = 4, expert: str = "transformer") -
     return table.sort_values("r2_held_out", ascending=False, kind="stable", ignore_index=True)
 
 
-def compare_branches(pairs: pd.DataFrame, degree: int = 4, method: str = "polyfit") -> pd.DataFrame:
-    """What pooling costs: held-out figures on each branch of its own fit, of the pooled fit and of the other branch's.
-
-    Columns: branch (whose pairs), fitted_on, r2_held_out, rmse_held_out.
-    """
-    branches = sorted(pairs["branch"].unique())
-    rows = []
-    for source in [*branches, "pooled"] if len(branches) > 1 else branches:
-        refit = partial(polynomial_predictor, degree=degree, method=method, branch=source)
-        unseen = held_out(pairs, refit)
-        for branch in branches:
-            own = (pairs["branch"] == branch).to_numpy()
-            predicted = None if unseen is None else unseen[own]
-            known = _agreement(pairs["y"].to_numpy()[own], predicted, "_held_out")
-            rows.append({"branch": branch, "fitted_on": source, **known})
-    return pd.DataFrame(rows).sort_values("branch", kind="stable", ignore_index=True)
-
-
 def learning_curve(
     pairs: pd.DataFrame, degree: int = 4, method: str = "polyfit", tolerance: float = 0.05
 ) -> tuple[pd.DataFrame, int | None]:
@@ -204,20 +184,19 @@ def learning_curve(
         return pd.DataFrame(columns=["prompts", "rmse", "low", "high"]), None
     largest = len(prompts) - len(prompts) // 4
     sizes = [*(2 ** np.arange(np.ceil(np.log2(largest)), dtype=int)), largest]
-    random = np.random.default_rng(0)
-    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    errors = np.empty((REPEATS, len(sizes)))
-    for own in errors:
+    random, narrow, rows = np.random.default_rng(0), pairs[["x", "y"]], []
+    for _ in range(REPEATS):
         rank = random.permutation(len(prompts))[index]
-        test = rank >= largest
-        for place, size in enumerate(sizes):
-            result = fit_polynomial(x[rank < size], y[rank < size], degree, method)
-            own[place] = rmse(y[test], result.within_domain(x[test]))
-    means = errors.mean(axis=0)
-    low, high = np.quantile(errors, [0.1, 0.9], axis=0)
-    table = pd.DataFrame({"prompts": sizes, "rmse": means, "low": low, "high": high})
-    enough = sizes[int(np.argmax(means <= (1 + tolerance) * means[-1]))]
-    return table, int(enough) if enough < largest else None
+        test = narrow[rank >= largest]
+        for size in sizes:
+            predict = polynomial_predictor(narrow[rank < size], degree, method)
+            rows.append((size, rmse(test["y"].to_numpy(), predict(test))))
+    errors = pd.DataFrame(rows, columns=["prompts", "rmse"]).groupby("prompts")["rmse"]
+    spread = errors.quantile([0.1, 0.9]).unstack().set_axis(["low", "high"], axis=1)
+    table = spread.assign(rmse=errors.mean()).reset_index()
+    good = table["rmse"] <= (1 + tolerance) * table["rmse"].iloc[-1]
+    enough = int(table["prompts"][good].min())
+    return table, enough if enough < largest else None
 
 
 def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") -> Figures:

@@ -116,8 +116,8 @@ def computed_intervals(
     branch holds every prompt.
     """
     thresholds = np.asarray(thresholds, float)
-    deciding = search.deciding[["expert", "branch"]].itertuples(index=False, name=None)
-    used = [refits.get(key) for key in deciding]
+    keys = zip(search.trajectories["expert"], search.trajectories["leader"], strict=True)
+    used = [refits.get(key) for key in keys]
     known = [refit for refit in used if refit and refit.prompts == tuple(search.prompts)]
     if len(known) < len(used):
         return np.full((2, len(thresholds)), np.nan)

@@ -41,11 +41,10 @@ class Search:
     """The gate's rules on arrays, for many thresholds at once (tested against the gate itself).
 
     Attributes:
-        branches: All recorded trajectories: prompt_id, seed, expert, branch.
-        deciding: Those whose signals decide, with their ``num_steps``. With ``branches="together"`` the branch that
-            is called first at a step decides for all: ``cond`` in the pipelines that name branches, else the one
-            that was numbered first.
-        x: Their signals, (trajectories, steps); NaN where unusable, and at the first step, which has no pair.
+        trajectories: prompt_id, seed, expert, branch; ``num_steps``; ``leader``: the branch whose signal decides. With
+            ``branches="together"`` it is the one that is called first at a step: ``cond`` in the pipelines that name
+            branches, else the one that was numbered first.
+        x: The leaders' signals, (trajectories, steps); NaN where unusable, and at the first step, which has no pair.
     """
 
     def __init__(
@@ -56,49 +55,42 @@ class Search:
         signal: str = "modulated_input",
         branches: str = "together",
     ) -> None:
-        by_trajectory = run.rows.groupby(TRAJECTORY)["step"]
-        # A second expert's steps may be counted on from the first's: its own first step lies before its first pair.
-        start = by_trajectory.transform("min") - 1
-        rows = run.rows.assign(step=run.rows["step"] - start)
+        self.config = config
         column = column_of(signal, SIGNAL_COLUMNS, "signal")
-        signals = rows.pivot(index=TRAJECTORY, columns="step", values=column)
-        self.branches = signals.index.to_frame(index=False)
-        num_steps = (by_trajectory.max() - by_trajectory.min() + 2).to_numpy()
-        deciding = self.branches.assign(num_steps=num_steps)
-        size = deciding.groupby(GENERATION)["branch"].transform("size")
+        # A second expert's steps may be counted on from the first's: its own first step lies before its first pair.
+        start = run.rows.groupby(TRAJECTORY)["step"].transform("min") - 1
+        rows = run.rows.assign(step=run.rows["step"] - start)
+        lengths = rows.groupby(TRAJECTORY)["step"].max() + 1
+        keys = lengths.index.to_frame(index=False)
+        keys["leader"] = keys["branch"]
         if branches == "together":
-            order = deciding["branch"].ne("cond").sort_values(kind="stable").index
-            deciding = deciding.loc[order].drop_duplicates(GENERATION).sort_index()
-        self.deciding, self.config = deciding, config
-        self.num_steps = deciding["num_steps"].to_numpy()
-        self.x = signals.reindex(columns=range(num_steps.max())).to_numpy()[deciding.index]
-        self._predict(of_branch)
+            cond_first = keys.loc[keys["branch"].ne("cond").sort_values(kind="stable").index]
+            keys["leader"] = cond_first.groupby(GENERATION)["branch"].transform("first")
+        leaders = pd.MultiIndex.from_frame(keys[[*GENERATION, "leader"]])
+        self.trajectories = keys.assign(num_steps=lengths[leaders].to_numpy())
+        self.num_steps = self.trajectories["num_steps"].to_numpy()
+        signals = rows.pivot(index=TRAJECTORY, columns="step", values=column)
+        self.x = signals.reindex(leaders, columns=range(lengths.max())).to_numpy()
+
+        self.may_skip = np.zeros(self.x.shape, bool)
+        self.predicted = np.zeros(self.x.shape)
+        gated = [of_branch[key] for key in zip(keys["expert"], keys["leader"], strict=True)]
+        if config.compat:
+            gated = [replace(polynomial, domain=None) for polynomial in gated]
+        for (row, step), x in np.ndenumerate(self.x):
+            forced = config.forced(step, int(self.num_steps[row]))
+            if np.isfinite(x) and not forced and not gated[row].above_domain(x):
+                self.may_skip[row, step] = True
+                self.predicted[row, step] = gated[row].predict(x)
 
         # Steps of a generation are the mean of its branches and the sum of its experts; its time is the sum of both.
-        size = size[deciding.index].to_numpy()
-        followers = size if branches == "together" else np.ones_like(size)
-        seconds = np.array([run.timing.get(expert, (1.0, 1.0)) for expert in deciding["expert"]])
-        self.seconds = seconds * followers[:, None]
-        generation = deciding.groupby(["prompt_id", "seed"])
+        self.seconds = np.array([run.timing.get(expert, (1.0, 1.0)) for expert in keys["expert"]])
+        generation = keys.groupby(["prompt_id", "seed"])
         of_generation = generation.ngroup().to_numpy()[:, None] == range(generation.ngroups)
-        self.shares = of_generation * (followers / size)[:, None]
+        branches_each = keys.groupby(GENERATION)["branch"].transform("size").to_numpy()
+        self.shares = of_generation / branches_each[:, None]
         prompts = [prompt for prompt, _ in generation.groups]
         self.prompts, self.prompt_of = np.unique(prompts, return_inverse=True)
-
-    def _predict(self, of_branch: Mapping[Key, Polynomial]) -> None:
-        """Which steps may be skipped at all, and what is predicted at them."""
-        self.predicted = np.zeros(self.x.shape)
-        self.may_skip = np.isfinite(self.x)
-        for row, own in enumerate(self.deciding.itertuples()):
-            polynomial = of_branch[own.expert, own.branch]
-            if self.config.compat:
-                polynomial = replace(polynomial, domain=None)
-            for step in np.flatnonzero(self.may_skip[row]).tolist():
-                x = float(self.x[row, step])
-                if self.config.forced(step, own.num_steps) or polynomial.above_domain(x):
-                    self.may_skip[row, step] = False
-                else:
-                    self.predicted[row, step] = polynomial.predict(x)
 
     def skipped(self, thresholds: ArrayLike, predicted: np.ndarray | None = None) -> np.ndarray:
         """Which steps are skipped, (..., trajectories, steps), at thresholds of shape (...).
@@ -171,27 +163,23 @@ def replay(
     """The decisions on every trajectory: one row per threshold and trajectory.
 
     ``branches`` as in :func:`runtime.apply_tea_cache`: ``together`` (one decides for all) or ``apart``.
-    Columns: prompt_id, seed, expert, branch, num_steps, threshold, computed, pattern ("CCSC...").
+    Columns: those of ``Search.trajectories``, threshold, computed, pattern ("CCSC...").
     """
     search = Search(run, of_branch, config, signal, branches)
-    followed = GENERATION if branches == "together" else TRAJECTORY
     tables = []
     for threshold, skipped in zip(thresholds, search.skipped(thresholds), strict=True):
-        letters = np.where(skipped, "S", "C")
-        lengths = zip(letters, search.num_steps, strict=True)
-        patterns = ["".join(row[:length]) for row, length in lengths]
-        decided = search.deciding[[*followed, "num_steps"]]
-        decided = decided.assign(threshold=threshold, pattern=patterns)
-        tables.append(search.branches.merge(decided, on=followed))
+        letters = zip(np.where(skipped, "S", "C"), search.num_steps, strict=True)
+        patterns = ["".join(row[:length]) for row, length in letters]
+        tables.append(search.trajectories.assign(threshold=threshold, pattern=patterns))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(computed=table["pattern"].str.count("C"))
 
 
-def threshold_grid(search: Search, shares: tuple[float, ...] = TARGET_SHARES) -> list[float]:
-    """Thresholds, rounded to three digits, at which about the given shares of the steps are computed; 0 for all."""
+def threshold_grid(search: Search) -> list[float]:
+    """Thresholds, rounded to three digits, at which about the target shares of the steps are computed; 0 for all."""
     computed = search.generation_means(search.computed(search.grid))
     thresholds = {0.0}
-    for share in shares:
+    for share in TARGET_SHARES:
         reached = search.grid[computed <= share * search.generation_means(search.num_steps)]
         thresholds.update(float(f"{threshold:.3g}") for threshold in reached[:1])
     return sorted(thresholds)
@@ -200,8 +188,8 @@ def threshold_grid(search: Search, shares: tuple[float, ...] = TARGET_SHARES) ->
 def threshold_for_speedup(search: Search, speedup: float) -> float:
     """The smallest threshold at which the replay expects at least this speed-up of the denoiser.
 
-    Computed steps need not fall evenly with the threshold: the first grid point that is fast enough is taken, and the
-    interval before it halved towards it.
+    Computed steps need not fall evenly with the threshold: the first grid point that is fast enough is taken, then the
+    first of the points between it and the one before.
 
     Raises:
         Unreachable: If no threshold is that fast; names the best there is.
@@ -216,8 +204,6 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
         )
     reached = int(np.argmax(expected >= speedup))
     low, high = search.grid[max(reached - 1, 0)], search.grid[reached]
-    for _ in range(30):  # to 1e-9 of the interval
-        middle = (low + high) / 2
-        enough = search.speedup(search.computed(middle)) >= speedup
-        low, high = (low, middle) if enough else (middle, high)
-    return float(high)
+    between = np.linspace(low, high, SEARCH_POINTS)
+    enough = search.speedup(search.computed(between)) >= speedup
+    return float(between[np.argmax(enough)])

@@ -93,10 +93,8 @@ def curves(
     return finish(ax, title, "x: relative L1 change of the signal", "predicted relative L1 change")
 
 
-def residuals(
-    pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None, *, over: str = "sigma"
-) -> Axes:
-    """Measured minus predicted change of every pair over ``sigma`` (or ``x``); the line is each step's median.
+def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
+    """Measured minus predicted change of every pair over sigma; the line is each step's median.
 
     A line that leaves zero means that the schedule explains something that x does not.
     """
@@ -106,17 +104,14 @@ def residuals(
         if polynomial is None:
             continue
         rest = rows["y"] - np.vectorize(polynomial.predict)(rows["x"])
-        _points(ax, rows[over], rest, str(branch), crowded=True)
-        if over == "sigma":
-            median = rest.groupby(rows["sigma"]).median()
-            color, _ = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
-            label = f"{branch}: median per step"
-            ax.plot(median.index, median, color=color, linewidth=1.6, label=label)
+        _points(ax, rows["sigma"], rest, str(branch), crowded=True)
+        median = rest.groupby(rows["sigma"]).median()
+        color, _ = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
+        label = f"{branch}: median per step"
+        ax.plot(median.index, median, color=color, linewidth=1.6, label=label)
     ax.axhline(0, color=INK, linewidth=0.8)
-    if over == "sigma":
-        ax.invert_xaxis()
-    label = SIGMA_LABEL if over == "sigma" else "x"
-    return finish(ax, "What the fit leaves over", label, "measured - predicted change")
+    ax.invert_xaxis()
+    return finish(ax, "What the fit leaves over", SIGMA_LABEL, "measured - predicted change")
 
 
 def over_sigma(

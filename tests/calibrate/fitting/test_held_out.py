@@ -7,7 +7,6 @@ from scipy import stats
 
 from calibrate.fitting.held_out import (
     RIVALS,
-    compare_branches,
     compare_candidates,
     figures,
     held_out,
@@ -178,15 +177,6 @@ def test_candidates_are_ranked_by_held_out_figures():
         "residual",
     }
     assert len(compare_candidates(load_run(frame.assign(x_time_embedding=np.nan)))) == 3
-
-
-def test_what_pooling_costs_on_each_branch():
-    table = compare_branches(pairs_of(make_frame(prompts=8, noise=0.001)))
-    error = table.set_index(["branch", "fitted_on"])["rmse_held_out"]
-    for branch in ("cond", "uncond"):
-        assert error[branch, branch] < 0.2 * error[branch, "pooled"]
-        assert error[branch, branch] == error[branch].min()
-    assert compare_branches(pairs_of(make_frame(), branch="cond"))["fitted_on"].tolist() == ["cond"]
 
 
 def test_the_learning_curve_says_when_it_is_enough():

@@ -54,7 +54,6 @@ CALLS = {
         {"ours": FIT, "theirs": Polynomial((1.0, 0.0), sign_rule="signed")}, ax
     ),
     "residuals": lambda pairs, ax: plots.residuals(pairs, FIT, ax),
-    "residuals over x": lambda pairs, ax: plots.residuals(pairs, FIT, ax, over="x"),
     "over_sigma": lambda pairs, ax: plots.over_sigma(pairs, "y", ax),
     "replay_curve": lambda _, ax: plots.replay_curve(REPLAY, ax, verified=REPLAY),
     "pareto": lambda _, ax: run_plots.pareto(SUMMARY, ax),
