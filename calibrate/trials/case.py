@@ -131,7 +131,7 @@ def open_case(
     source: Source,
     *,
     model: Any = None,
-    registry: str | os.PathLike | None = None,
+    registry: str | Path | None = None,
     out: str | os.PathLike | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -191,14 +191,14 @@ def entry_folder(entry: Entry, out: str | os.PathLike | None) -> Path:
     return Path(out or f"runs/verify-{entry.label.replace('/', '-')}")
 
 
-def _entry(source: Source, run: Path | None, registry: str | os.PathLike | None) -> Entry:
+def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Entry:
     if isinstance(source, Entry):
         entry = source
     else:
         file = None if run is None else run / "entry.yaml"
         if file is not None and not file.exists():
             raise InvalidOption(f"{run}: no entry.yaml in it yet; run `calibrate fit {run}` first")
-        entry = coeffs.load(file or os.fspath(source), None if registry is None else Path(registry))
+        entry = coeffs.load(file or os.fspath(source), registry)
     if not any(expert.branches for expert in entry.experts.values()):
         raise InvalidOption(
             f"{entry.label}: no coefficients in it, only ratios or plans; nothing to verify with a gate"

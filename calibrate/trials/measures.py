@@ -56,26 +56,26 @@ class Measure:
 
 def psnr(candidate: ArrayLike, reference: ArrayLike, *, data_range: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB over all elements; infinite for identical arrays."""
-    a, b = _pair(candidate, reference)
+    a, b = pair(candidate, reference)
     return _decibels(data_range**2, float(np.mean(np.square(a - b))))
 
 
 def snr_db(candidate: ArrayLike, reference: ArrayLike) -> float:
     """Signal-to-noise ratio of a waveform or series in dB, the reference as signal; infinite for identical arrays."""
-    a, b = _pair(candidate, reference)
+    a, b = pair(candidate, reference)
     return _decibels(float(np.sum(np.square(b))), float(np.sum(np.square(a - b))))
 
 
 def rel_l2(candidate: ArrayLike, reference: ArrayLike) -> float:
     """Relative L2 error |candidate - reference| / |reference|; NaN for an all-zero reference."""
-    a, b = _pair(candidate, reference)
+    a, b = pair(candidate, reference)
     norm = np.linalg.norm(b)
     return float(np.linalg.norm(a - b) / norm) if norm > 0 else float("nan")
 
 
 def ssim(candidate: ArrayLike, reference: ArrayLike) -> float:
     """Structural similarity (Wang et al. 2004, eq. 13) of images or videos in [0, 1]; 1 for identical ones."""
-    a, b = _pair(candidate, reference)
+    a, b = pair(candidate, reference)
     if a.ndim == 2:
         a, b = a[..., None], b[..., None]
     if a.ndim not in (3, 4) or min(a.shape[-3:-1]) < SSIM_TAPS:
@@ -158,8 +158,8 @@ def capped(results: pd.DataFrame, measure: str) -> pd.Series:
     return values.mask(values.isna() & identical, HIGHEST_DB).clip(upper=HIGHEST_DB)
 
 
-def _pair(candidate: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
-    # Converted before any arithmetic, whatever the dtype: unsigned integers would wrap.
+def pair(candidate: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
+    """Both in float64: unsigned integers would wrap. They have to be of one shape."""
     a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.shape != b.shape:
         raise MetricError(

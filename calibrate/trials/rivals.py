@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch.utils.hooks import RemovableHandle
 
 from calibrate.trials.setting import Refused
 from runtime.compat.diffusers_private import hook_registry
@@ -194,9 +195,16 @@ def _letters(module: torch.nn.Module) -> Iterator[Mapping[float, str]]:
         ran.clear()
 
     leaves = [part for part in find_blocks(module)[-1][1].modules() if not [*part.children()]]
-    with ExitStack() as stack:
-        for leaf in leaves:
-            handle = leaf.register_forward_pre_hook(lambda *_: ran.append(True))
-            stack.callback(handle.remove)
-        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+    inside = [leaf.register_forward_pre_hook(lambda *_: ran.append(True)) for leaf in leaves]
+    with taken_off([*inside, module.register_forward_hook(after, with_kwargs=True)]):
         yield letters
+
+
+@contextmanager
+def taken_off(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove torch's hooks afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -18,7 +18,13 @@ from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
 from calibrate.model.session import STEPS, Session
 from calibrate.runs.folder import write_atomically
-from calibrate.trials.rivals import DIFFUSERS_CACHES, diffusers_cache, refusing, second_order
+from calibrate.trials.rivals import (
+    DIFFUSERS_CACHES,
+    diffusers_cache,
+    refusing,
+    second_order,
+    taken_off,
+)
 from calibrate.trials.setting import Refused, Setting
 from calibrate.trials.through import KIND as THROUGH
 from calibrate.trials.through import run_through
@@ -183,7 +189,7 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
 
 
 def _time() -> float:
-    """Seconds, after everything that the GPU was given is done."""
+    """Seconds on the clock, when everything that the GPU was given is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -202,21 +208,16 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
 
     def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """The latents come first: by position, or in the order of the pipeline's keywords."""
-        values = [*args, *kwargs.values()]
-        for index, value in enumerate(values):
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
-                values[index] = moved(value)
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        for name, value in given.items():
+            if torch.is_tensor(value) and value.is_floating_point() and value.ndim > 1:
+                given[name] = moved(value)
                 break
-        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+        return tuple(given.pop(index) for index in range(len(args))), given
 
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True) for module in modules.values()
-    ]
-    try:
+    denoisers = modules.values()
+    with taken_off([m.register_forward_pre_hook(before, with_kwargs=True) for m in denoisers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import yaml
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
@@ -25,19 +23,6 @@ from coeffs.errors import CheckFailed
 KIND = "through"
 
 
-@dataclass(frozen=True)
-class Engine:
-    """An engine that runs on diffusers pipelines.
-
-    Attributes:
-        form: What ``calibrate export --to`` calls its form of a plan.
-        applied: ``applied(session, text)`` has the engine's code run the exported text.
-    """
-
-    form: str
-    applied: Callable[[Session, str], Any]
-
-
 def through_setting(policy: str, engine: str, entry: Entry, plan: Plan) -> Setting:
     """A plan as ``engine`` runs it.
 
@@ -46,7 +31,7 @@ def through_setting(policy: str, engine: str, entry: Entry, plan: Plan) -> Setti
     """
     if engine == "cache-dit" and find_spec("cache_dit") is None:
         raise InvalidOption("cache-dit is not installed: pip install 'teacal[cache-dit]'")
-    text = export_entry(entry, ENGINES[engine].form, schedule=plan.schedule)
+    text = export_entry(entry, ENGINES[engine][0], schedule=plan.schedule)
     options = {"engine": engine, "form": text}
     return Setting(policy, KIND, plan.schedule.count("C"), plan=plan, options=options)
 
@@ -76,6 +61,7 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
         CheckFailed: It executed something else than was exported.
     """
     engine, text = setting.options["engine"], setting.options["form"]
+    _, applied = ENGINES[engine]
     assert setting.plan is not None
     exported = setting.plan.schedule
     # Counted from before: an engine may put its own modules around the blocks.
@@ -91,7 +77,7 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
                     )
             return patterns
 
-        with cache_taken_off(session.modules), ENGINES[engine].applied(session, text):
+        with cache_taken_off(session.modules), applied(session, text):
             yield executed
 
 
@@ -122,7 +108,8 @@ def _mag_cache(session: Session, text: str) -> Iterator[None]:
     yield
 
 
+# Engine -> what `calibrate export --to` calls its form of a plan, and what has its code run the exported text.
 ENGINES = {
-    "cache-dit": Engine("cache-dit-mask", _cache_dit),
-    "diffusers-magcache": Engine("diffusers-magcache", _mag_cache),
+    "cache-dit": ("cache-dit-mask", _cache_dit),
+    "diffusers-magcache": ("diffusers-magcache", _mag_cache),
 }

@@ -70,23 +70,23 @@ def advise(results: pd.DataFrame) -> Advice:
     at_budget = usable[usable["budget"] == budget]
     rows = {row["policy"]: row for row in at_budget.to_dict("records")}
     base, *others = [policy for policy in DEPLOYABLE if policy in rows]
-    compared: dict[str, Comparison | None] = {base: None}
-    gains = {base: 0.0}
-    for policy in others:
-        found = [c for c in judge(results, policy) if (c.baseline, c.budget) == (base, budget)]
-        compared[policy] = found[0] if found else None
-        apart = rows[policy][measure] - rows[base][measure]
-        gains[policy] = found[0].difference if found else apart
+    compared = {
+        one.policy: one
+        for policy in others
+        for one in judge(results, policy)
+        if (one.baseline, one.budget) == (base, budget)
+    }
+    gains = {policy: rows[policy][measure] - rows[base][measure] for policy in (base, *others)}
+    gains |= {policy: one.difference for policy, one in compared.items()}
     best, *rest = sorted(gains, key=lambda policy: -gains[policy])  # of equal ones the simplest
     row = rows[best]
     unit = "dB" if measure == "psnr_db" else "dB SNR"
     worth = f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
     certainty = "It was compared with nothing else at these steps."
     if rest:
-        rival = rest[0] if best == base else base
+        cache, rival, sign = (rest[0], rest[0], -1) if best == base else (best, base, 1)
         name = f"{_name(rows[rival])} ({rows[rival][measure]:.1f} dB)"
-        cache = compared[rival if best == base else best]
-        certainty = _certainty(name, rows[rival]["prompts"], cache, 1 if rival == base else -1)
+        certainty = _certainty(name, rows[rival]["prompts"], compared.get(cache), sign)
     enough = row["prompts"] >= ENOUGH_PROMPTS
     use = f"Use {_name(row)}: {worth}."
     return Advice(best, budget, row, use, certainty, 0 if enough else PROMPTS_TO_RUN)

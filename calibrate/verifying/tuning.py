@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from coeffs import Entry
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
 TRIES = 4  # real counts per budget: replay is off by a step or two, which one correction mends as a rule
 NEAR_ENOUGH = 0.5  # steps; budgets are whole numbers
-LOG_THRESHOLDS = -4.0, 1.0  # where diffusers' caches compute every step, and almost none
-HALVINGS = 7
+# From where diffusers' caches compute every step to almost none; seven halvings find one.
+CACHE_THRESHOLDS = [float(f"{threshold:.4g}") for threshold in np.logspace(-4, 1, 129)[1:-1]]
 
 Counted = Callable[[Setting], float]  # mean computed steps of real runs on the tuning prompts
 
@@ -93,25 +94,23 @@ def tuned_diffusers(
     """One of diffusers' caches at thresholds found by halving on real runs; every run serves all budgets."""
     counts: dict[float, float] = {}
 
-    def setting(budget: int, threshold: float) -> Setting:
+    def setting(threshold: float, budget: int = 0) -> Setting:
         return Setting(policy, cache, budget, options={**options, "threshold": threshold})
+
+    def fewer(threshold: float) -> float:
+        counts[threshold] = counted(setting(threshold))
+        return -counts[threshold]
 
     settings = []
     for budget in budgets:
-        low, high = LOG_THRESHOLDS
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            threshold = float(f"{10**middle:.4g}")
-            if threshold not in counts:
-                counts[threshold] = counted(setting(budget, threshold))
-            low, high = (middle, high) if counts[threshold] > budget else (low, middle)
-        nearest = min(counts, key=lambda value: abs(counts[value] - budget))
+        bisect_left(CACHE_THRESHOLDS, -float(budget), key=fewer)
+        nearest = min(counts, key=lambda threshold: abs(counts[threshold] - budget))
         if abs(counts[nearest] - budget) <= MISSED_BUDGET:
-            settings.append(setting(budget, nearest))
+            settings.append(setting(nearest, budget))
     if not settings:
-        seen = sorted({round(value, 1) for value in counts.values()})
         raise InvalidOption(
-            f"no threshold gives a number of computed steps near the budgets, only {seen}"
+            "no threshold gives a number of computed steps near the budgets, only "
+            f"{sorted({round(count, 1) for count in counts.values()})}"
         )
     return settings
 

@@ -52,7 +52,7 @@ def verify(
     budgets: Sequence[int] | None = None,
     thresholds: Sequence[float] | None = None,
     policies: Sequence[str] | None = None,
-    registry: str | os.PathLike | None = None,
+    registry: str | Path | None = None,
     lpips: bool = False,
     through: Sequence[str] = (),
     progress: bool = True,
@@ -110,7 +110,7 @@ def verify(
             budgets=sorted({setting.budget for setting in given}, reverse=True) or steps,
             given=given,
             counted=bench.tuning_count,
-            known=coeffs.entries(None if registry is None else Path(registry)),
+            known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )
         results, refused = bench.results(entered(lineup, chosen, say))
@@ -177,11 +177,9 @@ def _drift(gate: pd.DataFrame) -> dict[str, float] | None:
     """How far the replay lies from the real runs of the fitted gate; None where it did not run."""
     if gate.empty:
         return None
-    fewer = gate["replayed_steps"] - gate["computed_steps"]
     return {
         "disagreeing_steps": float(gate["disagreement"].mean()),
         "most_disagreeing_steps": float(gate["disagreement"].max()),
-        "replayed_minus_real_steps": float(fewer.mean()),
     }
 
 
