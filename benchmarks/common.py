@@ -1,6 +1,7 @@
 """What the benchmarks share: cases timed in turn within one run, ratios, and results with their surroundings."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -84,12 +85,9 @@ def write(name: str, figures: Mapping[str, Any]) -> Path:
 
 
 def surroundings() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of(Path(__file__).parent),
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
@@ -97,6 +95,22 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
     }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a clone is at, whoever owns it and wherever the caller stands; None outside of one."""
+    # A hook of another repository sets these.
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE")
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    # git refuses a clone of another user, as in containers, unless told that it is meant.
+    command = ["git", "-c", "safe.directory=*", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git here
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _processor() -> str:

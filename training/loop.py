@@ -32,6 +32,8 @@ class LoopRecipe:
     # How often the caption is replaced by the empty one, which classifier-free guidance needs.
     empty_caption_rate: float = 0.12
     checkpoint_every: int = 250
+    # Forward passes in bfloat16; weights, optimizer and averages stay in float32.
+    bfloat16: bool = False
 
 
 def draw_sigmas(count: int) -> torch.Tensor:
@@ -69,10 +71,15 @@ class Training:
         self.cpu_seconds = 0.0
         self.smoothed_loss = 0.0
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def train_step(self, batch_loss: Callable[[nn.Module], torch.Tensor]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
-        loss = batch_loss(self.model)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
+            loss = batch_loss(self.model)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -97,6 +104,7 @@ class Training:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "step": self.step,
             "cpu_seconds": self.cpu_seconds,
             "smoothed_loss": self.smoothed_loss,
@@ -106,11 +114,13 @@ class Training:
         partial.replace(file)  # an interrupted save must not destroy the previous checkpoint
 
     def load(self, file: Path) -> None:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_random"])
         self.step = state["step"]
         self.cpu_seconds = state["cpu_seconds"]
         self.smoothed_loss = state["smoothed_loss"]

@@ -6,9 +6,12 @@ Without a GPU one scaled model runs on the CPU instead of the four at full size.
 
 Cases run in the order of their worth, each writes its row when it is done, and the same command continues where a
 run was cut off. A case that fails (too little memory, a class that a compiler refuses) leaves its error as a row.
+The last cases train two small models and plan them in bfloat16, some minutes each; what they have reached lies in
+``build/gpu/``.
 """
 
 import gc
+import logging
 import time
 from pathlib import Path
 
@@ -32,6 +35,10 @@ def main(minutes: float, rounds: int, only: str | None, toy: bool, out: Path | N
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         click.echo("torch sees no GPU: these are figures of the CPU", err=True)
+        if not toy:
+            click.echo("planning/ is left out: its models take hours to train on a CPU", err=True)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
     path = out or RESULTS / f"performance-{'gpu' if on_gpu else 'cpu'}{'-toy' if toy else ''}.json"
     store = Store(path)
     deadline = time.monotonic() + 60 * minutes

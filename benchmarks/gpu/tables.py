@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks.study import difference_at, level_at
+
 Rows = dict[str, dict[str, Any]]
 
 
@@ -29,6 +31,7 @@ HEADERS = {
     "verify": ("model", "figure", "seconds a prompt"),
     "measures": ("image", "measure", "ms"),
     "compiling": ("model", "case", "time / eager"),
+    "planning": ("model", "policy", "computed", "PSNR, mean (worst)", "minus fewer steps"),
 }
 
 
@@ -73,12 +76,23 @@ def _compiling(title: str, figures: dict[str, Any]) -> list[tuple]:
     return [(title, case, _ratio(value)) for case, value in figures["over_eager"].items()]
 
 
+def _planning(title: str, figures: dict[str, Any]) -> list[tuple]:
+    level, difference = level_at(figures), difference_at(figures)
+    chosen = dict.fromkeys((row["policy"], row["budget"]) for row in figures["rows"])
+    steps = figures["steps"]
+    return [
+        (title, policy, f"{budget} of {steps}", level(policy, budget), difference(policy, budget))
+        for policy, budget in chosen
+    ]
+
+
 TABLES = {
     "applying": _applying,
     "recording": _recording,
     "verify": _verify,
     "measures": _measures,
     "compiling": _compiling,
+    "planning": _planning,
 }
 
 

@@ -84,12 +84,12 @@ def caption_index(
     return (digit * len(COLOURINGS) + colouring) * PHRASINGS_PER_SUBJECT + phrasing
 
 
-def digit_masks() -> tuple[torch.Tensor, torch.Tensor]:
-    """The real digits as ink coverage in 0..1, shape [1797, 1, 32, 32], and their labels."""
+def digit_masks(side: int = IMAGE_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real digits as ink coverage in 0..1, shape [1797, 1, side, side], and their labels."""
     source = load_digits()
     coverage = torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None]
-    margin = IMAGE_SIZE // 16
-    inner = IMAGE_SIZE - 2 * margin
+    margin = side // 16
+    inner = side - 2 * margin
     coverage = F.interpolate(coverage, size=(inner, inner), mode="bicubic", align_corners=False)
     # Enlarging 8x8 pixels leaves wide grey borders; a steeper ramp gives strokes with clear edges.
     coverage = ((coverage.clamp(0, 1) - 0.15) / 0.7).clamp(0, 1)

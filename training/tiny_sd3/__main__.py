@@ -39,8 +39,10 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.text_encoder.slots)
-    vae = AutoencoderKL.from_pretrained(VAE_FOLDER, dtype=torch.float32).eval()
-    model = train_denoiser(vae, tokenizer, recipe, seed, work / "transformer.pt").to(SHIPPED_DTYPE)
+    vae = AutoencoderKL.from_pretrained(VAE_FOLDER, dtype=torch.float32).eval().to(recipe.device)
+    with torch.device(recipe.device):
+        model = train_denoiser(vae, tokenizer, recipe, seed, work / "transformer.pt")
+    model.to(SHIPPED_DTYPE)
     pipeline = StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=build_scheduler(),

@@ -42,9 +42,11 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-def build_transformer(recipe: TransformerRecipe, text_size: int, vae: AutoencoderKL) -> Transformer:
+def build_transformer(
+    recipe: TransformerRecipe, text_size: int, vae: AutoencoderKL, side: int
+) -> Transformer:
     """An untrained transformer whose blocks start as identities and whose output starts at zero (as DiT does)."""
-    latent_size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
     transformer = Transformer(
         sample_size=latent_size,
         patch_size=recipe.patch_size,
@@ -173,9 +175,9 @@ class TrainingData:
 
 
 @torch.no_grad()
-def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingData:
+def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe) -> TrainingData:
     """Encode every digit in every colouring and tokenize every caption as the pipeline does."""
-    masks, labels = digit_masks()
+    masks, labels = (part[: recipe.pictures] for part in digit_masks(recipe.side))
     latents = torch.stack(
         [encode_pictures(vae, paint(masks, colouring)) for colouring in COLOURINGS]
     )
@@ -187,7 +189,7 @@ def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingData:
         truncation=True,
         return_tensors="pt",
     )
-    return TrainingData(latents, labels, tokens.input_ids)
+    return TrainingData(latents, labels, tokens.input_ids.to(recipe.device))
 
 
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
@@ -238,7 +240,7 @@ def caption_losses(
     The gap between the first two says whether the digit in the prompt is obeyed long before the loss itself does.
     Also gives the right caption's loss with every zero state and the stock attention, which must be the same.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(data.latents.device).manual_seed(1)
     colourings, pictures = data.latents.shape[:2]
     picture = torch.randint(pictures, (count,), generator=generator)
     colouring = torch.randint(colourings, (count,), generator=generator)
@@ -268,11 +270,12 @@ def train_denoiser(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe, seed: int, checkpoint: Path
 ) -> Denoiser:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights with the stock attention."""
-    data = prepare_data(vae, tokenizer)
+    data = prepare_data(vae, tokenizer, recipe)
     torch.manual_seed(seed)
     encoders = [build_text_encoder(tokenizer, recipe.text_encoder) for _ in range(2)]
     text_size = sum(encoder.config.projection_dim for encoder in encoders)
-    model = Denoiser(build_transformer(recipe.transformer, text_size, vae), *encoders)
+    transformer = build_transformer(recipe.transformer, text_size, vae, recipe.side)
+    model = Denoiser(transformer, *encoders).to(recipe.device)
     set_attention(model.transformer, LastKeyCountsManyTimes(ABSENT_T5_SLOTS))
     training = Training(model, recipe.loop)
     run_training(

@@ -31,3 +31,6 @@ class Recipe:
     text_encoder: TextEncoderRecipe = TextEncoderRecipe()
     transformer: TransformerRecipe = TransformerRecipe()
     loop: LoopRecipe = LOOP
+    side: int = 32  # of the pictures, in pixels; the autoencoder was trained on 32
+    pictures: int | None = None  # of the 1,797 digits, the first; None: all
+    device: str = "cpu"

@@ -32,15 +32,17 @@ logger = logging.getLogger(__name__)
 SHIPPED_DTYPE = torch.bfloat16
 
 
-def load_autoencoder(folder: Path) -> AutoencoderKLWan:
-    return AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32).eval()
+def load_autoencoder(folder: Path, device: str) -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
 
 def make_autoencoder(work: Path, recipe: Recipe, seed: int) -> None:
     """The autoencoder, unless a previous run has finished it."""
     if (work / "vae.done").exists():
         return
-    train_autoencoder(recipe.autoencoder, seed).to(SHIPPED_DTYPE).save_pretrained(work / "vae")
+    with torch.device(recipe.device):
+        vae = train_autoencoder(recipe.autoencoder, seed, recipe.side, recipe.device)
+    vae.to(SHIPPED_DTYPE).save_pretrained(work / "vae")
     (work / "vae.done").touch()
 
 
@@ -48,7 +50,9 @@ def make_refined_decoder(work: Path, recipe: Recipe, seed: int) -> None:
     """The autoencoder with a better decoder, unless a previous run has finished it."""
     if (work / "refined.done").exists():
         return
-    vae = refine_decoder(load_autoencoder(work / "vae"), recipe.autoencoder, seed)
+    vae = load_autoencoder(work / "vae", recipe.device)
+    with torch.device(recipe.device):
+        refine_decoder(vae, recipe.autoencoder, seed, recipe.side)
     vae.to(SHIPPED_DTYPE).save_pretrained(work / "refined")
     (work / "refined.done").touch()
 
@@ -60,15 +64,15 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     make_autoencoder(work, recipe, seed)
     tokenizer = build_tokenizer(recipe.text_encoder.slots)
     # The parts are stored in bf16: the transformer is trained on what the shipped encoder produces.
-    model = train_denoiser(
-        load_autoencoder(work / "vae"), tokenizer, recipe, seed, work / "transformer.pt"
-    )
+    vae = load_autoencoder(work / "vae", recipe.device)
+    with torch.device(recipe.device):
+        model = train_denoiser(vae, tokenizer, recipe, seed, work / "transformer.pt")
     make_refined_decoder(work, recipe, seed)
     model.to(SHIPPED_DTYPE)
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder,
-        vae=load_autoencoder(work / "refined").to(SHIPPED_DTYPE),
+        vae=load_autoencoder(work / "refined", recipe.device).to(SHIPPED_DTYPE),
         scheduler=build_scheduler(),
         transformer=model.transformer,
     )

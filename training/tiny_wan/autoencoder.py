@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from .data import all_captions, random_clips, render
+from .data import FRAME_SIZE, all_captions, random_clips, render
 from .recipe import AutoencoderRecipe
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,15 @@ class Descent:
         self.schedule.step()
 
 
-def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKLWan:
+def train_autoencoder(
+    recipe: AutoencoderRecipe, seed: int, side: int, device: str
+) -> AutoencoderKLWan:
     """Train on random clips, then write the latents' means and deviations into the config."""
     torch.manual_seed(seed)
-    vae = build_autoencoder(recipe)
+    vae = build_autoencoder(recipe).to(device)
     descent = Descent(list(vae.parameters()), recipe.learning_rate, recipe.steps)
     for step in range(recipe.steps):
-        clips = random_clips(recipe.batch)
+        clips = random_clips(recipe.batch, side)
         posterior = vae.encode(clips).latent_dist
         latents = posterior.sample()
         decoded = decode_unclamped(vae, latents)
@@ -119,12 +121,14 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKLWan:
             )
 
     vae.eval()
-    normalise_latents(vae)
-    logger.info("autoencoder: PSNR %.1f dB", reconstruction_psnr(vae))
+    normalise_latents(vae, side)
+    logger.info("autoencoder: PSNR %.1f dB", reconstruction_psnr(vae, side))
     return vae
 
 
-def refine_decoder(vae: AutoencoderKLWan, recipe: AutoencoderRecipe, seed: int) -> AutoencoderKLWan:
+def refine_decoder(
+    vae: AutoencoderKLWan, recipe: AutoencoderRecipe, seed: int, side: int
+) -> AutoencoderKLWan:
     """Train the decoder alone for longer, on the latents that the shipped encoder gives.
 
     The encoder stays as it is, and with it the latents: this can go on while the transformer is trained on them.
@@ -136,21 +140,21 @@ def refine_decoder(vae: AutoencoderKLWan, recipe: AutoencoderRecipe, seed: int) 
         parameter.requires_grad_(True)
     descent = Descent(trained, recipe.learning_rate, recipe.refining_steps)
     for step in range(recipe.refining_steps):
-        clips = random_clips(recipe.batch)
+        clips = random_clips(recipe.batch, side)
         # A transformer's latents are never exact: a little noise keeps the decoder from relying on their last digits.
         latents = vae.encode(clips).latent_dist.sample()
         decoded = decode_unclamped(vae, latents)
         descent.step(reconstruction_loss(decoded, clips, recipe))
         if step % 50 == 0 or step == recipe.refining_steps - 1:
             logger.info("decoder step %d: mse %.5f", step, F.mse_loss(decoded, clips).item())
-    logger.info("refined decoder: PSNR %.1f dB", reconstruction_psnr(vae))
+    logger.info("refined decoder: PSNR %.1f dB", reconstruction_psnr(vae, side))
     return vae
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKLWan) -> None:
+def normalise_latents(vae: AutoencoderKLWan, side: int) -> None:
     """Measure every channel's mean and deviation and write them into the config, where the pipeline looks."""
-    clips = torch.cat([render(caption, 1) for caption in all_captions()])
+    clips = torch.cat([render(caption, 1, side) for caption in all_captions()])
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in clips.split(32)])
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
@@ -165,13 +169,13 @@ def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLWan) -> float:
+def reconstruction_psnr(vae: AutoencoderKLWan, side: int = FRAME_SIZE) -> float:
     """PSNR in dB of decoded against rendered clips, over all captions."""
     dtype = next(vae.parameters()).dtype
     errors = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clips = torch.cat([render(caption, 1) for caption in all_captions()])
+        clips = torch.cat([render(caption, 1, side) for caption in all_captions()])
     for chunk in clips.split(32):
         decoded = vae.decode(vae.encode(chunk.to(dtype)).latent_dist.mode()).sample.float()
         errors.append(F.mse_loss(decoded, chunk) / 4)  # pixels span -1..1

@@ -97,9 +97,13 @@ def uniform(low: torch.Tensor | float, high: torch.Tensor | float, count: int) -
     return low + (high - low) * torch.rand(count)
 
 
-def render(caption: Caption, count: int) -> torch.Tensor:
-    """Clips of a caption with random size, speed and start, [N, 3, 9, 32, 32] in -1..1; nothing leaves the frame."""
-    radius, speed = uniform(*RADII, count), uniform(*SPEEDS, count)
+def render(caption: Caption, count: int, side: int = FRAME_SIZE) -> torch.Tensor:
+    """Clips of a caption with random size, speed and start, [N, 3, 9, side, side] in -1..1; nothing leaves the frame.
+
+    Sizes and speeds grow with the frame; edges stay one pixel wide.
+    """
+    scale = side / FRAME_SIZE
+    radius, speed = scale * uniform(*RADII, count), scale * uniform(*SPEEDS, count)
     steps = torch.arange(FRAMES)
     centres = []
     for component in unit_vector(caption.direction):
@@ -107,9 +111,9 @@ def render(caption: Caption, count: int) -> torch.Tensor:
         travelled = path * (FRAMES - 1)
         margin = REACH * radius + 0.5
         low = margin - travelled.clamp(max=0)
-        high = FRAME_SIZE - margin - travelled.clamp(min=0)
+        high = side - margin - travelled.clamp(min=0)
         centres.append(uniform(low, high, count)[:, None] + path[:, None] * steps)
-    pixels = torch.arange(FRAME_SIZE) + 0.5
+    pixels = torch.arange(side) + 0.5
     x = pixels[None, None, None, :] - centres[0][:, :, None, None]
     y = pixels[None, None, :, None] - centres[1][:, :, None, None]
     x, y = torch.broadcast_tensors(x, y)
@@ -119,9 +123,8 @@ def render(caption: Caption, count: int) -> torch.Tensor:
     return (covered * ink + (1 - covered) * paper) * 2 - 1
 
 
-def random_clips(count: int) -> torch.Tensor:
+def random_clips(count: int, side: int) -> torch.Tensor:
     """One clip each of captions drawn at random."""
     captions = all_captions()
-    return torch.cat(
-        [render(captions[index], 1) for index in torch.randint(len(captions), (count,)).tolist()]
-    )
+    drawn = torch.randint(len(captions), (count,)).tolist()
+    return torch.cat([render(captions[index], 1, side) for index in drawn])

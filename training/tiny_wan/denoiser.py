@@ -93,15 +93,17 @@ def tokenize(tokenizer: T5TokenizerFast, texts: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prepare_data(
-    vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, clips_per_caption: int
-) -> TrainingData:
+def prepare_data(vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, recipe: Recipe) -> TrainingData:
     """Render and encode clips of every caption and tokenize the captions as the pipeline does."""
     captions = all_captions()
     latents = torch.stack(
-        [encode_clips(vae, render(caption, clips_per_caption)) for caption in captions]
+        [
+            encode_clips(vae, render(caption, recipe.clips_per_caption, recipe.side))
+            for caption in captions
+        ]
     )
-    return TrainingData(latents, tokenize(tokenizer, [*(caption.text for caption in captions), ""]))
+    tokens = tokenize(tokenizer, [*(caption.text for caption in captions), ""])
+    return TrainingData(latents, tokens.to(recipe.device))
 
 
 def flow_loss(
@@ -147,7 +149,8 @@ def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9) -> d
     """
     captions = all_captions()
     clean = data.latents[captions.index(PROBES["right"])]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator(clean.device).manual_seed(1)
+    noise = torch.randn(clean.shape, generator=generator)
     rows = {name: captions.index(caption) for name, caption in PROBES.items()}
     rows["empty"] = len(captions)
     sigmas = torch.full((len(clean),), sigma)
@@ -164,12 +167,12 @@ def train_denoiser(
 ) -> Denoiser:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights."""
     torch.manual_seed(seed)
-    data = prepare_data(vae, tokenizer, recipe.clips_per_caption)
+    data = prepare_data(vae, tokenizer, recipe)
     text_encoder = build_text_encoder(tokenizer, recipe.text_encoder)
     transformer = build_transformer(
         recipe.transformer, recipe.text_encoder.hidden_size, vae.config.z_dim
     )
-    training = Training(Denoiser(transformer, text_encoder), recipe.loop)
+    training = Training(Denoiser(transformer, text_encoder).to(recipe.device), recipe.loop)
     run_training(
         training,
         lambda model: random_batch_loss(model, data, recipe),

@@ -54,3 +54,5 @@ class Recipe:
     loop: LoopRecipe = LOOP
     # Clips per caption that the transformer sees, encoded once before its training.
     clips_per_caption: int = 32
+    side: int = 32  # of the frames, in pixels
+    device: str = "cpu"

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks.gpu import store
+from benchmarks.gpu import planning, store
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.workloads import MODELS, load_workload, names
@@ -24,13 +26,25 @@ def run(*options: str) -> str:
 
 
 @pytest.mark.parametrize("case", all_cases(toy=True), ids=lambda case: case.name)
-def test_every_case_runs_and_writes_its_row(case, tmp_path):
+def test_every_case_runs_and_writes_its_row(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "FOLDER", tmp_path)
     path = tmp_path / "rows.json"
     text = run("--only", case.name, "--out", path)
     row = json.loads(path.read_text())["rows"][case.name]
     assert "failed" not in row
     assert {"processor", "commit", "torch"} <= set(row["surroundings"])
     assert row["figures"] and f"## {case.kind.capitalize()}" in text
+    if case.kind == "planning":
+        assert "plan" in {cell["policy"] for cell in row["figures"]["rows"]}
+        monkeypatch.setattr(planning, "KINDS", {case.model: untrainable(case.model)})
+        assert planning.measure(planning.Subject(case.model, toy=True), 1) == row["figures"]
+
+
+def untrainable(name: str) -> planning.Kind:
+    def train(*_: object) -> None:
+        pytest.fail("trained again")
+
+    return replace(planning.KINDS[name], train=train)
 
 
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path):
@@ -79,10 +93,16 @@ def test_no_case_begins_when_time_is_up(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are trained")
+def test_models_are_not_trained_at_full_size_on_a_cpu(tmp_path):
+    result = CliRunner().invoke(main, ["--minutes", "0", "--out", str(tmp_path / "rows.json")])
+    assert "planning/ is left out: its models take hours to train on a CPU" in result.stderr
+    assert "planning" not in {case.kind for case in all_cases(toy=False)}
+
+
 def test_configurations_are_of_published_sizes():
     """Parameters in billions, counted without memory for them, as the models' cards give them."""
     import diffusers
-    import torch
 
     billions = {"longcat-image": 6.3, "wan2.1-1.3b": 1.4, "flux1-dev": 11.9, "qwen-image": 20.4}
     assert (
