@@ -21,7 +21,7 @@ from training.tiny_wan.recipe import Recipe as WanRecipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "gpu"
 STUDY = Study(50, (25, 12, 8), recorded=20, choosing=6, planned=6, judged=24)
-TOY_STUDY = Study(6, (3,), recorded=3, choosing=1, planned=1, judged=2)
+TOY_STUDY = Study(6, (3,), recorded=3, choosing=1, planned=1, judged=3)
 POLICIES = (
     *("gate", "plan", "uniform", "uniform-fitted", "uniform-linear-guided"),
     *("magcache", "fewer-steps", "fewer-steps-2"),

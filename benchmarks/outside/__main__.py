@@ -34,7 +34,7 @@ STUDIES = {
 # Minutes on a CPU: shows that everything runs, on too few prompts for figures.
 QUICK = {
     "load": Study(NUM_STEPS, (15, 7), recorded=4, choosing=1, planned=1, judged=4),
-    "wind": Study(NUM_STEPS, (7,), recorded=2, choosing=1, planned=1, judged=2),
+    "wind": Study(NUM_STEPS, (7,), recorded=2, choosing=1, planned=1, judged=3),
 }
 
 
