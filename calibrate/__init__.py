@@ -1,6 +1,7 @@
 """Offline tools: record what a model does, fit it, plan, verify the fit, and draft a registry entry.
 
-The functions are the commands: ``record``, ``fit``, ``plan``, ``verify`` and ``report``, imported on first use.
+The functions are the commands: ``record``, ``fit``, ``plan``, ``verify``, ``certify``, ``audit`` and ``report``,
+imported on first use.
 """
 
 from importlib import import_module
@@ -13,6 +14,8 @@ _VERBS = {
     "fit": "calibrate.fitting.draft",
     "plan": "calibrate.planning.plan",
     "verify": "calibrate.verifying.verify",
+    "certify": "calibrate.certifying.certify",
+    "audit": "calibrate.certifying.audit",
     "report": "calibrate.reporting.report",
 }
 

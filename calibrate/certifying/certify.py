@@ -99,15 +99,12 @@ def certify(
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be certified, and why.
     """
-    if not (Path(source) / "run.yaml").exists():
-        raise InvalidOption(
-            f"{source}: no run, and only a run tells which prompts its entry was made with; give the run's folder"
-        )
     names = {tier.name for tier in tiers}
     if not tiers or len(names) < len(tiers):
         raise InvalidOption("expected tiers, each with a name of its own")
     case = open_case(
-        source, **{"model": None, "registry": None, "out": None, "dtype": None} | loading
+        checked_run(source),
+        **{"model": None, "registry": None, "out": None, "dtype": None} | loading,
     )
     candidates = sequences(case, policies)
     demand = Demand(risk, confidence, len(candidates) * len(tiers))
@@ -142,6 +139,15 @@ def certify(
     ]
     _write(case, names, certificates, say)
     return Certification(tuple(certificates), tuple(unreached), refused, case.folder)
+
+
+def checked_run(source: str | os.PathLike) -> Path:
+    """The run's folder; refuses an entry."""
+    if not (Path(source) / "run.yaml").exists():
+        raise InvalidOption(
+            f"{source}: no run, and only a run tells which prompts its entry was made with; give the run's folder"
+        )
+    return Path(source)
 
 
 def _check_count(demand: Demand, count: int, there: int) -> None:

@@ -69,7 +69,7 @@ class Setting:
         if self.entry is not None:
             # What decides: coefficients, domain, signs, window; not the tables and words beside them.
             beside: dict[str, Any] = dict(thresholds=(), plans=None, warnings=(), notes=None)
-            bare = replace(self.entry, source=coeffs.Source(), **beside)
+            bare = replace(self.entry, source=coeffs.Source(), certificates=(), **beside)
             content["entry"] = canonical_sha256(coeffs.dump(bare))
         return content
 
