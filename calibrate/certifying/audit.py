@@ -74,7 +74,7 @@ def audit(
     say: Say = lambda text: None,
     **loading: Any,
 ) -> list[Audited]:
-    """Run the fastest certified setting of each tier against uncached runs, with prompts that nothing has seen.
+    """Run what ``quality=`` takes of each tier against uncached runs, with prompts that nothing has seen.
 
     Args:
         source: A run, or the name or file of an entry, which does not tell what its prompts served.
@@ -86,7 +86,7 @@ def audit(
     case = open_case(
         source, **{"model": None, "registry": None, "out": None, "dtype": None} | loading
     )
-    certificates = _fastest(case.entry, tiers)
+    certificates = _in_force(case.entry, tiers)
     offered = case.offered(prompts, seed, images)
     fresh = unseen(case.purposes, offered)
     if len(fresh) < num_prompts:
@@ -102,8 +102,8 @@ def audit(
         return [_audited(bench, one, len(certificates)) for one in certificates]
 
 
-def _fastest(entry: Entry, tiers: Sequence[str]) -> list[Certificate]:
-    """The fastest certificate of each tier."""
+def _in_force(entry: Entry, tiers: Sequence[str]) -> list[Certificate]:
+    """The certificate of each tier that is in force: the fastest cache, or fewer steps where no cache is certified."""
     known = dict.fromkeys(certificate.tier for certificate in entry.certificates)
     if not known or not set(tiers) <= set(known):
         raise InvalidOption(

@@ -47,11 +47,12 @@ def test_the_chance_is_the_binomial_one():
         )
 
 
-def test_the_fastest_of_a_tier_comes_first_by_time_or_else_by_steps():
+def test_caches_come_first_and_the_fastest_of_them_by_time_or_else_by_steps():
     slow, fast = certificate(speedup=1.5), certificate(speedup=2.5)
     untimed = certificate(speedup=None, computed_steps=14.0, num_steps=28)
     other = certificate(tier="lossless", speedup=9.0)
-    assert of_tier([slow, other, fast, untimed], "high") == [fast, untimed, slow]
+    fewer = certificate(policy="fewer_steps", threshold=None, speedup=3.0)
+    assert of_tier([slow, fewer, other, fast, untimed], "high") == [fast, untimed, slow, fewer]
 
 
 def test_the_promise_is_said_in_words():

@@ -2,8 +2,10 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny_pipeline import TinyPipeline
 
@@ -141,15 +143,54 @@ def test_the_command_needs_a_run(tmp_path):
     assert result.exit_code == 2 and "no run, and only a run tells" in result.stderr
 
 
-def test_an_entry_without_certificates_cannot_be_audited(fitted, tmp_path):
+def test_an_entry_without_certificates_cannot_be_audited(pipe, fitted, tmp_path):
     folder = copied(fitted, tmp_path)
     entry = coeffs.load(folder)
     coeffs.save(dataclasses.replace(entry, certificates=()), folder / "entry.yaml")
-    result = run("audit", folder)
-    assert result.exit_code == 2 and "is certified for no tier" in result.stderr
+    with pytest.raises(InvalidOption, match="is certified for no tier; certify its run"):
+        audit(folder, model=pipe)
 
 
 # --- audits
+
+
+class Adaptable(TinyPipeline):
+    """Takes a "LoRA": a file with the size of a change of rank two to every layer of the attention."""
+
+    def load_lora_weights(self, path):
+        random, size = torch.Generator().manual_seed(0), float(Path(path).read_text())
+        for name, layer in self.transformer.named_modules():
+            if isinstance(layer, torch.nn.Linear) and "attn" in name:
+                rows, columns = layer.weight.shape
+                down = torch.randn(2, columns, generator=random)
+                layer.weight.data += size * torch.randn(rows, 2, generator=random) @ down
+
+
+def quantised(bits):
+    """Weights per row and activations per token rounded to integers of so many bits, as W8A8 kernels compute."""
+    pipe, levels = TinyPipeline(), 2 ** (bits - 1) - 1
+
+    def rounded(values):
+        step = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
+        return (values / step).round() * step
+
+    for layer in pipe.transformer.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = rounded(layer.weight.data)
+            layer.register_forward_pre_hook(lambda module, inputs: tuple(map(rounded, inputs)))
+    return pipe
+
+
+@pytest.fixture
+def promised(fitted, certified, tmp_path):
+    """A run whose plan alone is certified, and the file of a LoRA's size."""
+    folder = shutil.copytree(fitted, tmp_path / "run")
+    of_plan = [one for one in certified.certificates if one.policy == "plan"]
+    entry = dataclasses.replace(coeffs.load(folder), certificates=of_plan)
+    coeffs.save(entry, folder / "entry.yaml")
+    (tmp_path / "small").write_text("0.05")
+    (tmp_path / "large").write_text("0.4")
+    return folder
 
 
 def audited(folder, model, **options):
@@ -158,9 +199,35 @@ def audited(folder, model, **options):
     return found
 
 
-def test_an_audit_where_nothing_changed_says_yes(pipe, fitted, certified, tmp_path):
-    found = audited(copied(fitted, tmp_path), pipe)
-    assert found.holds and found.proven and found.missed == 0
+def test_an_audit_where_nothing_changed_says_yes(pipe, promised):
+    found = audited(promised, pipe)
     assert found.verdict == "yes, proven anew: 0 of 20 prompts missed it"
-    few = audited(copied(fitted, tmp_path / "few"), pipe, num_prompts=3)
-    assert few.holds and not few.proven and "as far as so few prompts tell" in few.verdict
+    few = audited(promised, pipe, num_prompts=3)
+    assert few.holds and not few.proven
+    assert few.verdict.endswith("0 of 3 prompts missed it, a share of 0 to 0.71")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "holds"),
+    [
+        (lambda: quantised(8), {}, True),
+        (lambda: quantised(4), {}, False),
+        (TinyPipeline, {"pipe_args": {"guidance_scale": 4.0}}, True),
+        (TinyPipeline, {"pipe_args": {"guidance_scale": 24.0}}, False),
+        (Adaptable, {"lora": "small"}, True),
+        (Adaptable, {"lora": "large"}, False),
+    ],
+)
+def test_a_shift_is_caught_where_it_breaks_the_promise_and_only_there(
+    promised, model, options, holds
+):
+    if "lora" in options:
+        options = {"lora": promised.parent / options["lora"]}
+    found = audited(promised, model(), **options)
+    assert found.holds == holds, found.verdict
+    assert found.verdict.startswith("yes, proven anew" if holds else "no: ")
+
+
+def test_results_of_other_weights_are_not_taken_for_those_of_the_certified_ones(pipe, promised):
+    assert audited(promised, pipe).missed == 0
+    assert audited(promised, quantised(4)).missed > 0
