@@ -148,6 +148,8 @@ def described(entry: Entry, width: int = WIDTH) -> str:
         lines += _threshold_lines(entry.thresholds, width)
     for plan in entry.plans or ():
         lines.append(f"plan: {plan.schedule} ({plan.computed_steps} computed)")
+    for certificate in entry.certificates:
+        lines += _wrapped(f"certified: {certificate.promise}", width, 2)
     for warning in entry.warnings:
         lines += _wrapped(f"warning: {warning}", width, 9)
     return "\n".join(lines)

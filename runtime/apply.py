@@ -10,8 +10,9 @@ from typing import Any
 from torch.nn import Module
 
 import coeffs
+from coeffs.entry.certificates import EXACT
 from runtime.anchors import Anchors, Guided
-from runtime.asked import FROM_ENTRY, Asked, Model
+from runtime.asked import FROM_ENTRY, Asked, Model, check
 from runtime.cache import CacheHandler
 from runtime.compat.diffusers_private import enabled_cache, unwrapped
 from runtime.decide.forecast import Forecast
@@ -72,7 +73,7 @@ class TeaCache:
             joins when a generation shows it. Each is also logged once, as a warning.
     """
 
-    _watch: Watch
+    _watch: Watch | None = None  # where nothing is applied
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.stats = Stats()
@@ -82,7 +83,8 @@ class TeaCache:
 
     def reset(self) -> None:
         """Forget the generation under way; the next denoiser call begins a new one. Statistics stay."""
-        self._watch.reset()
+        if self._watch is not None:
+            self._watch.reset()
 
     def remove(self) -> None:
         """Take the cache off; the model gives the same results as before. Does nothing when it is off already."""
@@ -110,6 +112,7 @@ def apply_tea_cache(
     threshold: float | None = None,
     speedup: float | None = None,
     schedule: "str | coeffs.Plan | None" = None,
+    quality: str | None = None,
     coefficients: Sequence[float] | None = None,
     domain: tuple[float, float] | None = None,
     sign_rule: str | None = None,
@@ -123,12 +126,12 @@ def apply_tea_cache(
     branches: str | None = None,
     offload: bool = False,
     compat: bool = False,
-    strict: bool = False,
+    strict: bool | None = None,
     blocks: Sequence[str | Module] | None = None,
 ) -> TeaCache:
     """Apply TeaCache to a diffusers pipeline or to a bare denoiser.
 
-    Exactly one of ``threshold``, ``speedup`` and ``schedule`` says how much to skip.
+    Exactly one of ``threshold``, ``speedup``, ``schedule`` and ``quality`` says how much to skip.
 
     Args:
         target: A pipeline (all its denoisers are hooked), a :class:`runtime.OwnLoop`, or the denoiser module.
@@ -140,6 +143,9 @@ def apply_tea_cache(
             handle's ``settings["policy"]`` says which. Settings of the gate beside it take the gate.
         schedule: A fixed plan, one letter per denoising step: ``C`` computes, ``S`` skips; or one of an entry's
             ``plans``, which brings its forecast. Other noise levels than it was made for are a mismatch.
+        quality: A tier that the entry is certified for, such as ``high``: its fastest cache. Refused where the
+            certificate does not cover dtype, steps, scheduler, quantisation or LoRA, unless ``strict=False``;
+            ``settings["promise"]`` says what holds. ``exact`` applies nothing, and needs no entry.
         coefficients: A polynomial of your own instead of an entry's, highest power first, with its ``domain`` and
             ``sign_rule`` (``clamp``, ``signed``, ``abs``) and the ``signal`` that it was fitted on
             (``modulated_input``, ``time_embedding``).
@@ -161,7 +167,7 @@ def apply_tea_cache(
             wait per step.
         compat: Decide as the published implementations do: first and last step computed, no domain, no cap.
         strict: Refuse an entry that was measured with other settings (scheduler, shift, dtype, steps, ...) instead of
-            listing the differences in the handle's ``mismatches``.
+            listing the differences in the handle's ``mismatches``. Default: only beside ``quality``.
         blocks: Names the block stack of a model of your own: paths of its lists, or modules.
 
     Returns:
@@ -177,6 +183,7 @@ def apply_tea_cache(
         threshold=threshold,
         speedup=speedup,
         schedule=schedule,
+        quality=quality,
         coefficients=coefficients,
         domain=domain,
         sign_rule=sign_rule,
@@ -212,6 +219,9 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None)
         classes={name: class_name(module) for name, module in modules.items()},
         has_scheduler=pipeline is not None,
     )
+    if asked.quality == EXACT:
+        check(asked, model)
+        return TeaCache({"policy": EXACT, "entry": None, "quality": EXACT})
     settings = resolve(asked, model)
     handle = TeaCache(settings.described())
     clock = SchedulerClock(pipeline, asked.num_steps)

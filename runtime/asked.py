@@ -24,6 +24,7 @@ class Asked:
     threshold: float | None = None
     speedup: float | None = None
     schedule: "str | coeffs.Plan | None" = None
+    quality: str | None = None
     coefficients: Sequence[float] | None = None
     domain: tuple[float, float] | None = None
     sign_rule: str | None = None
@@ -37,7 +38,7 @@ class Asked:
     branches: str | None = None
     offload: bool = False
     compat: bool = False
-    strict: bool = False
+    strict: bool | None = None
 
     def given(self, *names: str) -> list[str]:
         """Those of the arguments ``names`` that are not at their default."""
@@ -71,15 +72,18 @@ def check(asked: Asked, model: Model) -> None:
     Raises:
         InvalidSetting: Which of them, and what to do about it.
     """
-    chosen = asked.given("threshold", "speedup", "schedule")
+    chosen = asked.given("threshold", "speedup", "schedule", "quality")
     if len(chosen) != 1:
         given = " and ".join(chosen) or "none of them"
         raise InvalidSetting(
-            f"{given} given: expected exactly one of threshold=, speedup=, schedule="
+            f"{given} given: expected exactly one of threshold=, speedup=, schedule=, quality="
         )
+    if asked.quality is not None:
+        reason = "has no meaning beside quality=, which fixes it as it was certified; leave it out"
+        asked.refuse(reason, "coefficients", *OF_GATE, "forecast", *_VALUES)
     if asked.schedule is not None:
         names = ["coefficients", *_OF_COEFFICIENTS, *OF_GATE]
-        if isinstance(asked.schedule, str):
+        if isinstance(asked.schedule, str) and asked.strict:
             names.append("strict")  # only a plan states noise levels that could be strict
         reason = "has no meaning beside schedule=, which fixes every step; leave it out"
         asked.refuse(reason, *names)

@@ -11,13 +11,17 @@ from runtime.watch.scheduler import OwnLoop
 
 def facts_of(target: Any, modules: Mapping[str, Module]) -> dict[str, Any]:
     """Facts for :func:`coeffs.find` about a pipeline, a loop of one's own, or a bare denoiser."""
+    scheduler = getattr(target, "scheduler", None)
+    settings = [settings_of(scheduler, module) for module in modules.values()]
     first = next(iter(modules.values()))
     is_pipeline = not isinstance(target, Module | OwnLoop)
     return {
         "transformer_class": class_name(first),
         "pipeline_class": type(target).__name__ if is_pipeline else None,
         "checkpoint": repository_of(target) if is_pipeline else None,
-        **settings_of(getattr(target, "scheduler", None), first),
+        **settings[0],
+        "quantization": next(filter(None, (one["quantization"] for one in settings)), None),
+        "lora": next(filter(None, (one["lora"] for one in settings)), None),
     }
 
 
@@ -43,11 +47,21 @@ def settings_of(scheduler: Any, denoiser: Module) -> dict[str, Any]:
 
 
 def _quantization(denoiser: Module) -> str | None:
-    """Name of the quantisation method of a denoiser's weights, if any."""
+    """Name of the quantisation method of a denoiser's weights, or of the class or dtype that gives it away, if any."""
     config = getattr(getattr(denoiser, "config", None), "quantization_config", None)
     values = config if isinstance(config, Mapping) else {}
     method = values.get("quant_method", getattr(config, "quant_method", None))
-    return None if method is None else str(getattr(method, "value", method))
+    if method is not None:
+        return str(getattr(method, "value", method))
+    for module in denoiser.modules():  # torch.ao and diffusers put layers of their own in place
+        if "quantiz" in type(module).__module__:
+            return type(module).__name__
+    for parameter in denoiser.parameters():
+        if not type(parameter).__module__.startswith("torch."):  # torchao, bitsandbytes
+            return type(parameter).__name__
+        if parameter.element_size() < 2:
+            return str(parameter.dtype).removeprefix("torch.")
+    return None
 
 
 def class_name(module: Module) -> str:

@@ -9,7 +9,7 @@ from coeffs.entry.signals import MODULATED_INPUT, SIGNALS
 from coeffs.errors import CoeffsError, EntryMismatch
 from coeffs.match import compare, find
 from runtime.asked import OF_GATE, Asked, Model, check
-from runtime.decide.choice import best_for, fewer_steps_advice, threshold_for
+from runtime.decide.choice import best_for, certified_for, fewer_steps_advice, threshold_for
 from runtime.decide.forecast import Forecast
 from runtime.decide.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.errors import InvalidSetting
@@ -30,7 +30,8 @@ class Settings:
         num_steps: Length of the schedule that was measured or planned, where it is known.
         sigmas: Noise levels that the plan was made for.
         mismatches: In what the model differs from what the entry was measured on, known before it runs.
-        advice: What does better than a plan that was chosen by its speed-up, if its figures say so.
+        certificate: What was promised, where a quality was asked for.
+        advice: What does better than what was chosen by its speed-up or quality, if its figures say so.
     """
 
     asked: Asked
@@ -45,6 +46,7 @@ class Settings:
     num_steps: int | None = None
     sigmas: tuple[float, ...] = ()
     mismatches: tuple[str, ...] = ()
+    certificate: "coeffs.Certificate | None" = None
     advice: str | None = None
 
     @property
@@ -79,6 +81,8 @@ class Settings:
             "forecast": self.forecast.kind,
             "forecast_of": self.forecast_of,
         }
+        if self.certificate is not None:
+            described |= {"quality": self.certificate.tier, "promise": self.certificate.promise}
         return described if self.advice is None else described | {"advice": self.advice}
 
     def difference(self, num_steps: int | None, level: Callable[[int], float | None]) -> str | None:
@@ -90,12 +94,14 @@ class Settings:
         Raises:
             InvalidSetting: Something differs and the settings are strict.
         """
-        difference = self._other_length(num_steps) if self.gate else self._other_level(level)
+        difference = self._other_level(level)
+        if self.gate or self.certificate:
+            difference = self._other_length(num_steps) or difference
         if difference and self.asked.strict:
             made = "measured like" if self.gate else "planned for"
             raise InvalidSetting(
                 f"{self.label or 'the plan'} was not {made} this: {difference}; calibrate at these settings, "
-                "or leave strict out"
+                "or pass strict=False"
             )
         return difference
 
@@ -142,8 +148,12 @@ def resolve(asked: Asked, model: Model) -> Settings:
             gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
             choose = threshold_for if gate_only else best_for
             choice = choose(settings.entry, asked.speedup)
+            if isinstance(choice, coeffs.Plan):
+                settings = replace(settings, advice=fewer_steps_advice(choice))
+        elif settings.certificate is not None:
+            choice = settings.certificate.plan or settings.certificate.threshold
         if isinstance(choice, coeffs.Plan):
-            settings = replace(_planned(settings, choice), advice=fewer_steps_advice(choice))
+            settings = _planned(settings, choice)  # which brings its forecast
         else:
             settings = _gated(settings, choice, model)
     if settings.forecast_of == "guided":
@@ -160,7 +170,10 @@ def for_steps(settings: Settings, model: Model, num_steps: int | None) -> Settin
     be watched and followed in the same way.
     """
     asked = settings.asked
-    fixed = asked.given("entry", "coefficients", "schedule") or settings.forecast_of == "guided"
+    fixed = (
+        asked.given("entry", "coefficients", "schedule", "quality")
+        or settings.forecast_of == "guided"
+    )
     if fixed or num_steps in (None, settings.num_steps):
         return settings
     facts = {**model.facts, "num_steps": num_steps}
@@ -199,10 +212,17 @@ def _sourced(settings: Settings, model: Model) -> Settings:
             f"{entry.label} was fitted to the error of a forecast, which no gate follows any more: fit its run again, "
             "or give one of its plans as schedule="
         )
+    if asked.quality is not None:
+        certificate, advice = certified_for(entry, asked.quality)
+        # As the certified runs were: published sets decide as published.
+        asked = replace(asked, compat=entry.status != "measured", strict=asked.strict is not False)
+        settings = replace(settings, asked=asked, certificate=certificate, advice=advice)
+        entry = replace(entry, protocol=certificate.protocol, status="measured", copied_from=None)
     mismatches = tuple(map(str, compare(entry, model.facts)[0]))
     if asked.strict and mismatches:
         raise EntryMismatch(
-            f"{entry.label} was not measured like this: {'; '.join(mismatches)}; leave strict out"
+            f"{entry.label} was not measured like this: {'; '.join(mismatches)}; calibrate at these settings, "
+            "or pass strict=False"
         )
     return replace(settings, entry=entry, signal=_watchable(entry.signal), mismatches=mismatches)
 

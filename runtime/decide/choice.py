@@ -1,9 +1,10 @@
-"""What of an entry is taken for a wanted speed-up: a threshold of its gate, or one of its plans. Pure: no torch."""
+"""What of an entry is taken for a wanted speed-up or quality: a threshold of its gate, or a plan. Pure: no torch."""
 
 import math
 from itertools import pairwise
 
 import coeffs
+from coeffs.entry.certificates import EXACT, of_tier
 from runtime.errors import InvalidSetting
 
 NOISE_DB = 0.3  # differences of means below it are not told apart by a plan's few prompts
@@ -92,3 +93,27 @@ def _fidelity(plan: "coeffs.Plan") -> float:
     """PSNR in dB, SNR for sound; minus infinity where nothing was measured."""
     values = [(plan.figures or {}).get(measure) for measure in MEASURES]
     return next((value for value in values if value is not None), -math.inf)
+
+
+def certified_for(entry: "coeffs.Entry", quality: str) -> tuple["coeffs.Certificate", str | None]:
+    """The fastest certified cache of a tier, and what keeps the same promise faster, if anything does.
+
+    Raises:
+        InvalidSetting: The tier is not certified, or only without a cache.
+    """
+    certificates = of_tier(entry.certificates, quality)
+    if not certificates:
+        known = ", ".join(dict.fromkeys(one.tier for one in entry.certificates)) or "no quality"
+        raise InvalidSetting(
+            f"{entry.label} is certified for {known}, not for {quality!r}: run `calibrate certify` on its run, or use "
+            f"quality={EXACT!r}"
+        )
+    chosen, last = certificates[0], certificates[-1]
+    if chosen.policy == "fewer_steps":
+        raise InvalidSetting(
+            f"{entry.label} keeps {quality!r} by fewer steps only: call the pipeline with {last.how}"
+        )
+    if last.policy == "fewer_steps" and last.factor > chosen.factor:
+        times = f"{last.factor:.2f} times as fast, this cache {chosen.factor:.2f} times"
+        return chosen, f"{last.how} keeps the same promise and is {times}"
+    return chosen, None
