@@ -148,14 +148,14 @@ def resolve(asked: Asked, model: Model) -> Settings:
             gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
             choose = threshold_for if gate_only else best_for
             choice = choose(settings.entry, asked.speedup)
-            if isinstance(choice, coeffs.Plan):
-                settings = replace(settings, advice=fewer_steps_advice(choice))
         elif settings.certificate is not None:
             choice = settings.certificate.plan or settings.certificate.threshold
-        if isinstance(choice, coeffs.Plan):
-            settings = _planned(settings, choice)  # which brings its forecast
-        else:
+        if not isinstance(choice, coeffs.Plan):
             settings = _gated(settings, choice, model)
+        elif settings.certificate is None:
+            settings = replace(_planned(settings, choice), advice=fewer_steps_advice(choice))
+        else:
+            settings = _planned(settings, choice)
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
     for expert in model.classes:

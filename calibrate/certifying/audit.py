@@ -83,9 +83,7 @@ def audit(
         loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: another
             ``model``, ``dtype``, ``device`` or ``pipe_args`` than were certified.
     """
-    case = open_case(
-        source, **{"model": None, "registry": None, "out": None, "dtype": None} | loading
-    )
+    case = open_case(source, **loading)
     certificates = _in_force(case.entry, tiers)
     offered = case.offered(prompts, seed, images)
     fresh = unseen(case.purposes, offered)

@@ -102,10 +102,7 @@ def certify(
     names = {tier.name for tier in tiers}
     if not tiers or len(names) < len(tiers):
         raise InvalidOption("expected tiers, each with a name of its own")
-    case = open_case(
-        checked_run(source),
-        **{"model": None, "registry": None, "out": None, "dtype": None} | loading,
-    )
+    case = open_case(checked_run(source), **loading)
     candidates = sequences(case, policies)
     demand = Demand(risk, confidence, len(candidates) * len(tiers))
     count = num_prompts or demand.prompts_needed
