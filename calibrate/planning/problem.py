@@ -52,7 +52,7 @@ class Problem:
         gram = np.zeros((len(logs[0].output), sum(sizes), sum(sizes)))
         for wall, log in zip(walls, logs, strict=True):
             part = slice(wall, wall + log.num_steps)
-            gram[:, part, part] = log.grams[what]
+            gram[:, part, part] = getattr(log, what)
         sigmas = np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
         increments = np.concatenate([log.increments for log in logs])
         return cls(gram, levels_of(sigmas), increments, gains_of_levels(sigmas), walls)

@@ -240,9 +240,6 @@ class RecordHandler(Handler):
         trajectory.keep("hidden", hidden)
         if entry is not None:
             trajectory.keep("entry", entry)
-        if self._products is not None:
-            where = call.position
-            self._products.add_residual(where.branch, where.step, hidden, entry)
 
     def _finished_row(self, call: Call) -> Row:
         where = call.position

@@ -1,12 +1,9 @@
 """Inner products of all steps of a generation, from which the error of any linear forecast follows without a GPU.
 
-Outputs are exact: they are kept in the model's dtype, on the device while all steps of all branches stay under
-``OUTPUT_BYTES`` and in the host's memory beyond that. Residuals are kept in float32 on the device while they stay
-under ``RESIDUAL_BYTES``; beyond that every residual, those kept so far included, is reduced to ``SKETCH_SIZE`` numbers
-by a fixed random projection. So a denoiser holds at most ``OUTPUT_BYTES + RESIDUAL_BYTES`` on the device (320 MiB).
+Outputs are kept in the model's dtype, on the device while all steps of all branches stay under ``OUTPUT_BYTES`` and in
+the host's memory beyond that.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,38 +11,9 @@ import torch
 from torch import Tensor
 
 OUTPUT_BYTES = 256 * 2**20
-RESIDUAL_BYTES = 64 * 2**20
-# A prime, so that the channels of a token do not fall into the same cells again and again.
-SKETCH_SIZE = 8191
-SKETCH_ERROR = (
-    2 / SKETCH_SIZE
-) ** 0.5  # relative standard error of a squared norm, of a forecast's error as well
-_SIGNS = SKETCH_SIZE * 128
-_ROLL = 7919
 _COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
-
-
-def random_signs(device: torch.device | str = "cpu") -> Tensor:
-    """The fixed signs of the sketch, shape (``SKETCH_SIZE * 128``,), the same on every machine."""
-    generator = np.random.Generator(np.random.PCG64(20240229))
-    return torch.from_numpy(generator.integers(0, 2, _SIGNS, dtype=np.int8) * 2 - 1).to(device)
-
-
-def sketch(value: Tensor, signs: Tensor, minus: Tensor | None = None) -> Tensor:
-    """A linear random projection to ``SKETCH_SIZE`` numbers that keeps inner products in the mean (count sketch).
-
-    Element i is added with a random sign to cell i modulo ``SKETCH_SIZE``. The relative standard error of a squared
-    norm is ``sqrt(2 / SKETCH_SIZE)``, 1.6 %; as the map is linear this holds for the error of a forecast itself,
-    however small it is beside the residuals. With ``minus`` it is that of the difference, formed in float32.
-    """
-    total = torch.zeros(SKETCH_SIZE, device=value.device)
-    others = None if minus is None else minus.reshape(-1).split(_SIGNS)
-    for index, piece in enumerate(value.reshape(-1).split(_SIGNS)):
-        difference = piece.float() if others is None else piece.float() - others[index].float()
-        signed = difference * signs.roll(index * _ROLL)[: piece.numel()]
-        missing = -len(signed) % SKETCH_SIZE
-        total += torch.nn.functional.pad(signed, (0, missing)).view(-1, SKETCH_SIZE).sum(0)
-    return total
+# Beyond it the two halves are so nearly parallel that their shares in the guided prediction are rounding errors.
+_WORST_CONDITION = 1e10
 
 
 def gram_matrix(rows: list[Tensor]) -> Tensor:
@@ -67,25 +35,21 @@ class Products:
     """
 
     def __init__(self) -> None:
-        self._signs: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget the generation."""
-        self._outputs: dict[tuple[str, int], Tensor] = {}
-        self._residuals: dict[tuple[str, int], Tensor] = {}
-        self._guided: dict[int, Tensor] = {}
+        self._outputs: dict[Any, Tensor] = {}  # by branch and step
+        self._guided: dict[Any, Tensor] = {}  # by step
         self._sigmas: dict[int, float] = {}
-        self._sketched = self._on_host = False
+        self._on_host = False
         self._halved: str | None = None
         self._batch = 0
 
     @property
     def held_bytes(self) -> int:
         """Bytes held on the device."""
-        kept = list(self._residuals.values())
-        if not self._on_host:
-            kept += [*self._outputs.values(), *self._guided.values()]
+        kept = [] if self._on_host else [*self._outputs.values(), *self._guided.values()]
         return sum(tensor.nbytes for tensor in kept)
 
     def add_latents(self, branch: str, latents: Any) -> None:
@@ -97,13 +61,22 @@ class Products:
             self._halved, self._batch = branch, len(latents)
 
     def add_output(self, branch: str, step: int, value: Tensor) -> None:
-        for name, part in self._parts(branch, value):
-            self._outputs[name, step] = self._flat(part)
+        """What the denoiser returned at a step."""
+        if self._halved == branch and value.ndim > 1 and len(value) == self._batch:
+            first, second = value.chunk(2)
+            self._outputs[f"{branch}/0", step] = self._flat(first)
+            self._outputs[f"{branch}/1", step] = self._flat(second)
+        else:
+            self._outputs[branch, step] = self._flat(value)
 
     def add_guided(self, step: int, value: Tensor) -> None:
         """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
         flat, before = self._flat(value), self._guided.get(step)
         self._guided[step] = flat if before is None else torch.cat([before, flat])
+
+    def add_sigma(self, step: int, sigma: float | None) -> None:
+        if sigma is not None:
+            self._sigmas[step] = sigma
 
     def _flat(self, value: Tensor) -> Tensor:
         """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
@@ -111,44 +84,9 @@ class Products:
         count = len(self._outputs) + len(self._guided) + 1
         if not self._on_host and flat.nbytes * count > OUTPUT_BYTES:
             self._on_host = True
-            self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
-            self._guided = {key: tensor.cpu() for key, tensor in self._guided.items()}
+            for kept in (self._outputs, self._guided):
+                kept.update({key: tensor.cpu() for key, tensor in kept.items()})
         return flat.cpu() if self._on_host else flat.clone()
-
-    def add_residual(self, branch: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
-        parts = self._parts(branch, hidden.detach())
-        before: list[Tensor | None] = [None] * len(parts)
-        if entry is not None:
-            before = [part for _, part in self._parts(branch, entry.detach())]
-        for (name, part), entered in zip(parts, before, strict=False):
-            self._add_residual(name, step, part, entered)
-
-    def _add_residual(self, name: str, step: int, hidden: Tensor, entry: Tensor | None) -> None:
-        if not self._sketched and 4 * hidden.numel() * (len(self._residuals) + 1) > RESIDUAL_BYTES:
-            self._sketched = True
-            self._residuals = {key: self._sketch(tensor) for key, tensor in self._residuals.items()}
-        if self._sketched:
-            self._residuals[name, step] = self._sketch(hidden, entry)
-            return
-        residual = hidden.reshape(-1).to(torch.float32, copy=True)
-        if entry is not None:
-            residual -= entry.reshape(-1)
-        self._residuals[name, step] = residual
-
-    def add_sigma(self, step: int, sigma: float | None) -> None:
-        if sigma is not None:
-            self._sigmas[step] = sigma
-
-    def _parts(self, branch: str, value: Tensor) -> list[tuple[str, Tensor]]:
-        """The value under its branch's name; or its two halves."""
-        if self._halved != branch or value.ndim < 2 or len(value) != self._batch:
-            return [(branch, value)]
-        return list(zip(_halves(branch), value.chunk(2), strict=True))
-
-    def _sketch(self, value: Tensor, minus: Tensor | None = None) -> Tensor:
-        if self._signs is None or self._signs.device != value.device:
-            self._signs = random_signs(value.device)
-        return sketch(value, self._signs, minus)
 
     def matrices(self, expert: str, over_ranks: Any = None) -> dict[str, np.ndarray]:
         """The arrays of a run's ``gram/<group>.npz`` for this denoiser, named as in :mod:`calibrate.runs.gram_log`.
@@ -159,11 +97,12 @@ class Products:
         Returns:
             Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
         """
-        branches = sorted({branch for branch, _ in self._outputs})
-        branches.sort(key=lambda name: name != "cond")
+        branches = sorted(
+            {branch for branch, _ in self._outputs}, key=lambda name: (name != "cond", name)
+        )
         steps = sorted({step for _, step in self._outputs})
         arrays: dict[str, Any] = {"branches": branches}
-        if self._halved is not None and branches == _halves(self._halved):
+        if self._halved and branches == [f"{self._halved}/0", f"{self._halved}/1"]:
             guidance = self._guidance(branches)
             # Where nothing can be measured, diffusers' usual order: the unconditional half first.
             if guidance is None or guidance >= 0.5:
@@ -172,21 +111,18 @@ class Products:
             if guidance is not None:
                 arrays["guidance"] = max(guidance, 1 - guidance)
         keys = [(branch, step) for branch in branches for step in steps]
-        gapless = steps == list(range(steps[0], steps[-1] + 1)) if steps else False
+        gapless = bool(steps) and steps == list(range(steps[0], steps[-1] + 1))
         if not gapless or not _alike(self._outputs, keys):
             return {}
-        sources: list[tuple[str, Mapping[Any, Tensor], list]] = [
+        for name, source, rows in (
             ("output", self._outputs, keys),
-            ("residual", self._residuals, keys),
             ("guided", self._guided, steps),
-        ]
-        for name, source, rows in sources:
+        ):
             if _alike(source, rows):
                 matrix = gram_matrix([source[row] for row in rows])
-                arrays[name] = (matrix if over_ranks is None else over_ranks(matrix)).cpu().numpy()
+                arrays[name] = (over_ranks(matrix) if over_ranks else matrix).cpu().numpy()
         arrays["first_step"] = steps[0]
         arrays["sigmas"] = [self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]
-        arrays["residual_error"] = SKETCH_ERROR if self._sketched else 0.0
         return {f"{expert}/{name}": np.array(value) for name, value in arrays.items()}
 
     def _guidance(self, halves: list[str]) -> float | None:
@@ -200,16 +136,12 @@ class Products:
             if len(rows) < 2 or rows[0].numel() != guided.numel():
                 continue
             products = gram_matrix([*rows, guided.to(rows[0].device)]).cpu().numpy()
-            if np.linalg.cond(products[:2, :2]) < 1e10:
+            if np.linalg.cond(products[:2, :2]) < _WORST_CONDITION:
                 first, second = np.linalg.solve(products[:2, :2], products[:2, 2])
                 shares.append(second / (first + second) if first + second else np.nan)
         finite = [share for share in shares if np.isfinite(share)]
         return float(np.median(finite)) if finite else None
 
 
-def _halves(branch: str) -> list[str]:
-    return [f"{branch}/0", f"{branch}/1"]
-
-
-def _alike(source: Mapping[Any, Tensor], keys: list) -> bool:
+def _alike(source: dict[Any, Tensor], keys: list) -> bool:
     return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1

@@ -61,8 +61,8 @@ def record(
             of ``modules`` or a copy to use in its place.
         modules: One module, expert name -> module, or a :class:`runtime.OwnLoop` that also holds the scheduler.
         blocks: Names the block stack of a denoiser in which it cannot be found.
-        gram: Keep the inner products of all steps, which `calibrate plan` needs: outputs and residuals of a generation
-            are held for them, within limits. By default kept, except in a run begun without; True also records anew
+        gram: Keep the inner products of all steps, which `calibrate plan` needs: the outputs of a generation are held
+            for them, within limits. By default kept, except in a run begun without; True also records anew
             what lacks them.
 
     Raises:

@@ -19,9 +19,8 @@ class Recorder:
         modules: The denoisers by name (see :func:`runtime.denoisers`).
         pipeline: The pipeline that drives them, for its scheduler's steps and sigmas; ``None`` for a loop of your own.
         blocks: Names the block stack of a model of your own.
-        gram: Keep outputs and residuals of all steps until :meth:`finish` and multiply them there, for planning; see
-            :mod:`calibrate.recording.inner_products` for what that may hold on the device (320 MiB for
-            each denoiser at most).
+        gram: Keep the outputs of all steps until :meth:`finish` and multiply them there, for planning: at most 256 MiB
+            on the device for each denoiser, the rest in the host's memory.
 
     Raises:
         runtime.UnsupportedModel: A denoiser whose stack or attention cannot be found.

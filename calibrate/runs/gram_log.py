@@ -8,11 +8,9 @@
 ``<expert>/sigmas``       noise level of its T steps and after the last; NaN where the scheduler tells none
 ``<expert>/output``       inner products of the denoiser's outputs, shape (B T, B T), float64: row b T + t is step t of
                           branch b, so that the cross terms of the branches are in it
-``<expert>/residual``     the same of the stack's residuals
 ``<expert>/guided``       where the pipeline steps a scheduler: inner products of what its ``step`` received, (T, T)
 ``<expert>/joint``        name that the branches have in the pairs, where one call holds both as halves of its batch
 ``<expert>/guidance``     guidance scale measured there: along which combination of the halves the latents moved
-``<expert>/residual_error``  relative standard error of a squared distance of residuals; 0 where they are exact
 ========================  =============================================================================================
 
 With guidance g the sampler follows ``g cond + (1 - g) uncond``, and the Gram matrix of that follows from the blocks. A
@@ -49,22 +47,18 @@ class GramLog:
 
     Attributes:
         output: Gram matrices of the guided outputs, shape (samples, T, T).
-        residual: Of the guided residuals, or ``None`` where steps differ in shape.
         guided: Of what the scheduler's ``step`` received, or ``None`` where none was seen.
         sigmas: Noise levels, shape (T + 1,); NaN where unknown.
         prompt_ids: Prompt of each sample.
         first_step: Where in the schedule this expert takes over; 0 for the only one.
-        residual_error: Relative standard error of squared distances of residuals; 0 where exact.
     """
 
     output: Array
-    residual: Array | None
     sigmas: Array
     prompt_ids: tuple[str, ...]
     expert: str = "transformer"
     first_step: int = 0
     guidance_scale: float | None = None
-    residual_error: float = 0.0
     guided: Array | None = None
 
     @property
@@ -82,12 +76,6 @@ class GramLog:
         if np.isfinite(self.sigmas).all():
             return np.diff(self.sigmas)
         return np.ones(self.num_steps)
-
-    @property
-    def grams(self) -> dict[str, Array]:
-        """``output`` and, where they are known, ``residual`` and ``guided``."""
-        every = {"output": self.output, "residual": self.residual, "guided": self.guided}
-        return {name: matrix for name, matrix in every.items() if matrix is not None}
 
 
 def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -> list[GramLog]:
@@ -147,24 +135,15 @@ def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float |
     names = [str(name) for name in first["branches"]]
     if scale is None and all("guidance" in arrays for _, arrays in parts):
         scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
-    everywhere = set.intersection(*(set(arrays) for _, arrays in parts))
-    matrices: dict[str, Array] = {
-        name: np.stack([guided(arrays[name], names, scale) for _, arrays in parts])
-        for name in ("output", "residual")
-        if name in everywhere
-    }
-    if "guided" in everywhere:
-        matrices["guided"] = np.stack([arrays["guided"] for _, arrays in parts])
+    received = [arrays["guided"] for _, arrays in parts if "guided" in arrays]
     return GramLog(
-        output=matrices["output"],
-        residual=matrices.get("residual"),
-        guided=matrices.get("guided"),
+        output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
+        guided=np.stack(received) if len(received) == len(parts) else None,
         sigmas=np.asarray(first["sigmas"], float),
         prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
         expert=expert,
         first_step=int(first.get("first_step", 0)),
         guidance_scale=scale,
-        residual_error=max(float(arrays["residual_error"]) for _, arrays in parts),
     )
 
 
@@ -184,7 +163,7 @@ def _finite(sample: dict[str, dict[str, Any]]) -> bool:
     return all(
         np.isfinite(arrays[name]).all()
         for arrays in sample.values()
-        for name in ("output", "residual", "guided")
+        for name in ("output", "guided")
         if name in arrays
     )
 
@@ -252,9 +231,9 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
     matrix[np.arange(num_steps), below] = 1 - share
     matrix[np.arange(num_steps), below + 1] = share
     sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
-    new = {name: matrix @ gram @ matrix.T for name, gram in log.grams.items()}
-    residual, guided = new.get("residual"), new.get("guided")
-    return replace(log, output=new["output"], residual=residual, guided=guided, sigmas=sigmas)
+    outputs = matrix @ log.output @ matrix.T
+    received = None if log.guided is None else matrix @ log.guided @ matrix.T
+    return replace(log, output=outputs, guided=received, sigmas=sigmas)
 
 
 def interpolation_error(log: GramLog) -> float:
