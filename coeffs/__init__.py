@@ -15,7 +15,7 @@ from coeffs.entry.polynomial import Polynomial
 from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
 from coeffs.entry.schema import Candidate, Entry, Expert, Fit, Plan, Threshold
 from coeffs.errors import CoeffsError
-from coeffs.match import Facts, Match, find
+from coeffs.match import Match, find
 from coeffs.release import publish
 from coeffs.store import dump, entries, load, loads, save
 
@@ -27,7 +27,6 @@ __all__ = [
     "Counts",
     "Entry",
     "Expert",
-    "Facts",
     "Fit",
     "Match",
     "Plan",

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from coeffs.entry.fields import plain
@@ -45,45 +45,35 @@ def row(entry: Entry, shown_thresholds: int = 4) -> dict[str, Any]:
     """The facts of an entry that a list shows; thresholds with their speed-up."""
     fits = [fit for expert in entry.experts.values() for fit in expert.branches.values()]
     figures = (fits[0].figures if fits else None) or {}
-    thresholds = [_speedup(threshold) for threshold in entry.thresholds]
+    thresholds = []
+    for stated in entry.thresholds:
+        speedup = f" ({stated.speedup:.3g}x)" if stated.speedup else ""
+        thresholds.append(f"{stated.threshold:g}{speedup}")
     if len(thresholds) > shown_thresholds:
         thresholds[shown_thresholds:] = ["..."]
-    return {
-        "entry": entry.label,
-        "status": status_of(entry),
-        "engine": entry.engine,
-        "model": entry.title or entry.checkpoint.repository,
-        "class": entry.transformer_class,
-        "signal": entry.signal,
-        "degree": max((fit.degree for fit in fits), default=None),
-        "steps": entry.protocol.num_steps,
-        "r2_held_out": figures.get("r2_held_out"),
-        "thresholds": ", ".join(thresholds),
-    }
-
-
-def _speedup(row: Threshold) -> str:
-    speedup = f" ({row.speedup:.3g}x)" if row.speedup else ""
-    return f"{row.threshold:g}{speedup}"
-
-
-def status_of(entry: Entry) -> str:
-    return f"copied from {entry.copied_from}" if entry.status == "copied" else entry.status
+    values = (
+        entry.label,
+        entry.origin,
+        entry.engine,
+        entry.title or entry.checkpoint.repository,
+        entry.transformer_class,
+        entry.signal,
+        max((fit.degree for fit in fits), default=None),
+        entry.protocol.num_steps,
+        figures.get("r2_held_out"),
+        ", ".join(thresholds),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def matching(
-    entries: Iterable[Entry],
-    *,
-    model: str | None = None,
-    engine: str | None = None,
-    status: str | None = None,
+    entries: Iterable[Entry], *, model: str | None, engine: str | None, status: str | None
 ) -> list[Entry]:
     """Entries of one engine, of one status, whose name, title, checkpoint or class has ``model``."""
     selected = []
     for entry in entries:
         names = (entry.model, entry.title, entry.checkpoint.repository, entry.transformer_class)
-        text = " ".join(name for name in names if name).lower()
-        named = model is None or model.lower() in text
+        named = (model or "").lower() in " ".join(filter(None, names)).lower()
         if named and engine in (None, entry.engine) and status in (None, entry.status):
             selected.append(entry)
     return selected
@@ -113,15 +103,15 @@ def as_table(entries: Iterable[Entry], width: int = WIDTH) -> str:
     return columns(shown, rows, width)
 
 
-def columns(head: Sequence[str], rows: Iterable[Sequence[Any]], width: int = WIDTH) -> str:
+def columns(head: Iterable[str], rows: Iterable[Iterable[Any]], width: int = WIDTH) -> str:
     """Left-aligned columns within ``width``; ``None`` is blank, long cells go over several lines."""
-    cells = [list(head), *([cell(value) for value in values] for values in rows)]
+    cells = [list(map(cell, values)) for values in (head, *rows)]
     widths = [max(1, *map(len, column)) for column in zip(*cells, strict=True)]
     while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 12:
         widths[widths.index(max(widths))] -= 1
     lines = []
     for texts in cells:
-        wrapped = [textwrap.wrap(text, size) for text, size in zip(texts, widths, strict=True)]
+        wrapped = map(textwrap.wrap, texts, widths)
         for parts in itertools.zip_longest(*wrapped, fillvalue=""):
             lines.append("  ".join(map(str.ljust, parts, widths)).rstrip())
     return "\n".join(lines)
@@ -156,21 +146,18 @@ def described(entry: Entry, width: int = WIDTH) -> str:
 
 
 def _facts(entry: Entry) -> dict[str, str | None]:
-    protocol = plain(entry.protocol)
-    protocol.pop("call_arguments", None)
-    window = {"start": entry.start, "end": entry.end, "max_skips": entry.max_skips}
     checkpoint = (entry.checkpoint.repository, entry.checkpoint.revision)
     return {
-        "status": status_of(entry),
+        "status": entry.origin,
         "model": entry.title or entry.checkpoint.repository,
         "checkpoint": "@".join(filter(None, checkpoint)),
         "class": entry.transformer_class,
         "signal": " - ".join(filter(None, (entry.signal, entry.signal_note))),
         "target": entry.target,
         "sign rule": entry.sign_rule,
-        "protocol": _pairs(protocol),
-        "window": _pairs(window),
-        "source": entry.source.reference or _pairs(plain(entry.source)),
+        "protocol": _pairs(vars(entry.protocol) | {"call_arguments": None}),
+        "window": _pairs({name: getattr(entry, name) for name in ("start", "end", "max_skips")}),
+        "source": entry.source.reference or _pairs(vars(entry.source)),
         "notes": entry.notes,
     }
 
@@ -178,16 +165,13 @@ def _facts(entry: Entry) -> dict[str, str | None]:
 def _expert_lines(name: str, expert: Expert, width: int) -> Iterator[str]:
     for branch, fit in expert.branches.items():
         mark = ", recommended" if branch == expert.recommended and len(expert.branches) > 1 else ""
-        yield ""
-        yield f"{name}/{branch} (degree {fit.degree}, {fit.method}{mark})"
-        counts = plain(fit.counts) if fit.counts else {}
-        texts = (
-            _terms(fit),
-            f"domain {span_of(fit)}",
-            _pairs(counts),
-            _pairs(fit.figures),
-            fit.why,
+        yield f"\n{name}/{branch} (degree {fit.degree}, {fit.method}{mark})"
+        polynomial = " ".join(
+            f"{value:+.6g} x^{fit.degree - place}".removesuffix(" x^0")
+            for place, value in enumerate(fit.coefficients_high_to_low)
         )
+        counts = vars(fit.counts) if fit.counts else {}
+        texts = (polynomial, f"domain {span_of(fit)}", _pairs(counts), _pairs(fit.figures), fit.why)
         for text in filter(None, texts):
             yield from _wrapped(f"  {text}", width, 2)
     for branch, ratios in (expert.mag_ratios or {}).items():
@@ -195,20 +179,19 @@ def _expert_lines(name: str, expert: Expert, width: int) -> Iterator[str]:
         yield f"{name}/{branch}: {len(ratios)} magnitude ratios, {span}"
 
 
-def _threshold_lines(thresholds: Sequence[Threshold], width: int) -> Iterator[str]:
+def _threshold_lines(thresholds: Iterable[Threshold], width: int) -> Iterator[str]:
     rows = []
-    for threshold in thresholds:
-        steps = threshold.computed_steps
-        of = f" of {threshold.num_steps}" if threshold.num_steps else ""
-        rows.append(vars(threshold) | {"steps": None if steps is None else f"{steps:.4g}{of}"})
-    shown = [name for name in _THRESHOLD_COLUMNS if any(row[name] is not None for row in rows)]
-    head = [_THRESHOLD_COLUMNS[name] for name in shown]
-    yield from ["", columns(head, [[row[name] for name in shown] for row in rows], width)]
     notes: dict[str, list[str]] = {}
     for threshold in thresholds:
+        of = f" of {threshold.num_steps}" if threshold.num_steps else ""
+        steps = None if threshold.computed_steps is None else f"{threshold.computed_steps:.4g}{of}"
+        rows.append(vars(threshold) | {"steps": steps})
         note = "; ".join(filter(None, (threshold.hardware, threshold.note)))
         if note:
             notes.setdefault(f"{threshold.kind}: {note}", []).append(cell(threshold.threshold))
+    shown = [name for name in _THRESHOLD_COLUMNS if any(row[name] is not None for row in rows)]
+    head = [_THRESHOLD_COLUMNS[name] for name in shown]
+    yield "\n" + columns(head, [[row[name] for name in shown] for row in rows], width)
     for note, values in notes.items():
         yield from _wrapped(f"threshold {', '.join(values)} {note}", width, 2)
 
@@ -221,14 +204,6 @@ def _wrapped(text: str, width: int, indent: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _terms(fit: Candidate) -> str:
-    texts = []
-    for place, value in enumerate(fit.coefficients_high_to_low):
-        power = fit.degree - place
-        texts.append(f"{value:+.6g} x^{power}" if power else f"{value:+.6g}")
-    return " ".join(texts)
 
 
 def span_of(fit: Candidate) -> str:

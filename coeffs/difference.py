@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from coeffs.describe import WIDTH, columns, row, span_of, status_of
+from coeffs.describe import WIDTH, columns, row, span_of
 from coeffs.entry.fields import plain
-from coeffs.entry.polynomial import UNKNOWN_DOMAIN, Polynomial
-from coeffs.entry.schema import Candidate, Entry
+from coeffs.entry.polynomial import UNKNOWN_DOMAIN
+from coeffs.entry.schema import Entry
 
 # Curves that differ by more than a quarter skip visibly different steps at the same threshold.
 DISAGREEMENT = 0.25
@@ -16,20 +16,19 @@ POINTS = 11
 def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
     """Two entries side by side: settings, coefficients, domains, and curves on the common domain."""
     facts, other = _compared_facts(first), _compared_facts(second)
-    rows = []
-    for name in {**facts, **other}:
-        if facts.get(name) != other.get(name):
-            rows.append((name, facts.get(name), other.get(name)))
+    rows = [
+        (name, facts.get(name), other.get(name))
+        for name in facts | other
+        if facts.get(name) != other.get(name)
+    ]
     parts = [columns(("", first.label, second.label), rows, width)]
-    for name, expert in first.experts.items():
-        if name not in second.experts:
-            continue
-        theirs = second.experts[name].branches
-        common: list[str | None] = [branch for branch in expert.branches if branch in theirs]
-        if not common and expert.branches and theirs:
-            common = [None]  # the recommended branches, whatever their names
-        for branch in common:
-            parts += ["", *_curves(name, branch, first, second, width)]
+    for name in (name for name in first.experts if name in second.experts):
+        ours, theirs = first.experts[name].branches, second.experts[name].branches
+        common: list[str | None] = [branch for branch in ours if branch in theirs]
+        if ours and theirs:
+            # Without a common name: the recommended branches.
+            for branch in common or [None]:
+                parts += ["", *_curves(name, branch, (first, second), width)]
     only = sorted(set(first.experts) ^ set(second.experts))
     if only:
         parts.append(f"\nonly one has {', '.join(only)}")
@@ -37,7 +36,7 @@ def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
 
 
 def _compared_facts(entry: Entry) -> dict[str, Any]:
-    facts = {"status": status_of(entry), "checkpoint": entry.checkpoint.repository}
+    facts = {"status": entry.origin, "checkpoint": entry.checkpoint.repository}
     for name in ("transformer_class", "signal", "target", "sign_rule", "start", "end", "max_skips"):
         facts[name] = getattr(entry, name)
     for name, value in plain(entry.protocol).items():
@@ -46,42 +45,37 @@ def _compared_facts(entry: Entry) -> dict[str, Any]:
 
 
 def _curves(
-    expert: str, branch: str | None, first: Entry, second: Entry, width: int
+    expert: str, branch: str | None, entries: tuple[Entry, Entry], width: int
 ) -> Iterator[str]:
-    fits = first.fit(expert, branch), second.fit(expert, branch)
-    labels = (first.label, second.label, "difference")
+    fits = [entry.fit(expert, branch) for entry in entries]
+    labels = (*(entry.label for entry in entries), "difference")
+    highest = max(fit.degree for fit in fits)
     rows: list[tuple[Any, ...]] = []
-    for power in range(max(fit.degree for fit in fits), -1, -1):
-        values = [_coefficient(fit, power) for fit in fits]
-        rows.append((f"x^{power}", *values, _share(*values)))
+    padded = [(None,) * (highest - fit.degree) + fit.coefficients_high_to_low for fit in fits]
+    for place, values in enumerate(zip(*padded, strict=True)):
+        rows.append((f"x^{highest - place}", *values, _share(*values)))
     rows.append(("domain", *map(span_of, fits), None))
     yield columns((f"{expert}/{branch or 'recommended'}", *labels), rows, width)
     yield ""
     # 0 to 0.5 stands for a domain that nobody published.
-    domains = [fit.domain for fit in fits if fit.domain] or [UNKNOWN_DOMAIN]
-    low, high = max(domain[0] for domain in domains), min(domain[1] for domain in domains)
+    domains = [fit.domain for fit in fits if fit.domain]
+    lows, highs = zip(*(domains or [UNKNOWN_DOMAIN]), strict=True)
+    low, high = max(lows), min(highs)
     if low >= high:
         yield "the domains do not meet: there is no x at which both may be used"
         return
-    curves = fits[0].polynomial(first.sign_rule), fits[1].polynomial(second.sign_rule)
-    points = [low + (high - low) * point / (POINTS - 1) for point in range(POINTS)]
-    rows = [_point(x, *curves) for x in points]
+    curves = [fit.polynomial(entry.sign_rule) for fit, entry in zip(fits, entries, strict=True)]
+    rows, apart = [], 0
+    for point in range(POINTS):
+        x = low + (high - low) * point / (POINTS - 1)
+        ours, theirs = (curve.predict(x) for curve in curves)
+        differs = abs(ours - theirs) > DISAGREEMENT * max(abs(ours), abs(theirs))
+        rows.append((x, ours, theirs, _share(ours, theirs), "<-" if differs else None))
+        apart += differs
     yield columns(("x", *labels, ""), rows, width)
-    unknown = "" if any(fit.domain for fit in fits) else ", no domain is known"
-    apart = sum(values[-1] is not None for values in rows)
+    unknown = "" if domains else ", no domain is known"
     said = f"apart by more than {DISAGREEMENT:.0%} at {apart} of {POINTS} points"
     yield f"x from {low:.4g} to {high:.4g}{unknown}: {said}"
-
-
-def _coefficient(fit: Candidate, power: int) -> float | None:
-    return fit.coefficients_high_to_low[fit.degree - power] if power <= fit.degree else None
-
-
-def _point(x: float, first: Polynomial, second: Polynomial) -> tuple[Any, ...]:
-    values = first.predict(x), second.predict(x)
-    size = max(map(abs, values))
-    apart = abs(values[0] - values[1]) > DISAGREEMENT * size
-    return x, *values, _share(*values), "<-" if apart else None
 
 
 def _share(first: float | None, second: float | None) -> str | None:

@@ -10,10 +10,6 @@ class CoeffsError(Exception):
     exit_code = 2
 
 
-class InvalidPolynomial(CoeffsError, ValueError):
-    """Coefficients, a domain or a sign rule that cannot be used."""
-
-
 class EntryError(CoeffsError, ValueError):
     """A document that is not a valid entry.
 
@@ -44,10 +40,6 @@ class EntryError(CoeffsError, ValueError):
             key += f"[{part}]" if isinstance(part, int) else f".{part}"
         text = ": ".join(filter(None, (place, key.lstrip("."), self.problem)))
         return "".join(character if character.isprintable() else " " for character in text)
-
-    def under(self, *path: str | int) -> "EntryError":
-        """The same error seen from further out."""
-        return type(self)(self.problem, (*path, *self.path), self.file, self.line)
 
 
 class EntryNotFound(CoeffsError, LookupError):

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coeffs.entry import fields
-from coeffs.entry.fields import Record
+from coeffs.entry.fields import Record, checked
 from coeffs.entry.schema import Entry
 
 
@@ -46,9 +45,7 @@ def releases() -> dict[str, Release]:
     import yaml  # here, so that `import coeffs` stays cheap
 
     text = Path(__file__).with_name("releases.yaml").read_text(encoding="utf-8")
-    return {
-        engine: fields.from_plain(facts, Release) for engine, facts in yaml.safe_load(text).items()
-    }
+    return {engine: checked(Release, facts) for engine, facts in yaml.safe_load(text).items()}
 
 
 def plan_forms() -> list[str]:

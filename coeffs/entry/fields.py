@@ -1,14 +1,12 @@
 """Dataclasses whose annotations are the format: they check values and decide what is written."""
 
-import dataclasses
 import functools
-import math
 import numbers
 import re
 import types
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from coeffs.entry.strict_yaml import number_hint
 from coeffs.errors import EntryError, did_you_mean
@@ -21,8 +19,6 @@ MAX_STEPS = 10_000
 
 # Written even where they hold their default: a reader of the file needs them.
 _ALWAYS_WRITTEN = ("schema", "version", "sign_rule")
-
-Check = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -65,15 +61,13 @@ class Record:
     """Base of the dataclasses: checks and normalises every field (lists become tuples)."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            annotation: Any = field.type
-            try:
-                object.__setattr__(self, field.name, _checker(annotation)(value))
-            except EntryError as error:
-                raise error.under(field.name) from None
+        given = (
+            (field.name, field.type, getattr(self, field.name))
+            for field in fields(self)
+            if field.default is not None or getattr(self, field.name) is not None
+        )
+        for name, value in _each(given):
+            object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
@@ -83,13 +77,13 @@ class Record:
 def plain(value: Any) -> Any:
     """Records as plain dicts, lists and scalars; fields that hold their default are left out."""
     if isinstance(value, Record):
-        items = {}
         record: Any = type(value)
-        for name, default in _defaults(record).items():
-            item = getattr(value, name)
-            if item != default or name in _ALWAYS_WRITTEN:
-                items[name] = plain(item)
-        return items
+        defaults = _defaults(record)
+        return {
+            name: plain(item)
+            for name, item in vars(value).items()
+            if item != defaults[name] or name in _ALWAYS_WRITTEN
+        }
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -97,187 +91,143 @@ def plain(value: Any) -> Any:
     return value
 
 
-def from_plain(data: Any, record: Any) -> Any:
-    """The record that plain data describes.
-
-    Raises:
-        EntryError: With the path of the first value that is unknown, missing, of a wrong type or
-            out of range.
-    """
-    return _checker(record)(data)
-
-
 @functools.cache
 def _defaults(cls: Any) -> dict[str, Any]:
     """Every field with its default, ``MISSING`` where it has none; for comparison only."""
     return {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in dataclasses.fields(cls)
+        for field in fields(cls)
     }
 
 
-# --- checks compiled from the annotations ---------------------------------------------------------
+# --- values checked against annotations -----------------------------------------------------------
 
 
-@functools.cache
-def _checker(annotation: Any) -> Check:
-    """Checks and normalises a value of this annotation, or raises ``EntryError``."""
+def checked(annotation: Any, value: Any) -> Any:
+    """The value of a field with this annotation, normalised.
+
+    Raises:
+        EntryError: With the path of the first value that is unknown, missing, of a wrong type or
+            out of range.
+    """
+    if annotation in _SCALARS:
+        return _scalar(annotation, value)
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, Record):
-        return functools.partial(_record, annotation)
     if origin is Annotated:
-        return functools.partial(_constrained, _checker(arguments[0]), arguments[1])
+        return _within(arguments[1], checked(arguments[0], value))
     if origin is Literal:
-        return functools.partial(_choice, arguments)
+        return value if value in arguments else _refuse(value, ", ".join(arguments))
     if origin in (Union, types.UnionType):
-        return functools.partial(_union, arguments)
-    if origin is dict:
-        return functools.partial(_dict, _checker(arguments[0]), _checker(arguments[1]))
+        return _union(arguments, value)
     if origin is tuple:
-        length = None if arguments[-1] is Ellipsis else len(arguments)
-        return functools.partial(_tuple, _checker(arguments[0]), length)
-    return _SCALARS[annotation][1]
-
-
-def _record(cls: Any, value: Any) -> Any:
-    if type(value) is cls:
+        return _tuple(arguments, value)
+    if type(value) is annotation:
         return value
-    fields = _defaults(cls)
     if not isinstance(value, dict):
-        known = ", ".join(list(fields)[:4])
-        raise EntryError(f"{_shown(value)}: expected a mapping of {known}, ...")
-    for key in value:
-        if key not in fields:
-            raise EntryError(f"unknown key: {_advice(str(key), fields)}", (str(key),))
-    given = {}
-    for name, default in fields.items():
-        if default is MISSING and name not in value:
+        known = "" if origin is dict else f" of {', '.join(list(_defaults(annotation))[:4])}, ..."
+        _refuse(value, f"a mapping{known}")
+    if origin is not dict:
+        return _record(annotation, value)
+    items = _each((str(key), arguments[1], item) for key, item in value.items())
+    return {checked(arguments[0], key): item for key, item in items}
+
+
+def _each(items: Iterable[tuple[str | int, Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Key and checked value of ``(key, annotation, value)``; an error names the key."""
+    for key, annotation, value in items:
+        try:
+            yield key, checked(annotation, value)
+        except EntryError as error:
+            raise EntryError(error.problem, (key, *error.path)) from None
+
+
+def _record(cls: Any, given: dict[str, Any]) -> Any:
+    """The record of a mapping; ``null`` stands for a key that is not there."""
+    defaults = _defaults(cls)
+    for key in given:
+        if key not in defaults:
+            raise EntryError(f"unknown key: {_advice(str(key), defaults)}", (str(key),))
+    stated = {key: value for key, value in given.items() if value is not None}
+    for name, default in defaults.items():
+        if default is MISSING and name not in stated:
             raise EntryError(f"missing key {name}")
-        if default is MISSING or value.get(name) is not None:
-            given[name] = value[name]
-    return cls(**given)
+    return cls(**stated)
 
 
-def _advice(key: str, fields: dict[str, Any]) -> str:
+def _advice(key: str, known: Iterable[str]) -> str:
     if "coefficients" in key:
-        order = "coefficients_high_to_low, highest power first (numpy.polyfit's order)"
-        return f"coefficients are given as {order}"
-    return did_you_mean(key, fields, most=1) or f"expected one of {', '.join(fields)}"
+        return "write coefficients_high_to_low, highest power first (numpy.polyfit's order)"
+    return did_you_mean(key, known, most=1) or f"expected one of {', '.join(known)}"
 
 
-def _constrained(check: Check, limits: Limits | Pattern, value: Any) -> Any:
-    value = check(value)
+def _within(limits: Limits | Pattern, value: Any) -> Any:
     if isinstance(limits, Pattern):
         if not re.fullmatch(limits.regex, value):
-            raise EntryError(f"{_shown(value)}: expected {limits.words}")
+            _refuse(value, limits.words)
     elif not limits.low <= value <= limits.high:
-        raise EntryError(f"{value}: expected {limits.low:g} to {limits.high:g}")
+        _refuse(value, f"{limits.low:g} to {limits.high:g}")
     return value
 
 
-def _choice(choices: tuple[str, ...], value: Any) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise EntryError(f"{_shown(value)}: expected {', '.join(choices)}")
-    return value
-
-
-def _union(arguments: tuple[Any, ...], value: Any) -> Any:
-    if value is None and type(None) in arguments:
+def _union(kinds: tuple[Any, ...], value: Any) -> Any:
+    if value is None and types.NoneType in kinds:
         return None
-    kinds = [argument for argument in arguments if argument is not type(None)]
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     if len(kinds) == 1:
-        return _checker(kinds[0])(value)
+        return checked(kinds[0], value)
     # Several kinds are scalars only. True is an int to Python; an int is a number to a file.
     kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     if kind is int and int not in kinds:
         kind = float
-    if kind not in kinds:
-        expected = " or ".join(_SCALARS[kind][0] for kind in kinds)
-        raise EntryError(f"{_shown(value)}: expected {expected}")
-    return _checker(kind)(value)
+    if kind is None or kind not in kinds:
+        _refuse(value, " or ".join(_SCALARS[kind][1] for kind in kinds))
+    return _scalar(kind, value)
 
 
-def _dict(check_key: Check, check: Check, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise EntryError(f"{_shown(value)}: expected a mapping")
-    items = {}
-    for key, item in value.items():
-        try:
-            items[check_key(key)] = check(item)
-        except EntryError as error:
-            raise error.under(str(key)) from None
-    return items
-
-
-def _tuple(check: Check, length: int | None, value: Any) -> tuple[Any, ...]:
+def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if hasattr(value, "tolist"):  # arrays and tensors
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise EntryError(f"{_shown(value)}: expected a list")
-    items = []
-    for position, item in enumerate(value):
-        try:
-            items.append(check(item))
-        except EntryError as error:
-            raise error.under(position) from None
-    if length is not None and len(items) != length:
-        raise EntryError(f"{len(items)} values: expected {length}")
-    return tuple(items)
+        _refuse(value, "a list")
+    items = _each((place, kinds[0], item) for place, item in enumerate(value))
+    values = tuple(item for _, item in items)
+    if Ellipsis not in kinds and len(values) != len(kinds):
+        raise EntryError(f"{len(values)} values: expected {len(kinds)}")
+    return values
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise EntryError(f"{_shown(value)}: expected text; put it in quotes")
-    if len(value) > MAX_TEXT:
-        raise EntryError(f"text of {len(value)} characters: expected at most {MAX_TEXT}")
-    if re.search("[\ud800-\udfff]", value):
-        raise EntryError("text with a lone surrogate: expected valid Unicode")
-    return value
-
-
-def finite_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        hint = number_hint(value) if isinstance(value, str) else ""
-        raise EntryError(f"{_shown(value)}: expected a number{hint}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not abs(number) <= MAX_NUMBER:
-        raise EntryError(f"{number}: expected a finite number of at most {MAX_NUMBER:g}")
-    return number
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise EntryError(f"{_shown(value)}: expected a whole number")
-    number = int(value)
-    if abs(number) > 2**53:
-        raise EntryError("whole number beyond 2**53: not every reader stores it exactly")
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise EntryError(f"{_shown(value)}: expected true or false")
-    return value
-
-
-_SCALARS: dict[Any, tuple[str, Check]] = {
-    str: ("text", _text),
-    int: ("a whole number", _integer),
-    float: ("a number", finite_number),
-    bool: ("true or false", _boolean),
+_SCALARS: dict[Any, tuple[Any, str]] = {
+    str: (str, "text"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "true or false"),
 }
 
 
-def _shown(value: Any) -> str:
-    """Short words for a value in an error."""
+def _scalar(kind: Any, value: Any) -> Any:
+    accepted, words = _SCALARS[kind]
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        hints = {str: "; put it in quotes", float: number_hint(str(value))}
+        _refuse(value, words + hints.get(kind, ""))
+    if kind is float and not abs(value) <= MAX_NUMBER:
+        _refuse(value, f"a finite number of at most {MAX_NUMBER:g}")
+    if kind is int and abs(value) > 2**53:
+        raise EntryError("whole number beyond 2**53: not every reader stores it exactly")
+    if kind is str and len(value) > MAX_TEXT:
+        raise EntryError(f"text of {len(value)} characters: expected at most {MAX_TEXT}")
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise EntryError("text with a lone surrogate: expected valid Unicode")
+    return kind(value)
+
+
+def _refuse(value: Any, expected: str) -> NoReturn:
     if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    text = f"the text {value!r}" if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        shown = "nothing"
+    elif isinstance(value, dict):
+        shown = "a mapping"
+    elif isinstance(value, list | tuple):
+        shown = "a list"
+    else:
+        shown = f"the text {value!r}" if isinstance(value, str) else repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    raise EntryError(f"{shown}: expected {expected}")

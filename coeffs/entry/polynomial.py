@@ -5,12 +5,12 @@ arXiv 2411.19108, section 3.3. Coefficients are always highest power first, the 
 ``numpy.polyfit``.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import mul
 
-from coeffs.errors import EntryError, InvalidPolynomial
+from coeffs.errors import EntryError
 
 SIGN_RULES = ("clamp", "signed", "abs")
 # Published sets have degree 1 to 5; one more is room for a refit.
@@ -34,8 +34,8 @@ class Polynomial:
             ali-vilab and SGLang do), ``abs`` (absolute value, as vLLM-Omni and TensorRT-LLM do).
 
     Raises:
-        InvalidPolynomial: For a wrong number of coefficients, a non-finite number, an empty domain,
-            an unknown rule.
+        EntryError: For a wrong number of coefficients, a non-finite number, an empty domain, an
+            unknown rule.
     """
 
     coefficients_high_to_low: tuple[float, ...]
@@ -43,19 +43,24 @@ class Polynomial:
     sign_rule: str = "clamp"
 
     def __post_init__(self) -> None:
-        numbers = _finite_numbers(self.coefficients_high_to_low)
-        object.__setattr__(self, "coefficients_high_to_low", numbers)
+        try:
+            numbers = tuple(map(float, self.coefficients_high_to_low))
+            domain = tuple(map(float, UNKNOWN_DOMAIN if self.domain is None else self.domain))
+        except (TypeError, ValueError):
+            raise EntryError("coefficients and domain: expected lists of numbers") from None
+        if not 1 <= len(numbers) <= MAX_DEGREE + 1 or not all(map(math.isfinite, numbers)):
+            raise EntryError(
+                f"{len(numbers)} coefficients: expected 1 to {MAX_DEGREE + 1} finite numbers, "
+                "highest power first"
+            )
+        if len(domain) != 2 or not 0 <= domain[0] < domain[1] < math.inf:
+            expected = "expected [x_min, x_max] with 0 <= x_min < x_max"
+            raise EntryError(f"domain {domain}: {expected}")
         if self.sign_rule not in SIGN_RULES:
             known = ", ".join(SIGN_RULES)
-            raise InvalidPolynomial(f"sign rule {self.sign_rule!r}: expected one of {known}")
-        if self.domain is None:
-            return
-        domain = tuple(float(edge) for edge in self.domain)
-        finite = all(map(math.isfinite, domain))
-        if len(domain) != 2 or not finite or not 0 <= domain[0] < domain[1]:
-            expected = "expected [x_min, x_max] with 0 <= x_min < x_max"
-            raise InvalidPolynomial(f"domain {self.domain!r}: {expected}")
-        object.__setattr__(self, "domain", domain)
+            raise EntryError(f"sign rule {self.sign_rule!r}: expected one of {known}")
+        object.__setattr__(self, "coefficients_high_to_low", numbers)
+        object.__setattr__(self, "domain", None if self.domain is None else domain)
 
     @property
     def degree(self) -> int:
@@ -84,23 +89,7 @@ class Polynomial:
     def slope(self) -> "Polynomial":
         """The derivative."""
         powers = range(self.degree, 0, -1)
-        products = zip(self.coefficients_high_to_low, powers, strict=False)
-        return Polynomial(tuple(value * power for value, power in products) or (0.0,))
-
-
-def _finite_numbers(values: Sequence[float]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        problem = f"coefficients {values!r}: expected a list of numbers, highest power first"
-        raise InvalidPolynomial(problem) from None
-    if not 1 <= len(numbers) <= MAX_DEGREE + 1:
-        expected = f"expected 1 to {MAX_DEGREE + 1}, highest power first"
-        raise InvalidPolynomial(f"{len(numbers)} coefficients: {expected}")
-    if not all(map(math.isfinite, numbers)):
-        problem = f"coefficients {list(numbers)}: expected finite numbers; fit or copy them again"
-        raise InvalidPolynomial(problem)
-    return numbers
+        return Polynomial(tuple(map(mul, self.coefficients_high_to_low, powers)) or (0.0,))
 
 
 # --- shape on the domain --------------------------------------------------------------------------
@@ -111,19 +100,14 @@ def negative_ranges(polynomial: Polynomial, domain: Interval) -> list[Interval]:
 
     Rounding at a double root of a constrained fit does not count as negative.
     """
-    low, high = domain
-    edges = [low, *_turns(polynomial, low, high), *_roots(polynomial, low, high), high]
-    edges.sort()
-    largest = max(abs(polynomial.raw(x)) for x in edges)
-    floor = -1e-9 * max(1e-12, largest)
-    ranges: list[Interval] = []
-    for left, right in itertools.pairwise(edges):
-        if polynomial.raw((left + right) / 2) >= floor:
-            continue
-        if ranges and ranges[-1][1] == left:
-            left = ranges.pop()[0]
-        ranges.append((left, right))
-    return ranges
+    edges = sorted([*domain, *_roots(polynomial.slope(), domain), *_roots(polynomial, domain)])
+    floor = -1e-9 * max(1e-12, *(abs(polynomial.raw(x)) for x in edges))
+
+    def negative(piece: Interval) -> bool:
+        return polynomial.raw(sum(piece) / 2) < floor
+
+    runs = [list(pieces) for below, pieces in groupby(pairwise(edges), negative) if below]
+    return [(run[0][0], run[-1][1]) for run in runs]
 
 
 def falling_ranges(polynomial: Polynomial, domain: Interval) -> list[Interval]:
@@ -131,15 +115,12 @@ def falling_ranges(polynomial: Polynomial, domain: Interval) -> list[Interval]:
     return negative_ranges(polynomial.slope(), domain)
 
 
-def _turns(polynomial: Polynomial, low: float, high: float) -> list[float]:
-    return _roots(polynomial.slope(), low, high) if polynomial.degree else []
-
-
-def _roots(polynomial: Polynomial, low: float, high: float) -> list[float]:
+def _roots(polynomial: Polynomial, domain: Interval) -> list[float]:
     """Where the sign changes; between two turning points it does so at most once."""
-    edges = [low, *_turns(polynomial, low, high), high]
+    if not polynomial.degree:
+        return []
     roots = []
-    for left, right in itertools.pairwise(edges):
+    for left, right in pairwise([domain[0], *_roots(polynomial.slope(), domain), domain[1]]):
         rises = polynomial.raw(left) < 0
         if rises == (polynomial.raw(right) < 0):
             continue
@@ -149,7 +130,7 @@ def _roots(polynomial: Polynomial, low: float, high: float) -> list[float]:
                 left = middle
             else:
                 right = middle
-        roots.append((left + right) / 2)
+        roots.append(right)
     return roots
 
 
@@ -173,11 +154,11 @@ def check_order(coefficients: tuple[float, ...], domain: Interval | None = None)
         return any(abs(raw(x)) <= 3 for x in grid)
 
     if not plausible(coefficients) and plausible(coefficients[::-1]):
-        problem = (
+        raise EntryError(
             f"predicts a change above 3 everywhere in {low:g} to {high:g}, but not when reversed: "
-            "the list looks lowest power first; write it highest power first (numpy.polyfit's order)"
+            "the list looks lowest power first; write it highest power first (numpy.polyfit's order)",
+            ("coefficients_high_to_low",),
         )
-        raise EntryError(problem, ("coefficients_high_to_low",))
 
 
 def check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
@@ -192,10 +173,9 @@ def check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
         size = Polynomial(tuple(map(abs, values))).raw(CONTROL_X)
         return abs(Polynomial(values).raw(CONTROL_X) - stored) <= 1e-9 * size
 
-    if gives_stored(coefficients):
-        return
-    reversed_order = gives_stored(coefficients[::-1])
-    why = "they are in reversed order" if reversed_order else "one of the two was changed"
-    value = Polynomial(coefficients).raw(CONTROL_X)
-    problem = f"{stored!r}, but the coefficients give {value!r}: {why}; restore them"
-    raise EntryError(problem, ("value_at_0p1",))
+    if not gives_stored(coefficients):
+        reversed_order = gives_stored(coefficients[::-1])
+        why = "they are in reversed order" if reversed_order else "one of the two was changed"
+        value = Polynomial(coefficients).raw(CONTROL_X)
+        problem = f"{stored!r}, but the coefficients give {value!r}: {why}; restore them"
+        raise EntryError(problem, ("value_at_0p1",))

@@ -6,7 +6,6 @@ The annotations below are the definition of the format.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from coeffs.entry import fields
 from coeffs.entry.certificates import Certificate
 from coeffs.entry.fields import (
     MAX_STEPS,
@@ -16,7 +15,7 @@ from coeffs.entry.fields import (
     Record,
     Slug,
     Steps,
-    finite_number,
+    checked,
 )
 from coeffs.entry.plan import Plan as Plan  # for those that import it from here
 from coeffs.entry.polynomial import (
@@ -28,7 +27,7 @@ from coeffs.entry.polynomial import (
 )
 from coeffs.entry.provenance import Checkpoint, Counts, Protocol, Source
 from coeffs.entry.signals import SignalName
-from coeffs.errors import EntryError, InvalidPolynomial
+from coeffs.errors import EntryError
 
 SCHEMA = 1
 
@@ -56,22 +55,24 @@ class Candidate(Record):
         return Polynomial(self.coefficients_high_to_low, self.domain, sign_rule)
 
     def _check(self) -> None:
-        try:
-            value = self.polynomial().raw(CONTROL_X)
-        except InvalidPolynomial as error:
-            raise EntryError(str(error)) from None
-        degree = len(self.coefficients_high_to_low) - 1
-        if self.degree not in (None, degree):
-            problem = f"{self.degree}, but {degree + 1} coefficients have degree {degree}"
-            raise EntryError(f"{problem}: correct one of them", ("degree",))
-        object.__setattr__(self, "degree", degree)
-        if self.value_at_0p1 is None:
-            check_order(self.coefficients_high_to_low, self.domain)
-            object.__setattr__(self, "value_at_0p1", finite_number(value))
+        coefficients, stored = self.coefficients_high_to_low, self.value_at_0p1
+        polynomial = self.polynomial()
+        if self.degree not in (None, polynomial.degree):
+            raise EntryError(
+                f"{self.degree}, but {len(coefficients)} coefficients have degree "
+                f"{polynomial.degree}: correct one of them",
+                ("degree",),
+            )
+        object.__setattr__(self, "degree", polynomial.degree)
+        if stored is None:
+            check_order(coefficients, self.domain)
+            value = checked(float, polynomial.raw(CONTROL_X))
+            object.__setattr__(self, "value_at_0p1", value)
         else:
-            check_control_value(self.coefficients_high_to_low, self.value_at_0p1)
-        if self.intervals and len(self.intervals.get("coefficients", ())) not in (0, degree + 1):
-            problem = f"expected one interval per coefficient ({degree + 1})"
+            check_control_value(coefficients, stored)
+        intervals = (self.intervals or {}).get("coefficients")
+        if intervals and len(intervals) != len(coefficients):
+            problem = f"expected one interval per coefficient ({len(coefficients)})"
             raise EntryError(problem, ("intervals", "coefficients"))
 
 
@@ -94,12 +95,10 @@ class Expert(Record):
     mag_ratios: dict[Name, tuple[float, ...]] | None = None
 
     def _check(self) -> None:
-        if self.branches and self.recommended not in self.branches:
-            known = ", ".join(self.branches)
+        if (self.branches or self.recommended) and self.recommended not in self.branches:
+            known = ", ".join(self.branches) or "nothing, there are none"
             problem = f"{self.recommended!r}: expected one of the branches {known}"
             raise EntryError(problem, ("recommended",))
-        if self.recommended and not self.branches:
-            raise EntryError(f"{self.recommended!r}, but there are no branches", ("recommended",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,31 +162,43 @@ class Entry(Record):
         if self.schema != SCHEMA:
             raise EntryError(f"{self.schema}: expected {SCHEMA}", ("schema",))
         if (self.status == "copied") != (self.copied_from is not None):
-            problem = f"{self.copied_from!r} with status {self.status}"
-            advice = "only a copied entry says from whom, and must"
-            raise EntryError(f"{problem}: {advice}", ("copied_from",))
+            raise EntryError(
+                f"{self.copied_from!r} with status {self.status}: "
+                "only a copied entry says from whom, and must",
+                ("copied_from",),
+            )
         extrapolates = self.forecast in ("linear", "quadratic") and self.forecast_of is not None
         if self.target == "forecast_error" and not extrapolates:
-            problem = f"{self.forecast!r} of {self.forecast_of!r}"
-            advice = (
-                "the target is the error of a linear or quadratic forecast, of output or residual"
+            raise EntryError(
+                f"{self.forecast!r} of {self.forecast_of!r}: the target is the error of a "
+                "linear or quadratic forecast, of output or residual",
+                ("forecast",),
             )
-            raise EntryError(f"{problem}, but {advice}", ("forecast",))
         if not self.experts:
             raise EntryError("no expert: expected at least transformer", ("experts",))
-        fitted = any(expert.branches for expert in self.experts.values())
-        if self.signal == "none" and fitted:
-            raise EntryError("none, but there are coefficients: say what they compare", ("signal",))
         for name, expert in self.experts.items():
+            if expert.branches and self.signal == "none":
+                problem = "none, but there are coefficients: say what they compare"
+                raise EntryError(problem, ("signal",))
             if not (expert.branches or expert.mag_ratios or self.plans):
                 problem = "no fit, no mag_ratios and no plan: nothing to use"
                 raise EntryError(problem, ("experts", name))
-        _check_window(self.start, "start")
-        _check_window(self.end, "end")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            # A whole number counts steps, a number with a decimal point is a share of the schedule.
+            if value is not None and not 0 <= value <= (
+                1 if isinstance(value, float) else MAX_STEPS
+            ):
+                problem = "expected a fraction of the schedule from 0.0 to 1.0, or whole steps"
+                raise EntryError(f"{value}: {problem}", (name,))
 
     @property
     def label(self) -> str:
         return f"{self.model}@v{self.version}"
+
+    @property
+    def origin(self) -> str:
+        return f"copied from {self.copied_from}" if self.copied_from else self.status
 
     def fit(self, expert: str = "transformer", branch: str | None = None) -> Fit:
         """The fit of a branch, or the recommended one where the branch has no fit of its own.
@@ -199,21 +210,10 @@ class Entry(Record):
             known = ", ".join(self.experts)
             raise EntryError(f"{self.label} has no expert {expert!r}: expected one of {known}")
         branches, recommended = self.experts[expert].branches, self.experts[expert].recommended
-        if not branches or recommended is None:
+        if recommended is None:
             problem = f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
             raise EntryError(problem)
         return branches.get(branch or recommended, branches[recommended])
-
-
-def _check_window(value: int | float | None, name: str) -> None:
-    """A whole number counts steps, a number with a decimal point is a share of the schedule."""
-    if isinstance(value, float) and not 0 <= value <= 1:
-        expected = "a fraction of the schedule from 0.0 to 1.0, or a whole number of steps"
-    elif isinstance(value, int) and not 0 <= value <= MAX_STEPS:
-        expected = f"0 to {MAX_STEPS} steps, or a fraction from 0.0 to 1.0"
-    else:
-        return
-    raise EntryError(f"{value}: expected {expected}", (name,))
 
 
 def from_plain(data: Any) -> Entry:
@@ -223,14 +223,11 @@ def from_plain(data: Any) -> Entry:
         EntryError: With the path of the first value that is unknown, missing, of a wrong type or
             out of range.
     """
-    if not isinstance(data, dict):
-        problem = "expected a mapping with the keys of an entry (schema, model, status, ...)"
-        raise EntryError(problem)
-    if data.get("schema") is None:
+    number = data.get("schema") if isinstance(data, dict) else SCHEMA
+    if number is None:
         raise EntryError(f"missing key schema: expected schema: {SCHEMA} as first line")
-    number = data["schema"]
     if number != SCHEMA or isinstance(number, bool):
         problem = f"{str(number)[:40]}: this version reads schema {SCHEMA}; upgrade the toolkit"
         raise EntryError(problem, ("schema",))
-    entry: Entry = fields.from_plain(data, Entry)
+    entry: Entry = checked(Entry, data)
     return entry

@@ -5,12 +5,17 @@ a date, and lets a duplicate key win silently. Whatever readers of a file could 
 differently is refused here: anchors, aliases, tags, directives, duplicate keys, unusual spellings
 of numbers and booleans. Nothing is ever constructed from a tag.
 
-Writing does not use ``yaml.dump``: it cannot break a long list of numbers between brackets and
-escapes characters above U+FFFF, and the bytes of released files must not change.
+Reading goes through PyYAML's events, one pass with every limit in it: ``yaml.compose`` would build
+nodes without any. Writing does not use ``yaml.dump``: it cannot break a long list of numbers between
+brackets and escapes characters above U+FFFF, and the bytes of released files must not change.
 """
 
+import json
 import math
 import re
+import textwrap
+from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import yaml
@@ -25,20 +30,32 @@ MAX_KEY = 128
 LINE_WIDTH = 115
 
 Path = tuple[str | int, ...]
+Lines = dict[Path, int]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
-_FLOAT = re.compile(r"[-+]?[0-9]{1,400}\.[0-9]{0,400}([eE][-+][0-9]{1,4})?")
+_NUMBERS = {
+    "int": (int, re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")),
+    "float": (float, re.compile(r"[-+]?[0-9]{1,400}\.[0-9]{0,400}([eE][-+][0-9]{1,4})?")),
+}
 _NUMBER_AS_TEXT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _PLAIN = re.compile(r"[A-Za-z][\w./@+()-]*(?: [\w./@+()-]+)*", re.ASCII)
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
-_WORDS = {"bool": "a boolean", "null": "nothing", "timestamp": "a date"}
+_DECIMALS = "a number: expected finite decimals, e.g. 50, 0.25 or 1.5e-07; quotes for text"
+_CONSTANT = "write true, false or null, or put text in quotes"
+_READ_AS = {
+    "int": _DECIMALS,
+    "float": _DECIMALS,
+    "bool": f"a boolean: {_CONSTANT}",
+    "null": f"nothing: {_CONSTANT}",
+    "timestamp": "a date: put text in quotes",
+    "merge": "a merge key: write the values out",
+}
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def parse(text: str | bytes, lines: dict[Path, int] | None = None) -> Any:
+def parse(text: str | bytes, lines: Lines | None = None) -> Any:
     """Plain dicts, lists, text, numbers, booleans and None of one YAML document.
 
     Args:
@@ -48,119 +65,97 @@ def parse(text: str | bytes, lines: dict[Path, int] | None = None) -> Any:
     Raises:
         EntryError: With the line, for everything but plain, unambiguous YAML within the limits.
     """
-    text = _checked_text(text)
-    try:
-        _check_events(text)  # before composing, whose recursion has no limit
-        root = yaml.compose(text, Loader=_LOADER)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        raise EntryError(f"not YAML: {problem}", line=mark.line + 1 if mark else None) from None
-    except yaml.YAMLError as error:
-        raise EntryError("not YAML: " + " ".join(str(error).split())) from None
-    if root is None:
-        raise EntryError("empty document: expected an entry", line=1)
-    return _plain(root, (), {} if lines is None else lines)
-
-
-def _checked_text(text: str | bytes) -> str:
     if len(text) > MAX_BYTES:
         raise EntryError(f"document of more than {MAX_BYTES} bytes: keep raw data in the run")
     try:
-        content = text if isinstance(text, bytes) else text.encode("utf-8")
-        decoded = content.decode("utf-8")
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        events = yaml.parse(decoded, Loader=_LOADER)
+        return _document(events, {} if lines is None else lines)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         problem = f"byte {error.start} is not UTF-8: save the file as UTF-8"
         raise EntryError(problem, line=line) from None
-    except UnicodeEncodeError as error:
-        problem = f"character {error.start} is a lone surrogate: save the file as UTF-8"
-        raise EntryError(problem) from None
-    if len(content) > MAX_BYTES:
-        raise EntryError(f"document of more than {MAX_BYTES} bytes: keep raw data in the run")
-    return decoded
+    except UnicodeEncodeError:
+        raise EntryError("text with a lone surrogate: save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise EntryError(f"not YAML: {problem}", line=mark and mark.line + 1) from None
 
 
-def _check_events(text: str) -> None:
-    """Refuse what is not plain, too deep, or too much, without building anything."""
-    depth = values = documents = 0
-    for event in yaml.parse(text, Loader=_LOADER):
-        problem = None
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                problem = "a second document: one entry per file"
-            elif event.version or event.tags:
-                problem = "a %YAML or %TAG directive: remove it, entries are plain YAML 1.1"
-        elif isinstance(event, yaml.NodeEvent):
-            values += 1
-            tag = getattr(event, "tag", None)  # an alias has none
-            if event.anchor is not None:
-                problem = "an anchor or alias (&, *): write the value out"
-            elif tag is not None:
-                problem = f"the tag {tag[:60]!r}: tags are never followed, write a plain value"
-            elif depth > MAX_DEPTH:
-                problem = f"nested deeper than {MAX_DEPTH} levels"
-            elif values > MAX_VALUES:
-                problem = f"more than {MAX_VALUES} values: keep raw data in the run"
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if problem:
-            line = event.start_mark.line + 1 if event.start_mark else None
-            raise EntryError(problem, line=line)
+def _document(events: Iterator[Any], lines: Lines) -> Any:
+    next(events)  # the stream's start
+    start = next(events)
+    if not isinstance(start, yaml.DocumentStartEvent):
+        raise EntryError("empty document: expected an entry", line=1)
+    if start.version or start.tags:
+        _refuse(start, "a %YAML or %TAG directive: remove it, entries are plain YAML 1.1")
+    value = _value(events, (), lines)
+    next(events)  # the document's end
+    after = next(events)
+    if isinstance(after, yaml.DocumentStartEvent):
+        _refuse(after, "a second document: one entry per file")
+    return value
 
 
-def _plain(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:
-    lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.ScalarNode):
-        return _scalar(node, path)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, place), lines) for place, item in enumerate(node.value)]
+def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -> Any:
+    """The value that begins with the event ``first``, or with the next one."""
+    event = first or next(events)
+    lines.setdefault(path, event.start_mark.line + 1)
+    if event.anchor is not None:
+        _refuse(event, "an anchor or alias (&, *): write the value out", path)
+    if event.tag is not None:
+        shown = event.tag[:60]
+        _refuse(event, f"the tag {shown!r}: tags are never followed, write a plain value", path)
+    if len(path) > MAX_DEPTH:
+        _refuse(event, f"nested deeper than {MAX_DEPTH} levels")
+    if len(lines) > MAX_VALUES:
+        _refuse(event, f"more than {MAX_VALUES} values: keep raw data in the run")
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event, path)
+    parts = takewhile(lambda part: not isinstance(part, yaml.CollectionEndEvent), events)
+    if isinstance(event, yaml.SequenceStartEvent):
+        return [_value(events, (*path, place), lines, part) for place, part in enumerate(parts)]
     items: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = _key(key_node, path)
+    for part in parts:
+        key = _value(events, (*path, "?"), lines, part)
+        if not isinstance(key, str) or len(key) > MAX_KEY:
+            problem = f"a key that is not text of at most {MAX_KEY} characters: put it in quotes"
+            _refuse(part, problem, path)
+        inner = (*path, key)
         if key in items:
             problem = f"duplicate key {key!r}: the later value would win silently; keep one"
-            _refuse(key_node, problem, (*path, key))
-        lines[(*path, key)] = key_node.start_mark.line + 1
-        items[key] = _plain(value_node, (*path, key), lines)
+            _refuse(part, problem, inner)
+        lines[inner] = part.start_mark.line + 1
+        items[key] = _value(events, inner, lines)
     return items
 
 
-def _key(node: yaml.Node, path: Path) -> str:
-    if node.value == "<<" and isinstance(node, yaml.ScalarNode) and not node.style:
-        _refuse(node, "a merge key (<<): write the values out", path)
-    key = _scalar(node, (*path, "?")) if isinstance(node, yaml.ScalarNode) else None
-    if not isinstance(key, str) or len(key) > MAX_KEY:
-        problem = f"a key that is not text of at most {MAX_KEY} characters: put it in quotes"
-        _refuse(node, problem, path)
-    return key
-
-
-def _scalar(node: yaml.ScalarNode, path: Path) -> Any:
-    text = node.value
-    kind = node.tag.rpartition(":")[2]  # what YAML 1.1 takes it for
-    if node.style or kind in ("str", "merge"):
+def _scalar(event: yaml.ScalarEvent, path: Path) -> Any:
+    text = event.value
+    kind = "str" if event.style else _kind(text)
+    if kind == "str":
         return text
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    if kind == "int" and _INT.fullmatch(text):
-        return int(text)
-    if kind == "float" and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
-        return float(text)
-    shown = text[:60]
-    if kind in ("int", "float"):
-        advice = "expected finite decimals, e.g. 50, 0.25 or 1.5e-07; quotes for text"
-        _refuse(node, f"number {shown}: {advice}", path)
-    meaning = _WORDS.get(kind, "something else")
-    advice = "write true, false or null, or put text in quotes"
-    _refuse(node, f"YAML reads {shown} as {meaning}: {advice}", path)
+    if kind in _NUMBERS:
+        number, spelling = _NUMBERS[kind]
+        if spelling.fullmatch(text) and math.isfinite(number(text)):
+            return number(text)
+    read_as = _READ_AS.get(kind, "something else: put text in quotes")
+    _refuse(event, f"YAML reads {text[:60]} as {read_as}", path)
 
 
-def _refuse(node: yaml.Node, problem: str, path: Path) -> NoReturn:
-    raise EntryError(problem, path, line=node.start_mark.line + 1)
+def _kind(text: str) -> str:
+    """What YAML 1.1 takes an unquoted scalar for."""
+    for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()):
+        if pattern.match(text):
+            return str(tag).rpartition(":")[2]
+    return "str"
+
+
+def _refuse(event: Any, problem: str, path: Path = ()) -> NoReturn:
+    raise EntryError(problem, path, line=event.start_mark.line + 1)
 
 
 def number_hint(text: str) -> str:
@@ -180,19 +175,17 @@ def write(value: dict[str, Any]) -> str:
 
 def format_float(value: float) -> str:
     """Shortest decimal that gives the same float back and that YAML 1.1 reads as a float."""
-    mantissa, e, exponent = float.__repr__(value).partition("e")
-    if "." not in mantissa:
-        mantissa += ".0"  # YAML 1.1 reads 1e-05 as text
-    return f"{mantissa}{e}{exponent}"
+    text = repr(value)
+    return text if "." in text else text.replace("e", ".0e")  # YAML 1.1 reads 1e-05 as text
 
 
 def _block(mapping: dict[str, Any], indent: str) -> list[str]:
     lines = []
     inner = indent + "  "
     for key, value in mapping.items():
-        head = f"{indent}{_text(key)}:"
+        head = f"{indent}{_flow(key)}:"
         line = f"{head} {_flow(value)}"
-        if isinstance(value, dict) and value:
+        if value and isinstance(value, dict):
             lines += [head, *_block(value, inner)]
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             lines.append(head)
@@ -215,51 +208,36 @@ def _list_item(item: dict[str, Any], indent: str) -> list[str]:
 
 
 def _wrapped(items: list[Any], indent: str) -> list[str]:
-    lines = [indent]
-    for item in items:
-        text = f"{_flow(item)},"
-        if lines[-1] != indent and len(lines[-1]) + len(text) > LINE_WIDTH:
-            lines.append(indent)
-        lines[-1] += f"{text} "
-    lines[-1] = lines[-1].rstrip().removesuffix(",")
-    return [line.rstrip() for line in lines]
+    """Lines of a long list, broken between its items only: spaces inside them are set aside."""
+    texts = [_flow(item).replace(" ", "\0") for item in items]
+    filled = textwrap.fill(
+        ", ".join(texts) + ",",
+        LINE_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return filled.removesuffix(",").replace("\0", " ").splitlines()
 
 
 def _flow(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str):
-        return _text(value)
+        # Plain where no reader could take it for something else.
+        return value if _PLAIN.fullmatch(value) and _kind(value) == "str" else _quoted(value)
     if isinstance(value, float):
         return format_float(value)
-    if value is None:
-        return "null"
-    return str(value).lower()  # true, false, and integers
+    return "null" if value is None else str(value).lower()  # true, false, and integers
 
 
-def _text(text: str) -> str:
-    """Plain where no reader could take it for something else, in double quotes otherwise."""
-    if _PLAIN.fullmatch(text) and _resolved(text).endswith(":str"):
-        return text
-    return '"' + "".join(map(_escaped, text)) + '"'
+def _quoted(text: str) -> str:
+    escaped = json.dumps(text, ensure_ascii=False)  # YAML knows all of JSON's escapes
+    return "".join(char if char.isprintable() else _code(ord(char)) for char in escaped)
 
 
-def _resolved(text: str) -> str:
-    """The tag that YAML 1.1 gives an unquoted scalar."""
-    for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[0], ()):
-        if pattern.match(text):
-            return str(tag)
-    return "tag:yaml.org,2002:str"
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if character.isprintable():
-        return character
-    if character in "\n\t":
-        return {"\n": "\\n", "\t": "\\t"}[character]
-    code = ord(character)
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+def _code(number: int) -> str:
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
