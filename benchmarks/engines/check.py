@@ -20,7 +20,6 @@ from benchmarks.engines import parsers
 from coeffs.engines import export_entry
 from coeffs.engines.plans import wants_plan
 from coeffs.engines.releases import plan_forms, releases
-from coeffs.engines.setting import Request
 from coeffs.errors import CoeffsError
 
 THRESHOLD = 0.2  # where an entry has several thresholds or none
@@ -58,9 +57,8 @@ def exports(form: str) -> Iterator[tuple[str, str | None]]:
     """What is exported, as text and schedule (None for coefficients and recorded ratios); no refusals."""
     for entry in coeffs.entries():
         for schedule in _schedules(form, entry):
-            request = Request(entry=entry, schedule=schedule)
             is_plan = form in plan_forms() and (
-                not form.endswith("magcache") or wants_plan(request)
+                not form.endswith("magcache") or wants_plan(entry, schedule)
             )
             try:
                 text = export_entry(entry, form, threshold=_threshold(entry), schedule=schedule)

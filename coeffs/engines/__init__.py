@@ -28,30 +28,16 @@ ENGINES = {
 }
 
 
-def export_entry(
-    entry: Entry,
-    engine: str,
-    *,
-    threshold: float | None = None,
-    schedule: str | None = None,
-    release: str | None = None,
-    force: bool = False,
-) -> str:
+def export_entry(entry: Entry, engine: str, **choices: Any) -> str:
     """An entry in the form that ``engine`` takes, with a comment that names it.
 
     Args:
-        threshold: The one that travels with the coefficients; needed unless the entry has exactly one.
-        schedule: A plan, one letter per step; needed for engines of plans unless the entry has exactly one.
-        release: The engine's version; refused unless it is the one that our facts were read from.
-        force: Write also what the engine would ignore or misread, with the warning inside.
+        choices: Further fields of ``coeffs.engines.setting.Request``.
 
     Raises:
         EngineError: What the engine cannot express, ignores or misreads, and what to do instead.
     """
-    request = Request(
-        entry=entry, threshold=threshold, schedule=schedule, release=release, force=force
-    )
-    text: str = _module(engine).write(request)
+    text: str = _module(engine).write(Request(entry=entry, engine=engine, **choices))
     return text
 
 
@@ -92,37 +78,41 @@ def _changes(
     plans: tuple[Plan, ...],
 ) -> dict[str, Any]:
     """The fields of an entry that a form's numbers change."""
-    names = dict.fromkeys([*experts, *(carried.coefficients or ()), *(carried.mag_ratios or ())])
-    names = names or {"transformer": None}
+    coefficients, ratios = carried.coefficients or {}, carried.mag_ratios or {}
+    names = dict.fromkeys([*experts, *coefficients, *ratios]) or {"transformer": None}
     changed: dict[str, Any] = {
-        "experts": {name: _expert(experts.get(name, Expert()), name, carried) for name in names}
+        "experts": {
+            name: _expert(experts.get(name, Expert()), coefficients.get(name), ratios.get(name))
+            for name in names
+        }
     }
-    known = {row.threshold for row in thresholds}
-    if carried.threshold is not None and carried.threshold not in known:
-        changed["thresholds"] = (Threshold(threshold=carried.threshold, kind="reported"),)
-    schedules = {plan.schedule for plan in plans}
-    if carried.schedule is not None and carried.schedule not in schedules:
-        changed["plans"] = (*plans, Plan(schedule=carried.schedule))
+    threshold, schedule = carried.threshold, carried.schedule
+    if threshold is not None and all(row.threshold != threshold for row in thresholds):
+        changed["thresholds"] = (Threshold(threshold=threshold, kind="reported"),)
+    if schedule is not None and all(plan.schedule != schedule for plan in plans):
+        changed["plans"] = (*plans, Plan(schedule=schedule))
     for name in ("start", "end", "max_skips"):
         if getattr(carried, name) is not None:
             changed[name] = getattr(carried, name)
     return changed
 
 
-def _expert(expert: Expert, name: str, carried: Carried) -> Expert:
+def _expert(
+    expert: Expert,
+    coefficients: tuple[float, ...] | None,
+    ratios: dict[str, tuple[float, ...]] | None,
+) -> Expert:
     """The expert with the carried numbers; a polynomial that it already recommends keeps its facts."""
-    changed: dict[str, Any] = {}
-    coefficients = (carried.coefficients or {}).get(name)
     if coefficients is not None:
+        coefficients = stripped(coefficients)
         known = expert.branches.get(expert.recommended or "")
-        if known is None or stripped(known.coefficients_high_to_low) != stripped(coefficients):
+        if known is None or stripped(known.coefficients_high_to_low) != coefficients:
             fit = Fit(coefficients_high_to_low=coefficients, method="published")
-            changed |= {"branches": {"pooled": fit}, "recommended": "pooled"}
-    ratios = (carried.mag_ratios or {}).get(name)
+            expert = replace(expert, branches={"pooled": fit}, recommended="pooled")
     known_ratios = (expert.mag_ratios or {}).values()
-    if ratios is not None and not all(values in known_ratios for values in ratios.values()):
-        changed["mag_ratios"] = ratios
-    return replace(expert, **changed)
+    if ratios and any(values not in known_ratios for values in ratios.values()):
+        expert = replace(expert, mag_ratios=ratios)
+    return expert
 
 
 def _module(engine: str) -> ModuleType:

@@ -7,12 +7,11 @@ outside ``start_percent`` to ``end_percent`` of the schedule compute.
 import re
 
 from coeffs.engines.releases import projected
-from coeffs.engines.setting import Carried, Request, setting, steps
-from coeffs.engines.text import comment, number_list, read_item
+from coeffs.engines.setting import Carried, Request, setting
+from coeffs.engines.text import Numbers, comment, literal, value_of
 from coeffs.entry.schema import Entry
 from coeffs.errors import EngineError
 
-ENGINE = "comfyui-teacache"
 TABLE = "SUPPORTED_MODELS_COEFFICIENTS"
 # The part of model_type that selects the code for a class.
 FAMILIES = {
@@ -23,21 +22,21 @@ FAMILIES = {
     "HiDreamImageTransformer2DModel": "hidream_i1_full",
     "WanTransformer3DModel": "wan2.1",
 }
-_INPUTS = re.compile(
-    r"# node inputs: .*rel_l1_thresh=([0-9.e+-]+), start_percent=([0-9.e+-]+), end_percent=([0-9.e+-]+)"
-)
+_LINE = re.compile(TABLE + r'\["([^"\]]*)"\] = (\[[^\]]*\])')
+_INPUTS = re.compile("(rel_l1_thresh|start_percent|end_percent)=([0-9.e+-]+)")
 
 
 def write(request: Request) -> str:
     entry = request.entry
     family = FAMILIES.get(entry.transformer_class or "", "flux")  # unknown ones only with --force
-    chosen = setting(request, ENGINE, _sign_rule(family))
+    chosen = setting(request, _sign_rule(family))
     key = _model_type(entry, family)
+    start, end = _window(entry)
     inputs = {
         "model_type": f'"{key}"',
         "rel_l1_thresh": chosen.threshold,
-        "start_percent": _start(entry),
-        "end_percent": _end(entry),
+        "start_percent": start,
+        "end_percent": end,
     }
     notes = [*chosen.notes, "append to nodes.py, and add the key to the node's model_type list"]
     node = ", ".join(f"{name}={value}" for name, value in inputs.items())
@@ -45,24 +44,19 @@ def write(request: Request) -> str:
 
 
 def read(text: str) -> Carried:
-    key, coefficients = read_item(text, TABLE)
-    threshold = first = last = None
-    if match := _INPUTS.search(text):
-        threshold, first, last = (_float(part) for part in match.groups())
+    line = _LINE.search(text)
+    if line is None:
+        raise EngineError(f'no {TABLE}["..."] = [...]: expected it as the export writes it')
+    form = {name: literal(value) for name, value in _INPUTS.findall(text)}
+    form["coefficients"] = literal(line[2])
+    start, end = (value_of(form, f"{edge}_percent", float | None) for edge in ("start", "end"))
     return Carried(
-        coefficients={"transformer": number_list(coefficients, "coefficients")},
-        sign_rule=_sign_rule(key),
-        threshold=threshold,
-        start=first or None,
-        end=None if last is None else round(1.0 - last, 12) or None,
+        coefficients={"transformer": value_of(form, "coefficients", Numbers)},
+        sign_rule=_sign_rule(line[1]),
+        threshold=value_of(form, "rel_l1_thresh", float | None),
+        start=start or None,
+        end=None if end is None else round(1.0 - end, 12) or None,
     )
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise EngineError(f"node inputs: {text!r}, expected a number") from None
 
 
 def _sign_rule(model_type: str) -> str:
@@ -78,25 +72,15 @@ def _model_type(entry: Entry, family: str) -> str:
     return f"{family}_{name}{ret_mode}"
 
 
-def _start(entry: Entry) -> float:
-    """Share of the schedule from which the node may skip; the first step computes whatever it is."""
-    if entry.start is None or isinstance(entry.start, float):
-        return float(entry.start or 0)
-    return 0.0 if entry.start <= 1 else steps(entry, entry.start, 1) / _num_steps(entry)
-
-
-def _end(entry: Entry) -> float:
-    """Share of the schedule up to which the node may skip."""
-    if not entry.end or isinstance(entry.end, float):
-        return 1.0 - (entry.end or 0.0)
-    if entry.end == 1 and entry.protocol.num_steps is None:
-        return 1.0
-    return max(0.0, (_num_steps(entry) - entry.end - 1) / _num_steps(entry))
-
-
-def _num_steps(entry: Entry) -> int:
-    if entry.protocol.num_steps is None:
+def _window(entry: Entry) -> tuple[float, float]:
+    """Shares of the schedule between which the node may skip; the first step computes whatever they are."""
+    start, end, steps = entry.start or 0, entry.end or 0, entry.protocol.num_steps
+    if steps is None and any(isinstance(edge, int) and edge > 1 for edge in (start, end)):
         raise EngineError(
             f"{entry.label}: always computes a number of steps, but of how many is not known"
         )
-    return entry.protocol.num_steps
+    if isinstance(start, int):
+        start = start / steps if steps and start > 1 else 0.0
+    if isinstance(end, float):
+        return start, 1.0 - end
+    return start, max(0.0, (steps - end - 1) / steps) if steps and end else 1.0

@@ -4,54 +4,38 @@ One list of ratios for all guidance branches, index = step, interpolated to the 
 a threshold of its own kind; TeaCache's is not carried over. A plan is written as crafted ratios.
 """
 
-from coeffs.engines.plans import (
-    crafted,
-    is_crafted,
-    planned,
-    recorded_ratios,
-    runs,
-    schedule_of,
-    wants_plan,
-)
-from coeffs.engines.setting import Carried, Request, checked
-from coeffs.engines.text import cap, comment, number_list, read_calls
+from coeffs.engines.plans import mag_cache, read_ratios
+from coeffs.engines.setting import Carried, Request
+from coeffs.engines.text import Form, Numbers, comment, read_calls, value_of
+from coeffs.entry.fields import Steps
 
-ENGINE = "diffusers-magcache"
 SUFFIX = "_mag_cache"
 
 
 def write(request: Request) -> str:
-    if wants_plan(request):
-        plan, notes = planned(request, ENGINE)
-        longest = max(runs(plan.schedule, "S"))
-        settings = f"max_skip_steps={longest}, retention_ratio=0.0, "
-        return comment(notes) + _line("transformer", settings, crafted(plan))
-    entry = request.entry
-    _, notes = checked(request, ENGINE)
-    settings = "" if entry.max_skips is None else f"max_skip_steps={entry.max_skips}, "
+    form = mag_cache(request)
+    settings: Form = {} if form.cap is None else {"max_skip_steps": form.cap}
+    if form.crafted:
+        settings["retention_ratio"] = 0.0
     lines = []
-    for name in entry.experts:
-        branch, ratios = next(iter(recorded_ratios(entry, name).items()))
-        notes.append(f"{name}: the ratios of branch {branch}, used for every branch")
-        lines.append(_line(name, settings, list(ratios)))
-    notes.append(
-        "threshold and retention_ratio stay at diffusers' own defaults; TeaCache thresholds mean something else"
-    )
-    return comment(notes) + "".join(lines)
-
-
-def _line(expert: str, settings: str, ratios: list[float]) -> str:
-    arguments = f"num_inference_steps={len(ratios)}, {settings}mag_ratios={ratios}"
-    return f"{expert}{SUFFIX} = MagCacheConfig({arguments})\n"
+    for name, branches in form.experts.items():
+        branch, ratios = next(iter(branches.items()))
+        if not form.crafted:
+            form.notes.append(f"{name}: the ratios of branch {branch}, used for every branch")
+        arguments = {"num_inference_steps": len(ratios), **settings, "mag_ratios": list(ratios)}
+        words = ", ".join(f"{word}={value}" for word, value in arguments.items())
+        lines.append(f"{name}{SUFFIX} = MagCacheConfig({words})\n")
+    if not form.crafted:
+        form.notes.append(
+            "threshold and retention_ratio stay at diffusers' own defaults; TeaCache thresholds mean something else"
+        )
+    return comment(form.notes) + "".join(lines)
 
 
 def read(text: str) -> Carried:
-    ratios, caps = {}, set()
+    experts, caps = {}, set()
     for name, form in read_calls(text, "MagCacheConfig"):
         expert = (name or "transformer").removesuffix(SUFFIX)
-        ratios[expert] = {"pooled": number_list(form.get("mag_ratios"), "mag_ratios")}
-        caps.add(cap(form.get("max_skip_steps")))
-    first = next(iter(ratios.values()))["pooled"]
-    if len(ratios) == 1 and is_crafted(first):
-        return Carried(schedule=schedule_of(first))
-    return Carried(mag_ratios=ratios, max_skips=caps.pop() if len(caps) == 1 else None)
+        experts[expert] = {"pooled": value_of(form, "mag_ratios", Numbers)}
+        caps.add(value_of(form, "max_skip_steps", Steps | None))
+    return read_ratios(experts, caps.pop() if len(caps) == 1 else None)

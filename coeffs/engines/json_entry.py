@@ -6,7 +6,6 @@ from coeffs.engines.setting import Carried, Request
 from coeffs.engines.text import read_json
 from coeffs.entry.fields import plain
 from coeffs.entry.schema import from_plain
-from coeffs.errors import EngineError, EntryError
 
 
 def write(request: Request) -> str:
@@ -14,7 +13,4 @@ def write(request: Request) -> str:
 
 
 def read(text: str) -> Carried:
-    try:
-        return Carried(entry=from_plain(read_json(text, required={"schema", "model"})))
-    except EntryError as error:
-        raise EngineError(str(error)) from None
+    return Carried(entry=from_plain(read_json(text)))

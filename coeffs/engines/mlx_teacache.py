@@ -4,16 +4,15 @@ Exactly five coefficients, highest power first; negative predictions count as 0;
 and last steps always compute as given here. Coefficients of one's own are used without a fitted range.
 """
 
-from coeffs.engines.setting import Carried, Request, padded, setting, steps, stripped
-from coeffs.engines.text import comment, number, number_list, read_calls
+from coeffs.engines.setting import Carried, Request, padded, setting, steps
+from coeffs.engines.text import Numbers, call_text, read_calls, value_of
+from coeffs.entry.fields import Count
 from coeffs.errors import EngineError
-
-ENGINE = "mlx-teacache"
 
 
 def write(request: Request) -> str:
     entry = request.entry
-    chosen = setting(request, ENGINE)
+    chosen = setting(request)
     if chosen.threshold > 1:
         raise EngineError(f"threshold {chosen.threshold:g}: mlx-teacache takes at most 1")
     arguments = {
@@ -22,18 +21,16 @@ def write(request: Request) -> str:
         "skip_first_n_steps": steps(entry, entry.start, 1),
         "skip_last_n_steps": steps(entry, entry.end, 0),
     }
-    body = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
-    return f"{comment(chosen.notes)}apply_teacache(\n    model,\n{body})\n"
+    return call_text(chosen.notes, "apply_teacache", arguments, first="    model,\n")
 
 
 def read(text: str) -> Carried:
-    ((_, form), *_) = read_calls(text, "apply_teacache")
+    ((_, given), *_) = read_calls(text, "apply_teacache")
+    form = {"skip_first_n_steps": 1, "skip_last_n_steps": 1} | given
     return Carried(
-        coefficients={
-            "transformer": stripped(number_list(form.get("coefficients"), "coefficients"))
-        },
-        threshold=number(form.get("rel_l1_thresh"), "rel_l1_thresh"),
-        start=int(number(form.get("skip_first_n_steps", 1), "skip_first_n_steps")),
-        end=int(number(form.get("skip_last_n_steps", 1), "skip_last_n_steps")),
+        coefficients={"transformer": value_of(form, "coefficients", Numbers)},
+        threshold=value_of(form, "rel_l1_thresh"),
+        start=value_of(form, "skip_first_n_steps", Count),
+        end=value_of(form, "skip_last_n_steps", Count),
         sign_rule="clamp",
     )

@@ -1,6 +1,7 @@
 """What each engine's release caches and compares (``releases.yaml``), and what of an entry it would misread."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -58,16 +59,15 @@ def misfits(engine: str, entry: Entry) -> list[str]:
     release = releases()[engine]
     name = entry.transformer_class or "a class that the entry does not state"
     why = release.unsupported.get(entry.model) or release.unsupported.get(name)
+    problem = None
     if why:
-        return [
-            f"{entry.label} is for {name}, which {release.release} cannot cache: {why}{_instead(engine, name)}"
-        ]
-    if release.known and name not in release.known:
+        problem = f"which {release.release} cannot cache: {why}"
+    elif release.known and name not in release.known:
         known = ", ".join(release.known[:6]) + (", ..." if len(release.known) > 6 else "")
-        problem = f"{entry.label} is for {name}, {release.release} has code for {known} only"
-        return [problem + _instead(engine, name)]
-    problems = [_signal(engine, entry, release.signals.get(name)), _calls(entry, release)]
-    return [problem for problem in problems if problem]
+        problem = f"{release.release} has code for {known} only"
+    if problem:
+        return [f"{entry.label} is for {name}, {problem}{_instead(engine, name)}"]
+    return [*_signal(engine, entry, release.signals.get(name)), *_calls(entry, release)]
 
 
 def two_calls(entry: Entry) -> bool | None:
@@ -89,38 +89,35 @@ def projected(entry: Entry) -> bool:
 
 def _instead(engine: str, name: str) -> str:
     """Other forms of the same kind that take the class."""
-    kind = bool(releases()[engine].signals)
+    of_plans = plan_forms()
     others = [
         other
         for other, release in releases().items()
-        if other != engine and name in release.known and bool(release.signals) == kind
+        if other != engine and name in release.known and (other in of_plans) == (engine in of_plans)
     ]
     return f"; export it to {' or '.join(others)}" if others else ""
 
 
-def _signal(engine: str, entry: Entry, compared: str | None) -> str | None:
+def _signal(engine: str, entry: Entry, compared: str | None) -> Iterator[str]:
     # "other" names no signal: only the engine that published the set compares the same one.
     same = entry.signal == compared and (compared != "other" or entry.engine == engine)
     if compared is None or same or entry.signal == "none":
-        return None
-    said = f"{entry.label} was fitted on the {entry.signal}, {engine} compares "
+        return
+    said = f"the {compared} there: fit the run again with `calibrate fit RUN --signal {compared}`"
     if compared == "other":
-        return (
-            f"{said}a signal of its own for {entry.transformer_class}: take that engine's own set"
-        )
-    return f"{said}the {compared} there: fit the run again with `calibrate fit RUN --signal {compared}`"
+        said = f"a signal of its own for {entry.transformer_class}: take that engine's own set"
+    yield f"{entry.label} was fitted on the {entry.signal}, {engine} compares {said}"
 
 
-def _calls(entry: Entry, release: Release) -> str | None:
-    two = two_calls(entry)
+def _calls(entry: Entry, release: Release) -> Iterator[str]:
+    two, said = two_calls(entry), ""
     if release.calls == "one" and two:
         said = "keeps one state for both: run the branches in one batch"
     elif release.calls == "default" and entry.transformer_class not in release.asked:
         expected = entry.transformer_class in release.two_calls
-        if two in (None, expected):
-            return None
-        said = f"expects {'two' if expected else 'one'} for this class and has no setting for it"
-    else:
-        return None
-    calls = "two calls" if two else "one call"
-    return f"{entry.label} has {calls} of the denoiser a step, {release.release} {said}"
+        if two not in (None, expected):
+            number = "two" if expected else "one"
+            said = f"expects {number} for this class and has no setting for it"
+    if said:
+        calls = "two calls" if two else "one call"
+        yield f"{entry.label} has {calls} of the denoiser a step, {release.release} {said}"

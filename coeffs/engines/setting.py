@@ -13,13 +13,18 @@ FORCED = "WARNING, written with --force"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to export: an entry with the choices that it leaves open."""
+    """What to export, and to whom: an entry with the choices that it leaves open."""
 
     entry: Entry
+    engine: str
     threshold: float | None = None
     schedule: str | None = None
     release: str | None = None
     force: bool = False
+
+    @property
+    def facts(self) -> Release:
+        return releases()[self.engine]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class Setting:
 
     fits: dict[str, Candidate]
     threshold: float
-    notes: tuple[str, ...]
+    notes: list[str]
 
     @property
     def only(self) -> list[float]:
@@ -53,113 +58,111 @@ class Setting:
         return list(fit.coefficients_high_to_low)
 
 
-def checked(request: Request, engine: str) -> tuple[Release, list[str]]:
-    """The engine's release and the notes that open its form.
+def opening(request: Request) -> list[str]:
+    """The notes that open every form.
 
     Raises:
         EngineError: Another release was asked for than the table knows, or the engine would ignore,
             misread or crash on the entry and the request does not force it.
     """
-    release = releases()[engine]
-    if request.release not in (None, release.version):
+    entry, engine, facts = request.entry, request.engine, request.facts
+    if request.release not in (None, facts.version):
         raise EngineError(
-            f"release {str(request.release)[:40]!r} of {engine}: what it does is known for {release.version} only; "
-            f"leave --release out, and try the form there"
+            f"release {str(request.release)[:40]!r} of {engine}: what it does is known for {facts.version} only; "
+            "leave --release out, and try the form there"
         )
-    problems = misfits(engine, request.entry)
+    problems = misfits(engine, entry)
     if problems and not request.force:
         raise EngineError(problems[0])
-    notes = [described(request.entry), f"written for {release.release}"]
-    return release, notes + [f"{FORCED}: {problem}" for problem in problems]
+    return [
+        f"{entry.label} ({entry.origin}), teacal registry; fitted on: {entry.signal}, target: {entry.target}",
+        f"written for {facts.release}",
+        *(f"{FORCED}: {problem}" for problem in problems),
+    ]
 
 
-def described(entry: Entry) -> str:
-    """One line for a comment: which entry, from where, fitted on which signal."""
-    origin = f"copied from {entry.copied_from}" if entry.status == "copied" else entry.status
-    return f"{entry.label} ({origin}), teacal registry; fitted on: {entry.signal}, target: {entry.target}"
-
-
-def setting(request: Request, engine: str, sign_rule: str | None = None) -> Setting:
+def setting(request: Request, sign_rule: str | None = None) -> Setting:
     """The polynomials and the threshold for an engine, or a refusal that says what would have to change.
 
     Args:
         sign_rule: What the engine makes of a negative prediction, where the release has no one rule.
     """
-    entry = request.entry
-    release, notes = checked(request, engine)
+    entry, engine, facts = request.entry, request.engine, request.facts
+    notes = opening(request)
     if not any(expert.branches for expert in entry.experts.values()):
         raise EngineError(
             f"{entry.label} has no coefficients: export its ratios or plans to {' or '.join(plan_forms())}"
         )
-    rule = sign_rule or release.sign_rule or entry.sign_rule
-    if len(entry.experts) > release.experts:
+    if len(entry.experts) > facts.experts:
         raise EngineError(
             f"{entry.label} has polynomials for {' and '.join(entry.experts)}, {engine} has one slot: use "
             "tensorrt-llm, which has two"
         )
     fits = {}
-    for name in entry.experts:
-        fit, said = _fit(entry, name, release, engine)
-        _check_sign(entry, fit, rule, engine)
-        fits[name] = fit
-        notes += [*said, *_shape_notes(fit)]
-    threshold, said = chosen_threshold(entry, request.threshold)
-    return Setting(fits=fits, threshold=threshold, notes=(*notes, *said))
+    for name, expert in entry.experts.items():
+        if len(expert.branches) > 1:
+            names = ", ".join(expert.branches)
+            used = expert.recommended
+            notes.append(f"{name}: one slot for {names}; this is {used}, the recommended one")
+        fit = fits[name] = _fit(request, name, notes)
+        _check_sign(request, fit, sign_rule or facts.sign_rule or entry.sign_rule)
+        if fit.domain is None:
+            notes.append("the fitted domain was never published: predictions are not bounded")
+            continue
+        low, high = fit.domain
+        notes.append(
+            f"fitted on x from {low:g} to {high:g}; the engine knows no domain and extrapolates outside"
+        )
+        for left, right in falling_ranges(fit.polynomial(), fit.domain)[:1]:
+            notes.append(f"falls with x from {left:.3g} to {right:.3g}")
+    return Setting(fits=fits, threshold=_threshold(request, notes), notes=notes)
 
 
-def chosen_threshold(entry: Entry, wanted: float | None) -> tuple[float, list[str]]:
-    """The threshold that travels with the coefficients, and a remark when it is not one of the entry's."""
-    known = list(dict.fromkeys(row.threshold for row in entry.thresholds))
+def _threshold(request: Request, notes: list[str]) -> float:
+    """The threshold that travels with the coefficients; one that is not the entry's is noted."""
+    label, wanted = request.entry.label, request.threshold
+    known = list(dict.fromkeys(row.threshold for row in request.entry.thresholds))
     if wanted is None:
         if len(known) == 1:
-            return known[0], []
+            return known[0]
         numbers = ", ".join(f"{value:g}" for value in known)
         said = f"has thresholds {numbers}" if known else "has no threshold"
         raise EngineError(
-            f"{entry.label} {said}: choose with --threshold; coefficients mean nothing without one"
+            f"{label} {said}: choose with --threshold; coefficients mean nothing without one"
         )
-    if not (math.isfinite(wanted) and wanted > 0):
+    if not 0 < wanted < math.inf:
         raise EngineError(f"threshold {wanted}: expected a number above 0")
     for value in known:
         if f"{value:.4g}" == f"{wanted:.4g}":  # `calibrate show` prints four digits
-            return value, []
-    unknown = [f"threshold {wanted:g} is not one that the entry reports on"]
-    return wanted, unknown
+            return value
+    notes.append(f"threshold {wanted:g} is not one that the entry reports on")
+    return wanted
 
 
-def _fit(entry: Entry, expert: str, release: Release, engine: str) -> tuple[Candidate, list[str]]:
+def _fit(request: Request, expert: str, notes: list[str]) -> Candidate:
+    """The recommended fit, or the entry's best alternative of a degree that the engine takes."""
+    entry, engine, facts = request.entry, request.engine, request.facts
     fit = entry.fit(expert)
-    branches = entry.experts[expert].branches
-    highest = (release.exactly or release.at_most) - 1
-    said = []
-    if len(branches) > 1:
-        used = entry.experts[expert].recommended
-        names = ", ".join(branches)
-        said.append(f"{expert}: one slot for {names}; this is {used}, the recommended one")
-    if _degree(fit) <= highest:
-        return fit, said
-    lower = [other for other in fit.alternatives if _degree(other) <= highest]
+    highest = (facts.exactly or facts.at_most) - 1
+    if fit.degree <= highest:
+        return fit
+    lower = [other for other in fit.alternatives if other.degree <= highest]
     if not lower:
         raise EngineError(
             f"{entry.label}: degree {fit.degree}, {engine} takes at most {highest}: fit the run again with "
             f"`calibrate fit RUN --degree {highest}`"
         )
-    best = max(lower, key=_degree)
-    replaced = (
-        f"the entry's alternative of degree {best.degree}, since degree {fit.degree} is too much"
+    best = max(lower, key=lambda other: other.degree)
+    notes.append(
+        f"{expert}: the entry's alternative of degree {best.degree}, since degree {fit.degree} is too much"
     )
-    return best, [*said, f"{expert}: {replaced}"]
+    return best
 
 
-def _degree(fit: Candidate) -> int:
-    return len(fit.coefficients_high_to_low) - 1
-
-
-def _check_sign(entry: Entry, fit: Candidate, rule: str, engine: str) -> None:
-    if rule == entry.sign_rule:
-        return
+def _check_sign(request: Request, fit: Candidate, rule: str) -> None:
+    entry = request.entry
     negative = negative_ranges(fit.polynomial(), fit.domain or UNKNOWN_DOMAIN)
-    if not negative:
+    if rule == entry.sign_rule or not negative:
         return
     where = "on its domain" if fit.domain else "in 0 to 0.5 (its domain was never published)"
     first = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in negative[:2])
@@ -167,24 +170,12 @@ def _check_sign(entry: Entry, fit: Candidate, rule: str, engine: str) -> None:
     if entry.status == "measured":
         again = "fit it again with `calibrate fit RUN --constrained`"
     raise EngineError(
-        f"{entry.label} is negative {where} (x {first}): {engine} reads that as {rule}, the entry as "
+        f"{entry.label} is negative {where} (x {first}): {request.engine} reads that as {rule}, the entry as "
         f"{entry.sign_rule}; {again}"
     )
 
 
-def _shape_notes(fit: Candidate) -> list[str]:
-    if fit.domain is None:
-        return ["the fitted domain was never published: predictions are not bounded"]
-    low, high = fit.domain
-    notes = [
-        f"fitted on x from {low:g} to {high:g}; the engine knows no domain and extrapolates outside"
-    ]
-    if falling := falling_ranges(fit.polynomial(), fit.domain):
-        notes.append(f"falls with x from {falling[0][0]:.3g} to {falling[0][1]:.3g}")
-    return notes
-
-
-def window(entry: Entry, engine: str, modes: list[str] | None = None) -> tuple[str, list[str]]:
+def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[str]]:
     """The engine's mode whose always-computed first and last steps suit the entry, and a remark where they differ.
 
     A mode that computes at least the entry's steps is taken, or else one that lacks a single step at either end.
@@ -192,19 +183,18 @@ def window(entry: Entry, engine: str, modes: list[str] | None = None) -> tuple[s
     Args:
         modes: The modes that may be taken, where the signal leaves no choice; all of the release's otherwise.
     """
-    known = releases()[engine].windows
+    entry, known = request.entry, request.facts.windows
     known = {name: known[name] for name in modes or known}
-    wanted = (steps(entry, entry.start, 1), steps(entry, entry.end, 0))
+    start, end = wanted = (steps(entry, entry.start, 1), steps(entry, entry.end, 0))
     for slack in (0, 1):
         for name, (first, last) in known.items():
-            if wanted[0] <= first + slack and wanted[1] <= last + slack:
-                entrys = f"(entry: {wanted[0]} and {wanted[1]})"
-                said = f"always computed: first {first} and last {last} steps {entrys}"
+            if start <= first + slack and end <= last + slack:
+                said = f"always computed: first {first} and last {last} steps (entry: {start} and {end})"
                 return name, [] if (first, last) == wanted else [said]
     choices = " or ".join(f"{first} and {last}" for first, last in known.values())
     raise EngineError(
-        f"{entry.label} computes the first {wanted[0]} and the last {wanted[1]} steps, "
-        f"{engine} only {choices}: change start and end of a copy of the entry"
+        f"{entry.label} computes the first {start} and the last {end} steps, "
+        f"{request.engine} only {choices}: change start and end of a copy of the entry"
     )
 
 
@@ -228,7 +218,6 @@ def padded(coefficients: list[float], count: int) -> list[float]:
 
 def stripped(coefficients: tuple[float, ...]) -> tuple[float, ...]:
     """Without leading zeros, so that padded and unpadded lists compare equal."""
-    first = 0
-    while first < len(coefficients) - 1 and coefficients[first] == 0:
-        first += 1
-    return tuple(coefficients[first:])
+    while len(coefficients) > 1 and coefficients[0] == 0:
+        coefficients = coefficients[1:]
+    return coefficients

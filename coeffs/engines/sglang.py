@@ -7,64 +7,42 @@ embedding.
 
 from coeffs.engines.releases import projected
 from coeffs.engines.setting import Carried, Request, setting
-from coeffs.engines.text import comment, number, number_list, read_calls
+from coeffs.engines.text import Numbers, call_text, read_calls, value_of
 from coeffs.errors import EngineError
-
-ENGINE = "sglang"
 
 
 def write(request: Request) -> str:
     entry = request.entry
-    chosen = setting(request, ENGINE)
+    chosen = setting(request)
     notes = [*chosen.notes, "takes effect with enable_teacache=True beside it"]
+    # The index after which every step computes: counted from the end, or the whole schedule for 0.
+    end = entry.end or 0
     arguments = {
         "teacache_thresh": chosen.threshold,
         "start_skipping": 1 if entry.start is None else entry.start,
-        "end_skipping": _end_skipping(entry.end),
+        "end_skipping": -end if end and isinstance(end, int) else 1.0 - end,
         "use_ret_steps": projected(entry),
         "coefficients": chosen.only,
     }
-    body = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
-    return f"{comment(notes)}TeaCacheParams(\n{body})\n"
-
-
-def _end_skipping(end: int | float | None) -> int | float:
-    """Index after which every step computes: counted from the end, or the whole schedule for 0."""
-    if isinstance(end, float):
-        return 1.0 - end
-    return -end if end else 1.0
+    return call_text(notes, "TeaCacheParams", arguments)
 
 
 def read(text: str) -> Carried:
-    ((_, form), *others) = read_calls(text, "TeaCacheParams")
+    ((_, given), *others) = read_calls(text, "TeaCacheParams")
     if others:
         raise EngineError(f"{len(others) + 1} calls of TeaCacheParams: expected one")
-    signal = None if form.get("use_ret_steps") is None else "time_embedding"
+    form = {"start_skipping": 5, "end_skipping": -1} | given
+    start, end = (value_of(form, key, int | float) for key in ("start_skipping", "end_skipping"))
+    if start < 0 or (isinstance(end, int) and end >= 0):
+        raise EngineError(
+            f"start_skipping {start}, end_skipping {end}: expected the start counted from the start and the end "
+            "from the end, e.g. 5 and -1"
+        )
     return Carried(
-        coefficients={"transformer": number_list(form.get("coefficients"), "coefficients")},
-        threshold=number(form.get("teacache_thresh"), "teacache_thresh"),
-        start=_start(form.get("start_skipping", 5)),
-        end=_end(form.get("end_skipping", -1)),
+        coefficients={"transformer": value_of(form, "coefficients", Numbers)},
+        threshold=value_of(form, "teacache_thresh"),
+        start=start,
+        end=-end if isinstance(end, int) else round(max(0.0, 1.0 - end), 12) or 0,
         sign_rule="signed",
-        signal=signal,
+        signal=None if form.get("use_ret_steps") is None else "time_embedding",
     )
-
-
-def _start(given: object) -> int | float:
-    value = number(given, "start_skipping")
-    if value < 0:
-        raise EngineError(
-            f"start_skipping {value}: counted from the end, expected it from the start"
-        )
-    return value if isinstance(given, float) else int(value)
-
-
-def _end(given: object) -> int | float:
-    value = number(given, "end_skipping")
-    if isinstance(given, float):
-        return round(1.0 - value, 12) if value < 1 else 0
-    if value >= 0:
-        raise EngineError(
-            f"end_skipping {value:g}: an index from the start; expected it from the end, e.g. -1"
-        )
-    return -int(value)

@@ -7,7 +7,7 @@ without it the first and the last compute; for Wan it also selects the projected
 
 from coeffs.engines.releases import projected, releases
 from coeffs.engines.setting import Carried, Request, setting, window
-from coeffs.engines.text import comment, number, number_list, read_section, yaml_text
+from coeffs.engines.text import Form, Numbers, read_section, value_of, yaml_text
 from coeffs.errors import EngineError
 
 ENGINE = "tensorrt-llm"
@@ -17,34 +17,28 @@ KEYS = {"transformer": "coefficients", "transformer_2": "coefficients_2"}
 
 def write(request: Request) -> str:
     entry = request.entry
-    chosen = setting(request, ENGINE)
+    chosen = setting(request)
     if unknown := set(chosen.fits) - set(KEYS):
         raise EngineError(
             f"{entry.label}: expert {', '.join(sorted(unknown))}, tensorrt-llm knows {', '.join(KEYS)}"
         )
     of_signal = "true" if projected(entry) else "false"
-    mode, said = window(entry, ENGINE, [of_signal] if entry.transformer_class == WAN else None)
-    form: dict[str, object] = {
+    mode, said = window(request, [of_signal] if entry.transformer_class == WAN else None)
+    form: Form = {
         "cache_backend": "teacache",
         "teacache_thresh": chosen.threshold,
         "use_ret_steps": mode == "true",
     }
     for name, fit in chosen.fits.items():
         form[KEYS[name]] = list(fit.coefficients_high_to_low)
-    return comment([*chosen.notes, *said]) + yaml_text({"cache_config": form})
+    return yaml_text([*chosen.notes, *said], "cache_config", form)
 
 
 def read(text: str) -> Carried:
-    form = read_section(text, "cache_config", releases()[ENGINE].keys)
+    form = read_section(text, "cache_config", ENGINE)
     if form.get("cache_backend") != "teacache":
         raise EngineError("cache_config: expected cache_backend: teacache")
     start, end = releases()[ENGINE].windows["true" if form.get("use_ret_steps") else "false"]
-    return Carried(
-        coefficients={
-            name: number_list(form[key], key) for name, key in KEYS.items() if key in form
-        },
-        threshold=number(form.get("teacache_thresh"), "teacache_thresh"),
-        start=start,
-        end=end,
-        sign_rule="abs",
-    )
+    lists = {name: value_of(form, key, Numbers) for name, key in KEYS.items() if key in form}
+    threshold = value_of(form, "teacache_thresh")
+    return Carried(coefficients=lists, threshold=threshold, start=start, end=end, sign_rule="abs")

@@ -2,13 +2,18 @@
 
 import ast
 import json
-import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from coeffs.engines.releases import releases
 from coeffs.entry import strict_yaml
+from coeffs.entry.fields import checked
 from coeffs.errors import EngineError, EntryError
+
+Form = dict[str, Any]
+Numbers = tuple[float, ...]
 
 # --- writing ----------------------------------------------------------------------------------------
 
@@ -17,11 +22,23 @@ def comment(notes: Iterable[str]) -> str:
     return "".join(f"# {note}\n" for note in notes)
 
 
-def yaml_text(section: dict[str, Any]) -> str:
-    """Nested mappings in blocks, lists in one line; floats as YAML 1.1 reads them."""
+def json_text(notes: Iterable[str], form: Form, indent: int | None = None) -> str:
+    """A JSON object; the notes travel inside, under a key that the engine sets aside."""
+    return json.dumps({"_comment": "; ".join(notes), **form}, indent=indent) + "\n"
+
+
+def yaml_text(notes: Iterable[str], section: str, form: Form) -> str:
+    """One section in a block, lists in one line; floats as YAML 1.1 reads them."""
     import yaml  # here, so that `import coeffs` stays cheap
 
-    return yaml.safe_dump(section, sort_keys=False, default_flow_style=None, width=10_000)
+    text = yaml.safe_dump({section: form}, sort_keys=False, default_flow_style=None, width=10_000)
+    return f"{comment(notes)}{text}"
+
+
+def call_text(notes: Iterable[str], function: str, arguments: Form, first: str = "") -> str:
+    """A Python call, an argument a line."""
+    body = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+    return f"{comment(notes)}{function}(\n{first}{body})\n"
 
 
 def command_line(notes: Iterable[str], arguments: dict[str, str]) -> str:
@@ -33,133 +50,88 @@ def command_line(notes: Iterable[str], arguments: dict[str, str]) -> str:
 # --- reading ----------------------------------------------------------------------------------------
 
 
-def read_json(
-    text: str, *, required: set[str], known: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """A JSON object with these keys; ``known`` refuses any other."""
-    _check_size(text)
-    try:
-        form = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"not JSON: {' '.join(str(error).split())}") from None
-    return _checked(form, required, known)
+def read_json(text: str, engine: str | None = None) -> Form:
+    """A JSON object; with ``engine`` one that holds only what that engine's configuration may hold."""
+    with _reading("JSON", text):
+        form = json.loads(text, object_pairs_hook=_unique)
+    return _checked(form, engine)
 
 
-def read_section(text: str, section: str, known: Sequence[str] | None = None) -> dict[str, Any]:
-    """The mapping under one key of a YAML document, read strictly; ``known`` refuses any other key in it."""
-    try:
+def read_section(text: str, section: str, engine: str | None = None) -> Form:
+    """The mapping under one key of a YAML document, read strictly."""
+    with _reading("the engine's form", text):
         form = strict_yaml.parse(text)
-    except EntryError as error:
-        raise EngineError(str(error)) from None
-    return _checked(_checked(form, {section}, None)[section], set(), known)
+    return _checked(_checked(form).get(section), engine)
 
 
-def read_option(text: str, name: str) -> str:
-    """What follows ``name`` on a command line, as ``command_line`` writes it."""
-    _check_size(text)
-    try:
+def read_option(text: str, name: str, engine: str) -> Form:
+    """The JSON object that follows ``name`` on a command line, as ``command_line`` writes it."""
+    with _reading("a command line", text):
         words = shlex.split(text, comments=True)
-    except ValueError as error:
-        raise EngineError(f"not a command line: {error}") from None
     if name not in words[:-1]:
         raise EngineError(f"no {name}: expected {name} '...', as the export writes it")
-    return words[words.index(name) + 1]
+    return read_json(words[words.index(name) + 1], engine)
 
 
-def read_calls(text: str, name: str) -> list[tuple[str | None, dict[str, Any]]]:
+def read_calls(text: str, name: str) -> list[tuple[str | None, Form]]:
     """Every call of ``name`` in Python text: the variable it is assigned to, and its keyword arguments as literals."""
-    calls: list[tuple[str | None, dict[str, Any]]] = []
-    for node in ast.walk(_parsed(text)):
-        if not isinstance(node, ast.Assign | ast.Expr) or not isinstance(node.value, ast.Call):
-            continue
-        function = node.value.func
-        if not isinstance(function, ast.Name) or function.id != name:
-            continue
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        variable = target.id if isinstance(target, ast.Name) else None
-        calls.append((variable, _arguments(node.value)))
+    with _reading("Python", text):
+        nodes = list(ast.walk(ast.parse(text)))
+    assigned = {node.value: node.targets[0] for node in nodes if isinstance(node, ast.Assign)}
+    calls = []
+    for node in nodes:
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
+            words = {word.arg: literal(word.value) for word in node.keywords if word.arg}
+            calls.append((getattr(assigned.get(node), "id", None), words))
     if not calls:
         raise EngineError(f"no call of {name}: expected {name}(...), as the export writes it")
     return calls
 
 
-def read_item(text: str, name: str) -> tuple[str, Any]:
-    """The key and the literal of ``name["key"] = literal`` in Python text."""
-    for node in ast.walk(_parsed(text)):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
-            target = node.targets[0]
-            if isinstance(target.value, ast.Name) and target.value.id == name:
-                return str(_literal(target.slice)), _literal(node.value)
-    raise EngineError(f'no assignment: expected {name}["..."] = [...], as the export writes it')
-
-
-def number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise EngineError(f"{what}: {str(value)[:60]!r}, expected a finite number")
-    return float(value)
-
-
-def number_list(value: object, what: str) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 10_000:
-        raise EngineError(f"{what}: {str(value)[:60]!r}, expected a list of numbers")
-    return tuple(number(item, what) for item in value)
-
-
-def cap(value: object) -> int | None:
-    """A longest run of skips."""
-    if value is not None and type(value) is not int:
-        raise EngineError(f"longest run of skips {str(value)[:40]!r}: expected a whole number")
-    return value
-
-
-def _check_size(text: str) -> None:
-    if len(text) > strict_yaml.MAX_BYTES:
-        raise EngineError(
-            f"more than {strict_yaml.MAX_BYTES} characters: expected one engine's setting"
-        )
-
-
-def _parsed(text: str) -> ast.AST:
-    _check_size(text)
+def literal(value: ast.expr | str) -> Any:
     try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise EngineError(f"not Python: {' '.join(str(error).split())}") from None
-
-
-def _arguments(call: ast.Call) -> dict[str, Any]:
-    return {
-        keyword.arg: _literal(keyword.value) for keyword in call.keywords if keyword.arg is not None
-    }
-
-
-def _literal(node: ast.AST) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError):
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise EngineError(
             "an expression where a plain value was expected: write numbers out"
         ) from None
 
 
-def _checked(form: Any, required: set[str], known: Sequence[str] | None) -> dict[str, Any]:
+def value_of(form: Form, key: str, kind: Any = float) -> Any:
+    """What a form says under a key, checked like a field of an entry with the annotation ``kind``."""
+    try:
+        value = checked(kind, form.get(key))
+    except EntryError as error:
+        raise EngineError(f"{key}: {error}") from None
+    if value == ():
+        raise EngineError(f"{key}: an empty list, expected numbers")
+    return value
+
+
+@contextmanager
+def _reading(form: str, text: str) -> Iterator[None]:
+    """Turns whatever a parser raises into one line."""
+    if len(text) > strict_yaml.MAX_BYTES:
+        most = strict_yaml.MAX_BYTES
+        raise EngineError(f"more than {most} characters: expected one engine's setting")
+    try:
+        yield
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise EngineError(f"not {form}: {' '.join(str(error).split())}") from None
+
+
+def _checked(form: Any, engine: str | None = None) -> Form:
     if not isinstance(form, dict):
-        names = sorted(required) or known or ["keys"]
-        raise EngineError(f"expected an object with {', '.join(names)}")
-    if missing := required - set(form):
-        raise EngineError(f"missing {', '.join(sorted(missing))}")
-    if known is not None and (unknown := set(form) - set(known)):
+        raise EngineError(f"{str(form)[:40]!r}: expected an object with the engine's keys")
+    known = set(releases()[engine].keys) if engine else set(form)
+    if unknown := set(form) - known:
         names = ", ".join(sorted(map(str, unknown)))[:200]
         raise EngineError(f"unknown {names}: expected {', '.join(sorted(known))}")
     return form
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Form:
     form = dict(pairs)
     if len(form) != len(pairs):
         raise ValueError("a key appears twice")
     return form
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a finite number")

@@ -4,31 +4,21 @@ Exactly five coefficients, highest power first; the predicted change is taken ab
 Keys it does not know are kept aside, so that the comment can travel inside the object.
 """
 
-import json
-
-from coeffs.engines.releases import releases
-from coeffs.engines.setting import Carried, Request, padded, setting, stripped, window
-from coeffs.engines.text import number, number_list, read_json
-
-ENGINE = "vllm-omni"
+from coeffs.engines.setting import Carried, Request, padded, setting, window
+from coeffs.engines.text import Numbers, json_text, read_json, value_of
 
 
 def write(request: Request) -> str:
-    chosen = setting(request, ENGINE)
-    _, said = window(request.entry, ENGINE)
-    form = {
-        "_comment": "; ".join([*chosen.notes, *said]),
-        "rel_l1_thresh": chosen.threshold,
-        "coefficients": padded(chosen.only, 5),
-    }
-    return json.dumps(form) + "\n"
+    chosen = setting(request)
+    _, said = window(request)
+    form = {"rel_l1_thresh": chosen.threshold, "coefficients": padded(chosen.only, 5)}
+    return json_text([*chosen.notes, *said], form)
 
 
 def read(text: str) -> Carried:
-    form = read_json(text, required={"coefficients"}, known=releases()[ENGINE].keys)
-    threshold = form.get("rel_l1_thresh")
+    form = read_json(text, "vllm-omni")
     return Carried(
-        coefficients={"transformer": stripped(number_list(form["coefficients"], "coefficients"))},
-        threshold=None if threshold is None else number(threshold, "rel_l1_thresh"),
+        coefficients={"transformer": value_of(form, "coefficients", Numbers)},
+        threshold=value_of(form, "rel_l1_thresh", float | None),
         sign_rule="abs",
     )

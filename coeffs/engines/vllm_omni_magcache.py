@@ -4,51 +4,29 @@ One list of ratios, index = step; every call of the denoiser counts as a step. A
 retention ratio must lie above 0, so it is set below half a step.
 """
 
-import json
+from coeffs.engines.plans import mag_cache, read_ratios
+from coeffs.engines.setting import Carried, Request
+from coeffs.engines.text import Form, Numbers, json_text, read_json, value_of
+from coeffs.entry.fields import Steps
 
-from coeffs.engines.plans import (
-    crafted,
-    is_crafted,
-    planned,
-    recorded_ratios,
-    runs,
-    schedule_of,
-    wants_plan,
-)
-from coeffs.engines.releases import releases
-from coeffs.engines.setting import Carried, Request, checked
-from coeffs.engines.text import cap, number_list, read_json
-
-ENGINE = "vllm-omni-magcache"
 NO_RETENTION = 1e-6  # of the steps: rounds to none for any number of steps below 500,000
 
 
 def write(request: Request) -> str:
-    form: dict[str, object] = {}
-    if wants_plan(request):
-        plan, notes = planned(request, ENGINE)
-        ratios = crafted(plan)
-        form["mag_max_skip_steps"] = max(runs(plan.schedule, "S"))
-        form["mag_retention_ratio"] = NO_RETENTION
+    form = mag_cache(request)
+    branch, ratios = next(iter(form.only.items()))
+    settings: Form = {} if form.cap is None else {"mag_max_skip_steps": form.cap}
+    if form.crafted:
+        settings["mag_retention_ratio"] = NO_RETENTION
     else:
-        _, notes = checked(request, ENGINE)
-        branch, recorded = next(iter(recorded_ratios(request.entry, "transformer").items()))
-        ratios = list(recorded)
-        notes.append(
+        form.notes.append(
             f"the ratios of branch {branch}; threshold and retention stay at vLLM-Omni's defaults"
         )
-        if request.entry.max_skips is not None:
-            form["mag_max_skip_steps"] = request.entry.max_skips
-    form |= {"mag_ratios": ratios, "num_inference_steps": len(ratios)}
-    return json.dumps({"_comment": "; ".join(notes), **form}) + "\n"
+    settings |= {"mag_ratios": ratios, "num_inference_steps": len(ratios)}
+    return json_text(form.notes, settings)
 
 
 def read(text: str) -> Carried:
-    form = read_json(text, required={"mag_ratios"}, known=releases()[ENGINE].keys)
-    ratios = number_list(form["mag_ratios"], "mag_ratios")
-    if is_crafted(ratios):
-        return Carried(schedule=schedule_of(ratios))
-    return Carried(
-        mag_ratios={"transformer": {"pooled": ratios}},
-        max_skips=cap(form.get("mag_max_skip_steps")),
-    )
+    form = read_json(text, "vllm-omni-magcache")
+    ratios = {"transformer": {"pooled": value_of(form, "mag_ratios", Numbers)}}
+    return read_ratios(ratios, value_of(form, "mag_max_skip_steps", Steps | None))

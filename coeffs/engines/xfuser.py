@@ -5,23 +5,21 @@ It overrides the model's preset, whose own policy of masks is switched off. Tayl
 
 import json
 
-from coeffs.engines.plans import letters, mask, planned, taylor_order
-from coeffs.engines.releases import releases, two_calls
+from coeffs.engines.plans import ONE_BLOCK, planned, read_mask
+from coeffs.engines.releases import two_calls
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import command_line, read_json, read_option
+from coeffs.engines.text import Form, command_line, read_option
 
-ENGINE = "xfuser"
 OPTION = "--cache_config"
 
 
 def write(request: Request) -> str:
-    plan, notes = planned(request, ENGINE)
-    form: dict[str, object] = {
-        "Fn_compute_blocks": 1,
-        "Bn_compute_blocks": 0,
+    plan = planned(request)
+    form: Form = {
+        **ONE_BLOCK,
         "scm_policy": None,
-        "enable_taylorseer": taylor_order(plan, releases()[ENGINE]) > 0,
-        "steps_computation_mask": mask(plan),
+        "enable_taylorseer": plan.order > 0,
+        "steps_computation_mask": plan.mask,
         "steps_computation_policy": "static",
     }
     separate = two_calls(request.entry)
@@ -32,13 +30,8 @@ def write(request: Request) -> str:
         "--cache_method": "dbcache",
         OPTION: json.dumps(form),
     }
-    return command_line(notes, options)
+    return command_line(plan.notes, options)
 
 
 def read(text: str) -> Carried:
-    form = read_json(
-        read_option(text, OPTION),
-        required={"steps_computation_mask"},
-        known=releases()[ENGINE].keys,
-    )
-    return Carried(schedule=letters(form["steps_computation_mask"], "steps_computation_mask"))
+    return read_mask(read_option(text, OPTION, "xfuser"))
