@@ -1,7 +1,6 @@
 """Which fit of each branch is recommended, and which branch an engine with a single slot gets, with the reasons."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 
@@ -11,7 +10,7 @@ from calibrate.fitting.held_out import (
     figures,
     held_out,
     learning_curve,
-    polynomial_predictor,
+    refit,
     rival_figures,
     rmse,
 )
@@ -32,26 +31,28 @@ class BranchFit:
 
     Attributes:
         pairs: The fitted pairs, columns x and y as the signal and target chosen.
-        chosen: The recommended fit.
-        other: The one that was not; None where both are the same.
+        results: The recommended fit, then the other one where it differs.
         figures: By method, see :func:`calibrate.fitting.held_out.figures` and
             :func:`~calibrate.fitting.held_out.rival_figures`.
-        resampled: ``chosen`` refitted on resampled prompts; None with fewer than three prompts.
+        resampled: The recommended fit on resampled prompts; None with fewer than three prompts.
         enough: Prompts after which held-out error stops falling; None where more would help.
-        why: Why ``chosen`` was.
+        why: Why the recommended fit is.
         excluded: Recorded rows left out as non-finite.
     """
 
     expert: str
     branch: str
     pairs: pd.DataFrame
-    chosen: FitResult
-    other: FitResult | None
+    results: list[FitResult]
     figures: dict[str, Figures]
     resampled: Bootstrap | None
     enough: int | None
     why: str
     excluded: int
+
+    @property
+    def chosen(self) -> FitResult:
+        return self.results[0]
 
     @property
     def chosen_figures(self) -> Figures:
@@ -79,8 +80,12 @@ def fit_branches(
                     f"{expert}/{branch}: no finite pairs of {signal} and {target}, which this model or log lacks; "
                     "choose another --signal or --target"
                 )
+            results, known, why = _fits(pairs, degree, method)
+            _, enough = learning_curve(pairs, degree, results[0].method)
+            resampled = bootstrap(pairs, results[0])
             excluded = int(recorded.get(branch, recorded.sum())) - len(pairs)
-            fits.append(_fit_branch(expert, branch, pairs, degree, method, excluded))
+            more = resampled, enough, why, excluded
+            fits.append(BranchFit(expert, branch, pairs, results, known, *more))
     return fits
 
 
@@ -93,16 +98,14 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     if not others:
         return main, None
     pooled, losses = own["pooled"], {}
-    degree, method = pooled.chosen.degree, pooled.chosen.method
-    refit = partial(polynomial_predictor, degree=degree, method=method)
-    unseen = held_out(pooled.pairs, refit)
+    unseen = held_out(pooled.pairs, refit(pooled.chosen))
     for branch in (main, *others[:-1]):
         error = own[branch].chosen_figures["rmse_held_out"]
         if unseen is None or error is None:
             return "pooled", None
         rows = (pooled.pairs["branch"] == branch).to_numpy()
-        loss = rmse(pooled.pairs["y"].to_numpy()[rows], unseen[rows]) / max(error, TINY)
-        losses[branch] = loss - 1
+        error_pooled = rmse(pooled.pairs["y"][rows], unseen[rows])
+        losses[branch] = error_pooled / max(error, TINY) - 1
     if max(losses.values()) <= POOLING_LOSS:
         return "pooled", None
     recommended = main if losses[main] > POOLING_LOSS else "pooled"
@@ -113,29 +116,23 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     )
 
 
-def _fit_branch(
-    expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
-) -> BranchFit:
-    fits = {name: fit_polynomial(pairs["x"], pairs["y"], degree, name) for name in METHODS[1:]}
-    free, shaped = fits.values()
-    same = free.coefficients_high_to_low == shaped.coefficients_high_to_low
-    if same:
-        del fits["polyfit" if method == "constrained" else "constrained"]
-    rivals = rival_figures(pairs)
-    of_method = {name: figures(pairs, result) | rivals for name, result in fits.items()}
-    name, why = method, "chosen by hand"
-    if same:
-        (name,) = fits
-        why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
-    elif method == "auto":
-        name, why = _choose(free, of_method)
-    chosen = fits.pop(name)
-    other = next(iter(fits.values()), None)
-    _, enough = learning_curve(pairs, chosen.degree, chosen.method)
-    resampled = bootstrap(pairs, chosen)
-    return BranchFit(
-        expert, branch, pairs, chosen, other, of_method, resampled, enough, why, excluded
+def _fits(
+    pairs: pd.DataFrame, degree: int, method: str
+) -> tuple[list[FitResult], dict[str, Figures], str]:
+    """The recommended fit and the other, their figures by method, and why."""
+    plain, shaped = (
+        fit_polynomial(pairs["x"], pairs["y"], degree, name) for name in ("polyfit", "constrained")
     )
+    results, why = [plain, shaped], "chosen by hand"
+    if plain.coefficients_high_to_low == shaped.coefficients_high_to_low:
+        results = [shaped if method == "constrained" else plain]
+        why = "non-negative and non-decreasing on its domain, so that all sign rules agree"
+    rivals = rival_figures(pairs)
+    known = {result.method: figures(pairs, result) | rivals for result in results}
+    if method == "auto" and len(results) > 1:
+        method, why = _choose(plain, known)
+    results.sort(key=lambda result: result.method != method)
+    return results, known, why
 
 
 def _choose(plain: FitResult, of_method: dict[str, Figures]) -> tuple[str, str]:

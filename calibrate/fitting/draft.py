@@ -114,8 +114,7 @@ def slug(model: str) -> str:
 def _entry_fit(fit: BranchFit) -> coeffs.Fit:
     chosen, *others = (
         _known(coeffs.Candidate, vars(result) | {"figures": fit.figures[result.method]})
-        for result in (fit.chosen, fit.other)
-        if result
+        for result in fit.results
     )
     counts = coeffs.Counts(
         prompts=fit.pairs["prompt_id"].nunique(),
@@ -123,7 +122,11 @@ def _entry_fit(fit: BranchFit) -> coeffs.Fit:
         pairs=len(fit.pairs),
         excluded_non_finite=fit.excluded,
     )
-    known = vars(chosen) | {"counts": counts, "why": fit.why, "alternatives": tuple(others)}
+    known = vars(chosen) | {
+        "counts": counts,
+        "why": fit.why,
+        "alternatives": tuple(others),
+    }
     if fit.resampled:
         known["intervals"] = {"coefficients": fit.resampled.coefficient_intervals()}
     return coeffs.Fit(**known)

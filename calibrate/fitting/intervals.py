@@ -63,7 +63,13 @@ class Bootstrap:
         x = np.linspace(*self.domain, points)
         curve = np.polyval(self.estimate, x)
         low, high = student_interval(curve, self.curves(x), len(self.prompts))
-        return pd.DataFrame({"x": x, "low": low, "high": high})
+        return pd.DataFrame(
+            {
+                "x": x,
+                "low": low,
+                "high": high,
+            }
+        )
 
 
 def student_interval(
@@ -122,10 +128,11 @@ def computed_intervals(
     if len(known) < len(used):
         return np.full((2, len(thresholds)), np.nan)
     weights = known[0].weights  # the same draw for every branch
-    predicted = np.empty((len(weights), *search.x.shape))
-    for row, refit in enumerate(known):
-        x = np.maximum(np.nan_to_num(search.x[row]), refit.domain[0])
-        predicted[:, row] = np.maximum(refit.curves(x), 0.0)
+    curves = [
+        refit.curves(np.fmax(x, refit.domain[0]))  # steps without a signal are computed anyway
+        for refit, x in zip(known, search.x, strict=True)
+    ]
+    predicted = np.stack(curves, axis=1).clip(0)
     estimate = search.generation_means(search.computed(thresholds))
     of_generation = weights[:, search.prompt_of]
     resampled = [

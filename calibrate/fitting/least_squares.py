@@ -8,7 +8,6 @@ degree 4 in practice), it gives the same coefficients to 1e-9 relative.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.polynomial import Polynomial as Curve
@@ -86,17 +85,18 @@ def fit_polynomial(
     x, y = _checked(x, y, degree)
     curve = _plain(x, y, degree)
     if method == "constrained" and min(_slack(curve)) < 0:
-        q, r = np.linalg.qr(powers.polyvander(scale_to_unit(x, curve.domain), curve.degree()))
-        curve = _lifted(Curve(shaped_solution(r, q.T @ y), domain=curve.domain))
+        t = scale_to_unit(x, curve.domain)
+        q, r = np.linalg.qr(powers.polyvander(t, curve.degree()))
+        shaped = shaped_solution(r, q.T @ y)
+        curve = _lifted(Curve(shaped, domain=curve.domain))
     coefficients = tuple(powers_of_x(curve, degree).tolist())
     design = np.vander(x, curve.degree() + 1)
-    condition = np.linalg.cond(design / np.maximum(np.linalg.norm(design, axis=0), EPS))
-    doubts = _doubts(np.array(coefficients), x, degree - curve.degree(), float(condition))
-    low, high = map(float, curve.domain)
-    return FitResult(coefficients, method, (low, high), float(condition), tuple(doubts))
-
-
-fit_constrained = partial(fit_polynomial, method="constrained")
+    sizes = np.linalg.norm(design, axis=0)
+    condition = float(np.linalg.cond(design / np.maximum(sizes, EPS)))
+    lowered = degree - curve.degree()
+    doubts = _doubts(np.array(coefficients), x, lowered, condition)
+    low, high = curve.domain.tolist()
+    return FitResult(coefficients, method, (low, high), condition, tuple(doubts))
 
 
 def scale_to_unit(x: np.ndarray, domain: tuple[float, float] | np.ndarray) -> np.ndarray:

@@ -76,7 +76,12 @@ def _score_branch(
         notes.append(f"the log has no {signal}")
     else:
         figures = score_polynomial(polynomial, pairs)
-    row = {"candidate": label, "signal": signal, "target": target, "note": "; ".join(notes)}
+    row = {
+        "candidate": label,
+        "signal": signal,
+        "target": target,
+        "note": "; ".join(notes),
+    }
     return row | figures
 
 

@@ -59,14 +59,6 @@ def p_not_equivalent(differences: ArrayLike, margin: float = MARGIN_DB) -> float
     return float(max(below, above))
 
 
-def p_wilcoxon(differences: ArrayLike) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test, which no single outlying prompt decides."""
-    values = np.asarray(differences, float)
-    if len(values) < MIN_FOR_INTERVAL:
-        return NAN
-    return float(stats.wilcoxon(values).pvalue) if np.any(values) else 1.0
-
-
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm's adjusted p values of a family; NaN stays NaN and does not count."""
     adjusted = np.array(p_values, float)

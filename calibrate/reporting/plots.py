@@ -128,7 +128,12 @@ def over_sigma(
         color, marker = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
         table = rows.groupby("sigma")[column].quantile([0.1, 0.5, 0.9]).unstack()
         _range(ax, table.index, table[0.1], table[0.9], color)
-        style: Any = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.5}
+        style: Any = {
+            "color": color,
+            "marker": marker,
+            "markersize": 3,
+            "linewidth": 1.5,
+        }
         ax.plot(table.index, table[0.5], label=str(branch), **style)
     ax.invert_xaxis()
     ax.set_ylim(bottom=0)
@@ -151,7 +156,13 @@ def replay_curve(
     ax.plot(x, table["computed_steps"], color=BLUE, linewidth=2, label=label)
     if verified is not None and len(verified):
         points = verified["threshold"], verified["computed_steps"]
-        ax.plot(*points, color=VERMILION, marker="s", linestyle="none", label="real cached runs")
+        ax.plot(
+            *points,
+            color=VERMILION,
+            marker="s",
+            linestyle="none",
+            label="real cached runs",
+        )
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, "Threshold and computed steps", "threshold", "computed steps")
@@ -169,7 +180,11 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for branch, rows in table.groupby("branch"):
         color, marker = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
         _range(ax, rows["prompts"], rows["low"], rows["high"], color)
-        style: Any = {"color": color, "marker": marker, "markersize": 4}
+        style: Any = {
+            "color": color,
+            "marker": marker,
+            "markersize": 4,
+        }
         ax.plot(rows["prompts"], rows["rmse"], label=str(branch), **style)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -209,8 +224,20 @@ def _points(
 ) -> None:
     color, marker = BRANCH_STYLES.get(branch, OTHER_BRANCH)
     size, alpha = (7, 0.35) if crowded else (14, 0.6)
-    style: Any = {"color": color, "marker": marker, "linewidths": 0, "rasterized": crowded}
-    ax.scatter(x, y, s=size, alpha=alpha, label=label, **style)
+    style: Any = {
+        "color": color,
+        "marker": marker,
+        "linewidths": 0,
+        "rasterized": crowded,
+    }
+    ax.scatter(
+        x,
+        y,
+        s=size,
+        alpha=alpha,
+        label=label,
+        **style,
+    )
 
 
 def _curve(ax: Axes, polynomial: Polynomial, domain: tuple[float, float], **style: Any) -> None:

@@ -86,11 +86,10 @@ def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Pictur
     entry = findings.entry
     names: Any = {"signal": entry.signal, "target": entry.target}
     pairs, fits, bands = findings.pairs(expert), findings.fits(expert), findings.bands(expert)
-    for branch, own in pairs.groupby("branch"):
-        known = branch if branch in fits else "pooled"
+    for branch, polynomial in fits.items():
         title = f"{branch}: pairs and fit"
-        own = own.assign(branch=known)
-        drawing = plots.pairs_with_fit(own, {known: fits[known]}, bands, **names, title=title)
+        own = pairs[pairs["branch"] == branch]
+        drawing = plots.pairs_with_fit(own, {branch: polynomial}, bands, **names, title=title)
         caption = (
             "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
         )
@@ -150,7 +149,12 @@ def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     )
     environment.filters |= {"number": number, "data": _data}
     context: dict[str, Any] = {"findings": findings, "pictures": pictures.values()}
-    context |= {"python": "", "export": "", "images": {}, "fits": figures_table(findings.entry)}
+    context |= {
+        "python": "",
+        "export": "",
+        "images": {},
+        "fits": figures_table(findings.entry),
+    }
     context["plans"] = [_plan(findings, plan) for plan in findings.entry.plans or ()]
     advice = findings.advice
     if findings.verification is not None and advice is not None:

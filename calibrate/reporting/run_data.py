@@ -64,15 +64,15 @@ class Findings:
         return self.run.pairs(self.entry.signal, self.entry.target, expert, branch)
 
     def fits(self, expert: str = "transformer") -> dict[str, Polynomial]:
-        """The polynomial of every branch of the entry, in the order of the run's branches."""
-        known = self.entry.experts[expert].branches
-        names = [name for name in (*self.run.branches(expert), "pooled") if name in known]
-        return {name: known[name].polynomial(self.entry.sign_rule) for name in names}
+        """The polynomial that each of the run's branches is gated with."""
+        rule, names = self.entry.sign_rule, self.run.branches(expert)
+        return {name: self.entry.fit(expert, name).polynomial(rule) for name in names}
 
     def bands(self, expert: str = "transformer") -> dict[str, pd.DataFrame]:
         """95 % interval of each branch's curve over its domain; none with fewer than three prompts."""
         bands = {}
-        for name, fit in self.entry.experts[expert].branches.items():
+        for name in self.run.branches(expert):
+            fit = self.entry.fit(expert, name)
             resampled = bootstrap(self.pairs(expert, name), fit)
             if resampled is not None:
                 bands[name] = resampled.curve_band()
@@ -176,13 +176,10 @@ class Findings:
         for name in self.run.branches(expert):
             figures = self.entry.fit(expert, name).figures or {}
             unseen, alone = figures.get("r2_held_out"), figures.get("r2_step_mean")
-            text = f"R² {number(figures.get('r2'))} on its own prompts (none held out)"
+            text = "no prompt was held out"
             if unseen is not None:
                 text = f"R² {unseen:.2f} on unseen prompts"
-            if unseen is not None and alone is not None:
-                more = "more than" if unseen > alone else "less than"
-                word = "as much as" if abs(unseen - alone) <= 0.01 else more
-                text += f", {word} the step number alone tells ({alone:.2f})"
+                text += f", {number(alone)} from the step number alone"
             parts.append(f"{name}: {text}")
         return "; ".join(parts) + "."
 
@@ -207,7 +204,11 @@ def figures_table(entry: Entry) -> pd.DataFrame:
     rows = []
     for expert, known in entry.experts.items():
         for branch, fit in known.branches.items():
-            row = {"expert": expert, "branch": branch, "recommended": branch == known.recommended}
+            row = {
+                "expert": expert,
+                "branch": branch,
+                "recommended": branch == known.recommended,
+            }
             row |= {"fit": fit.method, "pairs": fit.counts.pairs if fit.counts else None}
             rows.append(row | {name: (fit.figures or {}).get(name) for name in FIT_FIGURES})
     return pd.DataFrame(rows)

@@ -45,21 +45,40 @@ def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psn
     for rank, (policy, place) in enumerate(zip(ranked, places, strict=True)):
         rows = summary[summary["policy"] == policy].sort_values("computed_steps")
         color, marker, line = styles[policy]
-        grey, leading = color == GREY, color in LEADING and line == "-"
+        width = 0.9 if color == GREY else 1.3
+        if color in LEADING and line == "-":
+            width = 2.4
         mean = rows[measure]
         errors = np.array([mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean])
         ax.errorbar(
-            rows["computed_steps"] + place, mean, np.nan_to_num(errors, posinf=0), label=policy,
-            color=color, marker=marker, linestyle=line, markersize=6 if leading else 4.5,
-            linewidth=2.4 if leading else 0.9 if grey else 1.3, elinewidth=1.6 if leading else 0.9,
-            alpha=0.7 if grey else 1, zorder=5 if leading else 2 if grey else 3 + 1 / (2 + rank),
-        )  # fmt: skip
+            rows["computed_steps"] + place,
+            mean,
+            np.nan_to_num(errors, posinf=0),
+            label=policy,
+            color=color,
+            marker=marker,
+            linestyle=line,
+            linewidth=width,
+            elinewidth=0.7 * width,
+            markersize=3.5 + width,
+            zorder=2 + width - 0.01 * rank,  # wide ones in front, then better ones
+        )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     known = MEASURES[measure]
     label = f"{known.label} against uncached" + (f" ({known.unit})" if known.unit else "")
     finish(ax, "Quality at equal work (mean, 95 % interval)", "computed steps", label)
-    below: Any = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.14), "ncols": 2}
-    ax.legend(**below, labelcolor=INK, frameon=False, fontsize=8.5, handlelength=3.2)
+    below: Any = {
+        "loc": "upper left",
+        "bbox_to_anchor": (-0.08, -0.14),
+        "ncols": 2,
+    }
+    ax.legend(
+        **below,
+        labelcolor=INK,
+        frameon=False,
+        fontsize=8.5,
+        handlelength=3.2,
+    )
     return ax
 
 
@@ -103,26 +122,25 @@ def sample_grid(
         samples: ``(label, uncached, cached, ...)`` with images (height, width, 3) in [0, 1].
         gain: Factor of the difference; by default the power of two that makes the largest one just visible at full.
     """
-    differences = [np.abs(b - a).mean(axis=-1, keepdims=True) for _, a, b, *_ in samples]
+    pairs = np.array([(uncached, cached) for _, uncached, cached, *_ in samples])
+    difference = np.abs(pairs[:, :1] - pairs[:, 1:]).mean(axis=-1, keepdims=True)
     if gain is None:
-        largest = max(np.max(differences), 1 / 256)  # nothing is brightened more than 256-fold
+        largest = max(difference.max(), 1 / 256)  # nothing is brightened more than 256-fold
         gain = 2 ** np.floor(np.log2(1 / largest))
-    height, width = samples[0][1].shape[:2]
+    brightened = np.repeat(gain * difference, 3, axis=-1)
+    images = np.concatenate([pairs, brightened], axis=1).clip(0, 1)
+    count, columns, height, width, _ = images.shape
     gap = max(1, width // 16)
-    canvas = np.zeros((len(samples) * (height + gap) - gap, 3 * (width + gap) - gap, 4))
-    middles = []
-    for row, (_, uncached, cached, *_) in enumerate(samples):
-        top = row * (height + gap)
-        middles.append(top + height / 2)
-        for column, image in enumerate((uncached, cached, gain * differences[row])):
-            left = column * (width + gap)
-            cell = canvas[top : top + height, left : left + width]
-            cell[..., :3], cell[..., 3] = np.clip(image, 0, 1), 1
-    ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * len(samples)))
-    ax.imshow(canvas, interpolation="nearest")
+    whole = (0, 0)
+    opaque = np.pad(images, (whole, whole, whole, whole, (0, 1)), constant_values=1)
+    cells = np.pad(opaque, (whole, whole, (0, gap), (0, gap), whole))  # transparent
+    canvas = cells.swapaxes(1, 2).reshape(count * (height + gap), -1, 4)
+    ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * count))
+    ax.imshow(canvas[:-gap, :-gap], interpolation="nearest")
     ax.xaxis.tick_top()
-    columns = ["uncached", "cached", f"difference × {gain:g}"]
-    ax.set_xticks([width / 2 + i * (width + gap) for i in range(3)], columns)
+    middles = width / 2 + np.arange(columns) * (width + gap)
+    ax.set_xticks(middles, ["uncached", "cached", f"difference × {gain:g}"])
+    middles = height / 2 + np.arange(count) * (height + gap)
     ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples])
     return bare(ax)
 
@@ -146,5 +164,11 @@ def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
     ax.set_yticks([0.4 - row for row in range(len(samples))])
     ax.set_yticklabels([fill(label, 20) for label, *_ in samples])
     ax.set_xticks([])
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=INK)
+    ax.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        labelcolor=INK,
+    )
     return bare(ax)

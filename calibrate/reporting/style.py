@@ -25,7 +25,11 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8a8f98"),
 )
 # Colour and marker of a CFG branch; of one with another name below.
-BRANCH_STYLES = {"cond": (BLUE, "o"), "uncond": (VERMILION, "s"), "pooled": (GREEN, "^")}
+BRANCH_STYLES = {
+    "cond": (BLUE, "o"),
+    "uncond": (VERMILION, "s"),
+    "pooled": (GREEN, "^"),
+}
 OTHER_BRANCH = PURPLE, "D"
 # Lines change when the colours start over.
 SERIES_STYLES = [
@@ -81,7 +85,12 @@ def finish(ax: Axes, title: str | None, xlabel: str, ylabel: str) -> Axes:
     with mpl.rc_context(STYLE):
         ax.set(title=title or "", xlabel=xlabel, ylabel=ylabel)
         # Ticks are made when the figure is drawn, in whatever style is then in force.
-        ax.tick_params(color=GREY, labelcolor=INK, labelsize=8.5, length=3)
+        ax.tick_params(
+            color=GREY,
+            labelcolor=INK,
+            labelsize=8.5,
+            length=3,
+        )
         ax.tick_params(grid_color=GREY, grid_alpha=0.18, grid_linewidth=0.7)
         if len(ax.get_legend_handles_labels()[1]) > 1:
             ax.legend()

@@ -28,7 +28,7 @@ def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
     rows: list[dict[str, Any]] = []
     for fit in fits:
         name = f"{fit.expert}/{fit.branch}" if len(entry.experts) > 1 else fit.branch
-        for result in filter(None, (fit.chosen, fit.other)):
+        for result in fit.results:
             known = fit.figures[result.method]
             error = known["rmse_held_out"]
             value, low, high = (

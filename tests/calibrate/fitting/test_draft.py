@@ -142,7 +142,7 @@ def test_the_recommendation_follows_the_shape_and_the_held_out_error():
     assert rising.chosen.method == "polyfit" and "non-negative" in rising.why
     (falling,) = fit_branches(shaped(lambda x: 0.4 - x))
     assert falling.chosen.method == "polyfit" and "it falls in places" in falling.why
-    assert falling.other.method == "constrained"
+    assert falling.results[1].method == "constrained"
     (negative,) = fit_branches(shaped(lambda x: 4 * (x - 0.15) ** 2 - 0.01))
     assert (
         negative.chosen.method == "constrained" and "negative on part of its domain" in negative.why

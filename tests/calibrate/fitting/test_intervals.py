@@ -10,7 +10,6 @@ from analysis_data import make_frame
 
 from calibrate.fitting.intervals import bootstrap, computed_intervals
 from calibrate.fitting.least_squares import (
-    fit_constrained,
     fit_polynomial,
     scale_to_unit,
     shaped_solution,
@@ -19,6 +18,7 @@ from calibrate.fitting.replay import Search
 from calibrate.runs.pairs import load_run
 
 STEPS = 12
+fit_constrained = functools.partial(fit_polynomial, method="constrained")
 REPETITIONS = 500
 TRUTH = (1.5, 0.4, 0.03)
 CALIBRATED = (0.90, 0.99)

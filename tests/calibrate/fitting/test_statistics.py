@@ -46,12 +46,6 @@ def test_equivalence_is_shown_by_enough_prompts_and_not_by_ignorance():
 
 def test_values_without_spread():
     assert statistics.p_different([0.0] * 8) == 1 and statistics.p_different([0.5] * 8) == 0
-    assert statistics.p_wilcoxon([0.0] * 8) == 1
-
-
-def test_one_outlying_prompt_does_not_decide_the_signed_rank_test():
-    values = [*np.linspace(0.5, 1.0, 9), -30.0]
-    assert statistics.p_different(values) > 0.3 and statistics.p_wilcoxon(values) < 0.1
 
 
 def test_holm_by_hand():
