@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click import option
 
-from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
+from calibrate.commands.announce import tell, tell_next, tell_plan
 from calibrate.commands.options import FOLDER, POSITIVE, numbers, registry, rerunning_options
 from calibrate.text import block
 
@@ -54,9 +54,8 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     Example:
         calibrate verify runs/flux1-dev-1a2b3c4d --num-prompts 10 --policies gate,uniform,fewer-steps
     """
-    if leave_to_rank_0("verify"):
-        return
     import coeffs
+    from calibrate.recording.launch import rank
     from calibrate.runs.lock import hold
     from calibrate.trials.case import entry_folder
     from calibrate.trials.setting import PLAN
@@ -73,9 +72,13 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         entry = coeffs.load(source, options["registry"])
         of = entry_folder(entry, options["out"])
         tell(block(title, {"entry": entry.label, "folder": str(of)}))
-    with hold(of, "verifying"):
+    with hold(of, "verifying") as lock:
         chosen = policies.split(",") if policies else None
-        done = run_verification(source, policies=chosen, say=tell, **options)
+        quiet: dict[str, Any] = {} if rank() == 0 else {"progress": False}
+        done = run_verification(source, policies=chosen, say=tell, lock=lock, **options, **quiet)
+    if done is None:
+        tell(f"rank {rank()}: its share of the prompts is done; rank 0 concludes")
+        return
     advice, folder = advise(done.results), done.folder.parent
     entry = coeffs.load(folder / "entry.yaml")
     usage = python_lines(advice, entry, folder), export_line(advice, entry, folder)

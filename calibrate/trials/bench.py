@@ -1,17 +1,19 @@
 """Uncached references, real runs under every setting, and what is kept of them.
 
 Everything in the folder is resumable: a result is one line, named by the hash of all that it depends on, so that a new
-fit makes only the gate's results anew.
+fit makes only the gate's results anew. Ranks share the prompts: each claims one after the other, and writes a file of
+its own.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +24,19 @@ from tqdm import tqdm
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.protocol import canonical_sha256
+from calibrate.recording.launch import rank
 from calibrate.recording.recorder import Recorder
 from calibrate.runs.folder import write_atomically
+from calibrate.runs.lock import RunLock
 from calibrate.runs.pairs import Run, load_run
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
-from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare, main_measure
-from calibrate.trials.sampler import Reference, Sample, Sampler, computed_steps
-from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed_patterns
+from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare_all, main_measure
+from calibrate.trials.sampler import Reference, Sample, Sampler
+from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed
 
 TUNING_PROMPTS = 2
+WAIT_SECONDS = 0.2  # between looks at what other ranks are at
 MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
@@ -40,12 +45,21 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """Generates, measures and keeps: references, counts for tuning, results."""
+    """Generates, measures and keeps: references, counts for tuning, results.
+
+    Args:
+        lock: Of the folder, by which ranks claim prompts; without one there are no other ranks.
+    """
 
     def __init__(
-        self, case: Case, prompts: PromptSet, perceptual: Lpips | None, progress: bool
+        self,
+        case: Case,
+        prompts: PromptSet,
+        perceptual: Lpips | None,
+        progress: bool,
+        lock: RunLock | None = None,
     ) -> None:
-        self.case, self.prompts = case, prompts
+        self.case, self.prompts, self._lock = case, prompts, lock
         self._perceptual, self._progress = perceptual, progress
         self._bar: tqdm | None = None
         images = {**case.recorded_images, **prompts.images}
@@ -73,6 +87,32 @@ class Bench:
         if self._bar is not None:
             self._bar.total = max(self._bar.total, self._bar.n + 1)
             self._bar.update()
+
+    # --- ranks
+
+    def _claimed(self) -> Iterator[Prompt]:
+        """The prompts that no other rank has; rank 0 stays until all are done, and takes what a lost rank left.
+
+        A claim ends with the lock: by then the results are written.
+        """
+        waiting = dict(enumerate(self.prompts.prompts))
+        while waiting:
+            for index in list(waiting):
+                if self._lock is None or self._lock.claim(index):
+                    yield waiting.pop(index)
+            if rank() != 0:
+                return
+            time.sleep(WAIT_SECONDS if waiting else 0)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What all ranks need is made by the first that comes; the others wait, and find it in the folder."""
+        beyond = len(self.prompts.prompts)
+        while self._lock is not None and not self._lock.claim(beyond):
+            time.sleep(WAIT_SECONDS)
+        yield
+        if self._lock is not None:
+            self._lock.release(beyond)
 
     # --- references
 
@@ -119,8 +159,8 @@ class Bench:
         # Timed without the recorder, and after it, so that it is warm.
         second = self._sampler(prompt, perturbed=True)
         self._seconds[self._name(prompt)] = second.seconds
+        floor = compare_all(second, first, self._perceptual)
         pairs = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
-        floor = self._figures(second, first)
         return Reference(first.media, first.latents, pairs, floor)
 
     def _uncached_seconds(self, prompt: Prompt) -> float:
@@ -146,16 +186,19 @@ class Bench:
         return counts[key]
 
     def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
-        """One row per setting and prompt, and the policies refused on the way; what is there is not run again."""
+        """One row per setting and prompt, and the policies refused on the way; what is there is not run again.
+
+        On ranks other than 0 the rows of the other ranks may be missing.
+        """
         done, refused = self._read_lines(), dict(entered.refused)
         prompts = self.prompts.prompts
-        jobs = {
-            self._key(setting, prompt): (prompt, setting)
+        keys = {
+            prompt: {self._key(setting, prompt): setting for setting in entered.settings}
             for prompt in prompts
-            for setting in entered.settings
         }
+        every = [key for of_prompt in keys.values() for key in of_prompt]
         to_refer = sum(not self._has_reference(prompt) for prompt in prompts)
-        self.expect(len(jobs.keys() - done) + 2 * to_refer)
+        self.expect(sum(key not in done for key in every) + 2 * to_refer)
         half = self.case.num_steps / 2
         budgets = {setting.budget for setting in entered.settings}
         shown = min(budgets, key=lambda budget: abs(budget - half), default=0)
@@ -168,8 +211,9 @@ class Bench:
                 done[key] = {**row, **figures.result()}
                 self._append(key, done[key])
 
-        with closing(self), ThreadPoolExecutor(MEASURING_THREADS) as pool:
-            for key, (prompt, setting) in jobs.items():
+        def run(prompt: Prompt, pool: ThreadPoolExecutor) -> None:
+            done.update(self._read_lines())  # a rank that was lost may have begun with the prompt
+            for key, setting in keys[prompt].items():
                 if setting.policy in refused or key in done:
                     continue
                 reference = self.reference(prompt)
@@ -179,12 +223,16 @@ class Bench:
                     refused[setting.policy] = str(error)
                     continue
                 if setting.budget == shown and setting.policy in SHOWN and sample.is_drawable:
-                    row["sample"] = self._keep_picture(f"{key[:16]}.npz", sample)
-                    row["reference"] = f"{self._name(prompt)}.npz"
+                    row |= {"sample": f"{key[:16]}.npz", "reference": f"{self._name(prompt)}.npz"}
+                    sample.write_picture(self._folder / "samples" / row["sample"])
                 waiting.append((key, row, pool.submit(self._measure, sample, reference)))
                 keep_measured(self._most_waiting)
+
+        with closing(self), ThreadPoolExecutor(MEASURING_THREADS) as pool:
+            for prompt in self._claimed():
+                run(prompt, pool)
             keep_measured(0)
-        rows = [done[key] for key in jobs if key in done]
+        rows = [done[key] for key in every if key in done]
         return pd.DataFrame([row for row in rows if row["policy"] not in refused]), refused
 
     @property
@@ -210,50 +258,19 @@ class Bench:
             "replayed": None,
         }
         if setting.kind == "gate":
-            replayed = replayed_patterns(setting, self.reference(prompt).pairs)
-            wrong = [
-                sum(a != b for a, b in zip(replayed[name], pattern, strict=True))
-                for name, pattern in sample.patterns.items()
-            ]
-            row["replayed"] = replayed
-            row["replayed_steps"] = computed_steps(replayed)
-            row["disagreement"] = float(np.mean(wrong))
+            row |= replayed(setting, self.reference(prompt).pairs, sample.patterns)
         return row, sample
-
-    def _keep_picture(self, name: str, sample: Sample) -> str:
-        """The image, the middle frame of a video, or the series, as a file for the report; its name."""
-        picture = sample.media[0]
-        if picture.ndim == 4:
-            picture = picture[len(picture) // 2]
-        folder = self._folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = np.float32 if picture.ndim == 2 else np.float16  # pixels lie in [0, 1]
-        np.savez_compressed(folder / name, image=picture.astype(dtype))
-        return name
 
     def _measure(self, sample: Sample, reference: Reference) -> Row:
         """All measures of a sample against its reference, dB capped at the noise floor."""
         if not sample.is_finite:
             return {"identical": False, "broken": True, "at_floor": False}
-        figures = self._figures(sample, reference)
+        figures = compare_all(sample, reference, self._perceptual)
         floor = {name: reference.floor[name] for name in figures if MEASURES[name].unit == "dB"}
         at_floor = all(figures[name] >= lowest for name, lowest in floor.items())
         figures |= {name: min(figures[name], lowest) for name, lowest in floor.items()}
         identical = all(map(np.array_equal, sample.media, reference.media))
         return {**figures, "identical": identical, "broken": False, "at_floor": at_floor}
-
-    def _figures(self, sample: Sample, reference: Sample | Reference) -> dict[str, float]:
-        """Every measure of a sample's media and latents, dB at most ``HIGHEST_DB``."""
-        figures: dict[str, float] = {}
-        for cached, uncached in zip(sample.media, reference.media, strict=True):
-            figures |= compare(cached, uncached)
-            if self._perceptual is not None and uncached.ndim >= 3:
-                figures["lpips"] = self._perceptual(cached, uncached)
-        own, latents = sample.latents, reference.latents
-        if own is not None and latents is not None and own.shape == latents.shape:
-            figures |= compare(own, latents, "latents")
-        in_db = [name for name in figures if MEASURES[name].unit == "dB"]
-        return figures | {name: min(figures[name], HIGHEST_DB) for name in in_db}
 
     # --- what is kept
 
@@ -263,21 +280,19 @@ class Bench:
         of_prompts = [[prompt.prompt_id, prompt.seed] for prompt in prompts]
         return canonical_sha256([self._identity, *of_setting, lpips, of_prompts])
 
-    @property
-    def _lines(self) -> Path:
-        return self._folder / "results.jsonl"
-
     def _read_lines(self) -> dict[str, Row]:
-        """Finished results by key; a line cut short by a crash is not finished."""
+        """Finished results of all ranks by key; a line cut short by a crash is not finished."""
         rows: dict[str, Row] = {}
-        for line in self._lines.read_text("utf-8").splitlines() if self._lines.exists() else ():
-            with suppress(ValueError, KeyError, TypeError):
-                item = json.loads(line)
-                rows[item["key"]] = item["row"]
+        for file in sorted(self._folder.glob("results*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    item = json.loads(line)
+                    rows[item["key"]] = item["row"]
         return rows
 
     def _append(self, key: str, row: Row) -> None:
-        self._lines.parent.mkdir(parents=True, exist_ok=True)
-        with self._lines.open("a", encoding="utf-8") as stream:
+        file = self._folder / (f"results-{rank()}.jsonl" if rank() else "results.jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
             # A newline first: whatever a crash cut short stays a line of its own.
             stream.write("\n" + json.dumps({"key": key, "row": row}, allow_nan=False))

@@ -54,6 +54,24 @@ class Measure:
     compute: Callable[[ArrayLike, ArrayLike], float] | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """What one generation made.
+
+    Attributes:
+        media: Image (height, width, channels) or video (frames first) in [0, 1], or a waveform (channels, samples);
+            several where the pipeline makes picture and sound.
+        latents: What was handed to the decoder, flat; None where nothing was decoded.
+    """
+
+    media: list[np.ndarray]
+    latents: np.ndarray | None
+
+    @property
+    def is_finite(self) -> bool:
+        return all(np.isfinite(array).all() for array in self.media)
+
+
 def psnr(candidate: ArrayLike, reference: ArrayLike, *, data_range: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB over all elements; infinite for identical arrays."""
     a, b = pair(candidate, reference)
@@ -133,6 +151,24 @@ def compare(
         if kind in measure.media and measure.compute is not None
     }
     return {name: value for name, value in figures.items() if not np.isnan(value)}
+
+
+def compare_all(
+    cached: Made,
+    uncached: Made,
+    lpips: Callable[[ArrayLike, ArrayLike], float] | None = None,
+) -> dict[str, float]:
+    """Every measure of media and latents, dB at most ``HIGHEST_DB``."""
+    figures: dict[str, float] = {}
+    for ours, theirs in zip(cached.media, uncached.media, strict=True):
+        figures |= compare(ours, theirs)
+        if lpips is not None and theirs.ndim >= 3:
+            figures["lpips"] = lpips(ours, theirs)
+    latents, reference = cached.latents, uncached.latents
+    if latents is not None and reference is not None and latents.shape == reference.shape:
+        figures |= compare(latents, reference, "latents")
+    in_db = [name for name in figures if MEASURES[name].unit == "dB"]
+    return figures | {name: min(figures[name], HIGHEST_DB) for name in in_db}
 
 
 def measured(results: pd.DataFrame) -> list[Measure]:

@@ -18,6 +18,7 @@ from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
 from calibrate.model.session import STEPS, Session
 from calibrate.runs.folder import write_atomically
+from calibrate.trials.measures import Made
 from calibrate.trials.rivals import (
     DIFFUSERS_CACHES,
     diffusers_cache,
@@ -25,14 +26,12 @@ from calibrate.trials.rivals import (
     second_order,
     taken_off,
 )
-from calibrate.trials.setting import Refused, Setting
+from calibrate.trials.setting import Patterns, Refused, Setting, computed_steps
 from calibrate.trials.through import KIND as THROUGH
 from calibrate.trials.through import run_through
 from runtime.apply import apply_tea_cache
 
 LONGEST_SERIES = 20_000  # values; half a second of sound
-
-Patterns = dict[str, str]  # "expert/branch" -> "CCSC..."
 
 
 class NothingSampled(CalibrateError):
@@ -40,36 +39,36 @@ class NothingSampled(CalibrateError):
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Made):
     """One generation.
 
     Attributes:
-        media: Image (height, width, channels) or video (frames first) in [0, 1], or a waveform (channels, samples);
-            several where the pipeline makes picture and sound.
-        latents: What was handed to the decoder, flat; None where nothing was decoded.
         seconds: Wall time of the whole pipeline call.
         patterns: Of every branch where hooks decided.
         computed_steps: Mean over branches, summed over experts.
     """
 
-    media: list[np.ndarray]
-    latents: np.ndarray | None
     seconds: float
     patterns: Patterns = field(default_factory=dict)
     computed_steps: float = float("nan")
-
-    @property
-    def is_finite(self) -> bool:
-        return all(np.isfinite(array).all() for array in self.media)
 
     @property
     def is_drawable(self) -> bool:
         """Whether a report can show it: pictures, and series that are not as long as sound."""
         return self.media[0].ndim > 2 or self.media[0].size <= LONGEST_SERIES
 
+    def write_picture(self, file: Path) -> None:
+        """Keep the image, the middle frame of a video, or the series for the report."""
+        picture = self.media[0]
+        if picture.ndim == 4:
+            picture = picture[len(picture) // 2]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        dtype = np.float32 if picture.ndim == 2 else np.float16  # pixels lie in [0, 1]
+        np.savez_compressed(file, image=picture.astype(dtype))
+
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Made):
     """The uncached result of a prompt.
 
     Attributes:
@@ -77,8 +76,6 @@ class Reference:
         floor: The measures of a second uncached run whose inputs differ in the last place: nothing can be nearer.
     """
 
-    media: list[np.ndarray]
-    latents: np.ndarray | None
     pairs: pd.DataFrame
     floor: dict[str, float]
 
@@ -156,13 +153,6 @@ class Sampler:
             patterns = patterns_of()
         computed = computed_steps(patterns) if shorter is None else float(shorter)
         return replace(sample, patterns=patterns, computed_steps=computed)
-
-
-def computed_steps(patterns: Mapping[str, str]) -> float:
-    """Computed steps of a generation: mean over the branches of an expert, summed over experts."""
-    counts = pd.Series(patterns).str.count("C")
-    experts = counts.index.str.split("/").str[0]
-    return float(counts.groupby(experts).mean().sum())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import coeffs
@@ -31,6 +32,9 @@ FORECASTS: dict[str, dict[str, Any]] = {
     "uniform skipping, linear outputs": {"forecast": "linear", "forecast_of": "output"},
     "uniform skipping, linear guided": {"forecast": "linear", "forecast_of": "guided"},
 }
+
+
+Patterns = Mapping[str, str]  # "expert/branch" -> "CCSC..."
 
 
 class Refused(CalibrateError):
@@ -128,11 +132,27 @@ def _content_of_plan(plan: Plan) -> dict[str, Any]:
     return content
 
 
-def replayed_patterns(setting: Setting, pairs: pd.DataFrame) -> dict[str, str]:
-    """The pattern of every branch that replay foresees from the uncached run's signals."""
+def computed_steps(patterns: Patterns) -> float:
+    """Computed steps of a generation: mean over the branches of an expert, summed over experts."""
+    counts = pd.Series(patterns).str.count("C")
+    experts = counts.index.str.split("/").str[0]
+    return float(counts.groupby(experts).mean().sum())
+
+
+def replayed(setting: Setting, pairs: pd.DataFrame, real: Patterns) -> dict[str, Any]:
+    """What replay foresees of a gate from the uncached run's signals, and in how many steps the real run differs."""
     entry, threshold = setting.entry, setting.threshold
     assert entry is not None and threshold is not None, "only gates are replayed"
     run, mode = load_run(pairs), setting.options["branches"]
     of_branch = polynomials(entry, run)
     table = replay(run, of_branch, [threshold], gate_config(entry), entry.signal, mode)
-    return dict(zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True))
+    patterns = dict(zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True))
+    wrong = [
+        sum(a != b for a, b in zip(patterns[name], pattern, strict=True))
+        for name, pattern in real.items()
+    ]
+    return {
+        "replayed": patterns,
+        "replayed_steps": computed_steps(patterns),
+        "disagreement": float(np.mean(wrong)),
+    }

@@ -221,13 +221,12 @@ POLICIES: dict[str, Policy] = {
 
 def checked_policies(names: Sequence[str] | None) -> list[str]:
     """The keys of the policies to run, the fitted gate first; ``all`` stands for those that need not be named."""
-    chosen: list[str] = []
+    chosen = ["gate"]
     for name in names or USUAL:
         if name not in (*POLICIES, ALL):
             raise InvalidOption(f"policy {name!r}: expected {ALL}, {', '.join(POLICIES)}")
         chosen += [key for key, p in POLICIES.items() if p.default] if name == ALL else [name]
-    chosen = list(dict.fromkeys(chosen))
-    return chosen if "gate" in chosen else ["gate", *chosen]
+    return list(dict.fromkeys(chosen))
 
 
 def runs_to_come(

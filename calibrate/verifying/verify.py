@@ -19,8 +19,10 @@ import pandas as pd
 import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
+from calibrate.recording.launch import rank
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.runs.folder import RunFolder
+from calibrate.runs.lock import RunLock
 from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import JUDGED, held_out_prompts, note
 from calibrate.text import duration
@@ -57,9 +59,12 @@ def verify(
     through: Sequence[str] = (),
     progress: bool = True,
     say: Say = lambda text: None,
+    lock: RunLock | None = None,
     **loading: Any,
-) -> Verification:
+) -> Verification | None:
     """Run the model uncached and under every policy, compare, and write the verified thresholds into the entry.
+
+    Ranks of one launch that hold the folder together share the prompts: rank 0 concludes, the others return None.
 
     Args:
         source: A run folder with its ``entry.yaml``, or a registry entry, its name or its file.
@@ -69,6 +74,7 @@ def verify(
         policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`, or ``all``; by default gate, plan, uniform and
             fewer-steps.
         lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
+        lock: Of the folder, see :func:`calibrate.runs.lock.hold`, where ranks share the prompts.
         through: Engines whose own code runs the entry's plans as they are exported for it, beside our replay of them;
             then the plans are what is compared, unless ``policies`` names others.
         loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: ``model``
@@ -98,8 +104,8 @@ def verify(
     held_out = held_out_prompts(case.purposes, case.offered(prompts, seed, images), num_prompts)
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(case, chosen, steps, thresholds, held_out, say)
-    bench = Bench(case, held_out, perceptual, progress)
-    with closing(bench):
+    bench = Bench(case, held_out, perceptual, progress, lock)
+    with closing(bench), bench.alone():
         bench.expect(expected)
         recorded = case.run or bench.signals()
         given = given_gate(case.entry, thresholds, recorded) if thresholds else []
@@ -113,7 +119,10 @@ def verify(
             known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )
-        results, refused = bench.results(entered(lineup, chosen, say))
+        to_run = entered(lineup, chosen, say)
+    results, refused = bench.results(to_run)
+    if rank() != 0:
+        return None
     if results.empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")

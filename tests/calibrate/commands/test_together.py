@@ -58,15 +58,21 @@ def test_second_command_on_a_run_is_refused_and_names_the_first(command, run, ca
     assert f"process {other.pid} on" in result.stderr and "is verifying this run" in result.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_only_rank_0_works_and_the_others_say_so(command, run, calls, monkeypatch):
-    """Bug: `torchrun -m calibrate verify` made every rank do everything."""
+def test_planning_is_left_to_rank_0_and_the_others_say_so(run, calls, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    result = CliRunner().invoke(cli, [command, str(run), *COMMANDS[command]])
+    result = CliRunner().invoke(cli, ["plan", str(run), *COMMANDS["plan"]])
     assert (result.exit_code, calls, result.stdout) == (0, [], "")
-    assert (
-        result.stderr == f"rank 1: `calibrate {command}` works in one process; rank 0 does it all\n"
-    )
+    assert result.stderr == "rank 1: `calibrate plan` works in one process; rank 0 does it all\n"
+
+
+def test_rank_1_of_a_verification_does_its_share_and_leaves_the_end_to_rank_0(
+    run, calls, monkeypatch
+):
+    """Bug: `torchrun -m calibrate verify` made every rank do everything, and later rank 0 alone."""
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(cli, ["verify", str(run)])
+    assert (result.exit_code, calls, result.stdout) == (0, ["verify"], "")
+    assert result.stderr.endswith("rank 1: its share of the prompts is done; rank 0 concludes\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
