@@ -254,8 +254,7 @@ def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None)
     handle._watch = Watch(modules, new_handler, clock, blocks, guided.step if guided else None)
     for stack in handle._watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
-    handle._watch.install()
-    handle._installed.callback(handle._watch.remove)
+    handle._installed.enter_context(handle._watch.installed())
     for mismatch in settings.mismatches:
         handle.differs(mismatch)
     if settings.advice is not None:

@@ -1,6 +1,7 @@
 """``Recorder``: measures the denoisers of a pipeline while it generates."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -45,15 +46,16 @@ class Recorder:
             expert: RecordHandler(expert, gram, clock, self._opened) for expert in modules
         }
         self._latest: RecordHandler | None = None  # whose denoiser was called last
+        self._installed = ExitStack()
         on_step = self._stepped if gram else None
         self._watch = Watch(modules, self._handlers.__getitem__, clock, blocks, on_step)
 
     def __enter__(self) -> "Recorder":
-        self._watch.install()
+        self._installed.enter_context(self._watch.installed())
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._watch.remove()
+        self._installed.close()
         self.start()
 
     def _opened(self, handler: RecordHandler) -> None:

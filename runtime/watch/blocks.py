@@ -1,8 +1,8 @@
 """Finds a denoiser's block stack and the attention of its blocks, by structure, and puts hooks on blocks."""
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -18,6 +18,8 @@ _SIDE_STACK = re.compile(
     r"attentions"
 )
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+_LISTS = (nn.ModuleList, nn.Sequential)
+_PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 HOOK = "teacal_block"
 # Ahead of every other entry in the hook chain: this attribute on the denoiser says whose hooks it carries.
 _OWNER = "_teacal_hooks"
@@ -35,47 +37,51 @@ def find_blocks(
     Raises:
         UnsupportedModel: There is no list of blocks with attention, or a name does not fit.
     """
-    named = dict(root.named_modules())
-    if blocks is not None:
-        return _named_by_hand(root, named, blocks)
+    paths = {module: path for path, module in root.named_modules()}
+    chosen = _main_lists(paths) if blocks is None else _named_by_hand(root, paths, blocks)
     stack: list[tuple[str, Module]] = []
-    for path, module in named.items():
-        if (
-            not isinstance(module, nn.ModuleList | nn.Sequential)
-            or len(module) == 0
-            or _SIDE_STACK.search(path)
-        ):
-            continue
-        if any(path.startswith(f"{block_path}.") for block_path, _ in stack):
-            continue
-        if all(attention_modules(block) for block in module):
-            stack += [(f"{path}.{name}", block) for name, block in module.named_children()]
-    if not stack:
-        raise UnsupportedModel(
-            f"{type(root).__name__}: no list of transformer blocks with attention found "
-            f"(looked at {_lists(named) or 'no lists at all'}); name the stack with blocks=['path.of.list']"
-        )
-    return stack
-
-
-def _named_by_hand(
-    root: Module, named: dict, blocks: Sequence[str | Module]
-) -> list[tuple[str, Module]]:
-    paths = {module: path for path, module in named.items()}
-    stack: list[tuple[str, Module]] = []
-    for block in blocks:
-        module = named.get(block) if isinstance(block, str) else block
-        if module is None or module not in paths or module is root:
-            raise UnsupportedModel(
-                f"blocks={block!r}: {type(root).__name__} has no such module; its lists are {_lists(named) or 'none'}"
-            )
-        if isinstance(module, nn.ModuleList | nn.Sequential):
+    for module in chosen:
+        if isinstance(module, _LISTS):
             stack += [(f"{paths[module]}.{name}", child) for name, child in module.named_children()]
         else:
             stack.append((paths[module], module))
     if not stack:
-        raise UnsupportedModel("blocks=[]: expected at least one path or module")
+        raise UnsupportedModel(
+            f"{type(root).__name__}: no list of transformer blocks with attention found "
+            f"(looked at {_listed(paths)}); name the stack with blocks=['path.of.list']"
+        )
     return stack
+
+
+def _main_lists(paths: dict[Module, str]) -> list[Module]:
+    """Lists of which every member has attention; none inside another."""
+    chosen: list[Module] = []
+    for module, path in paths.items():
+        if not isinstance(module, _LISTS) or len(module) == 0 or _SIDE_STACK.search(path):
+            continue
+        nested = any(path.startswith(f"{paths[outer]}.") for outer in chosen)
+        if not nested and all(attention_modules(block) for block in module):
+            chosen.append(module)
+    return chosen
+
+
+def _named_by_hand(
+    root: Module, paths: dict[Module, str], blocks: Sequence[str | Module]
+) -> list[Module]:
+    modules = {path: module for module, path in paths.items() if path}
+    chosen = [modules.get(block) if isinstance(block, str) else block for block in blocks]
+    for name, module in zip(blocks, chosen, strict=True):
+        if module not in modules.values():
+            raise UnsupportedModel(
+                f"blocks={name!r}: {type(root).__name__} has no such module; its lists are {_listed(paths)}"
+            )
+    return [module for module in chosen if module is not None]
+
+
+def _listed(paths: dict[Module, str]) -> str:
+    """Paths of the lists that there are, for messages."""
+    lists = [path for module, path in paths.items() if isinstance(module, nn.ModuleList) and path]
+    return ", ".join(lists)[:200] or "none"
 
 
 def attention_modules(block: Module) -> list[Module]:
@@ -96,20 +102,13 @@ def attention_modules(block: Module) -> list[Module]:
 
 def _looks_like_attention(name: str, module: Module) -> bool:
     """Whether a module that diffusers does not know is attention: by its name, and at least two projections."""
-    if not (_ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(module).__name__)):
+    if not _ATTENTION_NAME.search(f"{name} {type(module).__name__}"):
         return False
-    if any(is_attention(child) for child in module.modules()):
+    inside = list(module.modules())
+    if any(map(is_attention, inside)):
         return False  # that one is meant, behind its norm
-    projections = [
-        child for child in module.modules() if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d)
-    ]
+    projections = [child for child in inside if isinstance(child, _PROJECTIONS)]
     return len(projections) >= 2 or isinstance(module, nn.MultiheadAttention)
-
-
-def _lists(named: dict[str, Module]) -> str:
-    return ", ".join(
-        path for path, module in named.items() if isinstance(module, nn.ModuleList) and path
-    )[:200]
 
 
 class BlockHook(ModelHook):
@@ -126,16 +125,15 @@ class BlockHook(ModelHook):
         self,
         run: Callable,
         receiver: ContextReceiver | None = None,
-        on_reset: Callable[[], None] | None = None,
+        on_reset: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.run: Callable | None = run
         self.receiver, self.on_reset = receiver, on_reset
-        # What accelerate puts back when its own hook, which was there before this one, is removed.
-        self.beneath: Callable | None = None
 
     def initialize_hook(self, module: Module) -> Module:
-        self.beneath = getattr(module, "_old_forward", None)
+        # What accelerate puts back when its own hook, which was there before this one, is removed.
+        self.beneath: Callable | None = getattr(module, "_old_forward", None)
         return module
 
     def new_forward(self, module: Module, *args: Any, **kwargs: Any) -> Any:
@@ -145,45 +143,43 @@ class BlockHook(ModelHook):
         return self.run(module, original, args, kwargs)
 
     def reset_state(self, module: Module) -> Module:
-        if self.on_reset is not None:
-            self.on_reset()
+        self.on_reset()
         return module
 
 
 def register(block: Module, hook: BlockHook, innermost: bool = False) -> None:
     """Put ``hook`` on ``block``, around its other hooks or beneath all of them."""
     registry = HookRegistry.check_if_exists_or_initialize(block)
-    others = _taken_off(registry, list(registry.hooks) if innermost else [])
-    registry.register_hook(hook, HOOK)
-    for name, other in others:
-        registry.register_hook(other, name)
+    with _taken_off(registry, list(registry.hooks) if innermost else []):
+        registry.register_hook(hook, HOOK)
 
 
 def unregister(block: Module, hook: BlockHook) -> None:
     """Take ``hook`` off ``block``, whatever was put around it since."""
-    hook.run = hook.on_reset = None
+    hook.run, hook.on_reset = None, lambda: None
     registry = hook_registry(block)
     if registry is None or registry.get_hook(HOOK) is not hook:
         return
     present = block.forward
     names = list(registry.hooks)
-    others = _taken_off(registry, names[names.index(HOOK) + 1 :])
-    registry.remove_hook(HOOK, recurse=False)
-    for name, other in others:
-        registry.register_hook(other, name)
+    with _taken_off(registry, names[names.index(HOOK) + 1 :]):
+        registry.remove_hook(HOOK, recurse=False)
     if hook.beneath is not None and present == hook.beneath:
         block.forward = present  # accelerate's hook is gone, and took ours along
 
 
-def _taken_off(registry: HookRegistry, names: list[str]) -> list[tuple[str, Any]]:
-    """The hooks called ``names``, removed in reverse order.
+@contextmanager
+def _taken_off(registry: HookRegistry, names: list[str]) -> Iterator[None]:
+    """Without the hooks called ``names``, removed in reverse order.
 
     diffusers drops the next hook's forward when one is removed from the middle.
     """
-    hooks = [(name, registry.get_hook(name)) for name in names]
+    hooks = {name: registry.get_hook(name) for name in names}
     for name in reversed(names):
         registry.remove_hook(name, recurse=False)
-    return hooks
+    yield
+    for name, hook in hooks.items():
+        registry.register_hook(hook, name)
 
 
 class HookSet:
@@ -193,7 +189,7 @@ class HookSet:
         root: The denoiser.
         blocks: Its blocks with their paths.
         receiver: Hears the names of CFG branches.
-        installed: What :meth:`remove` has to undo.
+        undo: Takes out what is installed.
         begin, end: Forward hooks of the denoiser; ``end`` also runs where the forward failed, with no output.
         run_block: Takes the place of every block's forward.
         reset: Called when the pipeline says that a generation is over.
@@ -207,33 +203,30 @@ class HookSet:
     def __init__(self, root: Module, blocks: list[tuple[str, Module]]) -> None:
         self.root, self.blocks = root, blocks
         self.receiver = ContextReceiver()
-        self.installed = ExitStack()
+        self.undo = ExitStack()
 
-    def install(self) -> None:
-        """Put the hooks in place, all or none."""
-        root = self.root
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """With the hooks in place, all or none; afterwards the model is as it was."""
+        root, undo = self.root, self.undo
         if hasattr(root, _OWNER):
             raise ApplyError(
                 f"{type(root).__name__} already carries a cache or recorder of teacal; remove() that one first"
             )
-        with ExitStack() as undo:
+        with undo:
             registry = HookRegistry.check_if_exists_or_initialize(root)
             undo.callback(registry.invalidate_child_registries_cache)
             setattr(root, _OWNER, self)
             undo.callback(delattr, root, _OWNER)
-            before = root.register_forward_pre_hook(self.begin, with_kwargs=True)
-            undo.callback(before.remove)
-            after = root.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-            undo.callback(after.remove)
+            undo.enter_context(root.register_forward_pre_hook(self.begin, with_kwargs=True))
+            undo.enter_context(
+                root.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+            )
             for index, (_, block) in enumerate(self.blocks):
-                first = index == 0
-                hook = BlockHook(self.run_block, *(self.receiver, self.reset) if first else ())
+                heard = () if index else (self.receiver, self.reset)
+                hook = BlockHook(self.run_block, *heard)
                 undo.callback(unregister, block, hook)
                 # A model's context-parallel hook splits the sequence on the first block: ours must see what is left.
-                register(block, hook, innermost=first)
+                register(block, hook, innermost=index == 0)
             registry.invalidate_child_registries_cache()
-            self.installed = undo.pop_all()
-
-    def remove(self) -> None:
-        """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
-        self.installed.close()
+            yield

@@ -5,8 +5,8 @@ enters the stack's exit is overridden, so that nothing the blocks would have ret
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,24 +48,19 @@ class Watch:
             StackHooks(module, new_handler(expert), clock, blocks)
             for expert, module in modules.items()
         ]
-        self._parts: list[Any] = [*self.stacks, self.steps]
         trajectories = [stack.trajectories for stack in self.stacks]
         for stack in self.stacks:
             stack.trajectories.siblings = trajectories
 
-    def install(self) -> None:
-        """Put the hooks in place, all or none."""
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """With the hooks in place, all or none; afterwards the models are as they were."""
         with ExitStack() as undo:
-            undo.callback(self.remove)
-            for part in self._parts:
-                part.install()
-            undo.pop_all()
-
-    def remove(self) -> None:
-        """Take everything out again; the models are as they were. Does nothing when nothing is installed."""
-        for part in self._parts:
-            part.remove()
-        self.reset()
+            undo.callback(self.reset)
+            for stack in self.stacks:
+                undo.enter_context(stack.installed())
+            undo.enter_context(self.steps.installed())
+            yield
 
     def reset(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""
@@ -104,11 +99,13 @@ class StackHooks(HookSet):
         self._exit_modules: dict[Module, None] = {}  # in the order in which they were found
         self._lock = threading.Lock()
 
-    def remove(self) -> None:
-        """Take everything out again; the model is as it was. Does nothing when nothing is installed."""
-        super().remove()
-        self._exit_modules.clear()
-        self._drop_call()
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """With the hooks in place, all or none; afterwards the model is as it was."""
+        with super().installed():
+            self._exit_modules.clear()
+            self.undo.callback(self._drop_call)
+            yield
 
     def reset(self) -> None:
         """The pipeline says that the generation is over."""
@@ -255,7 +252,7 @@ class StackHooks(HookSet):
             if exit.module not in self._exit_modules:
                 self._exit_modules[exit.module] = None
                 handle = exit.module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
-                self.installed.callback(handle.remove)
+                self.undo.enter_context(handle)
 
     def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call

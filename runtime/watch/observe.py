@@ -7,7 +7,9 @@ stream that is normalised and dropped) need nothing. Inside the blocks nothing i
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -37,47 +39,45 @@ class Observation:
         self.root, self.blocks, self.on_exit = root, blocks, on_exit
         self.wiring = Wiring()
         self._follow = Follow()
-        self._handles: list = []
+        self._hooks = ExitStack()
         self._depth = self._floor = 0
         self._passed: frozenset[int] = frozenset()
         self._bases: dict[Place, Place | None] = {}
         self._exits: list[Exit] = []
-        self._calls: dict[Module, int] = {}
-        self._head: tuple[tuple, dict] | None = None
+        self._calls: Counter[Module] = Counter()
+        self._streams: dict[Place, Tensor] | None = None
         self._active = False
 
     def begin(self, named: dict[str, Any]) -> None:
         """Start following; ``named`` are the denoiser's arguments, to tell time from latents."""
         for name, value in named.items():
-            if not is_time(name) and not _LATENTS.search(name):
-                continue
-            for _, tensor in tensors(value):
-                self._follow.marks[tensor] = Mark(
-                    from_time=is_time(name), from_latents=not is_time(name)
-                )
-        inside = {module for block in self.blocks for module in block.modules()}
+            source = "time" if is_time(name) else "latents"
+            if source == "time" or _LATENTS.search(name):
+                for _, tensor in tensors(value):
+                    self._follow.marks[tensor] = Mark(sources=frozenset({source}))
+        inside = {self.root, *(module for block in self.blocks for module in block.modules())}
         for module in self.root.modules():
-            if module is not self.root and module not in inside:
-                self._handles += [
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-                ]
+            if module not in inside:
+                before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                after = module.register_forward_hook(
+                    self._leave, with_kwargs=True, always_call=True
+                )
+                self._hooks.enter_context(before)
+                self._hooks.enter_context(after)
         self._start()
 
     def head(self, args: tuple, kwargs: dict) -> None:
         """The first block's arguments: where the streams enter."""
-        self._head = (args, kwargs)
+        self._streams = streams(args, kwargs)
         self._floor = self._depth  # the stack may live inside a module of its own
         marked = self._follow.marked(args, kwargs)
-        self.wiring.primary = self._generated(args, kwargs, marked)
-        for place, _, mark in marked:
-            if mark.from_time and not mark.from_latents:
-                self.wiring.time_embedding = place
-                break
+        self.wiring.primary = self._generated(marked)
+        of_time = (place for place, _, mark in marked if mark.sources == {"time"})
+        self.wiring.time_embedding = next(of_time, None)
 
-    def _generated(self, args: tuple, kwargs: dict, marked: list[Marked]) -> Place:
+    def _generated(self, marked: list[Marked]) -> Place:
         """Where what is generated enters: by its usual name, else the largest tensor that comes from the latents."""
-        entering = streams(args, kwargs)
+        entering = self._streams
         if not entering:
             raise UnsupportedModel(
                 f"{type(self.root).__name__}: the first block receives no stream of hidden states; "
@@ -86,8 +86,8 @@ class Observation:
         named = [place for place in entering if place[-1] == "hidden_states"]
         if named:
             return named[0]
-        of_latents = [place for place, _, mark in marked if mark.from_latents and place in entering]
-        return max(of_latents or list(entering)[:1], key=lambda place: entering[place].numel())
+        latents = [p for p, _, mark in marked if "latents" in mark.sources and p in entering]
+        return max(latents or list(entering)[:1], key=lambda place: entering[place].numel())
 
     def block(self, block: Module, call: int, run: Callable[[], Any]) -> Any:
         """Run a block, inside of which nothing is followed."""
@@ -98,15 +98,14 @@ class Observation:
             self._start()
         self.wiring.outputs[block, call] = mapped(result, Spec.of)
         for place, tensor in tensors(result):
-            carried = Carried(origin=tuple(tensor.shape), source=place)
+            carried = Carried(origin=tensor.shape, source=place)
             self._follow.marks[tensor] = Mark(carried=carried)
         return result
 
     def abort(self) -> None:
         """Stop following, whatever state the forward is in."""
         self._stop()
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
 
     def _start(self) -> None:
         self._follow.__enter__()
@@ -138,37 +137,36 @@ class Observation:
                 "name the stack with blocks=[...]"
             )
         # What is generated comes first: some models send their text stream through an exit before it.
-        order = sorted(
-            needed, key=lambda index: (self._exits[index].base != self.wiring.primary, index)
-        )
-        self.wiring.exits = tuple(self._exits[index] for index in order)
-        if self.wiring.time_embedding in [exit.base for exit in self.wiring.exits]:
+        wiring = self.wiring
+        order = sorted(needed, key=lambda index: (self._exits[index].base != wiring.primary, index))
+        wiring.exits = tuple(self._exits[index] for index in order)
+        if wiring.time_embedding in [exit.base for exit in wiring.exits]:
             # A stream that carries the time along is no embedding of it.
-            self.wiring.time_embedding = None
-        return self.wiring, order
+            wiring.time_embedding = None
+        return wiring, order
 
     # -- modules that are no blocks -------------------------------------------------------------------------------
 
     def _enter(self, module: Module, args: tuple, kwargs: dict) -> None:
         self._depth += 1
-        if self._head is None:
+        if self._streams is None:
             return
-        call = self._calls.get(module, 0)
-        self._calls[module] = call + 1
+        self._calls[module] += 1
         if self._depth > self._floor + 1:
             return
-        passed: set[int] = set()
+        first = len(self._exits)
         for place, tensor, mark in self._follow.marked(args, kwargs):
             if mark.carried:
-                exit = self._exit(module, call, place, tensor, mark.carried)
+                base, selections = self._base(tensor, mark.carried)
+                number = self._calls[module] - 1
+                exit = Exit(module, number, place, Spec.of(tensor), base, selections)
                 self.on_exit(len(self._exits), exit, tensor)
-                passed.add(len(self._exits))
                 self._exits.append(exit)
-        self._passed = frozenset(passed)
+        self._passed = frozenset(range(first, len(self._exits)))
 
     def _leave(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._depth -= 1
-        if self._head is None or self._depth > self._floor:
+        if self._streams is None or self._depth > self._floor:
             return
         if self._depth < self._floor:
             # The module around the stack returns: its results keep their marks.
@@ -179,30 +177,20 @@ class Observation:
         for _, tensor in tensors(output):
             self._follow.marks[tensor] = Mark(exits=exits)
 
-    def _exit(
-        self,
-        module: Module,
-        call: int,
-        place: Place,
-        value: Tensor,
-        carried: Carried,
-    ) -> Exit:
-        assert self._head is not None
-        entering = streams(*self._head)
+    def _base(self, value: Tensor, carried: Carried) -> tuple[Place | None, tuple[Selection, ...]]:
+        """Where the stream that leaves as ``value`` entered, and what was selected of it since."""
+        entering = self._streams or {}
         taken = {base for source, base in self._bases.items() if source != carried.source}
         same = [place for place, tensor in entering.items() if tensor.shape == value.shape]
         before = [place for place, tensor in entering.items() if tensor.shape == carried.origin]
-        base: Place | None = None
-        selections: tuple[Selection, ...] = ()
-        if same:
-            base = _preferred(same, taken)
-        elif before and carried.selections:
-            base, selections = _preferred(before, taken), carried.selections
+        selections = () if same else carried.selections or ()
+        base = _preferred(same or (before if selections else []), taken)
         self._bases[carried.source] = base
-        return Exit(module, call, place, Spec.of(value), base, selections)
+        return base, selections if base else ()
 
 
-def _preferred(places: list[Place], taken: set[Place | None]) -> Place:
+def _preferred(places: list[Place], taken: set[Place | None]) -> Place | None:
     """The stream among equally shaped arguments: one that no other exit has, by its usual name, else the first."""
     free = [place for place in places if place not in taken] or places
-    return next((place for place in free if place[-1] == "hidden_states"), free[0])
+    named = [place for place in free if place[-1] == "hidden_states"]
+    return next(iter(named or free), None)

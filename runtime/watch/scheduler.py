@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,27 +120,26 @@ class StepHook:
 
     def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor | None] | None) -> None:
         self._pipeline, self._on_step = pipeline, on_step
-        self._hooked: list[tuple[Any, type, type]] = []
 
-    def install(self) -> None:
-        """Hook the schedulers that the pipeline has now."""
-        if self._on_step is None:
-            return
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """With the schedulers hooked that the pipeline has now; copies of them are left alone afterwards."""
         components = getattr(self._pipeline, "components", None) or {}
         parts = [*components.values(), getattr(self._pipeline, "scheduler", None)]
         schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
-        for scheduler in schedulers.values():
-            own = type(scheduler)
-            scheduler.__class__ = hooked = self._subclass(own)
-            self._hooked.append((scheduler, own, hooked))
-
-    def remove(self) -> None:
-        """Give every scheduler its own class back; copies of them are left alone from now on."""
-        self._on_step = None
-        for scheduler, own, hooked in self._hooked:
-            if type(scheduler) is hooked:
-                scheduler.__class__ = own
-        self._hooked.clear()
+        hooked: list[tuple[Any, type, type]] = []
+        if self._on_step is not None:
+            classes = [(part, type(part)) for part in schedulers.values()]
+            hooked = [(part, own, self._subclass(own)) for part, own in classes]
+        for scheduler, _, subclass in hooked:
+            scheduler.__class__ = subclass
+        try:
+            yield
+        finally:
+            self._on_step = None
+            for scheduler, own, subclass in hooked:
+                if type(scheduler) is subclass:
+                    scheduler.__class__ = own
 
     def _subclass(self, own: Any) -> type:
         signature = inspect.signature(own.step)

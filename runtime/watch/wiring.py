@@ -49,7 +49,7 @@ class Carried:
         selections: Selecting calls since the block; ``None`` where they cannot be replayed.
     """
 
-    origin: tuple[int, ...]
+    origin: torch.Size
     source: Place
     selections: tuple[Selection, ...] | None = ()
 
@@ -59,13 +59,12 @@ class Mark:
     """What is known of where a tensor comes from.
 
     Attributes:
-        from_time, from_latents: Depends on the timestep / on the latents.
+        sources: What it depends on: ``time``, ``latents``.
         carried: The block's result that it carries, if any.
         exits: The exits that it has passed.
     """
 
-    from_time: bool = False
-    from_latents: bool = False
+    sources: frozenset[str] = frozenset()
     carried: Carried | None = None
     exits: frozenset[int] = frozenset()
 
@@ -139,9 +138,7 @@ class Wiring:
         """
 
         def stand_in(spec: Spec) -> Tensor:
-            if spec not in made:
-                made[spec] = spec.make()
-            return made[spec]
+            return made[spec] if spec in made else made.setdefault(spec, spec.make())
 
         return mapped(self.outputs[block, call], stand_in, leaf=Spec)
 
@@ -170,38 +167,34 @@ class Follow(TorchFunctionMode):
         marked = self.marked(args[:1] if name in _LIKE else args, kwargs)
         if not marked or _FRESH.search(name):
             return result
+        marks = [mark for _, _, mark in marked]
+        merged = Mark(
+            sources=frozenset().union(*(mark.sources for mark in marks)),
+            exits=frozenset().union(*(mark.exits for mark in marks)),
+        )
         if name == "__setitem__":
-            carried = next((mark.carried for _, _, mark in marked if mark.carried), None)
-            self.marks[args[0]] = _merged(marked, carried)
+            written = next((mark.carried for mark in marks if mark.carried), None)
+            self.marks[args[0]] = replace(merged, carried=written)
             return result
         for place, tensor in tensors(result):
+            selects = _SELECTING.search(name)
             selection = Selection(func, args[1:], kwargs, place[0] if place else None)
-            self.marks[tensor] = _merged(marked, _carried(marked, tensor, name, selection))
+            carried = _carried(marked, tensor.shape, selection if selects else None)
+            self.marks[tensor] = replace(merged, carried=carried)
         return result
 
 
-def _merged(marked: list[Marked], carried: Carried | None) -> Mark:
-    marks = [mark for _, _, mark in marked]
-    return Mark(
-        from_time=any(mark.from_time for mark in marks),
-        from_latents=any(mark.from_latents for mark in marks),
-        carried=carried,
-        exits=frozenset().union(*(mark.exits for mark in marks)),
-    )
-
-
 def _carried(
-    marked: list[Marked], result: Tensor, name: str, selection: Selection
+    marked: list[Marked], shape: torch.Size, selection: Selection | None
 ) -> Carried | None:
-    """Which block's result the new tensor carries, and how its elements were selected since."""
+    """Which block's result a new tensor of ``shape`` carries, and how its elements were selected since."""
     carriers = [(place, tensor, mark.carried) for place, tensor, mark in marked if mark.carried]
     if not carriers:
         return None
     place, _, carried = carriers[0]
-    selects = len(carriers) == 1 and place == ("args", 0) and _SELECTING.search(name)
-    if selects and carried.selections is not None:
+    sole = len(carriers) == 1 and place == ("args", 0)
+    if sole and selection is not None and carried.selections is not None:
         return replace(carried, selections=(*carried.selections, selection))
-    for _, tensor, other in carriers:
-        if tensor.shape == result.shape:  # element by element: a cast, a sum, a norm
-            return other
-    return replace(carried, selections=None)
+    # Element by element: a cast, a sum, a norm.
+    alike = [other for _, tensor, other in carriers if tensor.shape == shape]
+    return alike[0] if alike else replace(carried, selections=None)
