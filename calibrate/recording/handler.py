@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from calibrate.recording.figures import (
     Row,
@@ -28,7 +29,6 @@ from coeffs.entry.signals import SIGNALS
 from runtime.compat.diffusers_private import lockstep_group
 from runtime.decide.tracker import Position
 from runtime.watch.call import Call, Handler, Trajectory, measured
-from runtime.watch.hooks import StackHooks
 from runtime.watch.places import tensors
 from runtime.watch.ranks import gathered
 from runtime.watch.scheduler import SchedulerClock, timestep
@@ -129,36 +129,34 @@ class RecordHandler(Handler):
         if self._products is not None:
             self._products.clear()
 
-    def take(self, stack: StackHooks) -> Recording:
-        """What was measured since the last call.
+    def take(self, root: Module, recording: Recording) -> None:
+        """Add what was measured of ``root`` since the last call to ``recording``.
 
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
         rows = counted_on(self._recorded)
         numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
         tokens = torch.tensor([row.pop("tokens") for row in rows])
-        group = lockstep_group(stack.root)
-        over_ranks: Callable[[Tensor], Tensor] | None = None
+        group = lockstep_group(root)
         if group is not None:
-            device = next(stack.root.parameters()).device
+            device = next(root.parameters()).device
             steps = [(row["branch"], row["step"]) for row in rows]
             parts = gathered(group, numbers.to(device), steps)
             numbers = over_parts(parts, gathered(group, tokens.to(device)))
 
-            def over_ranks(matrix: Tensor) -> Tensor:
-                return gathered(group, matrix.to(device)).sum(0)
+        def over_ranks(matrix: Tensor) -> Tensor:
+            return matrix if group is None else gathered(group, matrix.to(device)).sum(0)
 
         for row, figures in zip(rows, numbers.tolist(), strict=True):
             row.update(named(figures))
             row["timestep"] = float(row["timestep"])
-        recording = Recording(rows)
+        recording.rows += rows
         if self._timings:
             recording.timing[self.expert] = mean_times(self._timings)
         # Of several schedules in one generation no one plan could be made.
         if self._products is not None and not self._several:
-            recording.gram = self._products.matrices(self.expert, over_ranks)
+            recording.gram |= self._products.matrices(self.expert, over_ranks)
         self.discard()
-        return recording
 
     # -- what the hooks call --------------------------------------------------------------------------------------
 

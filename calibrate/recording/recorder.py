@@ -1,5 +1,6 @@
 """``Recorder``: measures the denoisers of a pipeline while it generates."""
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from calibrate.recording.figures import number_steps
-from calibrate.recording.handler import RecordedTrajectory, RecordHandler, Recording
+from calibrate.recording.handler import RecordHandler, Recording
 from runtime.watch.hooks import Watch
 from runtime.watch.scheduler import SchedulerClock
 
@@ -42,10 +43,10 @@ class Recorder:
         gram: bool = False,
     ) -> None:
         clock = SchedulerClock(pipeline)
+        self._latest: deque[RecordHandler] = deque(maxlen=1)  # whose denoiser was called last
         self._handlers = {
-            expert: RecordHandler(expert, gram, clock, self._opened) for expert in modules
+            expert: RecordHandler(expert, gram, clock, self._latest.append) for expert in modules
         }
-        self._latest: RecordHandler | None = None  # whose denoiser was called last
         self._installed = ExitStack()
         on_step = self._stepped if gram else None
         self._watch = Watch(modules, self._handlers.__getitem__, clock, blocks, on_step)
@@ -58,22 +59,15 @@ class Recorder:
         self._installed.close()
         self.start()
 
-    def _opened(self, handler: RecordHandler) -> None:
-        self._latest = handler
-
     def _stepped(self, value: Tensor) -> None:
-        if self._latest is not None:
-            self._latest.guided(value)
+        for handler in self._latest:
+            handler.guided(value)
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept from the previous step, over all live trajectories."""
-        return sum(
-            buffer.nbytes
-            for stack in self._watch.stacks
-            for trajectory in stack.trajectories.branches.values()
-            if isinstance(trajectory, RecordedTrajectory)
-            for buffer in trajectory.buffers.values()
-        )
+        branches = [stack.trajectories.branches for stack in self._watch.stacks]
+        live = [trajectory for part in branches for trajectory in part.values()]
+        return sum(buffer.nbytes for part in live for buffer in part.buffers.values())
 
     def start(self) -> None:
         """Forget what was seen: the next denoiser call begins a generation."""
@@ -89,10 +83,7 @@ class Recorder:
         self._watch.reset()
         recording = Recording()
         for stack, handler in zip(self._watch.stacks, self._handlers.values(), strict=True):
-            part = handler.take(stack)
-            recording.rows += part.rows
-            recording.gram |= part.gram
-            recording.timing |= part.timing
+            handler.take(stack.root, recording)
         number_steps(recording.rows)
         distances = ("x", "y_output", "y_hidden", "y_residual")
         recording.non_finite = sum(
