@@ -121,16 +121,16 @@ class Guided:
         self._skip |= skip
 
     @torch.no_grad()
-    def step(self, value: Tensor) -> Tensor | None:
+    def step(self, value: Tensor) -> Tensor:
         """A scheduler received ``value``; what it is given instead."""
         if self._step < 0:  # no denoiser was called before
-            return None
+            return value
         index, self._received = self._received, self._received + 1
         if not self._skip:
             if index == 0:
                 self._anchors.make_room(self._step)
             self._anchors.add(self._step, [value.detach().clone()])
-            return None
+            return value
         forecast = self._anchors.forecast(self._step, index, value.device)
         if forecast.shape != value.shape:
             raise WiringError(

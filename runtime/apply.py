@@ -20,6 +20,7 @@ from runtime.errors import ApplyError, UnsupportedModel
 from runtime.facts import class_name, facts_of
 from runtime.settings import Settings, for_steps, resolve
 from runtime.stats import Stats
+from runtime.watch.blocks import Blocks
 from runtime.watch.hooks import Watch
 from runtime.watch.ranks import refuse_inner_sharding
 from runtime.watch.scheduler import OwnLoop, SchedulerClock
@@ -127,7 +128,7 @@ def apply_tea_cache(
     offload: bool = False,
     compat: bool = False,
     strict: bool | None = None,
-    blocks: Sequence[str | Module] | None = None,
+    blocks: Blocks | None = None,
 ) -> TeaCache:
     """Apply TeaCache to a diffusers pipeline or to a bare denoiser.
 
@@ -202,7 +203,7 @@ def apply_tea_cache(
     return _installed(target, asked, blocks)
 
 
-def _installed(target: Any, asked: Asked, blocks: Sequence[str | Module] | None) -> TeaCache:
+def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
     modules = denoisers(target)
     for module in modules.values():
         other = enabled_cache(module)

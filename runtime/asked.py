@@ -89,8 +89,11 @@ def check(asked: Asked, model: Model) -> None:
         asked.refuse(reason, *names)
     if asked.coefficients is None:
         asked.refuse("belongs to coefficients=; an entry brings its own", *_OF_COEFFICIENTS)
-    elif asked.entry is not None:
-        raise InvalidSetting("entry and coefficients given: expected one of them")
+    else:
+        reason = "needs a registry entry with verified thresholds; give threshold= instead"
+        asked.refuse(reason, "speedup")
+        if asked.entry is not None:
+            raise InvalidSetting("entry and coefficients given: expected one of them")
     if model.has_scheduler:
         reason = "is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
         asked.refuse(reason, "num_steps")

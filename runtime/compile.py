@@ -1,6 +1,6 @@
 """``compile_blocks``: the blocks' own forwards as graphs, the cache's hooks around them in plain Python."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import Module
 from runtime.apply import denoisers
 from runtime.compat.diffusers_private import inner_forward, set_inner_forward
 from runtime.errors import ApplyError
-from runtime.watch.blocks import find_blocks
+from runtime.watch.blocks import Blocks, find_blocks
 
 
 class _CompiledForward:
@@ -61,7 +61,7 @@ class CompiledBlocks:
 def compile_blocks(
     target: Any,
     *,
-    blocks: Sequence[str | Module] | None = None,
+    blocks: Blocks | None = None,
     fullgraph: bool = True,
     **options: Any,
 ) -> CompiledBlocks:
@@ -114,11 +114,9 @@ def _refuse(root: Module, path: str, block: Module) -> None:
         raise ApplyError(
             f"{name} is compiled by compile_blocks() already; remove() that handle first"
         )
-    moving = next(
-        (part for part, module in block.named_modules() if hasattr(module, "_hf_hook")), None
-    )
-    if moving is not None:
-        raise ApplyError(
-            f"{name}{'.' * bool(moving)}{moving} moves its weights while it runs (sequential CPU offload), which is "
-            "no single graph; use model or group offload instead"
-        )
+    for part, module in block.named_modules(prefix=name):
+        if hasattr(module, "_hf_hook"):
+            raise ApplyError(
+                f"{part} moves its weights while it runs (sequential CPU offload), which is no single graph; "
+                "use model or group offload instead"
+            )

@@ -144,7 +144,7 @@ def resolve(asked: Asked, model: Model) -> Settings:
     else:
         settings = _sourced(settings, model)
         choice: float | coeffs.Plan | None = asked.threshold
-        if asked.speedup is not None:
+        if asked.speedup is not None and settings.entry is not None:
             gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
             choose = threshold_for if gate_only else best_for
             choice = choose(settings.entry, asked.speedup)

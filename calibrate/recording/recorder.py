@@ -59,15 +59,19 @@ class Recorder:
         self._installed.close()
         self.start()
 
-    def _stepped(self, value: Tensor) -> None:
+    def _stepped(self, value: Tensor) -> Tensor:
         for handler in self._latest:
             handler.guided(value)
+        return value
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept from the previous step, over all live trajectories."""
-        branches = [stack.trajectories.branches for stack in self._watch.stacks]
-        live = [trajectory for part in branches for trajectory in part.values()]
-        return sum(buffer.nbytes for part in live for buffer in part.buffers.values())
+        return sum(
+            buffer.nbytes
+            for stack in self._watch.stacks
+            for trajectory in stack.trajectories.values()
+            for buffer in trajectory.buffers.values()
+        )
 
     def start(self) -> None:
         """Forget what was seen: the next denoiser call begins a generation."""

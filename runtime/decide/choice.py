@@ -16,16 +16,12 @@ _FEWER_STEPS = {
 }
 
 
-def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
+def threshold_for(entry: "coeffs.Entry", speedup: float) -> float:
     """The lowest verified threshold of ``entry`` that reaches ``speedup``, between table rows by interpolation.
 
     Raises:
         InvalidSetting: The entry has no measured speed-ups, or none as high.
     """
-    if entry is None:
-        raise InvalidSetting(
-            "speedup= needs a registry entry with verified thresholds; give threshold= instead"
-        )
     rows = [(1.0, 0.0)]
     rows += [(reached, row.threshold) for reached, row in _verified(entry)]
     for (slower, low), (faster, high) in pairwise(rows):
@@ -38,7 +34,7 @@ def threshold_for(entry: "coeffs.Entry | None", speedup: float) -> float:
     )
 
 
-def best_for(entry: "coeffs.Entry | None", speedup: float) -> "float | coeffs.Plan":
+def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
     """The gate's threshold or the plan of ``entry`` that verified best among those that reach ``speedup``.
 
     Both are judged by what was measured at this speed-up or a higher one.
@@ -46,9 +42,8 @@ def best_for(entry: "coeffs.Entry | None", speedup: float) -> "float | coeffs.Pl
     Raises:
         InvalidSetting: Neither was verified at this speed-up.
     """
-    plans = entry.plans if entry else None
-    fast_enough = [plan for plan in plans or () if _speedup(plan) >= speedup >= 1]
-    if entry is None or not fast_enough:
+    fast_enough = [plan for plan in entry.plans or () if _speedup(plan) >= speedup >= 1]
+    if not fast_enough:
         return threshold_for(entry, speedup)
     best = max(fast_enough, key=_fidelity)
     gates = [row.psnr_db for reached, row in _verified(entry) if reached >= speedup]

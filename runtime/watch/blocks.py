@@ -21,13 +21,12 @@ _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _LISTS = (nn.ModuleList, nn.Sequential)
 _PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 HOOK = "teacal_block"
+Blocks = Sequence[str | Module]  # a stack named by hand
 # Ahead of every other entry in the hook chain: this attribute on the denoiser says whose hooks it carries.
 _OWNER = "_teacal_hooks"
 
 
-def find_blocks(
-    root: Module, blocks: Sequence[str | Module] | None = None
-) -> list[tuple[str, Module]]:
+def find_blocks(root: Module, blocks: Blocks | None = None) -> list[tuple[str, Module]]:
     """The blocks of the main stack as ``(path, block)``, in the order of definition.
 
     Args:
@@ -65,9 +64,7 @@ def _main_lists(paths: dict[Module, str]) -> list[Module]:
     return chosen
 
 
-def _named_by_hand(
-    root: Module, paths: dict[Module, str], blocks: Sequence[str | Module]
-) -> list[Module]:
+def _named_by_hand(root: Module, paths: dict[Module, str], blocks: Blocks) -> list[Module]:
     modules = {path: module for module, path in paths.items() if path}
     chosen = [modules.get(block) if isinstance(block, str) else block for block in blocks]
     for name, module in zip(blocks, chosen, strict=True):

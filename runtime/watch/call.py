@@ -1,22 +1,19 @@
 """One forward of a denoiser: what is known of it, how its signals are measured, and who is asked about it."""
 
-import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from runtime.compat.diffusers_private import ContextReceiver
-from runtime.decide.tracker import Position, Tracker
+from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
 from runtime.watch.distance import l1_sums
 from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, call_tensors, signature, streams
-from runtime.watch.scheduler import SchedulerClock
 from runtime.watch.wiring import Spec, Wiring
 
 
@@ -168,54 +165,6 @@ class Handler:
 
     def finish(self, call: Call, output: Any) -> Any:
         """The forward has returned ``output``; what is returned instead, ``None`` for ``output`` itself."""
-
-
-class Trajectories:
-    """The trajectories of one denoiser in the generation under way, by CFG branch.
-
-    Attributes:
-        siblings: Those of all denoisers of the pipeline, which may share its schedule.
-    """
-
-    def __init__(
-        self, root: Module, receiver: ContextReceiver, clock: SchedulerClock, handler: Handler
-    ) -> None:
-        self.branches: dict[str, Trajectory] = {}
-        self.siblings: list[Trajectories] = []
-        self._root, self._receiver, self._clock, self._handler = root, receiver, clock, handler
-        self._names = list(inspect.signature(root.forward).parameters)
-        self._tracker = Tracker()
-        self._step = -1
-        self._schedule: Hashable | None = None
-
-    def clear(self) -> None:
-        """The generation is over: free what was kept, the next call begins a new one."""
-        self.branches.clear()
-        self._tracker.reset()
-        self._handler.end()
-
-    def call(self, args: tuple, kwargs: dict) -> Call:
-        """A call of the denoiser with these arguments: its trajectory, and where in the generation it stands."""
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        info = self._clock.call_info(named, self._receiver.name)
-        position = self._tracker.locate(info)
-        if position.new_generation:
-            self._schedule = position.schedule
-            for other in self.siblings:  # an aborted generation may have left them in the middle
-                if other is self or other._schedule != position.schedule:
-                    other.branches.clear()
-            self._handler.begin(position)
-        if position.step != self._step:
-            self._step = position.step
-            for other in self.siblings:  # another expert's part of the schedule is over
-                if other._step < position.step - 1:
-                    other.branches.clear()
-        if position.branch not in self.branches:
-            self.branches[position.branch] = self._handler.new_trajectory(position.branch)
-        trajectory = self.branches[position.branch]
-        if not position.consecutive:
-            trajectory.restart()
-        return Call(self._root, trajectory, position, named)
 
 
 def measured(call: Call, signal: str) -> Tensor | None:

@@ -4,8 +4,9 @@ The model's own forward always runs. On a skipped step every block returns a pla
 enters the stack's exit is overridden, so that nothing the blocks would have returned can reach the output.
 """
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ from torch.nn import Module
 
 from runtime.compat.diffusers_private import lockstep_group
 from runtime.compat.torch_private import compiled_by, pause, resume, stays_python
+from runtime.decide.tracker import Tracker
 from runtime.errors import UnsupportedModel, WiringError
-from runtime.watch.blocks import HookSet, attention_modules, find_blocks
-from runtime.watch.call import Call, Handler, Trajectories
+from runtime.watch.blocks import Blocks, HookSet, attention_modules, find_blocks
+from runtime.watch.call import Call, Handler, Trajectory
 from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, replaced
 from runtime.watch.scheduler import SchedulerClock, StepHook
@@ -40,17 +42,13 @@ class Watch:
         modules: Mapping[str, Module],
         new_handler: Callable[[str], Handler],
         clock: SchedulerClock,
-        blocks: Sequence[str | Module] | None = None,
-        on_step: Callable[[Tensor], Tensor | None] | None = None,
+        blocks: Blocks | None = None,
+        on_step: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.steps = StepHook(clock.pipeline, on_step)
-        self.stacks = [
-            StackHooks(module, new_handler(expert), clock, blocks)
-            for expert, module in modules.items()
-        ]
-        trajectories = [stack.trajectories for stack in self.stacks]
-        for stack in self.stacks:
-            stack.trajectories.siblings = trajectories
+        self.stacks: list[StackHooks] = []
+        for expert, module in modules.items():
+            self.stacks.append(StackHooks(module, new_handler(expert), clock, self.stacks, blocks))
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -65,13 +63,14 @@ class Watch:
     def reset(self) -> None:
         """The generation is over: free what was kept, the next call begins a new one."""
         for stack in self.stacks:
-            stack.trajectories.clear()
+            stack.reset()
 
 
 class StackHooks(HookSet):
     """The hooks of one denoiser, and the trajectories that its calls belong to.
 
     Attributes:
+        siblings: The hooks of all denoisers of the pipeline, which may share its schedule.
         trajectories: What is kept of each CFG branch of the generation under way.
         time_embedding: Where in the first block's arguments it stands; a property of the model's class.
     """
@@ -81,14 +80,18 @@ class StackHooks(HookSet):
         root: Module,
         handler: Handler,
         clock: SchedulerClock,
-        blocks: Sequence[str | Module] | None = None,
+        siblings: list["StackHooks"],
+        blocks: Blocks | None = None,
     ) -> None:
         super().__init__(root, find_blocks(root, blocks))
-        self.handler = handler
-        self.trajectories = Trajectories(root, self.receiver, clock, handler)
+        self.handler, self.clock, self.siblings = handler, clock, siblings
+        self.trajectories: dict[str, Trajectory] = {}
         self.time_embedding: Place | None = None
         self.call: Call | None = None
-        self._members = frozenset(block for _, block in self.blocks)
+        self._names = list(inspect.signature(root.forward).parameters)
+        self._tracker = Tracker()
+        self._schedule: Hashable | None = None
+        self._step = -1
         path, self._head = self.blocks[0]
         self._attention = attention_modules(self._head)
         if not self._attention:
@@ -108,11 +111,12 @@ class StackHooks(HookSet):
             yield
 
     def reset(self) -> None:
-        """The pipeline says that the generation is over."""
+        """The generation is over: free what was kept, the next call begins a new one."""
         self.trajectories.clear()
+        self._tracker.reset()
+        self.handler.end()
 
     # -- one forward ----------------------------------------------------------------------------------------------
-
     # Under torch.compile(model) everything but the blocks' own forwards runs in plain Python: what is learned, decided
     # and overridden around them cannot be traced, and a graph that breaks at every block is not worth its guards.
 
@@ -123,12 +127,31 @@ class StackHooks(HookSet):
             undo.callback(resume, compiler)
             self._take_lock()
             undo.callback(self._drop_call)
-            self.call = call = self.trajectories.call(args, kwargs)
+            self.call = call = self._new_call(args, kwargs)
             call.compiler, call.time_embedding = compiler, self.time_embedding
             self.handler.open(call)
             if call.trajectory.wiring is None:
                 self._observe(call)
             undo.pop_all()
+
+    def _new_call(self, args: tuple, kwargs: dict) -> Call:
+        """A call with these arguments: its trajectory, and where in the generation it stands."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        where = self._tracker.locate(self.clock.call_info(named, self.receiver.name))
+        if where.new_generation:
+            self.trajectories.clear()
+            self.handler.begin(where)
+        self._schedule, self._step = where.schedule, where.step
+        for other in self.siblings:
+            # Left by an aborted generation, or by an expert whose part of the schedule is over.
+            if other._schedule != where.schedule or other._step < where.step - 1:
+                other.trajectories.clear()
+        if where.branch not in self.trajectories:
+            self.trajectories[where.branch] = self.handler.new_trajectory(where.branch)
+        trajectory = self.trajectories[where.branch]
+        if not where.consecutive:
+            trajectory.restart()
+        return Call(self.root, trajectory, where, named)
 
     @stays_python
     def end(self, root: Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -203,7 +226,8 @@ class StackHooks(HookSet):
             if call is None:  # the block is used outside the denoiser's own forward
                 return compiled_by(compiler, original, args, kwargs)
             if not call.decided:
-                self._decide(call, block, original, args, kwargs)
+                call.head = (args, kwargs)
+                self._decide(call, block, original)
             number = call.count(block)
             if call.skip and (block, number) in call.wiring.outputs:
                 return call.wiring.placeholder(block, number, call.stand_ins)
@@ -212,13 +236,11 @@ class StackHooks(HookSet):
         finally:
             resume(compiler)
 
-    def _decide(
-        self, call: Call, block: Module, original: Callable, args: tuple, kwargs: dict
-    ) -> None:
-        trajectory, head = call.trajectory, (args, kwargs)
+    def _decide(self, call: Call, block: Module, original: Callable) -> None:
+        trajectory = call.trajectory
         if self._head is not block:
             self._head, self._attention = block, attention_modules(block)
-        call.decided, call.head = True, head
+        call.decided = True
         call.first_block = (block, original, self._attention)
         conditions = call.conditions(whole=lockstep_group(self.root) is not None)
         changed = trajectory.conditions not in (None, conditions)
@@ -228,19 +250,20 @@ class StackHooks(HookSet):
         if trajectory.wiring is None and call.observation is None:
             self._observe(call)
         if call.observation is not None:
-            call.observation.head(args, kwargs)
+            call.observation.head(*call.head)
         call.skip = self.handler.decide(call, changed)
         if not call.skip:
             call.keep_bases()
             return
         for index, exit in enumerate(call.wiring.exits):
-            base = None if exit.base is None else exit.selected(at(exit.base, *head))
+            base = None if exit.base is None else exit.selected(at(exit.base, *call.head))
             call.overrides[index] = self.handler.enter(call, index, base)
 
     # -- exits ----------------------------------------------------------------------------------------------------
 
     def _observe(self, call: Call) -> None:
-        call.observation = Observation(self.root, self._members, partial(self._leave, call))
+        blocks = [block for _, block in self.blocks]
+        call.observation = Observation(self.root, blocks, partial(self._leave, call))
         call.observation.begin(call.named)
 
     def _leave(self, call: Call, index: int, exit: Exit, value: Tensor) -> None:
@@ -264,19 +287,14 @@ class StackHooks(HookSet):
             if exit.module is not module or exit.call != number:
                 continue
             value = at(exit.place, args, kwargs)
-            if call.skip:
-                stored = self._override(call, index, exit, value)
-                args, kwargs = changed = replaced(exit.place, stored, args, kwargs)
-            else:
+            if not call.skip:
                 self._leave(call, index, exit, value)
+                continue
+            stored, shape = call.overrides.pop(index), getattr(value, "shape", None)
+            if shape != stored.shape:
+                raise WiringError(
+                    f"{type(self.root).__name__}: {tuple(stored.shape)} was computed at the stack's exit "
+                    f"({type(module).__name__}), a skipped step brings {shape} there; its output is refused"
+                )
+            args, kwargs = changed = replaced(exit.place, stored.to(value), args, kwargs)
         return changed
-
-    def _override(self, call: Call, index: int, exit: Exit, value: Any) -> Tensor:
-        stored = call.overrides.pop(index)
-        shape = getattr(value, "shape", None)
-        if shape != stored.shape:
-            raise WiringError(
-                f"{type(self.root).__name__}: {tuple(stored.shape)} was computed at the stack's exit "
-                f"({type(exit.module).__name__}), a skipped step brings {shape} there; its output is refused"
-            )
-        return stored.to(value)

@@ -33,7 +33,7 @@ class Observation:
     def __init__(
         self,
         root: Module,
-        blocks: frozenset[Module],
+        blocks: list[Module],
         on_exit: Callable[[int, Exit, Tensor], None],
     ) -> None:
         self.root, self.blocks, self.on_exit = root, blocks, on_exit

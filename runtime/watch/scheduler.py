@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from runtime.decide.tracker import CallInfo
+from runtime.watch.blocks import Blocks
 from runtime.watch.places import tensors
 
 # How denoisers call the argument that says where in the schedule they are, the usual name first.
@@ -37,7 +38,7 @@ class OwnLoop:
         self,
         modules: Module | Mapping[str, Module],
         scheduler: Any = None,
-        blocks: Sequence[str | Module] | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         if isinstance(modules, Module):
             modules = {"transformer": modules}
@@ -118,7 +119,7 @@ class StepHook:
             hooks nothing.
     """
 
-    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor | None] | None) -> None:
+    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> None:
         self._pipeline, self._on_step = pipeline, on_step
 
     @contextmanager
@@ -142,17 +143,14 @@ class StepHook:
                     scheduler.__class__ = own
 
     def _subclass(self, own: Any) -> type:
-        signature = inspect.signature(own.step)
+        name = list(inspect.signature(own.step).parameters)[1]
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(scheduler, *args, **kwargs)
-            name = list(given.arguments)[1]
-            prediction = given.arguments[name]
+            prediction, *others = args or (kwargs.pop(name),)
             if self._on_step is not None and isinstance(prediction, Tensor):
-                replaced = self._on_step(prediction)
-                given.arguments[name] = prediction if replaced is None else replaced
-            return own.step(*given.args, **given.kwargs)
+                prediction = self._on_step(prediction)
+            return own.step(scheduler, prediction, *others, **kwargs)
 
         names = {"step": step, "__module__": own.__module__, "__qualname__": own.__qualname__}
         return type(own.__name__, (own,), names)

@@ -260,7 +260,7 @@ def one_rank_reset(rank: int, world: int) -> dict[str, Any]:
     with own_cache(model, 1e9) as cache:
         for step, kwargs in enumerate(zoo.trajectory("flux", total=8)):
             if step == 4 and rank == world - 1:
-                next(iter(cache._watch.stacks[0].trajectories.branches.values())).restart()
+                next(iter(cache._watch.stacks[0].trajectories.values())).restart()
             float(call(model, kwargs).sum())
         return {"pattern": cache.stats.pattern}
 

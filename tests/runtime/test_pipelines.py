@@ -61,7 +61,7 @@ class Decisions:
 
 
 def kept(cache: TeaCache) -> int:
-    return sum(len(stack.trajectories.branches) for stack in cache._watch.stacks)
+    return sum(len(stack.trajectories) for stack in cache._watch.stacks)
 
 
 # -- every pipeline ---------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_first_expert_is_freed_once_the_second_has_taken_over() -> None:
         stacks = cache._watch.stacks
 
         def look(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
-            held.append(tuple(len(stack.trajectories.branches) for stack in stacks))
+            held.append(tuple(len(stack.trajectories) for stack in stacks))
             return {}
 
         case.run(callback_on_step_end=look)

@@ -213,7 +213,7 @@ def test_gradients_may_be_on(of):
     with apply_tea_cache(model, schedule="CCSC", forecast="linear", forecast_of=of) as cache:
         for kwargs in zoo.trajectory("flux", total=4):
             model(**kwargs)
-        kept = next(iter(cache._watch.stacks[0].trajectories.branches.values())).anchors
+        kept = next(iter(cache._watch.stacks[0].trajectories.values())).anchors
         assert kept and not any(value.requires_grad for value in kept.values)
 
 

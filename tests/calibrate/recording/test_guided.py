@@ -72,7 +72,7 @@ def test_the_first_experts_buffers_are_freed_at_the_handover():
     def look(module, args, output):
         held.append(
             [
-                sum(len(part.buffers) for part in stack.trajectories.branches.values())
+                sum(len(part.buffers) for part in stack.trajectories.values())
                 for stack in recorder._watch.stacks
             ]
         )
