@@ -11,7 +11,7 @@ from runtime.errors import InvalidSetting, WiringError
 
 
 @dataclass
-class _Anchor:
+class Anchor:
     """A computed step: when it was, its noise level, and one tensor per place."""
 
     step: int
@@ -19,58 +19,46 @@ class _Anchor:
     values: list[Tensor]
 
 
-class Anchors:
-    """The values of the last computed steps, as many as skipped steps still use.
+class Anchors(list[Anchor]):
+    """The last computed steps, the newest first, as many as skipped steps still use.
 
     Args:
         forecast: What a skipped step makes of them.
         level: Noise level of a step, or whatever takes its place.
-        offload: Keep them in the host's memory.
+        offload: Keep their values in the host's memory.
     """
 
     def __init__(
         self, forecast: Forecast, level: Callable[[int], float], offload: bool = False
     ) -> None:
+        super().__init__()
         self._forecast, self._level, self._offload = forecast, level, offload
-        self._anchors: list[_Anchor] = []  # the newest first
-
-    def __len__(self) -> int:
-        return len(self._anchors)
-
-    @property
-    def values(self) -> list[Tensor]:
-        """Everything that is kept."""
-        return [value for anchor in self._anchors for value in anchor.values]
-
-    def clear(self) -> None:
-        """Forget all computed steps."""
-        self._anchors.clear()
 
     def make_room(self, step: int) -> None:
         """``step`` is going to be computed: drop what no later step uses then."""
-        del self._anchors[self._forecast.kept_from(step) - 1 :]
+        del self[self._forecast.kept_from(step) - 1 :]
 
     def add(self, step: int, values: list[Tensor]) -> None:
         """``step`` was computed and left ``values``; those of a step that is known are further ones."""
         if self._offload:
             values = [value.to("cpu") for value in values]
-        if self._anchors and self._anchors[0].step == step:
-            self._anchors[0].values += values
+        if self and self[0].step == step:
+            self[0].values += values
         else:
-            self._anchors.insert(0, _Anchor(step, self._asked_level(step), values))
+            self.insert(0, Anchor(step, self._asked_level(step), values))
 
     def forecast(self, step: int, index: int, device: torch.device) -> Tensor:
         """Value ``index`` at the skipped ``step``; the kept tensor itself where it is reused as it is."""
-        levels = [anchor.level for anchor in self._anchors]
-        steps = [anchor.step for anchor in self._anchors]
-        weight, *others = self._forecast.at(step, self._asked_level(step), levels, steps)
-        newest = self._anchors[0].values[index].to(device)
-        if not any(others):
-            return newest if weight == 1 else newest * weight
+        levels = [anchor.level for anchor in self]
+        steps = [anchor.step for anchor in self]
+        weights = self._forecast.at(step, self._asked_level(step), levels, steps)
+        newest = self[0].values[index].to(device)
+        if not any(weights[1:]):
+            return newest if weights[0] == 1 else newest * weights[0]
         # In float32: weights of opposite sign cancel most of what a bfloat16 sum would still hold.
-        total = newest.float() * weight
-        for other, anchor in zip(others, self._anchors[1:], strict=False):
-            total.add_(anchor.values[index].to(device), alpha=other)
+        total = newest.float() * weights[0]
+        for weight, anchor in zip(weights[1:], self[1:], strict=False):
+            total.add_(anchor.values[index].to(device), alpha=weight)
         return total
 
     def _asked_level(self, step: int) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from runtime.anchors import Anchors, Guided
 from runtime.compat.diffusers_private import lockstep_group
-from runtime.decide.gate import Decision, Policy
+from runtime.decide.gate import Decision, Gate, Policy
 from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
 from runtime.settings import Settings
@@ -121,7 +121,7 @@ class CacheHandler(Handler):
     def _decide(self, call: Call) -> Decision:
         policy, where = _kept(call).policy, call.position
         x = None
-        if policy.needs_signal:
+        if isinstance(policy, Gate) and policy.config.threshold > 0:
             known = policy.known(step=where.step, num_steps=where.num_steps)
             x = self._change(call, needed=known is None)
         return policy.step(x, step=where.step, num_steps=where.num_steps)

@@ -18,15 +18,14 @@ class _CompiledForward:
     No ``__dict__``: diffusers copies that of a forward onto the hooks around it.
     """
 
-    __slots__ = ("__wrapped__", "active", "compiled", "uncompiled")
+    __slots__ = ("__wrapped__", "compiled", "uncompiled")
 
     def __init__(self, forward: Callable, options: dict[str, Any]) -> None:
         self.uncompiled = self.__wrapped__ = forward
         self.compiled = torch.compile(forward, **options)
-        self.active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.compiled if self.active else self.uncompiled)(*args, **kwargs)
+        return self.compiled(*args, **kwargs)
 
 
 class CompiledBlocks:
@@ -46,7 +45,7 @@ class CompiledBlocks:
     def remove(self) -> None:
         """Give every block its own forward back. Does nothing when that has been done."""
         for block, forward in self._compiled:
-            forward.active = False  # for hooks of others, which may hold it
+            forward.compiled = forward.uncompiled  # for hooks of others, which may hold it
             if inner_forward(block) is forward:
                 set_inner_forward(block, forward.uncompiled)
         self._compiled.clear()

@@ -95,8 +95,9 @@ class Settings:
             InvalidSetting: Something differs and the settings are strict.
         """
         difference = self._other_level(level)
-        if self.gate or self.certificate:
-            difference = self._other_length(num_steps) or difference
+        other_length = None not in (num_steps, self.num_steps) and num_steps != self.num_steps
+        if other_length and (self.gate or self.certificate):
+            difference = f"num_steps: {self.num_steps} in the entry, {num_steps} here"
         if difference and self.asked.strict:
             made = "measured like" if self.gate else "planned for"
             raise InvalidSetting(
@@ -104,11 +105,6 @@ class Settings:
                 "or pass strict=False"
             )
         return difference
-
-    def _other_length(self, num_steps: int | None) -> str | None:
-        if None in (num_steps, self.num_steps) or num_steps == self.num_steps:
-            return None
-        return f"num_steps: {self.num_steps} in the entry, {num_steps} here"
 
     def _other_level(self, level: Callable[[int], float | None]) -> str | None:
         tolerance = LEVEL_TOLERANCE * max(map(abs, self.sigmas), default=0.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coeffs.entry.signals import SIGNALS
-from runtime.watch.distance import pieces, ratio
+from runtime.watch.distance import piece_sums, pieces, ratio
 
 # Figures of one step, in the order they are stacked on the device: two sums for each distance, then the ratios.
 SIGNAL_COLUMNS = tuple(signal.column for signal in SIGNALS.values())
@@ -24,10 +24,8 @@ def stacked(row: dict[str, Tensor]) -> Tensor:
 
 def named(figures: list[float]) -> dict[str, float]:
     """The columns of a row from its stacked figures; NaN where there was nothing to divide by."""
-    row = {
-        name: ratio(figures[2 * index], figures[2 * index + 1])
-        for index, name in enumerate(DISTANCES)
-    }
+    sums = zip(DISTANCES, figures[::2], figures[1::2], strict=False)
+    row = {name: ratio(numerator, denominator) for name, numerator, denominator in sums}
     return row | dict(zip(_RATIOS, figures[2 * len(DISTANCES) :], strict=True))
 
 
@@ -60,10 +58,10 @@ def exit_figures(
     ratios, cosines = [], []
     for part in token_pieces(*rows):
         now, before = part[0].float(), part[1].float()
-        y_hidden += _sums(now, before)
+        y_hidden += piece_sums(now, before)
         if len(part) == 4:
             now, before = now - part[2].float(), before - part[3].float()
-        y_residual += _sums(now, before)
+        y_residual += piece_sums(now, before)
         norm, norm_before = now.norm(dim=-1), before.norm(dim=-1)
         ratios.append(norm / (norm_before + 1e-8))
         cosines.append((now * before).sum(-1) / (norm * norm_before).clamp_min(1e-12))
@@ -74,10 +72,6 @@ def exit_figures(
         "y_residual": y_residual,
         "ratios": torch.stack([mean, std, 1 - cosine]),
     }
-
-
-def _sums(now: Tensor, before: Tensor) -> Tensor:
-    return torch.stack([(now - before).abs_().sum(), before.abs().sum()])
 
 
 def over_parts(parts: Tensor, tokens: Tensor) -> Tensor:

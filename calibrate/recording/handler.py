@@ -219,17 +219,18 @@ class RecordHandler(Handler):
             for step in (where.step, where.step + 1):
                 self._products.add_sigma(step, sigma(step))
         if {"x", "y_output"} <= set(self._row):
-            _kept(call).rows.append(self._finished_row(call))
+            assert isinstance(call.trajectory, RecordedTrajectory)
+            call.trajectory.rows.append(self._finished_row(call))
 
     # -- figures --------------------------------------------------------------------------------------------------
 
     def _compare(self, call: Call, name: str, value: Tensor) -> None:
-        sums = _kept(call).change(name, value)
+        sums = call.trajectory.change(name, value)
         if sums is not None:
             self._row[name] = sums
 
     def _measure_exit(self, call: Call, hidden: Tensor, entry: Tensor | None) -> None:
-        trajectory = _kept(call)
+        trajectory = call.trajectory
         before = trajectory.previous("hidden", hidden)
         if before is not None:
             entry_before = None if entry is None else trajectory.previous("entry", entry)
@@ -252,8 +253,3 @@ class RecordHandler(Handler):
             "figures": stacked(self._row),
             "tokens": self._row["tokens"],
         }
-
-
-def _kept(call: Call) -> RecordedTrajectory:
-    assert isinstance(call.trajectory, RecordedTrajectory)
-    return call.trajectory

@@ -111,11 +111,6 @@ class Gate:
         self.config = config
         self.reset()
 
-    @property
-    def needs_signal(self) -> bool:
-        """Whether any decision can depend on x."""
-        return self.config.threshold > 0
-
     def reset(self) -> None:
         """Forget the trajectory."""
         self._accumulated = 0.0
@@ -164,8 +159,6 @@ class Gate:
 class FixedSchedule:
     """A plan instead of a gate: ``"CCSC..."``, one letter per denoising step, C computes and S skips."""
 
-    needs_signal = False
-
     def __init__(self, schedule: str) -> None:
         if not schedule or set(schedule) - {"C", "S"} or schedule[0] != "C":
             raise InvalidSetting(
@@ -178,25 +171,19 @@ class FixedSchedule:
         """Forget the trajectory."""
         self._started = False
 
-    def known(self, *, step: int, num_steps: int | None) -> Decision:
-        """The planned decision; a trajectory that starts on a skip (a second expert) computes its first step."""
-        if num_steps is not None and num_steps != len(self.schedule):
-            raise InvalidSetting(
-                f"schedule of {len(self.schedule)} steps on a run of {num_steps}: plan again for this number of steps"
-            )
-        if step >= len(self.schedule):
-            raise InvalidSetting(
-                f"step {step + 1} of a schedule of {len(self.schedule)}: plan for more steps"
-            )
-        if not self._started:
-            return Decision("first")
-        return Decision("skipped" if self.schedule[step] == "S" else "computed")
-
     def step(self, x: float | None, *, step: int, num_steps: int | None) -> Decision:
-        """The planned decision; ``x`` is not looked at."""
-        decision = self.known(step=step, num_steps=num_steps)
+        """The planned decision, whatever ``x``; a trajectory that starts on a skip computes its first step."""
+        length = len(self.schedule)
+        if num_steps not in (None, length):
+            raise InvalidSetting(
+                f"schedule of {length} steps on a run of {num_steps}: plan again for this number of steps"
+            )
+        if step >= length:
+            raise InvalidSetting(f"step {step + 1} of a schedule of {length}: plan for more steps")
+        planned = "skipped" if self.schedule[step] == "S" else "computed"
+        kind = planned if self._started else "first"
         self._started = True
-        return decision
+        return Decision(kind)
 
 
 # What decides at every step of a trajectory.

@@ -26,11 +26,12 @@ def l1_sums(cur: Tensor, prev: Tensor) -> Tensor:
 
     Both tensors are read once. Sums, not means, so that ranks of a sharded sequence can add theirs before dividing.
     """
-    parts = [_l1_sums(now.float(), before.float()) for now, before in pieces(cur, prev)]
+    parts = [piece_sums(now.float(), before.float()) for now, before in pieces(cur, prev)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _l1_sums(cur: Tensor, prev: Tensor) -> Tensor:
+def piece_sums(cur: Tensor, prev: Tensor) -> Tensor:
+    """The sums of one piece in float32."""
     return torch.stack([(cur - prev).abs_().sum(), prev.abs().sum()])
 
 

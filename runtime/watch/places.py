@@ -11,14 +11,13 @@ Place = tuple[Any, ...]
 
 def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
     """Every tensor in nested lists, tuples, dicts (dataclass outputs of diffusers are dicts), with its place."""
+    if isinstance(tree, list | tuple):
+        tree = dict(enumerate(tree))
     if isinstance(tree, Tensor):
         yield place, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from tensors(value, (*place, key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from tensors(value, (*place, index))
 
 
 def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, Tensor]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, distributed
@@ -54,10 +53,9 @@ def gathered(group: Any, mine: Tensor, names: object = None) -> Tensor:
     Raises:
         WiringError: The ranks hold different shapes, or other ``names`` for what is in them; on all ranks alike.
     """
-    outline = torch.tensor([crc32(repr((tuple(mine.shape), names)).encode())], device=mine.device)
-    outlines = [torch.empty_like(outline) for _ in range(group.size())]
-    distributed.all_gather(outlines, outline, group=group)
-    if len({int(other) for other in outlines}) > 1:
+    outlines: list[Any] = [None] * group.size()
+    distributed.all_gather_object(outlines, (tuple(mine.shape), names), group=group)
+    if any(outline != outlines[0] for outline in outlines):
         raise WiringError(
             "the ranks that share one model have seen different calls; all of them must run the same pipeline calls, "
             "and start() and finish() must stand around the same ones"
@@ -82,20 +80,16 @@ def refuse_inner_sharding(root: Module, blocks: list[tuple[str, Module]]) -> Non
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    for path, module in root.named_modules():
+    for path, module in root.named_modules(prefix=type(root).__name__):
         if isinstance(module, FullyShardedDataParallel):
             raise ApplyError(
-                f"{path or type(root).__name__} is wrapped in FullyShardedDataParallel: a skipped block would leave "
-                "other ranks waiting; shard whole blocks with torch.distributed.fsdp.fully_shard instead"
+                f"{path} is wrapped in FullyShardedDataParallel: a skipped block would leave other ranks waiting; "
+                "shard whole blocks with torch.distributed.fsdp.fully_shard instead"
             )
     for path, block in blocks:
-        inside = [
-            name
-            for name, module in block.named_modules()
-            if name and isinstance(module, FSDPModule)
-        ]
-        if inside:
-            raise ApplyError(
-                f"{path}.{inside[0]} is sharded apart from its block: a skipped block would leave other ranks "
-                "waiting; shard whole blocks (fully_shard(block) for each of them), or do without the cache"
-            )
+        for inside, module in block.named_modules(prefix=path):
+            if module is not block and isinstance(module, FSDPModule):
+                raise ApplyError(
+                    f"{inside} is sharded apart from its block: a skipped block would leave other ranks waiting; "
+                    "shard whole blocks (fully_shard(block) for each of them), or do without the cache"
+                )
