@@ -13,7 +13,7 @@ from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
 from runtime.watch.distance import l1_sums
 from runtime.watch.observe import Observation
-from runtime.watch.places import Place, at, call_tensors, signature, streams
+from runtime.watch.places import Place, at, call_tensors, streams, tensors
 from runtime.watch.wiring import Spec, Wiring
 
 
@@ -119,9 +119,10 @@ class Call:
                 call's shapes change on all of them at once.
         """
         # Texts among the denoiser's arguments name modes (such as writing or reading a key-value cache).
-        modes = tuple(item for item in self.named.items() if isinstance(item[1], str))
-        outer = signature((), self.named) if whole else None
-        return self.first_block[0], signature(*self.head), modes, outer
+        modes = [item for item in self.named.items() if isinstance(item[1], str)]
+        arguments = (self.head, self.named if whole else None)
+        shapes = [(place, t.shape, t.dtype, t.device) for place, t in tensors(arguments)]
+        return self.first_block[0], modes, shapes
 
     def keep_bases(self) -> None:
         """Copy the streams that enter the stack, since a block may change its input in place."""

@@ -39,14 +39,13 @@ class Observation:
         self.root, self.blocks, self.on_exit = root, blocks, on_exit
         self.wiring = Wiring()
         self._follow = Follow()
-        self._hooks = ExitStack()
+        self._following, self._hooks = ExitStack(), ExitStack()
         self._depth = self._floor = 0
         self._passed: frozenset[int] = frozenset()
         self._bases: dict[Place, Place | None] = {}
         self._exits: list[Exit] = []
         self._calls: Counter[Module] = Counter()
         self._streams: dict[Place, Tensor] | None = None
-        self._active = False
 
     def begin(self, named: dict[str, Any]) -> None:
         """Start following; ``named`` are the denoiser's arguments, to tell time from latents."""
@@ -64,7 +63,7 @@ class Observation:
                 )
                 self._hooks.enter_context(before)
                 self._hooks.enter_context(after)
-        self._start()
+        self._following.enter_context(self._follow)
 
     def head(self, args: tuple, kwargs: dict) -> None:
         """The first block's arguments: where the streams enter."""
@@ -91,11 +90,11 @@ class Observation:
 
     def block(self, block: Module, call: int, run: Callable[[], Any]) -> Any:
         """Run a block, inside of which nothing is followed."""
-        self._stop()
+        self._following.close()
         try:
             result = run()
         finally:
-            self._start()
+            self._following.enter_context(self._follow)
         self.wiring.outputs[block, call] = mapped(result, Spec.of)
         for place, tensor in tensors(result):
             carried = Carried(origin=tensor.shape, source=place)
@@ -104,17 +103,8 @@ class Observation:
 
     def abort(self) -> None:
         """Stop following, whatever state the forward is in."""
-        self._stop()
+        self._following.close()
         self._hooks.close()
-
-    def _start(self) -> None:
-        self._follow.__enter__()
-        self._active = True
-
-    def _stop(self) -> None:
-        if self._active:
-            self._active = False
-            self._follow.__exit__(None, None, None)
 
     def finish(self, output: Any) -> tuple[Wiring, list[int]]:
         """The wiring, and which of the reported exits it needs (indices in the order of ``on_exit``).
@@ -123,18 +113,12 @@ class Observation:
             UnsupportedModel: The stack's result reaches the output without passing a module.
         """
         self.abort()
-        needed: set[int] = set()
-        for _, _, mark in self._follow.marked((output,), {}):
-            if mark.carried:
-                raise UnsupportedModel(
-                    f"{type(self.root).__name__}: the blocks' result reaches the model's output without passing a "
-                    "module after the stack, so there is no exit to override; name another stack with blocks=[...]"
-                )
-            needed |= mark.exits
-        if not needed:
+        reached = [mark for _, _, mark in self._follow.marked((output,), {})]
+        needed = frozenset().union(*(mark.exits for mark in reached))
+        if not needed or any(mark.carried for mark in reached):
             raise UnsupportedModel(
-                f"{type(self.root).__name__}: no module after the block stack receives its result; "
-                "name the stack with blocks=[...]"
+                f"{type(self.root).__name__}: the blocks' result reaches the model's output without passing a "
+                "module after the stack, so there is no exit to override; name another stack with blocks=[...]"
             )
         # What is generated comes first: some models send their text stream through an exit before it.
         wiring = self.wiring

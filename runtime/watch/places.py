@@ -22,8 +22,7 @@ def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
 
 def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, Tensor]]:
     """The tensors of a call, positional ones first."""
-    yield from tensors(args, ("args",))
-    yield from tensors(kwargs, ("kwargs",))
+    return tensors({"args": args, "kwargs": kwargs})
 
 
 def at(place: Place, args: tuple, kwargs: dict) -> Any:
@@ -77,10 +76,3 @@ def _rebuild(like: list | tuple, items: list) -> list | tuple:
     if hasattr(like, "_fields"):  # a named tuple
         return type(like)(*items)
     return type(like)(items)
-
-
-def signature(args: tuple, kwargs: dict) -> tuple:
-    """Shape, dtype and device of every tensor of a call: what must not change within a trajectory."""
-    return tuple(
-        (place, tuple(t.shape), t.dtype, t.device) for place, t in call_tensors(args, kwargs)
-    )
