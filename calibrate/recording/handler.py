@@ -155,7 +155,8 @@ class RecordHandler(Handler):
             recording.timing[self.expert] = mean_times(self._timings)
         # Of several schedules in one generation no one plan could be made.
         if self._products is not None and not self._several:
-            recording.gram |= self._products.matrices(self.expert, over_ranks)
+            sigma = self._clock.sigma
+            recording.gram |= self._products.matrices(self.expert, sigma, over_ranks)
         self.discard()
 
     # -- what the hooks call --------------------------------------------------------------------------------------
@@ -213,11 +214,8 @@ class RecordHandler(Handler):
         parts = [tensor for _, tensor in tensors(prediction(output))]
         value = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         self._compare(call, "y_output", value)
-        where, sigma = call.position, self._clock.sigma
         if self._products is not None:
-            self._products.add_output(where.branch, where.step, value)
-            for step in (where.step, where.step + 1):
-                self._products.add_sigma(step, sigma(step))
+            self._products.add_output(call.position.branch, call.position.step, value)
         if {"x", "y_output"} <= set(self._row):
             assert isinstance(call.trajectory, RecordedTrajectory)
             call.trajectory.rows.append(self._finished_row(call))

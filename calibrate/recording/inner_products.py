@@ -4,6 +4,7 @@ Outputs are kept in the model's dtype, on the device while all steps of all bran
 the host's memory beyond that.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 OUTPUT_BYTES = 256 * 2**20
+_Key = tuple[str, int]  # branch, step
+_GUIDED = ""  # in the place of a branch: what a scheduler receives, made of all branches
 _COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
 # Beyond it the two halves are so nearly parallel that their shares in the guided prediction are rounding errors.
 _WORST_CONDITION = 1e10
@@ -39,9 +42,7 @@ class Products:
 
     def clear(self) -> None:
         """Forget the generation."""
-        self._outputs: dict[Any, Tensor] = {}  # by branch and step
-        self._guided: dict[Any, Tensor] = {}  # by step
-        self._sigmas: dict[int, float] = {}
+        self._outputs: dict[_Key, Tensor] = {}  # with the guided predictions among them
         self._on_host = False
         self._halved: str | None = None
         self._batch = 0
@@ -49,8 +50,7 @@ class Products:
     @property
     def held_bytes(self) -> int:
         """Bytes held on the device."""
-        kept = [] if self._on_host else [*self._outputs.values(), *self._guided.values()]
-        return sum(tensor.nbytes for tensor in kept)
+        return 0 if self._on_host else sum(tensor.nbytes for tensor in self._outputs.values())
 
     def add_latents(self, branch: str, latents: Any) -> None:
         """What the denoiser is given, before anything else of that step: tells whether it is two halves."""
@@ -71,77 +71,73 @@ class Products:
 
     def add_guided(self, step: int, value: Tensor) -> None:
         """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
-        flat, before = self._flat(value), self._guided.get(step)
-        self._guided[step] = flat if before is None else torch.cat([before, flat])
-
-    def add_sigma(self, step: int, sigma: float | None) -> None:
-        if sigma is not None:
-            self._sigmas[step] = sigma
+        flat, before = self._flat(value), self._outputs.get((_GUIDED, step))
+        self._outputs[_GUIDED, step] = flat if before is None else torch.cat([before, flat])
 
     def _flat(self, value: Tensor) -> Tensor:
         """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
         flat = value.detach().reshape(-1)
-        count = len(self._outputs) + len(self._guided) + 1
-        if not self._on_host and flat.nbytes * count > OUTPUT_BYTES:
+        if not self._on_host and flat.nbytes * (len(self._outputs) + 1) > OUTPUT_BYTES:
             self._on_host = True
-            for kept in (self._outputs, self._guided):
-                kept.update({key: tensor.cpu() for key, tensor in kept.items()})
-        return flat.cpu() if self._on_host else flat.clone()
+            self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
+        return flat.to("cpu" if self._on_host else flat.device, copy=True)
 
-    def matrices(self, expert: str, over_ranks: Any = None) -> dict[str, np.ndarray]:
+    def matrices(
+        self,
+        expert: str,
+        sigma: Callable[[int], float | None] = lambda step: None,
+        over_ranks: Callable[[Tensor], Tensor] = lambda matrix: matrix,
+    ) -> dict[str, np.ndarray]:
         """The arrays of a run's ``gram/<group>.npz`` for this denoiser, named as in :mod:`calibrate.runs.gram_log`.
 
         Args:
+            sigma: Noise level of a step, also of the one after the last.
             over_ranks: Takes a matrix and gives its sum over the ranks that share the sequence.
 
         Returns:
             Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
         """
-        branches = sorted(
-            {branch for branch, _ in self._outputs}, key=lambda name: (name != "cond", name)
-        )
-        steps = sorted({step for _, step in self._outputs})
+        names = {branch for branch, _ in self._outputs} - {_GUIDED}
+        branches = sorted(names, key=lambda name: (name != "cond", name))
+        steps = sorted({step for branch, step in self._outputs if branch != _GUIDED})
         arrays: dict[str, Any] = {"branches": branches}
         if self._halved and branches == [f"{self._halved}/0", f"{self._halved}/1"]:
-            guidance = self._guidance(branches)
+            guidance = self._guidance(branches, steps)
             # Where nothing can be measured, diffusers' usual order: the unconditional half first.
             if guidance is None or guidance >= 0.5:
                 branches = branches[::-1]
             arrays = {"branches": ["cond", "uncond"], "joint": self._halved}
             if guidance is not None:
                 arrays["guidance"] = max(guidance, 1 - guidance)
-        keys = [(branch, step) for branch in branches for step in steps]
-        gapless = bool(steps) and steps == list(range(steps[0], steps[-1] + 1))
-        if not gapless or not _alike(self._outputs, keys):
+        outputs = self._rows([(branch, step) for branch in branches for step in steps])
+        guided = self._rows([(_GUIDED, step) for step in steps])
+        if not outputs or len(steps) <= steps[-1] - steps[0]:
             return {}
-        for name, source, rows in (
-            ("output", self._outputs, keys),
-            ("guided", self._guided, steps),
-        ):
-            if _alike(source, rows):
-                matrix = gram_matrix([source[row] for row in rows])
-                arrays[name] = (over_ranks(matrix) if over_ranks else matrix).cpu().numpy()
+        arrays["output"] = over_ranks(gram_matrix(outputs)).cpu()
+        if guided:
+            arrays["guided"] = over_ranks(gram_matrix(guided)).cpu()
+        levels = [sigma(step) for step in (*steps, steps[-1] + 1)]
         arrays["first_step"] = steps[0]
-        arrays["sigmas"] = [self._sigmas.get(step, np.nan) for step in (*steps, steps[-1] + 1)]
+        arrays["sigmas"] = np.array(levels, dtype=float)  # NaN where there are none
         return {f"{expert}/{name}": np.array(value) for name, value in arrays.items()}
 
-    def _guidance(self, halves: list[str]) -> float | None:
+    def _guidance(self, halves: list[str], steps: list[int]) -> float | None:
         """Share g of the second half in the guided prediction, ``(1 - g) first + g second``, median over steps.
 
         Above 1 the second half is the conditional one, below 0 the first. ``None`` where no step tells.
         """
         shares = []
-        for step, guided in self._guided.items():
-            rows = [self._outputs[half, step] for half in halves if (half, step) in self._outputs]
-            if len(rows) < 2 or rows[0].numel() != guided.numel():
-                continue
-            products = gram_matrix([*rows, guided.to(rows[0].device)]).cpu().numpy()
+        for step in steps:
+            rows = self._rows([(name, step) for name in (*halves, _GUIDED)])
+            products = gram_matrix(rows).cpu().numpy() if rows else np.zeros((3, 3))
             if np.linalg.cond(products[:2, :2]) < _WORST_CONDITION:
                 first, second = np.linalg.solve(products[:2, :2], products[:2, 2])
                 shares.append(second / (first + second) if first + second else np.nan)
         finite = [share for share in shares if np.isfinite(share)]
         return float(np.median(finite)) if finite else None
 
-
-def _alike(source: dict[Any, Tensor], keys: list) -> bool:
-    return set(source) == set(keys) and len({tensor.numel() for tensor in source.values()}) == 1
+    def _rows(self, keys: list[_Key]) -> list[Tensor]:
+        """What is kept at ``keys``; nothing where one is missing, or they differ in size."""
+        rows = [self._outputs[key] for key in keys if key in self._outputs]
+        sizes = {row.numel() for row in rows}
+        return rows if len(rows) == len(keys) and len(sizes) == 1 else []
