@@ -44,12 +44,6 @@ class Asked:
         """Those of the arguments ``names`` that are not at their default."""
         return [name for name in names if getattr(self, name) is not getattr(Asked, name)]
 
-    def refuse(self, reason: str, *names: str) -> None:
-        """Refuse those of the arguments ``names`` that were given."""
-        given = self.given(*names)
-        if given:
-            raise InvalidSetting(f"{given[0]}= {reason}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -78,28 +72,40 @@ def check(asked: Asked, model: Model) -> None:
         raise InvalidSetting(
             f"{given} given: expected exactly one of threshold=, speedup=, schedule=, quality="
         )
-    if asked.quality is not None:
-        reason = "has no meaning beside quality=, which fixes it as it was certified; leave it out"
-        asked.refuse(reason, "coefficients", *OF_GATE, "forecast", *_VALUES)
-    if asked.schedule is not None:
-        names = ["coefficients", *_OF_COEFFICIENTS, *OF_GATE]
-        if isinstance(asked.schedule, str) and asked.strict:
-            names.append("strict")  # only a plan states noise levels that could be strict
-        reason = "has no meaning beside schedule=, which fixes every step; leave it out"
-        asked.refuse(reason, *names)
-    if asked.coefficients is None:
-        asked.refuse("belongs to coefficients=; an entry brings its own", *_OF_COEFFICIENTS)
-    else:
-        reason = "needs a registry entry with verified thresholds; give threshold= instead"
-        asked.refuse(reason, "speedup")
-        if asked.entry is not None:
-            raise InvalidSetting("entry and coefficients given: expected one of them")
-    if model.has_scheduler:
-        reason = "is for a bare denoiser; a pipeline's scheduler tells it, leave it out"
-        asked.refuse(reason, "num_steps")
-    if asked.compat:
-        fixed = OF_GATE[:2] if asked.max_skips is None else OF_GATE[:3]
-        asked.refuse("has no meaning beside compat=True, which fixes it", *fixed)
+    fixed = "has no meaning beside schedule=, which fixes every step; leave it out"
+    certified = "has no meaning beside quality=, which fixes it as it was certified; leave it out"
+    compat = "has no meaning beside compat=True, which fixes it"
+    own = asked.coefficients is not None
+    # Whether a rule applies -> why it refuses -> which arguments.
+    rules = (
+        (
+            asked.quality is not None,
+            certified,
+            ("coefficients", *OF_GATE, "forecast", *_VALUES),
+        ),
+        (asked.schedule is not None, fixed, ("coefficients", *_OF_COEFFICIENTS, *OF_GATE)),
+        # Only a plan states noise levels that could be strict.
+        (isinstance(asked.schedule, str) and asked.strict, fixed, ("strict",)),
+        (not own, "belongs to coefficients=; an entry brings its own", _OF_COEFFICIENTS),
+        (
+            own,
+            "needs a registry entry with verified thresholds; give threshold= instead",
+            ("speedup",),
+        ),
+        (
+            model.has_scheduler,
+            "is for a bare denoiser; a pipeline's scheduler tells it, leave it out",
+            ("num_steps",),
+        ),
+        (asked.compat, compat, ("start", "end")),
+        (asked.compat and asked.max_skips is not None, compat, ("max_skips",)),
+    )
+    for applies, reason, names in rules:
+        refused = asked.given(*names) if applies else []
+        if refused:
+            raise InvalidSetting(f"{refused[0]}= {reason}")
+    if own and asked.entry is not None:
+        raise InvalidSetting("entry and coefficients given: expected one of them")
     for name, values in _VALUES.items():
         value = getattr(asked, name)
         if value not in (None, *values):
