@@ -135,9 +135,7 @@ def highest(timestep: Any) -> Any:
 
 def number_steps(rows: list[Row]) -> None:
     """Where no scheduler says how long the schedule is, it is as long as what was seen."""
-    longest: dict[str, int] = {}
-    for row in rows:
-        longest[row["expert"]] = max(longest.get(row["expert"], 0), row["step"] + 1)
     for row in rows:
         if row["num_steps"] is None:
-            row["num_steps"] = longest[row["expert"]]
+            steps = [other["step"] for other in rows if other["expert"] == row["expert"]]
+            row["num_steps"] = max(steps) + 1

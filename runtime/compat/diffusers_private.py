@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._common import _ATTENTION_CLASSES
-from diffusers.hooks.hooks import CacheContext, HookFunctionReference, StateManager
+from diffusers.hooks.hooks import CacheContext, StateManager
 from torch.nn import Module
 
 
@@ -64,31 +64,26 @@ def lockstep_group(module: Module) -> "torch.distributed.ProcessGroup | None":
 
 def inner_forward(module: Module) -> Callable:
     """The forward of ``module`` beneath all of its hooks."""
-    reference = _innermost(module)
-    if reference is None:
-        return module.forward
-    forward: Any = reference.original_forward or reference.forward
+    forward: Callable = getattr(*_innermost(module))
     return forward
 
 
 def set_inner_forward(module: Module, forward: Callable) -> None:
     """Put ``forward`` beneath all hooks of ``module``."""
-    reference = _innermost(module)
-    if reference is not None:
-        setattr(
-            reference,
-            "forward" if reference.original_forward is None else "original_forward",
-            forward,
-        )
-    elif getattr(forward, "__func__", None) is type(module).forward:
+    holder, name = _innermost(module)
+    if holder is module and getattr(forward, "__func__", None) is type(module).forward:
         module.__dict__.pop("forward", None)  # the class's own
     else:
-        module.forward = forward
+        setattr(holder, name, forward)
 
 
-def _innermost(module: Module) -> HookFunctionReference | None:
+def _innermost(module: Module) -> tuple[Any, str]:
+    """What holds the forward beneath all hooks of ``module``, and under which name."""
     hooks = getattr(hook_registry(module), "hooks", None)
-    return next(iter(hooks.values())).fn_ref if hooks else None
+    if not hooks:
+        return module, "forward"
+    reference = next(iter(hooks.values())).fn_ref
+    return reference, "forward" if reference.original_forward is None else "original_forward"
 
 
 def unwrapped(module: Module) -> Module:
