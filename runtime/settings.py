@@ -132,26 +132,15 @@ def resolve(asked: Asked, model: Model) -> Settings:
         forecast=_forecast(asked.forecast or "reuse"),
         forecast_of=asked.forecast_of or "residual",
     )
-    if isinstance(asked.schedule, str):
-        steps = FixedSchedule(asked.schedule).schedule
-        settings = replace(_planned(settings, coeffs.Plan(schedule=steps)), policy="schedule")
-    elif asked.schedule is not None:
-        settings = _planned(settings, asked.schedule)
-    else:
+    choice: str | float | coeffs.Plan | None = asked.schedule
+    if choice is None:
         settings = _sourced(settings, model)
-        choice: float | coeffs.Plan | None = asked.threshold
-        if asked.speedup is not None and settings.entry is not None:
-            gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
-            choose = threshold_for if gate_only else best_for
-            choice = choose(settings.entry, asked.speedup)
-        elif settings.certificate is not None:
-            choice = settings.certificate.plan or settings.certificate.threshold
-        if not isinstance(choice, coeffs.Plan):
-            settings = _gated(settings, choice, model)
-        elif settings.certificate is None:
-            settings = replace(_planned(settings, choice), advice=fewer_steps_advice(choice))
-        else:
-            settings = _planned(settings, choice)
+        choice = _choice(settings)
+    settings = (
+        _planned(settings, choice)
+        if isinstance(choice, str | coeffs.Plan)
+        else _gated(settings, choice, model)
+    )
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
     for expert in model.classes:
@@ -240,21 +229,36 @@ def _watchable(signal: str) -> str:
     return signal
 
 
-def _planned(settings: Settings, plan: "coeffs.Plan") -> Settings:
-    """With a schedule instead of a gate; the plan's forecast, unless the caller gave another."""
+def _choice(settings: Settings) -> "float | coeffs.Plan | None":
+    """The gate's threshold, or the plan that takes its place: as asked for, verified or certified."""
+    asked, entry, certificate = settings.asked, settings.entry, settings.certificate
+    if certificate is not None:
+        return certificate.plan or certificate.threshold
+    if asked.speedup is None or entry is None:
+        return asked.threshold
+    gate_only = asked.given(*OF_GATE, "forecast", "forecast_of", "branches")
+    return (threshold_for if gate_only else best_for)(entry, asked.speedup)
+
+
+def _planned(settings: Settings, schedule: "str | coeffs.Plan") -> Settings:
+    """With a schedule instead of a gate; a plan's own forecast, unless the caller gave another."""
     asked, forecast, forecast_of = settings.asked, settings.forecast, settings.forecast_of
+    plan, policy = schedule, "plan"
+    if isinstance(plan, str):
+        plan, policy = coeffs.Plan(schedule=FixedSchedule(plan).schedule), "schedule"
     if asked.forecast is None:
         forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
         forecast_of = asked.forecast_of or plan.forecast_of or "residual"
     return replace(
         settings,
-        policy="plan",
+        policy=policy,
         signal=MODULATED_INPUT.name,
         forecast=forecast.planned_for(plan.schedule),
         forecast_of=forecast_of,
         schedule=plan.schedule,
         num_steps=len(plan.schedule),
         sigmas=plan.sigmas or (),
+        advice=fewer_steps_advice(plan) if asked.speedup else settings.advice,
     )
 
 
