@@ -129,7 +129,9 @@ class Products:
         shares = []
         for step in steps:
             rows = self._rows([(name, step) for name in (*halves, _GUIDED)])
-            products = gram_matrix(rows).cpu().numpy() if rows else np.zeros((3, 3))
+            if not rows:
+                continue
+            products = gram_matrix(rows).cpu().numpy()
             if np.linalg.cond(products[:2, :2]) < _WORST_CONDITION:
                 first, second = np.linalg.solve(products[:2, :2], products[:2, 2])
                 shares.append(second / (first + second) if first + second else np.nan)
