@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from calibrate.certifying.candidates import first_of, setting_of, unseen
+from calibrate.certifying.candidates import first_of, offered, setting_of, unseen
 from calibrate.certifying.tiers import Demand, Tier
 from calibrate.errors import InvalidOption
 from calibrate.fitting.statistics import share_interval
@@ -85,13 +85,13 @@ def audit(
     """
     case = open_case(source, **loading)
     certificates = _in_force(case.entry, tiers)
-    offered = case.offered(prompts, seed, images)
-    fresh = unseen(case.purposes, offered)
+    sets = offered(case, prompts, seed, images)
+    fresh = unseen(case.purposes, sets)
     if len(fresh) < num_prompts:
         raise InvalidOption(
             f"--num-prompts {num_prompts}: only {len(fresh)} that served nothing else; give others with --prompts"
         )
-    chosen = first_of(fresh, num_prompts, offered)
+    chosen = first_of(fresh, num_prompts, sets)
     samples = len(chosen.prompts)
     say(f"{2 * samples} uncached runs, {samples * len(certificates)} cached ones")
     _prepare(case, lora)

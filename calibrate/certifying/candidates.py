@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from calibrate.errors import InvalidOption
-from calibrate.model.prompts import Prompt, PromptSet
+from calibrate.model.prompts import Prompt, PromptSet, load_prompts
 from calibrate.model.protocol import canonical_sha256
 from calibrate.trials.baselines import default_budgets
 from calibrate.trials.case import Case
@@ -45,6 +47,8 @@ def shorter(steps: int) -> Setting:
     return Setting(FEWER_STEPS, "fewer_steps", steps)
 
 
+# Shipped, and taken for nothing else: the other sets for still images hold fewer than the usual tiers need.
+KEPT_BACK = "certifying"
 POLICIES: dict[str, Callable[[Case], list[Setting]]] = {
     "plan": plans,
     "gate": gates,
@@ -75,6 +79,16 @@ def setting_of(certificate: Certificate, entry: Entry) -> Setting:
     return shorter(steps)
 
 
+def offered(
+    case: Case, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
+) -> list[PromptSet]:
+    """The set that was asked for, or the model's own with those that are kept back beside it."""
+    sets = case.offered(prompts, seed, images)
+    if prompts is None and case.prompt_source == "default":
+        sets.append(load_prompts(KEPT_BACK, seed=seed, images=images))
+    return sets
+
+
 def unseen(
     known: dict[str, str], offered: Iterable[PromptSet], purpose: str = ""
 ) -> dict[str, list[Prompt]]:
@@ -86,10 +100,10 @@ def unseen(
     return prompts
 
 
-def first_of(prompts: dict[str, list[Prompt]], count: int, offered: list[PromptSet]) -> PromptSet:
+def first_of(prompts: dict[str, list[Prompt]], count: int, sets: list[PromptSet]) -> PromptSet:
     """The first ``count`` prompts as a set, named by the hash of their ids and seeds."""
     chosen = [prompt for same in list(prompts.values())[:count] for prompt in same]
-    images = {name: path for one_set in offered for name, path in one_set.images.items()}
+    images = {name: path for one_set in sets for name, path in one_set.images.items()}
     digest = canonical_sha256([[prompt.prompt_id, prompt.seed] for prompt in chosen])
-    name = ", ".join(one_set.name for one_set in offered)
-    return replace(offered[0], prompts=tuple(chosen), sha256=digest, name=name, images=images)
+    name = ", ".join(one_set.name for one_set in sets)
+    return replace(sets[0], prompts=tuple(chosen), sha256=digest, name=name, images=images)

@@ -19,7 +19,7 @@ import pandas as pd
 
 import coeffs
 from calibrate import __version__
-from calibrate.certifying.candidates import POLICIES, first_of, sequences, unseen
+from calibrate.certifying.candidates import POLICIES, first_of, offered, sequences, unseen
 from calibrate.certifying.tiers import USUAL_TIERS, Demand, Tier
 from calibrate.errors import InvalidOption
 from calibrate.fitting.draft import protocol_of
@@ -108,10 +108,10 @@ def certify(
     count = num_prompts or demand.prompts_needed
     question = [[str(tier) for tier in tiers], risk, confidence, *policies, count]
     purpose = f"certifying {canonical_sha256(question)[:12]}"
-    offered = case.offered(prompts, seed, images)
-    fresh = unseen(case.purposes, offered, purpose)
+    sets = offered(case, prompts, seed, images)
+    fresh = unseen(case.purposes, sets, purpose)
     _check_count(demand, count, len(fresh))
-    chosen = first_of(fresh, count, offered)
+    chosen = first_of(fresh, count, sets)
     misses = demand.most_missed(count)
     _announce(
         case, candidates, chosen, f"{demand.tests} tests that pass with up to {misses} misses", say
