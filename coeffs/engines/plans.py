@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
 
-from coeffs.engines.setting import Carried, Request, opening
+from coeffs.engines.setting import Carried, Request, certified, opening
 from coeffs.engines.text import Form, Numbers, value_of
 from coeffs.entry.fields import Limits
 from coeffs.entry.schema import Entry, Plan
@@ -72,7 +72,7 @@ def planned(request: Request) -> Planned:
         notes.append(
             f"forecast: {theirs} in place of ours ({ours}{of}); the entry's figures were measured with ours"
         )
-    return Planned(schedule, order, notes)
+    return Planned(schedule, order, notes + certified(request, schedule))
 
 
 def _plan(entry: Entry, schedule: str | None) -> Plan:

@@ -28,6 +28,7 @@ class Release(Record):
     calls: Literal["apart", "set", "default", "one"]
     asked: tuple[str, ...] = ()
     two_calls: tuple[str, ...] = ()
+    quality: dict[str, str] = field(default_factory=dict)
     keys: tuple[str, ...]
 
     @property

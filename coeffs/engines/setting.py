@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from coeffs.engines.releases import Release, misfits, plan_forms, releases
+from coeffs.entry.certificates import EXACT
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import EngineError
@@ -115,7 +116,21 @@ def setting(request: Request, sign_rule: str | None = None) -> Setting:
         )
         for left, right in falling_ranges(fit.polynomial(), fit.domain)[:1]:
             notes.append(f"falls with x from {left:.3g} to {right:.3g}")
-    return Setting(fits=fits, threshold=_threshold(request, notes), notes=notes)
+    threshold = _threshold(request, notes)
+    notes += certified(request, threshold)
+    return Setting(fits=fits, threshold=threshold, notes=notes)
+
+
+def certified(request: Request, setting: float | str) -> list[str]:
+    """What the entry promises of a threshold or schedule, and how the engine's requests name that quality."""
+    notes, names = [], request.facts.quality
+    for one in request.entry.certificates:
+        if setting == (one.plan.schedule if one.plan else one.threshold):
+            notes.append(f"certified, with our runtime: {one.promise}; dtype {one.protocol.dtype}")
+            if one.tier in names:
+                asks = f"quality={names[one.tier]!r} asks for this tier"
+                notes.append(f"in a request {asks}, quality={names[EXACT]!r} for no cache")
+    return notes
 
 
 def _threshold(request: Request, notes: list[str]) -> float:

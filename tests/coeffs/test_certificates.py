@@ -8,6 +8,8 @@ from scipy import stats
 
 import coeffs
 from coeffs import Plan
+from coeffs.describe import described
+from coeffs.engines import export_entry
 from coeffs.entry.certificates import chance, of_tier
 from coeffs.errors import EntryError
 
@@ -59,4 +61,39 @@ def test_the_promise_is_said_in_words():
     assert certificate().promise == (
         "high: PSNR >= 25 dB for 95 % of all prompts by gate at threshold 0.2, 14 of 28 steps (confidence 0.95, "
         "0 of 100 prompts missed it)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [
+        ("sglang-cache-dit", "quality='high' asks for this tier, quality='lossless' for no cache"),
+        ("vllm-omni", "quality='high' asks for this tier"),
+        ("cache-dit-mask", None),
+        ("tensorrt-llm", None),
+    ],
+)
+def test_an_export_carries_the_tier_of_its_setting_and_the_engines_name_for_it(engine, names):
+    plan = Plan(schedule="CS" * 14)
+    of_plan = certificate(policy="plan", threshold=None, plan=plan)
+    entry = sample_entry(
+        transformer_class="FluxTransformer2DModel",
+        plans=(plan,),
+        certificates=(certificate(), of_plan),
+    )
+    text = export_entry(
+        entry, engine, **({} if "dit" in engine else {"threshold": 0.2}), force=True
+    )
+    promised = of_plan if "dit" in engine else entry.certificates[0]
+    assert f"certified, with our runtime: {promised.promise}" in text
+    assert text.count("certified,") == 1 and (names or "") in text
+    assert ("quality=" in text) == (names is not None)
+    if "dit" not in engine:
+        assert "certified" not in export_entry(entry, engine, threshold=0.3, force=True)
+
+
+def test_an_entry_shows_its_certificates():
+    entry = sample_entry(certificates=(certificate(),))
+    assert "certified: high: PSNR >= 25 dB for 95 % of all prompts" in " ".join(
+        described(entry).split()
     )

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from tiny_pipeline import TinyPipeline
 
 import coeffs
+from benchmarks.shifts import adapt, quantise
 from calibrate import audit, certify, fit, record
 from calibrate.certifying.tiers import Tier
 from calibrate.cli import cli
@@ -155,29 +155,15 @@ def test_an_entry_without_certificates_cannot_be_audited(pipe, fitted, tmp_path)
 
 
 class Adaptable(TinyPipeline):
-    """Takes a "LoRA": a file with the size of a change of rank two to every layer of the attention."""
+    """Takes a "LoRA": a file with the size of a random change of low rank."""
 
     def load_lora_weights(self, path):
-        random, size = torch.Generator().manual_seed(0), float(Path(path).read_text())
-        for name, layer in self.transformer.named_modules():
-            if isinstance(layer, torch.nn.Linear) and "attn" in name:
-                rows, columns = layer.weight.shape
-                down = torch.randn(2, columns, generator=random)
-                layer.weight.data += size * torch.randn(rows, 2, generator=random) @ down
+        adapt(self.transformer, float(Path(path).read_text()))
 
 
 def quantised(bits):
-    """Weights per row and activations per token rounded to integers of so many bits, as W8A8 kernels compute."""
-    pipe, levels = TinyPipeline(), 2 ** (bits - 1) - 1
-
-    def rounded(values):
-        step = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
-        return (values / step).round() * step
-
-    for layer in pipe.transformer.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.weight.data = rounded(layer.weight.data)
-            layer.register_forward_pre_hook(lambda module, inputs: tuple(map(rounded, inputs)))
+    pipe = TinyPipeline()
+    quantise(pipe.transformer, bits)
     return pipe
 
 
@@ -188,8 +174,8 @@ def promised(fitted, certified, tmp_path):
     of_plan = [one for one in certified.certificates if one.policy == "plan"]
     entry = dataclasses.replace(coeffs.load(folder), certificates=of_plan)
     coeffs.save(entry, folder / "entry.yaml")
-    (tmp_path / "small").write_text("0.05")
-    (tmp_path / "large").write_text("0.4")
+    (tmp_path / "small").write_text("0.3")
+    (tmp_path / "large").write_text("6")
     return folder
 
 
