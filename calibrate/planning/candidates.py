@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 import coeffs
 from calibrate.planning.closed_loop import Fit
-from calibrate.planning.problem import Problem, high_quantile
-from calibrate.planning.search import Program, schedule_cost, uniform_between
+from calibrate.planning.problem import Array, Problem
+from calibrate.planning.search import best_schedules, schedule_cost, uniform_between
 from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, Setting, plan_setting
 
 UNIFORM = "uniform, reuse"
-UNIFORM_LINEAR = "uniform, linear"
-UNIFORM_GUIDED = "uniform, linear guided"
-UNIFORM_GUIDED_REUSE = "uniform, reuse guided"
 UNIFORM_FITTED = "uniform, fitted guided"
 Quantity = Literal["residual", "output", "guided"]
-BASELINES = (UNIFORM, UNIFORM_LINEAR, UNIFORM_GUIDED, UNIFORM_GUIDED_REUSE)
+# Uniform skipping without a fit: forecast, and of what.
+BASELINES: dict[str, tuple[str, Quantity]] = {
+    UNIFORM: ("reuse", "residual"),
+    "uniform, linear": ("linear", "residual"),
+    "uniform, linear guided": ("linear", "guided"),
+    "uniform, reuse guided": ("reuse", "guided"),
+}
 # Costs that schedules are planned by: forecast, whether its high quantile instead of its mean, and whether with the
 # gains of Gaussian data instead of the measured ones. No kind is always best: on the embedded model the first wins at
 # 9 of 50 steps (47.9 dB; the second 45.7), the second at 15 (61.0 dB; the first 60.1); the third spares the worst
@@ -39,7 +41,6 @@ FITS = 1.5
 LEAST_FITTED = 3
 # Fitted plans that are run to choose among. Their order on the recorded prompts is nearly that on others.
 FINALISTS = 3
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Candidate:
     Attributes:
         plan: The schedule and forecast; ``None`` for fewer steps.
         cost: Open-loop error of its schedule as a fraction of the path, NaN for fewer steps.
-        solver_order: Of fewer steps: 1 is the pipeline's own solver.
         recorded_db: Of a fitted plan: its score on the latents of the recorded prompts, on which it was fitted.
     """
 
@@ -57,31 +57,40 @@ class Candidate:
     computed: int
     plan: coeffs.Plan | None = None
     cost: float = float("nan")
-    solver_order: int = 1
     recorded_db: float | None = None
 
     def setting(self, policy: str | None = None) -> Setting:
         """As the bench runs it."""
         if self.plan is not None:
             return plan_setting(policy or self.name, self.plan)
-        options = {"solver_order": self.solver_order} if self.solver_order > 1 else {}
-        return Setting(policy or self.name, "fewer_steps", self.computed, options=options)
+        options = {"solver_order": 2} if self.name == FEWER_STEPS_2 else {}
+        return Setting(self.name, "fewer_steps", self.computed, options=options)
 
 
 class Planner:
-    """Schedules for any budget up to ``most``; tables and programs are made once.
+    """Schedules for any budget up to ``most``; every table of costs is made once.
 
     Args:
+        what: The quantity that plans forecast.
         gaussian: The same problem with the gains of Gaussian data, where others were measured.
     """
 
-    def __init__(self, problem: Problem, most: int, gaussian: Problem | None = None) -> None:
-        self.problem, self.most = problem, most
-        self._gaussian = gaussian or problem
-        self._costs: dict[tuple[str, bool, bool], NDArray[np.float64]] = {}
-        self._programs: dict[tuple[str, bool, bool], Program] = {}
+    def __init__(
+        self, problem: Problem, most: int, what: Quantity, gaussian: Problem | None = None
+    ) -> None:
+        self.problem, self.what = problem, what
+        self._linear = problem.costs("linear")
+        problems = (problem, gaussian or problem)
+        self._best = {
+            name: best_schedules(problems[by_size].costs(forecast, for_worst), most)
+            for name, (forecast, for_worst, by_size) in KINDS.items()
+        }
 
-    def schedules(self, computed: int, most: int | None = None) -> dict[str, str]:
+    def schedules(self, computed: int) -> dict[str, str]:
+        """Name -> the best schedule by that cost."""
+        return {name: best[computed - 1][0] for name, best in self._best.items()}
+
+    def to_fit(self, computed: int, most: int | None = None) -> dict[str, str]:
         """Name -> schedule, each schedule once: the best by several costs, and the uniform one last.
 
         ``most`` planned ones; by default as many as :data:`FITS` allows.
@@ -89,8 +98,8 @@ class Planner:
         most = most or max(LEAST_FITTED, int(FITS * self.problem.num_steps / computed))
         even = self.uniform(computed)
         named: dict[str, str] = {}
-        for name, schedule in self._planned(computed):
-            if len(named) < most and schedule not in named.values() and schedule != even:
+        for name, schedule in self.schedules(computed).items():
+            if len(named) < most and schedule not in (even, *named.values()):
                 named[name] = schedule
         return {**named, UNIFORM_FITTED: even}
 
@@ -98,60 +107,32 @@ class Planner:
         """The uniform schedule, with a computed step at each wall."""
         return uniform_between(self.problem.walls, self.problem.num_steps, computed)
 
-    def cost(self, schedule: str) -> float:
-        """Open-loop error with linear forecasts."""
-        return schedule_cost(self._table("linear", False, False), schedule)
-
-    def simple(self, computed: int, forecast_of: Quantity) -> list[Candidate]:
-        """Uniform candidates: forecasts of residuals, and of ``forecast_of`` where it is ``guided``."""
+    def simple(self, computed: int) -> list[Candidate]:
+        """Uniform candidates: forecasts of residuals, and of the guided prediction where that is forecast."""
         even = self.uniform(computed)
-        kinds: dict[str, tuple[str, Quantity]] = {
-            UNIFORM: ("reuse", "residual"),
-            UNIFORM_LINEAR: ("linear", "residual"),
-        }
-        if forecast_of == "guided":
-            kinds[UNIFORM_GUIDED] = ("linear", "guided")
-            kinds[UNIFORM_GUIDED_REUSE] = ("reuse", "guided")
         return [
-            self.candidate(name, coeffs.Plan(schedule=even, forecast=forecast, forecast_of=of))
-            for name, (forecast, of) in kinds.items()
+            self.candidate(name, even, forecast, of)
+            for name, (forecast, of) in BASELINES.items()
+            if of in ("residual", self.what)
         ]
 
-    def planned(self, computed: int, forecast_of: Quantity) -> list[Candidate]:
+    def planned(self, computed: int) -> list[Candidate]:
         """Planned schedules with forecasts that need no fit."""
-        chosen = []
-        for name, schedule in self._planned(computed):
-            forecast = "reuse" if "reuse" in name else "linear"
-            plan = coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=forecast_of)
-            chosen.append(self.candidate(name, plan))
-        return chosen
+        return [
+            self.candidate(name, schedule, "reuse" if "reuse" in name else "linear", self.what)
+            for name, schedule in self.schedules(computed).items()
+        ]
 
-    def fitted(self, name: str, schedule: str, own: Fit) -> Candidate:
-        """A plan with fitted weights of the guided prediction."""
-        plan = coeffs.Plan(
-            schedule=schedule,
-            forecast="fitted" if own.rows else "reuse",
-            forecast_of="guided",
-            weights=tuple(own.rows[step] for step in sorted(own.rows)) or None,
-        )
-        return replace(self.candidate(name, plan), recorded_db=score(own.decibels))
-
-    def candidate(self, name: str, plan: coeffs.Plan) -> Candidate:
-        return Candidate(name, plan.schedule.count("C"), plan, self.cost(plan.schedule))
-
-    def _planned(self, computed: int) -> Iterator[tuple[str, str]]:
-        for name, kind in KINDS.items():
-            if kind not in self._programs:
-                walls = self.problem.walls
-                self._programs[kind] = Program(self._table(*kind), self.most, walls)
-            yield name, self._programs[kind].best(computed)[0]
-
-    def _table(self, forecast: str, robust: bool, gaussian: bool) -> NDArray[np.float64]:
-        key = (forecast, robust, gaussian)
-        if key not in self._costs:
-            problem = self._gaussian if gaussian else self.problem
-            self._costs[key] = problem.costs(forecast, high_quantile if robust else None)
-        return self._costs[key]
+    def candidate(
+        self, name: str, schedule: str, forecast: str, of: Quantity, own: Fit | None = None
+    ) -> Candidate:
+        """A plan, with the weights of a fit where there is one; its cost is that of linear forecasts."""
+        plan = coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=of)
+        if own and own.weights:
+            plan = replace(plan, forecast="fitted", weights=own.weights)
+        cost = schedule_cost(self._linear, schedule)
+        recorded_db = score(own.decibels) if own else None
+        return Candidate(name, plan.schedule.count("C"), plan, cost, recorded_db)
 
 
 def score(values: Array) -> float:
@@ -173,7 +154,4 @@ def finalists(entrants: Sequence[Candidate]) -> list[Candidate]:
 
 def fewer_steps(computed: int) -> list[Candidate]:
     """The model itself with fewer steps: by its own solver, and by one of second order."""
-    return [
-        Candidate(FEWER_STEPS, computed),
-        Candidate(FEWER_STEPS_2, computed, solver_order=2),
-    ]
+    return [Candidate(name, computed) for name in (FEWER_STEPS, FEWER_STEPS_2)]

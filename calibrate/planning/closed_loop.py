@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibrate.model.protocol import canonical_sha256
-from calibrate.planning.lockstep import Generation, StepCall
-from calibrate.planning.search import checked
+from calibrate.planning.lockstep import Generation
+from calibrate.planning.search import computed_of
 from calibrate.planning.trajectories import Runner, Trajectory
-from calibrate.runs.files import write_atomically
-from calibrate.runs.folder import RunFolder
+from calibrate.runs.files import write_json
 
 Array = NDArray[np.float64]
 RIDGE = 1e-5  # of the mean diagonal; measured: 1e-6 to 1e-4 differ by less than 0.3 dB
+Weights = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,13 @@ class Fit:
             computed steps).
     """
 
-    rows: dict[int, tuple[float, ...]]
+    rows: dict[int, Weights]
     errors: Array
+
+    @property
+    def weights(self) -> tuple[Weights, ...]:
+        """The rows in the order of their steps, as a plan has them."""
+        return tuple(self.rows[step] for step in sorted(self.rows))
 
     @property
     def decibels(self) -> Array:
@@ -66,61 +72,42 @@ def fit(
         walls: Steps where another denoiser takes over: predictions before them are not used.
         advance: Called after every evaluation of the denoiser.
     """
-    steps = len(teachers[0]) - 1
-    computed = [i for i, letter in enumerate(checked(schedule, steps)) if letter == "C"]
     kept: list[list[torch.Tensor]] = [[] for _ in running]
-    rows: dict[int, tuple[float, ...]] = {}
+    rows: dict[int, Weights] = {}
     errors = []
     for generation in running:
         generation.resume()
         advance()
-    for first, after in zip(computed, [*computed[1:], steps], strict=True):
-        for predictions, generation in zip(kept, running, strict=True):
+    for first, after in pairwise([*computed_of(schedule), len(schedule)]):
+        samples = list(zip(running, teachers, kept, strict=True))
+        for generation, _, predictions in samples:
             if first in walls:
                 predictions.clear()
             predictions.insert(0, generation.waiting.prediction)
             del predictions[anchors or len(predictions) :]
         if after - first > 1:
-            weights = _weights(running, teachers, kept, after, ridge)
-            rows |= dict.fromkeys(range(first + 1, after), weights)
+            spans = [linearised(*sample, after) for sample in samples]
+            rows |= dict.fromkeys(range(first + 1, after), _weights(spans, ridge))
         for step in range(first, after):
-            for predictions, generation in zip(kept, running, strict=True):
+            for generation, _, predictions in samples:
                 forecast = None if step == first else combined(rows[step], predictions)
                 generation.resume(forecast, skip_next=step + 1 < after)
-                if step + 1 == after < steps:
+                if step + 1 == after < len(schedule):
                     advance()
-        pairs = zip(running, teachers, strict=True)
-        errors.append([_relative(own.latents, teacher[after]) for own, teacher in pairs])
+        errors.append([_relative(own.latents, teacher[after]) for own, teacher, _ in samples])
     return Fit(rows, np.array(errors).T)
 
 
 def combined(weights: Sequence[float], predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weighted sum, in float32."""
+    """The weighted sum, in float32; predictions beyond the weights are not used."""
     total = weights[0] * predictions[0].float()
     for weight, prediction in zip(weights[1:], predictions[1:], strict=False):
         total += weight * prediction.float()
     return total
 
 
-def _weights(
-    running: Sequence[Generation],
-    teachers: Sequence[torch.Tensor],
-    kept: Sequence[Sequence[torch.Tensor]],
-    after: int,
-    ridge: float,
-) -> tuple[float, ...]:
-    """Weights of the predictions in the steps until ``after``, the same in each of them."""
-    grams, products = [], []
-    for generation, teacher, predictions in zip(running, teachers, kept, strict=True):
-        responses, target = linearised(generation.waiting, predictions, teacher[after], after)
-        scale = max(float(target @ target), 1e-300)
-        grams.append((responses @ responses.T).cpu().numpy() / scale)
-        products.append((responses @ target).cpu().numpy() / scale)
-    return solve(np.mean(grams, axis=0), np.mean(products, axis=0), ridge)
-
-
 def linearised(
-    call: StepCall, predictions: Sequence[torch.Tensor], goal: torch.Tensor, after: int
+    generation: Generation, teacher: torch.Tensor, predictions: Sequence[torch.Tensor], after: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each prediction, given to the solver at all steps before ``after``, adds to the latents, and what should.
 
@@ -129,24 +116,33 @@ def linearised(
     Returns:
         Responses, shape (predictions, numbers), and the target, in float64.
     """
-    newest = predictions[0]
-    count = after - call.index - 1
+    call, newest = generation.waiting, predictions[0]
 
     def reached(prediction: torch.Tensor) -> torch.Tensor:
-        return call.advanced([newest] + [prediction] * count, call.latents).double().flatten()
+        given = [newest] + [prediction] * (after - call.index - 1)
+        return call.advanced(given, call.latents).double().flatten()
 
     nothing = reached(torch.zeros_like(newest))
     responses = torch.stack([reached(prediction) - nothing for prediction in predictions])
-    return responses, goal.to(nothing).flatten() - nothing
+    return responses, teacher[after].to(nothing).flatten() - nothing
 
 
-def solve(gram: Array, product: Array, ridge: float = RIDGE) -> tuple[float, ...]:
+def _weights(spans: Sequence[tuple[torch.Tensor, torch.Tensor]], ridge: float) -> Weights:
+    """The weights that serve all samples best, each counted by one over the square of its way."""
+    grams, products = [], []
+    for responses, target in spans:
+        scale = max(float(target @ target), 1e-300)
+        grams.append((responses @ responses.T).cpu().numpy() / scale)
+        products.append((responses @ target).cpu().numpy() / scale)
+    return solve(np.mean(grams, axis=0), np.mean(products, axis=0), ridge)
+
+
+def solve(gram: Array, product: Array, ridge: float = RIDGE) -> Weights:
     """Weights that minimise the squared error, shrunk to the newest prediction alone."""
-    start = np.eye(len(gram))[0]
+    eye = np.eye(len(gram))
     penalty = ridge * np.trace(gram) / len(gram)
-    system = gram + penalty * np.eye(len(gram))
-    weights = np.linalg.solve(system, product + penalty * start)
-    return tuple(float(weight) for weight in weights)
+    weights = np.linalg.solve(gram + penalty * eye, product + penalty * eye[0])
+    return tuple(weights.tolist())
 
 
 def _relative(latents: torch.Tensor, teacher: torch.Tensor) -> float:
@@ -158,8 +154,8 @@ class Fits:
     """Weights of any schedule on all recorded prompts, kept beside their trajectories.
 
     Args:
+        trajectories: Those of the first recorded prompts, as many as a fit is to see.
         anchors: Most predictions that a forecast uses; all for None.
-        prompts: Only the first so many recorded prompts; all for None.
     """
 
     def __init__(
@@ -169,44 +165,40 @@ class Fits:
         anchors: int | None,
         progress: bool,
         say: Callable[[str], Any],
-        prompts: int | None = None,
     ) -> None:
-        self._runner, self._trajectories = runner, trajectories[:prompts]
-        self._anchors, self._progress, self._say = anchors, progress, say
-        self._groups = RunFolder.open(runner.case.folder).groups[:prompts]
+        self._runner, self._trajectories, self._anchors = runner, trajectories, anchors
+        self._progress, self._say = progress, say
+        self._groups = runner.groups[: len(trajectories)]
 
     def fit(self, schedule: str) -> Fit:
         """The weights of a schedule and what they miss; fitted now where the run folder does not have them."""
         names = [group.name for group in self._groups]
         key = canonical_sha256([schedule, self._anchors, RIDGE, names])[:16]
         file = self._runner.folder / f"fit-{key}.json"
-        kept = json.loads(file.read_text()) if file.exists() else {}
-        if "errors" not in kept:  # as earlier versions wrote it
+        if not file.exists():
             own = self._fitted(schedule)
-            kept = {"schedule": schedule, "anchors": self._anchors, "rows": own.rows}
-            kept["errors"] = own.errors.tolist()
-            write_atomically(file, json.dumps(kept).encode())
+            written = {
+                "schedule": schedule,
+                "anchors": self._anchors,
+                "errors": own.errors.tolist(),
+            }
+            write_json(file, {**written, "rows": {str(step): own.rows[step] for step in own.rows}})
+        kept = json.loads(file.read_text())
         rows = {int(step): tuple(row) for step, row in kept["rows"].items()}
         return Fit(rows, np.array(kept["errors"]))
 
     def _fitted(self, schedule: str) -> Fit:
-        computed = schedule.count("C")
-        runs = computed * len(self._groups)
+        computed, prompts = schedule.count("C"), [group.prompt for group in self._groups]
         self._say(
-            f"fitting {computed} of {len(schedule)} steps on {len(self._groups)} prompts: "
+            f"fitting {computed} of {len(schedule)} steps on {len(prompts)} prompts: "
             f"{computed / len(schedule):.0%} of what their uncached runs took"
         )
-        teachers = [torch.from_numpy(trajectory.latents) for trajectory in self._trajectories]
-        prompts = [group.prompt for group in self._groups]
+        runs = computed * len(prompts)
         with (
             tqdm(total=runs, desc="fitting", unit="step", disable=not self._progress) as bar,
             self._runner.running(prompts) as running,
         ):
-            return fit(
-                running,
-                teachers,
-                schedule,
-                anchors=self._anchors,
-                walls=self._trajectories[0].walls,
-                advance=bar.update,
-            )
+            teachers = [torch.from_numpy(trajectory.latents) for trajectory in self._trajectories]
+            walls = self._trajectories[0].walls
+            options = {"anchors": self._anchors, "walls": walls, "advance": bar.update}
+            return fit(running, teachers, schedule, **options)

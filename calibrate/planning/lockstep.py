@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,6 @@ class StepCall:
         Noise that a stochastic scheduler adds is the noise that the real steps will add.
         """
         arguments = dict(self.arguments)
-        times = self.scheduler.timesteps
-        begin = self._place(times)
         generator = arguments.get("generator")
         if isinstance(generator, torch.Generator):
             arguments["generator"] = torch.Generator(generator.device)
@@ -50,21 +48,19 @@ class StepCall:
             arguments["return_dict"] = False
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.__dict__.pop("step", None)
+        times = [arguments["timestep"], *self.scheduler.timesteps[self._place() + 1 :]]
         sample = latents.float()
         with torch.random.fork_rng(enabled=generator is None):
-            for offset, prediction in enumerate(predictions):
-                arguments |= {"model_output": prediction.float(), "sample": sample}
-                if offset:
-                    arguments["timestep"] = times[begin + offset]
-                sample = scheduler.step(**arguments)[0]
+            for prediction, time in zip(predictions, times, strict=False):
+                given = {"model_output": prediction.float(), "timestep": time, "sample": sample}
+                sample = scheduler.step(**{**arguments, **given})[0]
         return sample
 
-    def _place(self, times: torch.Tensor) -> int:
+    def _place(self) -> int:
         """Where in the schedule this step is: pipelines may begin in its middle (image to image)."""
-        same = (
-            times.cpu() == torch.as_tensor(self.arguments["timestep"]).cpu().flatten()[0]
-        ).nonzero()
-        return min(same.flatten().tolist(), key=lambda at: abs(at - self.index), default=self.index)
+        time = torch.as_tensor(self.arguments["timestep"]).cpu().flatten()[0]
+        same = (self.scheduler.timesteps.cpu() == time).nonzero().flatten().tolist()
+        return min(same, key=lambda at: abs(at - self.index), default=self.index)
 
 
 class Generation(threading.Thread):
@@ -78,21 +74,20 @@ class Generation(threading.Thread):
 
     def __init__(self, pipeline: Any, generate: Callable[[Any], Any]) -> None:
         super().__init__(daemon=True)
-        self.call: StepCall | None = None
-        self.output: Any = None
-        self._stepped: torch.Tensor | None = None
-        self.expert = ""
-        self._kept: list[Any] = []
-        self._skips = False
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
         self._generate = generate
-        self._error: BaseException | None = None
-        self._stopped = threading.Semaphore(0)
-        self._resumed = threading.Semaphore(0)
-        self._abandoned = False
+        self.call: StepCall | None = None
+        self.output: Any = None
+        self.expert = ""
+        self._stepped: torch.Tensor | None = None
         self._index = 0
-        self._number = 0
+        # Outputs of the denoiser in the present step, and how many of them were asked for.
+        self._kept: list[Any] = []
+        self._asked = 0
+        self._skips = self._abandoned = False
+        self._error: BaseException | None = None
+        self._stopped, self._resumed = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
         scheduler = self._pipeline.scheduler
@@ -108,19 +103,15 @@ class Generation(threading.Thread):
             self._resumed.acquire()
             if self._abandoned:
                 raise _Abandoned
-            self._number = 0
+            self._asked = 0
             stepped = original(**arguments)
             self._stepped = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
             return stepped
 
         scheduler.step = step
-        self._resumed.acquire()
         try:
-            if not self._abandoned:
-                with torch.inference_mode():
-                    self.output = self._generate(self._pipeline)
-        except _Abandoned:
-            pass
+            with torch.inference_mode():
+                self.output = self._generate(self._pipeline)
         except BaseException as error:  # handed to the thread that waits
             self._error = error
         self.call = None
@@ -140,16 +131,15 @@ class Generation(threading.Thread):
             latents: What the solver steps from instead of the pipeline's own.
             skip_next: The next prediction is not needed: the denoiser returns what it returned last.
         """
-        if self.call is not None:
-            own = self.call.arguments
-            if prediction is not None:
-                own["model_output"] = prediction.to(own["model_output"].dtype)
-            if latents is not None:
-                own["sample"] = latents.to(own["sample"].dtype)
         self._skips = skip_next
-        if not self.is_alive():
+        if self.ident is None:
             self.start()
-        self._resumed.release()
+        else:
+            own = self.waiting.arguments
+            for name, given in (("model_output", prediction), ("sample", latents)):
+                if given is not None:
+                    own[name] = given.to(own[name])
+            self._resumed.release()
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
@@ -171,10 +161,9 @@ class Generation(threading.Thread):
     @property
     def latents(self) -> torch.Tensor:
         """The latents before the step at which it waits, or after its last step."""
-        latents = self._stepped if self.call is None else self.call.latents
-        if latents is None:
-            raise RuntimeError("the generation has not begun")
-        return latents
+        if self.call is None and self._stepped is not None:
+            return self._stepped
+        return self.waiting.latents
 
     def abandon(self) -> None:
         """End a generation that nobody needs any more."""
@@ -183,18 +172,13 @@ class Generation(threading.Thread):
             self._resumed.release()
             self.join()
 
-    def forward(
-        self, expert: str, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
+    def forward(self, expert: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The denoiser's output, or on a step that skips the one that it gave last at this place."""
         self.expert = expert
-        number = self._number
-        self._number += 1
-        if self._skips and number < len(self._kept):
-            return self._kept[number]
-        output = original(*args, **kwargs)
-        self._kept[number:] = [output]
-        return output
+        place, self._asked = self._asked, self._asked + 1
+        if not self._skips or place >= len(self._kept):
+            self._kept[place:] = [original(*args, **kwargs)]
+        return self._kept[place]
 
 
 class _Abandoned(BaseException):
@@ -206,29 +190,26 @@ def generations(
     pipeline: Any, modules: Mapping[str, Any], calls: list[Callable[[Any], Any]]
 ) -> Iterator[list[Generation]]:
     """One waiting generation per call ``generate(pipeline)``; :meth:`Generation.resume` leads to its first step."""
-    started = [Generation(pipeline, call) for call in calls]
-    originals = {name: module.__dict__.get("forward") for name, module in modules.items()}
 
-    def watch(expert: str, module: Any) -> None:
-        forward = module.forward
-
-        def forwarded(*args: Any, **kwargs: Any) -> Any:
+    def watched(expert: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             generation = threading.current_thread()
             if isinstance(generation, Generation):
-                return generation.forward(expert, forward, args, kwargs)
-            return forward(*args, **kwargs)
+                return generation.forward(expert, original, *args, **kwargs)
+            return original(*args, **kwargs)
 
-        module.forward = forwarded
+        return forward
 
-    for expert, module in modules.items():
-        watch(expert, module)
-    try:
-        yield started
-    finally:
+    def restore(module: Any, own: Any) -> None:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.forward = own
+
+    started = [Generation(pipeline, call) for call in calls]
+    with ExitStack() as stack:
+        for expert, module in modules.items():
+            stack.callback(restore, module, module.__dict__.get("forward"))
+            module.forward = watched(expert, module.forward)
         for generation in started:
-            generation.abandon()
-        for name, module in modules.items():
-            if originals[name] is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = originals[name]
+            stack.callback(generation.abandon)
+        yield started

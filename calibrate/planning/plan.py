@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
@@ -27,7 +27,7 @@ from calibrate.planning.candidates import (
     score,
 )
 from calibrate.planning.closed_loop import Fits
-from calibrate.planning.problem import Problem
+from calibrate.planning.problem import Array, Problem, sigmas_of
 from calibrate.planning.results import Planned, fidelity, judged_figures, keep, planned_entry
 from calibrate.planning.trajectories import (
     NoSolver,
@@ -38,7 +38,6 @@ from calibrate.planning.trajectories import (
     problem_of,
 )
 from calibrate.runs.entry_file import update_entry
-from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
@@ -52,6 +51,24 @@ CHOOSING_PROMPTS = (
 )
 JUDGED_PROMPTS = 8
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What schedules and weights are made from.
+
+    Attributes:
+        what: The quantity that plans forecast.
+        sigmas: Noise levels of all steps and of the end.
+        gaussian: The problem with the gains of Gaussian data, where others were measured.
+        fits: Fits weights; None where no solver can be watched.
+    """
+
+    problem: Problem
+    what: Quantity
+    sigmas: Array
+    gaussian: Problem | None = None
+    fits: Fits | None = None
 
 
 def plan(
@@ -93,7 +110,10 @@ def plan(
     if (computed is None) == (speedup is None):
         raise InvalidOption("--computed and --speedup: give exactly one of them")
     if not runs:
-        return _from_the_log(source, computed, speedup, steps, say)
+        basis = _from_the_log(source, steps)
+        planner, budgets = _planner(basis, computed, speedup, source, say)
+        logged = {budget: planner.simple(budget) + planner.planned(budget) for budget in budgets}
+        return [Planned(budget, own, _least_cost(own)) for budget, own in logged.items()]
     from calibrate.trials.case import open_case
 
     case = open_case(
@@ -101,18 +121,35 @@ def plan(
     )
     if steps is not None and steps != case.num_steps:
         case = case.at_steps(steps)
-    if computed is not None:
-        _check_budgets(computed, case.num_steps)
-    first, rest = divided_prompts(
-        case.purposes, case.offered(prompts, seed, images), choosing, num_prompts
-    )
-    fits, problem, gaussian, sigmas = _prepared(case, source, steps, anchors, progress, say)
-    budgets = _budgets(computed, speedup, source, problem)
-    planner = Planner(problem, max(budgets), gaussian)
+    for budget in computed or ():
+        check_budget(budget, case.num_steps)
+    offered = case.offered(prompts, seed, images)
+    divided = divided_prompts(case.purposes, offered, choosing, num_prompts)
+    basis = _from_runs(case, steps, anchors, progress, say)
+    planner, budgets = _planner(basis, computed, speedup, source, say)
     entered = {
-        budget: _candidates(planner, fits, budget, candidates) + fewer_steps(budget)
+        budget: _entrants(planner, basis.fits, budget, candidates) + fewer_steps(budget)
         for budget in budgets
     }
+    planned, tried = _proven(case, entered, divided, progress, say)
+    keep(case.folder, planned, tried)
+    # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
+    update_entry(
+        case.folder / "entry.yaml",
+        lambda now: planned_entry(now or case.entry, basis.sigmas, planned),
+    )
+    return planned
+
+
+def _proven(
+    case: Case,
+    entered: dict[int, list[Candidate]],
+    divided: tuple[PromptSet, PromptSet],
+    progress: bool,
+    say: Say,
+) -> tuple[list[Planned], pd.DataFrame]:
+    """The winner of every budget with its figures, and the runs that chose it."""
+    first, rest = divided
     # Before anything is chosen: an interrupted planning has seen these prompts too.
     note(case.folder, [prompt.prompt_id for prompt in first.prompts], CHOOSING)
     say(f"choosing by runs of {len(first.prompts)} held-out prompts")
@@ -123,86 +160,87 @@ def plan(
         for budget, entrants in entered.items()
     }
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
-    settings = []
-    for budget, (winner, _) in choices.items():
-        rivals = [c for c in entered[budget] if c.plan is None or c.name in BASELINES]
-        settings += [winner.setting(PLAN), *(rival.setting() for rival in rivals)]
+    settings = [winner.setting(PLAN) for winner, _ in choices.values()]
+    settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
     judged, floor = _results(case, rest, settings, progress)
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
     planned = [
         Planned(b, entered[b], winner, judged_figures(judged[judged["budget"] == b], floor), why)
         for b, (winner, why) in choices.items()
     ]
-    folder = RunFolder.open(source).path
-    keep(folder, planned, tried)
-    # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
-    update_entry(
-        folder / "entry.yaml", lambda now: planned_entry(now or case.entry, sigmas, planned)
-    )
-    return planned
+    return planned, tried
 
 
 def _from_the_log(
-    source: str | os.PathLike,
+    source: str | os.PathLike, steps: int | None, what: Quantity | None = None
+) -> Basis:
+    """From the Gram log: the guided prediction where all experts have it, or what is asked for."""
+    logs = _at_steps(load_grams(source), steps)
+    what = what or ("guided" if all(log.guided is not None for log in logs) else "output")
+    return Basis(Problem.of(logs, what), what, sigmas_of(logs))
+
+
+def _from_runs(
+    case: Case, steps: int | None, anchors: int | None, progress: bool, say: Say
+) -> Basis:
+    """From trajectories, with measured and with Gaussian gains; from the log where no solver can be watched."""
+    try:
+        runner = Runner(case)
+        trajectories = load_trajectories(runner, progress, say)
+    except NoSolver as error:
+        say(f"{error}; planning forecasts of its outputs, without fitted weights")
+        return _from_the_log(case.folder, steps, "output")
+    gains = measured_gains(runner, trajectories, progress, say)
+    return Basis(
+        problem_of(trajectories, gains),
+        "guided",
+        trajectories[0].sigmas,
+        gaussian=problem_of(trajectories, gaussian_gains(trajectories)),
+        fits=Fits(runner, trajectories, anchors, progress, say),
+    )
+
+
+def _planner(
+    basis: Basis,
     computed: Sequence[int] | None,
     speedup: float | None,
-    steps: int | None,
+    source: str | os.PathLike,
     say: Say,
-) -> list[Planned]:
-    """Schedules from the Gram log, with linear forecasts: weights need runs."""
-    logs = _at_steps(load_grams(source), steps)
-    what: Quantity = "guided" if all(log.guided is not None for log in logs) else "output"
-    problem = Problem.of(logs, what)
-    budgets = _budgets(computed, speedup, source, problem)
+) -> tuple[Planner, list[int]]:
+    """The planner, and the numbers of computed steps, the largest first."""
+    problem = basis.problem
+    if speedup is not None:
+        steps = np.diff([*problem.walls, problem.num_steps])
+        timing = sorted(load_run(source).timing.items())[: len(steps)]
+        if len(timing) < len(steps):
+            raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
+        # Seconds of a denoiser call and of its block stack, mean over the steps of all experts.
+        call, stack = np.average([seconds for _, seconds in timing], axis=0, weights=steps)
+        computed = [budget_for(speedup, float(call), float(stack), problem.num_steps)]
+    budgets = sorted(set(computed or ()), reverse=True)
+    for budget in budgets:
+        check_budget(budget, problem.num_steps)
     say(
         f"planning {', '.join(map(str, budgets))} of {problem.num_steps} steps from "
         f"{len(problem.gram)} samples"
     )
-    planner = Planner(problem, max(budgets))
-    planned = []
-    for budget in budgets:
-        entrants = planner.simple(budget, what)
-        entrants += planner.planned(budget, what)
-        best = min((c for c in entrants if c.name not in BASELINES), key=lambda c: c.cost)
-        planned.append(Planned(budget, entrants, best))
-    return planned
+    return Planner(problem, budgets[0], basis.what, basis.gaussian), budgets
 
 
-def _prepared(
-    case: Case,
-    source: str | os.PathLike,
-    steps: int | None,
-    anchors: int | None,
-    progress: bool,
-    say: Say,
-) -> tuple[Fits | None, Problem, Problem | None, NDArray[np.float64]]:
-    """What fits weights, the problem with measured and with Gaussian gains, and the noise levels.
-
-    Where the solver cannot be watched nothing is fitted, and no gain is measured.
-    """
-    runner = Runner(case)
-    try:
-        trajectories = load_trajectories(runner, progress, say)
-    except NoSolver as error:
-        say(f"{error}; planning forecasts of its outputs, without fitted weights")
-        logs = _at_steps(load_grams(source), steps)
-        sigmas = np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
-        return None, Problem.of(logs), None, sigmas
-    gains = measured_gains(runner, trajectories, progress, say)
-    fits = Fits(runner, trajectories, anchors, progress, say)
-    gaussian = problem_of(trajectories, gaussian_gains(trajectories))
-    return fits, problem_of(trajectories, gains), gaussian, trajectories[0].sigmas
-
-
-def _candidates(
+def _entrants(
     planner: Planner, fits: Fits | None, computed: int, count: int | None
 ) -> list[Candidate]:
     if fits is None:
-        return planner.simple(computed, "output") + planner.planned(computed, "output")
-    return planner.simple(computed, "guided") + [
-        planner.fitted(name, schedule, fits.fit(schedule))
-        for name, schedule in planner.schedules(computed, count).items()
+        return planner.simple(computed) + planner.planned(computed)
+    return planner.simple(computed) + [
+        planner.candidate(name, schedule, "reuse", "guided", fits.fit(schedule))
+        for name, schedule in planner.to_fit(computed, count).items()
     ]
+
+
+def _least_cost(entrants: list[Candidate]) -> Candidate:
+    """Without runs: the planned schedule with the least open-loop error."""
+    return min((c for c in entrants if c.name not in BASELINES), key=lambda c: c.cost)
 
 
 def _choice(entrants: list[Candidate], rows: pd.DataFrame) -> tuple[Candidate, str]:
@@ -231,25 +269,6 @@ def _results(
     return frame, bench.floor()
 
 
-def _budgets(
-    computed: Sequence[int] | None,
-    speedup: float | None,
-    source: str | os.PathLike,
-    problem: Problem,
-) -> list[int]:
-    """Numbers of computed steps, the largest first."""
-    if computed is None:
-        assert speedup is not None
-        computed = [budget_for(speedup, *_timing(source, problem), problem.num_steps)]
-    _check_budgets(computed, problem.num_steps)
-    return sorted(set(computed), reverse=True)
-
-
-def _check_budgets(computed: Sequence[int], num_steps: int) -> None:
-    for budget in computed:
-        check_budget(budget, num_steps)
-
-
 def budget_for(speedup: float, call_seconds: float, stack_seconds: float, num_steps: int) -> int:
     """The most computed steps with which the denoiser alone is ``speedup`` times as fast.
 
@@ -268,24 +287,12 @@ def budget_for(speedup: float, call_seconds: float, stack_seconds: float, num_st
 
 def _at_steps(logs: list[GramLog], steps: int | None) -> list[GramLog]:
     """The logs for another number of steps, where that is sound."""
-    if len(logs) == 1:
-        return [at_steps(logs[0], steps or logs[0].num_steps)]
     recorded = sum(log.num_steps for log in logs)
-    if steps not in (None, recorded):
+    if steps in (None, recorded):
+        return logs
+    if len(logs) > 1:
         names = ", ".join(log.expert for log in logs)
         raise NoPlan(
             f"{steps} steps from a log of {recorded} by {names}, who would take over elsewhere; record {steps}"
         )
-    return logs
-
-
-def _timing(source: str | os.PathLike, problem: Problem) -> tuple[float, float]:
-    """Seconds of a denoiser call and of its block stack, mean over the steps of all experts."""
-    known = load_run(source).timing
-    steps = np.diff([*problem.walls, problem.num_steps])
-    if len(known) < len(steps):
-        raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
-    call, stack = np.average(
-        [known[name] for name in sorted(known)][: len(steps)], axis=0, weights=steps
-    )
-    return float(call), float(stack)
+    return [at_steps(logs[0], steps)]

@@ -8,7 +8,6 @@ it is exact on the uncached trajectory only: what feeds back is seen by fitting 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,14 +46,14 @@ class Problem:
     @classmethod
     def of(cls, logs: list[GramLog], what: str = "output") -> Problem:
         """From the Gram logs of all experts, with the gains of :func:`gains_of_levels`."""
-        sizes = [log.num_steps for log in logs]
-        walls = tuple(int(wall) for wall in np.cumsum([0, *sizes[:-1]]))
-        gram = np.zeros((len(logs[0].output), sum(sizes), sum(sizes)))
-        for wall, log in zip(walls, logs, strict=True):
-            part = slice(wall, wall + log.num_steps)
+        walls = tuple(log.first_step for log in logs)
+        steps = walls[-1] + logs[-1].num_steps
+        gram = np.zeros((len(logs[0].output), steps, steps))
+        for log in logs:
+            part = slice(log.first_step, log.first_step + log.num_steps)
             gram[:, part, part] = getattr(log, what)
-        sigmas = np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
         increments = np.concatenate([log.increments for log in logs])
+        sigmas = sigmas_of(logs)
         return cls(gram, levels_of(sigmas), increments, gains_of_levels(sigmas), walls)
 
     @property
@@ -67,42 +66,37 @@ class Problem:
         lengths = np.sqrt(np.maximum(np.einsum("ptt->pt", self.gram), 0))
         return np.maximum(lengths @ np.abs(self.increments), TINY)
 
-    def costs(self, forecast: str, reduce: Callable[[Array], Array] | None = None) -> Array:
+    def costs(self, forecast: str, for_worst: bool = False) -> Array:
         """What every span costs with ``reuse``, ``linear`` or ``fitted`` forecasts from two computed steps.
 
         Args:
-            reduce: From errors of shape (samples, ...) to a cost; the mean by default.
+            for_worst: A high quantile over the samples instead of the mean.
 
         Returns:
-            Shape (T + 1, T, T + 1), as :class:`calibrate.planning.search.Program` takes it; infinite where a span
-            would cross a wall.
+            Shape (T + 1, T, T + 1), as :func:`calibrate.planning.search.best_schedules` takes it; infinite where a
+            span would cross a wall.
         """
         steps = self.num_steps
         if steps > MOST_STEPS:
             raise InvalidOption(f"{steps} steps: plans are made for up to {MOST_STEPS}")
-        reduce = reduce or mean
         table = np.full((steps + 1, steps, steps + 1), np.inf)
         for newest in range(steps):
             begin = max(wall for wall in self.walls if wall <= newest)
             end = min((wall for wall in self.walls if wall > newest), default=steps)
-            ends = np.arange(newest + 1, end + 1)
-            span = _Span(self, newest, ends)
-            alone = reduce(span.error(None, "reuse" if forecast == "linear" else forecast))
-            # What lies before the wall is as good as nothing.
-            table[: begin + 1, newest, newest + 1 : end + 1] = alone
-            for older in range(begin, newest):
-                error = alone if forecast == "reuse" else reduce(span.error(older, forecast))
-                table[older + 1, newest, newest + 1 : end + 1] = error
+            spans = _Spans(self, newest, np.arange(newest + 1, end + 1))
+            # Row 0 and those before the wall: nothing older to forecast from.
+            for older in range(begin - 1, newest):
+                alone = older < begin or forecast == "reuse"
+                errors = spans.errors([newest] if alone else [newest, older], forecast)
+                cost = np.quantile(errors, QUANTILE, axis=0) if for_worst else errors.mean(0)
+                rows = slice(0, begin + 1) if older < begin else older + 1
+                table[rows, newest, newest + 1 : end + 1] = cost
         return table
 
 
-def mean(errors: Array) -> Array:
-    return errors.mean(0)
-
-
-def high_quantile(errors: Array) -> Array:
-    """For schedules that spare the worst prompts."""
-    return np.quantile(errors, QUANTILE, axis=0)
+def sigmas_of(logs: list[GramLog]) -> Array:
+    """Noise levels of all experts' steps and of the end."""
+    return np.concatenate([*(log.sigmas[:-1] for log in logs), logs[-1].sigmas[-1:]])
 
 
 def gains_of_levels(sigmas: Array) -> Array:
@@ -114,56 +108,54 @@ def gains_of_levels(sigmas: Array) -> Array:
     """
     if not np.isfinite(sigmas).all():
         return np.ones(len(sigmas))
-    kept = 1 - sigmas if sigmas.max() <= 1 else np.ones_like(sigmas)
-    deviation = np.sqrt(kept**2 + sigmas**2)
+    kept = 1 - sigmas if sigmas.max() <= 1 else 1.0
+    deviation = np.hypot(kept, sigmas)
     return deviation[-1] / deviation
 
 
-class _Span:
-    """Errors of the spans that begin after one computed step, up to each of the next computed steps ``ends``."""
+class _Spans:
+    """The spans that begin after one computed step, up to each of the next computed steps ``ends``."""
 
     def __init__(self, problem: Problem, newest: int, ends: NDArray[np.int64]) -> None:
-        self.problem, self.newest, self.ends = problem, newest, ends
-        inside = (np.arange(problem.num_steps)[:, None] > newest) & (
-            np.arange(problem.num_steps)[:, None] < ends
-        )
-        moves = (
-            problem.increments[:, None] * inside
-        )  # (T, ends): the sum that a span has to forecast
-        self.total = moves.sum(0)
-        self.products = problem.gram @ moves  # (samples, T, ends)
-        self.squared = np.maximum(np.einsum("te,pte->pe", moves, self.products), 0)
-        self.moves = moves
+        self.problem, self.ends = problem, ends
+        steps = np.arange(problem.num_steps)[:, None]
+        inside = (steps > newest) & (steps < ends)
+        # (T, ends): the sum of predictions that a span has to forecast.
+        self.moves = problem.increments[:, None] * inside
+        self.products = problem.gram @ self.moves
+        self.squared = np.maximum(np.einsum("te,pte->pe", self.moves, self.products), 0)
 
-    def error(self, older: int | None, forecast: str) -> Array:
-        """What is left of a span's error at the end, as a fraction of the path, shape (samples, ends)."""
-        anchors = [self.newest] if older is None else [self.newest, older]
+    def errors(self, anchors: list[int], forecast: str) -> Array:
+        """What is left at the end of a forecast's errors from these steps, as a share of the path: (samples, ends)."""
         gram = self.problem.gram[:, anchors][:, :, anchors]
         products = self.products[:, anchors]
-        weights = self._weights(gram, products, older, forecast)
+        fitted = forecast == "fitted"
+        weights = self._fitted(gram, products) if fitted else self._extrapolated(anchors)
         squared = self.squared - 2 * np.einsum("ae,pae->pe", weights, products)
         squared += np.einsum("ae,pab,be->pe", weights, gram, weights, optimize=True)
         left = np.sqrt(np.maximum(squared, 0)) * self.problem.gains[self.ends]
         left[:, 0] = 0.0  # nothing is skipped there
         return left / self.problem.path[:, None]
 
-    def _weights(self, gram: Array, products: Array, older: int | None, forecast: str) -> Array:
-        """Of the anchors in the sum of the span, shape (anchors, ends)."""
-        if older is None and forecast != "fitted":
-            return self.total[None]
-        if forecast == "linear":
-            levels, newest = self.problem.levels, self.newest
-            gap = levels[newest] - levels[older]
-            ahead = (levels - levels[newest]) / gap if gap else np.zeros_like(levels)
-            further = ahead @ self.moves
-            return np.stack([self.total + further, -further])
-        if forecast == "reuse":
-            return np.stack([self.total, np.zeros_like(self.total)])
-        # Ridge regression of the span's sum on the anchors, shrunk to reuse; samples count alike.
+    def _extrapolated(self, anchors: list[int]) -> Array:
+        """Weights of the line through the anchors in the sum of the span, or of reuse: shape (anchors, ends)."""
+        total = self.moves.sum(0)
+        if len(anchors) == 1:
+            return total[None]
+        levels = self.problem.levels
+        newest, older = levels[anchors]
+        further = (
+            (levels - newest) / (newest - older) @ self.moves if newest != older else 0 * total
+        )
+        return np.stack([total + further, -further])
+
+    def _fitted(self, gram: Array, products: Array) -> Array:
+        """Ridge regression of the span's sum on the anchors, shrunk to reuse; samples count alike."""
+        total, count = self.moves.sum(0), gram.shape[1]
         scale = 1 / np.maximum(self.squared, TINY)
-        left = np.einsum("pab,pe->eab", gram, scale) * self.total[:, None, None] ** 2
-        right = np.einsum("pae,pe->ea", products, scale) * self.total[:, None]
-        penalty = RIDGE * np.einsum("eaa->e", left) / len(gram[0]) + TINY
-        left += penalty[:, None, None] * np.eye(gram.shape[1])
+        left = np.einsum("pab,pe->eab", gram, scale) * total[:, None, None] ** 2
+        right = np.einsum("pae,pe->ea", products, scale) * total[:, None]
+        penalty = RIDGE * np.einsum("eaa->e", left) / count + TINY
+        left += penalty[:, None, None] * np.eye(count)
         right[:, 0] += penalty
-        return (np.linalg.solve(left, right[..., None])[..., 0] * self.total[:, None]).T
+        return (np.linalg.solve(left, right[..., None])[..., 0] * total[:, None]).T

@@ -23,8 +23,9 @@ from calibrate.trials.measures import capped, main_measure
 from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, PLAN
 
 NOISE_DB = 0.3  # differences of means below it are not told apart here
-MAIN_MEASURES = ("psnr_db", "snr_db")
 SOLVERS = (FEWER_STEPS, FEWER_STEPS_2)
+SHOWN = (UNIFORM, "uniform, linear guided", *SOLVERS)  # rivals in the table of the command
+FORECAST = ("schedule", "forecast", "forecast_of", "weights")
 
 Figures = dict[str, float | None]
 
@@ -52,17 +53,10 @@ class Planned:
         assert self.winner.plan is not None
         return self.winner.plan
 
-    @property
-    def main(self) -> str:
-        """The measure that its figures are compared by."""
-        return next((name for name in MAIN_MEASURES if name in self.figures), MAIN_MEASURES[0])
-
-    @property
-    def fewer_steps(self) -> float | None:
-        """Fidelity of fewer steps, by the better of its solvers."""
-        keys = [f"{_key(name)}_{self.main}" for name in SOLVERS]
-        known = [value for value in map(self.figures.get, keys) if value is not None]
-        return max(known, default=None)
+    def db(self, policy: str, which: str = "") -> float | None:
+        """A policy's mean fidelity, or the ``worst_`` one, in the measure that the figures are compared by."""
+        measure = "snr_db" if "snr_db" in self.figures else "psnr_db"
+        return self.figures.get(f"{_prefix(policy)}{which}{measure}")
 
 
 def fidelity(rows: pd.DataFrame, main: str) -> pd.DataFrame:
@@ -76,66 +70,59 @@ def judged_figures(rows: pd.DataFrame, floor: Mapping[str, Any]) -> Figures:
     """Means and worst prompts of the plan, its rivals' beside them, the paired gain over uniform reuse, the floor."""
     main = main_measure(rows)
     table = fidelity(rows, main)
-    ours = table[PLAN].dropna()
     own = rows[rows["policy"] == PLAN]
-    figures: Figures = {
-        "prompts": len(ours),
-        main: ours.mean(),
-        f"worst_{main}": ours.min(),
+    figures = {
+        "prompts": table[PLAN].count(),
+        "speedup": (own["uncached_seconds"] / own["seconds"]).mean(),
         f"floor_{main}": floor.get(main),
-        "speedup": float((own["uncached_seconds"] / own["seconds"]).mean()),
+        **own.reindex(columns=["ssim", "latent_rel_l2"]).mean().dropna(),
     }
-    for measure in ("ssim", "latent_rel_l2"):
-        if measure in own and own[measure].notna().any():
-            figures[measure] = float(own[measure].mean())
-    for name in (*BASELINES, *SOLVERS):
+    for name in (PLAN, *BASELINES, *SOLVERS):
         if name in table:
-            figures[f"{_key(name)}_{main}"] = table[name].mean()
-            figures[f"{_key(name)}_worst_{main}"] = table[name].min()
-    gain = _mean_with_interval((table[PLAN] - table[UNIFORM]).dropna().to_numpy())
-    figures |= dict(zip(("gain_db", "gain_low_db", "gain_high_db"), gain, strict=True))
+            figures[f"{_prefix(name)}{main}"] = table[name].mean()
+            figures[f"{_prefix(name)}worst_{main}"] = table[name].min()
+    gain = (table[PLAN] - table[UNIFORM]).dropna()
+    low, high = np.nan, np.nan
+    if len(gain) > 2:
+        low, high = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
+    figures |= {"gain_db": gain.mean(), "gain_low_db": low, "gain_high_db": high}
     return {
         name: None if value is None or not np.isfinite(value) else float(value)
         for name, value in figures.items()
     }
 
 
-def _mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The mean and its 95 % interval over prompts; NaN bounds below three prompts."""
-    if len(values) < 3:
-        return float(np.mean(values)), float("nan"), float("nan")
-    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
-    return float(np.mean(values)), float(low), float(high)
-
-
 def planned_entry(
     entry: coeffs.Entry, sigmas: NDArray[np.float64], planned: Sequence[Planned]
 ) -> coeffs.Entry:
     """The entry with these plans in place of earlier ones for the same steps, and a word where fewer steps wins."""
-    levels = tuple(float(sigma) for sigma in sigmas) if np.isfinite(sigmas).all() else None
-    new = [
-        replace(one.plan, sigmas=levels, figures=one.figures or None, chosen=one.chosen)
-        for one in planned
-    ]
-    replaced = {(len(plan.schedule), plan.computed_steps) for plan in new}
-    kept = [p for p in entry.plans or () if (len(p.schedule), p.computed_steps) not in replaced]
-    plans = sorted(
-        [*kept, *new], key=lambda plan: (len(plan.schedule), -(plan.computed_steps or 0))
-    )
+    levels = tuple(sigmas.tolist()) if np.isfinite(sigmas).all() else None
+    plans = {_size(plan): plan for plan in entry.plans or ()}
+    for own in planned:
+        plan = replace(own.plan, sigmas=levels, figures=own.figures or None, chosen=own.chosen)
+        plans[_size(plan)] = plan
     warnings = [text for text in entry.warnings if not text.startswith(PLAN_WARNING)]
     verdict = fewer_steps_verdict(planned)
     if verdict:
         warnings.append(PLAN_WARNING + verdict)
-    return replace(entry, plans=tuple(plans), warnings=tuple(warnings))
+    return replace(
+        entry, plans=tuple(plans[size] for size in sorted(plans)), warnings=tuple(warnings)
+    )
+
+
+def _size(plan: coeffs.Plan) -> tuple[int, int]:
+    """All steps and, so that many come first, minus the computed ones."""
+    return len(plan.schedule), -plan.schedule.count("C")
 
 
 def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
     """Where fewer steps is better than the plan, in words; ``None`` where it never is."""
     lost = []
-    for one in planned:
-        ours, other = one.figures.get(one.main), one.fewer_steps
+    for own in planned:
+        ours, rivals = own.db(PLAN), [own.db(name) for name in SOLVERS]
+        other = max((value for value in rivals if value is not None), default=None)
         if ours is not None and other is not None and other > ours + NOISE_DB:
-            lost.append(f"{one.computed} ({other:.1f} against {ours:.1f} dB)")
+            lost.append(f"{own.computed} ({other:.1f} against {ours:.1f} dB)")
     if not lost:
         return None
     where = f"{', '.join(lost)} computed steps"
@@ -146,28 +133,34 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
 
 def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
     """``plan.json``: every budget with its candidates and what they gave; other budgets are kept."""
-    file = folder / "plan.json"
-    own = {(len(one.plan.schedule), one.computed) for one in planned}
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    rows = [row for row in earlier if (row["steps"], row["computed"]) not in own]
-    for one in planned:
-        of_budget = tried[tried["budget"] == one.computed]
+    rows = {(row["steps"], -row["computed"]): row for row in _kept(folder)}
+    for own in planned:
+        of_budget = tried[tried["budget"] == own.computed]
         table = fidelity(of_budget, main_measure(of_budget))
         scores = {name: score(table[name].dropna().to_numpy()) for name in table}
-        rows.append({
-            "steps": len(one.plan.schedule),
-            "computed": one.computed,
-            "winner": _described(one.winner),
-            "chosen": one.chosen,
+        rows[_size(own.plan)] = {
+            "steps": len(own.plan.schedule),
+            "computed": own.computed,
+            "winner": _described(own.winner),
+            "chosen": own.chosen,
             "prompts": len(table),
-            "figures": one.figures,
-            "candidates": [
-                _described(candidate) | {"score": scores.get(candidate.name)}
-                for candidate in one.candidates
-            ],
-        })  # fmt: skip
-    rows.sort(key=lambda row: (row["steps"], -row["computed"]))
-    write_atomically(file, (json.dumps(rows, indent=2, default=float) + "\n").encode())
+            "figures": own.figures,
+            "candidates": [{**_described(c), "score": scores.get(c.name)} for c in own.candidates],
+        }
+    text = json.dumps([rows[size] for size in sorted(rows)], indent=2)
+    write_atomically(folder / "plan.json", f"{text}\n".encode())
+
+
+def _kept(folder: Path) -> list[dict[str, Any]]:
+    """The rows of ``plan.json``, where there is one."""
+    file = folder / "plan.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _described(candidate: Candidate) -> dict[str, Any]:
+    plan = {name: getattr(candidate.plan, name) for name in FORECAST if candidate.plan}
+    cost, recorded_db = candidate.cost, candidate.recorded_db
+    return {"name": candidate.name, "open_loop_error": cost, "recorded_db": recorded_db, **plan}
 
 
 def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
@@ -176,16 +169,11 @@ def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
     Raises:
         NoPlan: This budget was not planned.
     """
-    file = folder / "plan.json"
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    for row in rows:
-        for kept in row["candidates"]:
-            if kept["name"] == UNIFORM_FITTED and (row["steps"], row["computed"]) == (
-                num_steps,
-                computed,
-            ):
-                names = ("schedule", "forecast", "forecast_of", "weights")
-                return coeffs.Plan(**{name: kept.get(name) for name in names})
+    for row in _kept(folder):
+        if (row["steps"], row["computed"]) == (num_steps, computed):
+            for kept in row["candidates"]:
+                if kept["name"] == UNIFORM_FITTED:
+                    return coeffs.Plan(**{name: kept[name] for name in FORECAST})
     raise NoPlan(
         f"no weights of the uniform schedule at {computed} of {num_steps} steps; "
         f"run `calibrate plan {folder} --computed {computed}` first"
@@ -194,44 +182,31 @@ def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
 
 def plan_table(planned: Sequence[Planned]) -> str:
     """The table of the command."""
-    header = ["computed", "winner", "dB (worst)", "uniform, reuse", "uniform, linear guided"]
-    header += ["fewer steps", "second-order solver", "noise floor", "speed-up", "schedule"]
-    rivals = (
-        "",
-        "uniform_reuse_",
-        "uniform_linear_guided_",
-        *(f"{_key(name)}_" for name in SOLVERS),
-    )
+    header = ["computed", "winner", "dB (worst)", *SHOWN, "noise floor", "speed-up", "schedule"]
     rows = []
-    for one in planned:
-        cells = [_cell(one, prefix) for prefix in rivals]
-        floor, speedup = one.figures.get(f"floor_{one.main}"), one.figures.get("speedup")
-        cells.append("-" if floor is None else f"{floor:.1f}")
-        cells.append("-" if speedup is None else f"{speedup:.2f}x")
-        rows.append([str(one.computed), one.winner.name, *cells, one.plan.schedule])
-    chosen = [f"{one.computed} computed: {one.chosen}" for one in planned if one.chosen]
+    for own in planned:
+        fidelities = [_cell(own, name) for name in (PLAN, *SHOWN)]
+        floor, speedup = own.db(PLAN, "floor_"), own.figures.get("speedup")
+        cells = ["-" if floor is None else f"{floor:.1f}", f"{speedup:.2f}x" if speedup else "-"]
+        rows.append(
+            [
+                str(own.computed),
+                own.winner.name,
+                *fidelities,
+                *cells,
+                own.plan.schedule,
+            ]
+        )
+    chosen = [f"{own.computed} computed: {own.chosen}" for own in planned if own.chosen]
     return "\n".join([aligned(header, rows), *chosen])
 
 
-def _cell(one: Planned, prefix: str) -> str:
-    value = one.figures.get(f"{prefix}{one.main}")
-    worst = one.figures.get(f"{prefix}worst_{one.main}")
-    return "-" if value is None or worst is None else f"{value:.1f} ({worst:.1f})"
+def _cell(own: Planned, policy: str) -> str:
+    mean, worst = own.db(policy), own.db(policy, "worst_")
+    return "-" if mean is None or worst is None else f"{mean:.1f} ({worst:.1f})"
 
 
-def _described(candidate: Candidate) -> dict[str, Any]:
-    described: dict[str, Any] = {"name": candidate.name, "open_loop_error": candidate.cost}
-    described["recorded_db"] = candidate.recorded_db
-    if candidate.plan is not None:
-        described |= {
-            "schedule": candidate.plan.schedule,
-            "forecast": candidate.plan.forecast,
-            "forecast_of": candidate.plan.forecast_of,
-            "weights": candidate.plan.weights,
-        }
-    return described
-
-
-def _key(name: str) -> str:
-    """A policy's name within the name of a figure."""
-    return name.replace(", ", "_").replace(" ", "_").replace("-", "_")
+def _prefix(policy: str) -> str:
+    """What a policy's figures begin with; the plan's are its own."""
+    name = policy.replace(", ", "_").replace(" ", "_").replace("-", "_")
+    return "" if policy == PLAN else f"{name}_"

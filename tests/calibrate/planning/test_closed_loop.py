@@ -23,7 +23,6 @@ from calibrate.planning.trajectories import (
     gain_of,
     gaussian_gains,
     record_trajectory,
-    solver_of,
 )
 from runtime import apply_tea_cache
 from runtime.decide.forecast import extrapolation
@@ -285,7 +284,7 @@ def test_a_plan_of_computed_steps_alone_is_the_uncached_run():
 
 def test_what_the_solver_does_is_found_from_the_trajectory():
     pipeline = LinePipeline(SCHEDULERS["euler"])
-    shrinks, moves = solver_of(trajectories(pipeline, range(3)))
+    shrinks, moves = trajectories(pipeline, [0])[0].solver
     pipeline.scheduler.set_timesteps(10)
     np.testing.assert_allclose(shrinks, 1.0, atol=1e-4)
     np.testing.assert_allclose(moves, np.diff(pipeline.scheduler.sigmas.numpy()), rtol=1e-3)
@@ -296,7 +295,11 @@ def test_gaussian_gains_are_ratios_of_sizes():
     sigmas = np.array([3.0, 1.0, 0.0])
     sizes = np.sqrt(0.25 + sigmas**2).astype(np.float32)
     one = Trajectory(
-        sizes[:, None] * np.ones(5, np.float32), np.eye(2), np.zeros((2, 2)), sigmas, ("a", "a")
+        sizes[:, None] * np.ones(5, np.float32),
+        np.eye(2),
+        np.ones((2, 2)),
+        sigmas,
+        np.array(["a", "a"]),
     )
     np.testing.assert_allclose(gaussian_gains([one, one]), 0.5 / sizes, rtol=1e-6)
 
@@ -333,7 +336,7 @@ def test_two_experts_share_no_predictions():
     with generations(pipeline, modules, [call]) as (generation,):
         trajectory = record_trajectory(generation)
     wall = trajectory.walls[1]
-    assert trajectory.experts[wall - 1 : wall + 1] == ("transformer", "transformer_2")
+    assert trajectory.experts[wall - 1 : wall + 1].tolist() == ["transformer", "transformer_2"]
     schedule = "".join("C" if step in (0, 2, wall, wall + 1) else "S" for step in range(10))
     with generations(pipeline, modules, [call]) as side_by_side:
         own = fit(

@@ -62,19 +62,20 @@ def a_plan(computed, **figures):
 
 
 def test_schedules_compute_their_budget_and_the_uniform_one_is_last(folder):
-    planner = Planner(Problem.of(load_grams(folder)), 7)
+    planner = Planner(Problem.of(load_grams(folder)), 7, "guided")
     for computed in (2, 4, 7):
-        named = planner.schedules(computed, 2)
+        named = planner.to_fit(computed, 2)
         assert list(named)[-1] == "uniform, fitted guided" and 1 <= len(named) <= 3
         assert len(set(named.values())) == len(named)
         assert all(s.count("C") == computed and len(s) == 10 for s in named.values())
 
 
 def test_simple_candidates_hold_all_baselines(folder):
-    planner = Planner(Problem.of(load_grams(folder)), 7)
-    guided = planner.simple(4, "guided")
-    assert tuple(c.name for c in guided) == BASELINES
-    outputs = planner.simple(4, "output") + planner.planned(4, "output")
+    problem = Problem.of(load_grams(folder))
+    guided = Planner(problem, 4, "guided").simple(4)
+    assert [c.name for c in guided] == [*BASELINES]
+    planner = Planner(problem, 4, "output")
+    outputs = planner.simple(4) + planner.planned(4)
     assert {c.plan.forecast_of for c in outputs} == {"residual", "output"}
     assert all(math.isfinite(c.cost) for c in (*guided, *outputs))
     assert [c.setting().options for c in fewer_steps(4)] == [{}, {"solver_order": 2}]
@@ -116,11 +117,10 @@ def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
 
 
 def test_small_budgets_try_every_kind_of_schedule(folder):
-    planner = Planner(Problem.of(load_grams(folder)), 9)
-    assert len(planner.schedules(9)) <= 4
-    assert len(planner.schedules(3)) == len(
-        {*(schedule for _, schedule in planner._planned(3)), planner.uniform(3)}
-    )
+    planner = Planner(Problem.of(load_grams(folder)), 9, "guided")
+    assert len(planner.to_fit(9)) <= 4
+    every = {*planner.schedules(3).values(), planner.uniform(3)}
+    assert sorted(planner.to_fit(3).values()) == sorted(every)
 
 
 def test_plans_without_runs_touch_nothing(folder):
@@ -136,7 +136,7 @@ def test_plans_without_runs_touch_nothing(folder):
     ("arguments", "said"),
     [
         (["--computed", "11"], "11 computed steps of 10"),
-        (["--computed", "a"], "expected whole numbers"),
+        (["--computed", "a"], "expected numbers"),
         ([], "give exactly one"),
         (["--computed", "3", "--speedup", "2"], "give exactly one"),
         (["--computed", "3", "--steps", "12"], "expected 3 to 10"),

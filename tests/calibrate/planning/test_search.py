@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.errors import InvalidOption
-from calibrate.planning.problem import FORECASTS, Problem, gains_of_levels, high_quantile
+from calibrate.planning.problem import FORECASTS, Problem, gains_of_levels
 from calibrate.planning.search import (
-    Program,
+    best_schedules,
     computed_of,
     schedule_cost,
     schedule_of,
@@ -49,10 +49,11 @@ def all_schedules(num_steps, computed, walls=(0,)):
 def test_program_equals_brute_force(num_steps, forecast, robust, wall, seed):
     walls = tuple(sorted({0, min(wall, num_steps - 1)}))
     problem, _ = a_problem(num_steps, seed=seed, walls=walls)
-    costs = problem.costs(forecast, high_quantile if robust else None)
-    program = Program(costs, num_steps, walls)
+    costs = problem.costs(forecast, robust)
+    best = best_schedules(costs, num_steps)
+    assert all(cost == np.inf for _, cost in best[: len(walls) - 1])
     for computed in range(len(walls), num_steps + 1):
-        schedule, cost = program.best(computed)
+        schedule, cost = best[computed - 1]
         assert schedule.count("C") == computed and all(schedule[wall] == "C" for wall in walls)
         assert cost == pytest.approx(schedule_cost(costs, schedule), rel=1e-9, abs=1e-15)
         least = min(schedule_cost(costs, s) for s in all_schedules(num_steps, computed, walls))
@@ -60,9 +61,6 @@ def test_program_equals_brute_force(num_steps, forecast, robust, wall, seed):
 
 
 def test_fewer_computed_steps_than_experts_are_refused():
-    problem, _ = a_problem(6, walls=(0, 3))
-    with pytest.raises(InvalidOption, match="at least one for each of 2 experts"):
-        Program(problem.costs("reuse"), 4, (0, 3)).best(1)
     with pytest.raises(InvalidOption, match="at least one for each of 2 experts"):
         uniform_between((0, 3), 6, 1)
 
@@ -103,7 +101,7 @@ def test_an_error_counts_by_what_is_left_of_it():
     fading = Problem(
         problem.gram, problem.levels, problem.increments, np.where(np.arange(11) > 6, 1, 1e-6)
     )
-    even, late = (Program(p.costs("reuse"), 4).best(4)[0] for p in (flat, fading))
+    even, late = (best_schedules(p.costs("reuse"), 4)[3][0] for p in (flat, fading))
     assert late[5:].count("C") >= 3 > even[5:].count("C")
 
 
