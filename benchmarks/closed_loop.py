@@ -12,6 +12,7 @@ intervals are of the mean, 95 %.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,6 @@ def measured(
 
 def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     """The plan's own schedule, its weights fitted on the first few recorded prompts."""
-    import coeffs
     from calibrate.planning.closed_loop import Fits
     from calibrate.planning.trajectories import Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
@@ -124,14 +124,11 @@ def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     trajectories = load_trajectories(runner, True, say)
     settings = []
     for count in CURVE:
-        if count > len(trajectories):
-            break
-        rows = Fits(runner, trajectories, None, True, say, count).fit(own.schedule).rows
-        weights = tuple(rows[step] for step in sorted(rows))
-        plan = coeffs.Plan(
-            schedule=own.schedule, forecast="fitted", forecast_of="guided", weights=weights
-        )
-        settings.append(plan_setting(f"plan's schedule, fitted on {count} prompts", plan))
+        if count <= len(trajectories):
+            fits = Fits(runner, trajectories[:count], None, True, say)
+            weights = fits.fit(own.schedule).weights
+            plan = replace(own, forecast="fitted", forecast_of="guided", weights=weights)
+            settings.append(plan_setting(f"plan's schedule, fitted on {count} prompts", plan))
     return settings
 
 

@@ -47,19 +47,16 @@ class GramLog:
 
     Attributes:
         output: Gram matrices of the guided outputs, shape (samples, T, T).
-        guided: Of what the scheduler's ``step`` received, or ``None`` where none was seen.
         sigmas: Noise levels, shape (T + 1,); NaN where unknown.
-        prompt_ids: Prompt of each sample.
+        guided: Gram matrices of what the scheduler's ``step`` received, or ``None`` where none was seen.
         first_step: Where in the schedule this expert takes over; 0 for the only one.
     """
 
     output: Array
     sigmas: Array
-    prompt_ids: tuple[str, ...]
+    guided: Array | None = None
     expert: str = "transformer"
     first_step: int = 0
-    guidance_scale: float | None = None
-    guided: Array | None = None
 
     @property
     def num_steps(self) -> int:
@@ -73,27 +70,20 @@ class GramLog:
     @property
     def increments(self) -> Array:
         """What each step's output is multiplied with: the step in sigma, or 1 where sigmas are unknown."""
-        if np.isfinite(self.sigmas).all():
-            return np.diff(self.sigmas)
-        return np.ones(self.num_steps)
+        known = np.isfinite(self.sigmas).all()
+        return np.diff(self.sigmas) if known else np.ones(self.num_steps)
 
 
-def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -> list[GramLog]:
+def load_grams(source: str | os.PathLike) -> list[GramLog]:
     """Read the Gram log of a run: one per expert, in the order in which they take over the schedule.
-
-    Args:
-        guidance_scale: Plan for this guidance instead of the recorded one.
 
     Raises:
         NoPlan: No Gram log, groups that do not belong together, or experts that do not follow on each other.
         RunFolderError: Not a run.
     """
     run = RunFolder.open(source)
-    protocol = run.manifest.get("protocol") or {}
-    scale = protocol.get("guidance_scale") if guidance_scale is None else guidance_scale
-    second = (protocol.get("call_arguments") or {}).get(SECOND_GUIDANCE)
-    ids = {group.name: group.prompt.prompt_id for group in run.groups}
-    files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in ids)
+    names = {group.name for group in run.groups}
+    files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in names)
     if not files:
         command = run.manifest.get("command") or "calibrate record"
         raise NoPlan(
@@ -103,23 +93,19 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
     lacking = len(run.finished() - run.with_gram())
     if lacking:
         logger.warning("%s: %d prompts have no Gram matrices and are left out", run.path, lacking)
-    samples = {path: read_gram(path) for path in files}
-    first = samples[files[0]]
-    experts = sorted(first, key=lambda expert: int(first[expert].get("first_step", 0)))
-    usable = [path for path in files if _finite(samples[path])]
-    if not usable:
-        raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
-    for path, sample in samples.items():
-        if _form(sample) != _form(first):
+    samples = [read_gram(path) for path in files]
+    for path, sample in zip(files, samples, strict=True):
+        if _form(sample) != _form(samples[0]):
             raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
+    samples = [sample for sample in samples if _finite(sample)]
+    if not samples:
+        raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
+    protocol = run.manifest.get("protocol") or {}
+    scale = protocol.get("guidance_scale")
     logs: list[GramLog] = []
     begin = 0
-    for expert in experts:
-        arrays = {ids[path.stem]: samples[path][expert] for path in usable}
-        # As the pipelines do: the later expert has a guidance of its own where the call gives one.
-        log = _log_of(
-            expert, list(arrays.items()), scale if second is None or not logs else float(second)
-        )
+    for expert in sorted(samples[0], key=lambda name: int(samples[0][name].get("first_step", 0))):
+        log = _log_of(expert, [sample[expert] for sample in samples], scale)
         if log.first_step != begin:
             raise NoPlan(
                 f"{run.path}: {expert} begins at step {log.first_step}, expected {begin}; a plan needs experts that "
@@ -127,44 +113,40 @@ def load_grams(source: str | os.PathLike, guidance_scale: float | None = None) -
             )
         begin += log.num_steps
         logs.append(log)
+        # As the pipelines do: the later expert has a guidance of its own where the call gives one.
+        scale = (protocol.get("call_arguments") or {}).get(SECOND_GUIDANCE) or scale
     return logs
 
 
-def _log_of(expert: str, parts: list[tuple[str, dict[str, Any]]], scale: float | None) -> GramLog:
-    first = parts[0][1]
-    names = [str(name) for name in first["branches"]]
-    if scale is None and all("guidance" in arrays for _, arrays in parts):
-        scale = float(np.median([arrays["guidance"] for _, arrays in parts]))
-    received = [arrays["guided"] for _, arrays in parts if "guided" in arrays]
+def _log_of(expert: str, parts: list[dict[str, Any]], scale: float | None) -> GramLog:
+    """One expert's log from its arrays of all samples."""
+    first = parts[0]
+    branches = first["branches"].tolist()
+    if scale is None and all("guidance" in part for part in parts):
+        scale = float(np.median([part["guidance"] for part in parts]))
+    watched = all("guided" in part for part in parts)
     return GramLog(
-        output=np.stack([guided(arrays["output"], names, scale) for _, arrays in parts]),
-        guided=np.stack(received) if len(received) == len(parts) else None,
+        output=np.stack([guided(part["output"], branches, scale) for part in parts]),
         sigmas=np.asarray(first["sigmas"], float),
-        prompt_ids=tuple(prompt_id for prompt_id, _ in parts),
+        guided=np.stack([part["guided"] for part in parts]) if watched else None,
         expert=expert,
         first_step=int(first.get("first_step", 0)),
-        guidance_scale=scale,
     )
 
 
 def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
     """What all samples of a run must have in common."""
     return {
-        expert: (
-            [str(name) for name in arrays["branches"]],
-            arrays["output"].shape,
-            int(arrays.get("first_step", 0)),
-        )
-        for expert, arrays in sample.items()
+        expert: (part["branches"].tolist(), part["output"].shape, int(part.get("first_step", 0)))
+        for expert, part in sample.items()
     }
 
 
 def _finite(sample: dict[str, dict[str, Any]]) -> bool:
     return all(
-        np.isfinite(arrays[name]).all()
-        for arrays in sample.values()
-        for name in ("output", "guided")
-        if name in arrays
+        np.isfinite(part[name]).all()
+        for part in sample.values()
+        for name in {"output", "guided"} & part.keys()
     )
 
 
@@ -181,20 +163,13 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
         scales = {"cond": guidance_scale, "uncond": 1 - guidance_scale}
         factors = np.array([scales[name] for name in branches])
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
-    return branch_gram(gram, count).sum(0)
+    return np.einsum("atau->tu", blocks)
 
 
 def levels_of(sigmas: Array) -> Array:
     """Abscissa of forecasts over T steps, from their noise levels and the end's: those, or minus the step."""
     levels = np.asarray(sigmas, float)[:-1]
     return levels if np.isfinite(levels).all() else -np.arange(len(levels), dtype=float)
-
-
-def branch_gram(gram: Array, branches: int) -> Array:
-    """Gram matrix of each branch on its own, shape (B, T, T), from that of all, shape (B T, B T)."""
-    steps = len(gram) // branches
-    blocks = np.asarray(gram, float).reshape(branches, steps, branches, steps)
-    return np.stack([blocks[i, :, i] for i in range(branches)])
 
 
 def at_steps(log: GramLog, num_steps: int) -> GramLog:
@@ -209,31 +184,25 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
     steps = log.num_steps
     if num_steps == steps:
         return log
-    if num_steps > steps or num_steps < 3:
-        raise NoPlan(
-            f"{num_steps} steps from a log of {steps}: expected 3 to {steps}; record more steps"
-        )
+    asked = f"{num_steps} steps from a log of {steps}"
+    if not 3 <= num_steps <= steps:
+        raise NoPlan(f"{asked}: expected 3 to {steps}; record more steps")
     if not np.isfinite(log.sigmas).all():
-        raise NoPlan(
-            f"{num_steps} steps from a log of {steps}: no sigmas in it; record {num_steps} steps"
-        )
+        raise NoPlan(f"{asked}: no sigmas in it; record {num_steps} steps")
     error = interpolation_error(log)
     if error > LARGEST_INTERPOLATION_ERROR:
         raise NoPlan(
-            f"{num_steps} steps from a log of {steps}: outputs are not smooth enough in sigma (interpolated steps are "
-            f"off by {error:.2g} of a step's change, at most {LARGEST_INTERPOLATION_ERROR}); record {num_steps} steps"
+            f"{asked}: outputs are not smooth enough in sigma (interpolated steps are off by {error:.2g} of a step's "
+            f"change, at most {LARGEST_INTERPOLATION_ERROR}); record {num_steps} steps"
         )
     # The last recorded level belongs to step T-1; beyond it lies the end, where nothing is computed.
-    places = np.arange(num_steps) * (steps - 1) / (num_steps - 1)
-    matrix = np.zeros((num_steps, steps))
-    below = np.minimum(places.astype(int), steps - 2)
-    share = places - below
-    matrix[np.arange(num_steps), below] = 1 - share
-    matrix[np.arange(num_steps), below + 1] = share
+    places = np.linspace(0, steps - 1, num_steps)
+    recorded = np.arange(steps)
+    # Each row holds the shares of the two recorded steps around a new one.
+    matrix = np.maximum(1 - np.abs(places[:, None] - recorded), 0)
     sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
-    outputs = matrix @ log.output @ matrix.T
-    received = None if log.guided is None else matrix @ log.guided @ matrix.T
-    return replace(log, output=outputs, guided=received, sigmas=sigmas)
+    seen = None if log.guided is None else matrix @ log.guided @ matrix.T
+    return replace(log, output=matrix @ log.output @ matrix.T, guided=seen, sigmas=sigmas)
 
 
 def interpolation_error(log: GramLog) -> float:
@@ -241,31 +210,29 @@ def interpolation_error(log: GramLog) -> float:
 
     Interpolating half a step from two recorded ones is off by about a quarter of that.
     """
-    levels, found = log.levels, []
+    ratios = []
     for step in range(1, log.num_steps - 1):
-        weight = (levels[step] - levels[step + 1]) / (levels[step - 1] - levels[step + 1])
-        line = np.array([-weight, 1.0, weight - 1])
-        change = np.array([-1.0, 1.0, 0.0])
-        block = log.output[:, step - 1 : step + 2, step - 1 : step + 2]
+        nearby = slice(step - 1, step + 2)
+        before, level, after = log.levels[nearby]
+        weight = (level - after) / (before - after)
+        line, change = np.array([-weight, 1.0, weight - 1]), np.array([-1.0, 1.0, 0.0])
+        block = log.output[:, nearby, nearby]
         off, moved = (np.einsum("i,pij,j->p", v, block, v).clip(0) for v in (line, change))
-        found.append(np.sqrt(off / np.maximum(moved, 1e-300)))
-    return float(np.median(found)) / 4 if found else 0.0
+        ratios.append(np.sqrt(off / np.maximum(moved, 1e-300)))
+    return float(np.median(ratios)) / 4 if ratios else 0.0
 
 
 def read_gram(path: Path) -> dict[str, dict[str, Any]]:
     """``expert -> name -> array``. Raises RunFolderError for a damaged file."""
-    found: dict[str, dict[str, Any]] = {}
+    experts: dict[str, dict[str, Any]] = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for key in arrays.files:
                 expert, _, name = key.partition("/")
-                found.setdefault(expert, {})[name] = arrays[key]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise RunFolderError(
-            f"{path}: not a readable Gram log ({' '.join(str(error).split())[:120]})"
-        ) from None
+                experts.setdefault(expert, {})[name] = arrays[key]
     except Exception as error:  # zipfile and zlib have errors of their own
+        reason = " ".join(str(error).split())[:120]
         raise RunFolderError(
-            f"{path}: damaged ({type(error).__name__}); remove it and record anew"
+            f"{path}: not a readable Gram log ({reason}); remove it and record anew"
         ) from None
-    return found
+    return experts

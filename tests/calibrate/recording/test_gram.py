@@ -19,6 +19,7 @@ from calibrate.runs.gram_log import (
     guided,
     interpolation_error,
     load_grams,
+    read_gram,
 )
 from runtime import denoisers
 
@@ -124,7 +125,7 @@ def a_log(steps=12, samples=2, noise=0.0):
     )
     tensors += noise * random.normal(size=tensors.shape)
     gram = np.einsum("ptn,pun->ptu", tensors, tensors)
-    return tensors, GramLog(gram, sigmas, tuple(map(str, range(samples))))
+    return tensors, GramLog(gram, sigmas)
 
 
 def test_fewer_steps_are_planned_from_the_same_log():
@@ -145,7 +146,7 @@ def test_what_cannot_be_planned_anew_is_refused():
     assert interpolation_error(rough) > 0.2 and interpolation_error(smooth) < 0.05
     with pytest.raises(NoPlan, match="not smooth enough"):
         at_steps(rough, 6)
-    unknown = GramLog(smooth.output, np.full(13, np.nan), smooth.prompt_ids)
+    unknown = GramLog(smooth.output, np.full(13, np.nan))
     with pytest.raises(NoPlan, match="no sigmas"):
         at_steps(unknown, 6)
     assert (unknown.levels == -np.arange(12)).all() and (unknown.increments == 1).all()
@@ -171,10 +172,12 @@ def a_run(tmp_path):
 
 def test_a_run_keeps_its_log(a_run):
     log = load_grams(a_run.path)[0]
-    assert log.output.shape == (2, STEPS, STEPS)
-    assert log.guidance_scale == 2.0 and len(set(log.prompt_ids)) == 2
-    other = load_grams(a_run.path, guidance_scale=1.0)[0]
-    assert not np.allclose(other.output, log.output)
+    assert log.output.shape == log.guided.shape == (2, STEPS, STEPS)
+    # The run's own guidance combines the branches.
+    kept = read_gram(sorted((a_run.path / "gram").iterdir())[0])["transformer"]
+    branches = kept["branches"].tolist()
+    np.testing.assert_allclose(log.output[0], guided(kept["output"], branches, 2.0))
+    assert not np.allclose(log.output[0], guided(kept["output"], branches, 1.0))
 
 
 def test_runs_without_a_log_and_damaged_logs_are_named(a_run):
