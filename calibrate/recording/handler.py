@@ -69,10 +69,9 @@ class Moments:
             return
         if self._cuda is None:
             self._marks[name] = time.perf_counter()
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._cuda))
-        self._marks[name] = event
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            self._marks[name] = torch.cuda.current_stream(self._cuda).record_event(event)
 
     def between(self, begin: str, end: str) -> float:
         """Seconds from one mark to another; waits for the device."""
@@ -112,11 +111,13 @@ class RecordHandler(Handler):
     def __init__(
         self,
         expert: str,
+        root: Module,
         gram: bool,
         clock: SchedulerClock,
         on_open: Callable[["RecordHandler"], None],
     ) -> None:
-        self.expert, self._clock, self._on_open = expert, clock, on_open
+        self.expert, self.root = expert, root
+        self._clock, self._on_open = clock, on_open
         self._products = Products() if gram else None
         self.discard()
 
@@ -129,17 +130,17 @@ class RecordHandler(Handler):
         if self._products is not None:
             self._products.clear()
 
-    def take(self, root: Module, recording: Recording) -> None:
-        """Add what was measured of ``root`` since the last call to ``recording``.
+    def take(self, recording: Recording) -> None:
+        """Add what was measured since the last call to ``recording``.
 
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
         rows = counted_on(self._recorded)
         numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
         tokens = torch.tensor([row.pop("tokens") for row in rows])
-        group = lockstep_group(root)
+        group = lockstep_group(self.root)
         if group is not None:
-            device = next(root.parameters()).device
+            device = next(self.root.parameters()).device
             steps = [(row["branch"], row["step"]) for row in rows]
             parts = gathered(group, numbers.to(device), steps)
             numbers = over_parts(parts, gathered(group, tokens.to(device)))

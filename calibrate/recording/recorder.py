@@ -45,7 +45,8 @@ class Recorder:
         clock = SchedulerClock(pipeline)
         self._latest: deque[RecordHandler] = deque(maxlen=1)  # whose denoiser was called last
         self._handlers = {
-            expert: RecordHandler(expert, gram, clock, self._latest.append) for expert in modules
+            expert: RecordHandler(expert, module, gram, clock, self._latest.append)
+            for expert, module in modules.items()
         }
         self._installed = ExitStack()
         on_step = self._stepped if gram else None
@@ -86,8 +87,8 @@ class Recorder:
         """
         self._watch.reset()
         recording = Recording()
-        for stack, handler in zip(self._watch.stacks, self._handlers.values(), strict=True):
-            handler.take(stack.root, recording)
+        for handler in self._handlers.values():
+            handler.take(recording)
         number_steps(recording.rows)
         distances = ("x", "y_output", "y_hidden", "y_residual")
         recording.non_finite = sum(
