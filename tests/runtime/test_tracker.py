@@ -72,6 +72,18 @@ def test_timestep_is_not_read_where_the_scheduler_counts() -> None:
     follow(*(call(step, context="cond", timestep=waits) for step in range(3)))
 
 
+def test_timestep_is_read_once_a_call_where_nothing_counts_the_steps() -> None:
+    """Bug: twice, and on a GPU the host waits each time."""
+    reads = []
+
+    def read(time: float) -> tuple[float, float]:
+        reads.append(time)
+        return time, time
+
+    follow(*(CallInfo(timestep=lambda time=time: read(time)) for time in (900.0, 600.0, 300.0)))
+    assert reads == [900.0, 600.0, 300.0]
+
+
 # -- unnamed branches -------------------------------------------------------------------------------------------------
 
 

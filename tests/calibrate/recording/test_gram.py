@@ -95,6 +95,17 @@ def test_beyond_the_budget_outputs_go_to_the_host(monkeypatch):
     )
 
 
+def test_outputs_beyond_the_budget_are_copies(monkeypatch):
+    """Bug: on the CPU they were the model's own tensors, and a pipeline may write into those."""
+    monkeypatch.setattr(products, "OUTPUT_BYTES", 0)
+    kept = Products()
+    for step in range(2):
+        output = torch.ones(4)
+        kept.add_output("cond", step, output)
+        output.zero_()
+    assert kept.matrices("transformer")["transformer/output"].tolist() == [[4.0, 4.0], [4.0, 4.0]]
+
+
 def test_held_bytes_stay_within_the_budget(monkeypatch):
     monkeypatch.setattr(products, "OUTPUT_BYTES", 4000)
     kept = Products()
