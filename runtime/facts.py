@@ -28,11 +28,8 @@ def facts_of(target: Any, modules: Mapping[str, Module]) -> dict[str, Any]:
 def settings_of(scheduler: Any, denoiser: Module) -> dict[str, Any]:
     """What an entry's protocol states of them; ``None`` where there is none of a thing, or it is not known."""
     config = getattr(scheduler, "config", None) or {}
-    shift = None
-    if not config.get(
-        "use_dynamic_shifting"
-    ):  # a shift that follows the size of the image is no fixed one
-        shift = config.get("shift")
+    # A shift that follows the size of the image is no fixed one.
+    shift = None if config.get("use_dynamic_shifting") else config.get("shift")
     dtype = getattr(denoiser, "dtype", None)
     if dtype is None:
         dtype = next((parameter.dtype for parameter in denoiser.parameters()), None)

@@ -111,16 +111,16 @@ class Call:
         assert known.wiring is not None
         return known.wiring
 
-    def conditions(self, whole: bool) -> tuple:
+    def conditions(self, with_arguments: bool) -> tuple:
         """What must not change within a trajectory.
 
         Args:
-            whole: Look at the denoiser's arguments too: ranks may hold parts of unequal length, and only the whole
-                call's shapes change on all of them at once.
+            with_arguments: Look at the denoiser's arguments too: ranks may hold parts of unequal length, and only the
+                shapes of the entire call change on all of them at once.
         """
         # Texts among the denoiser's arguments name modes (such as writing or reading a key-value cache).
         modes = [item for item in self.named.items() if isinstance(item[1], str)]
-        arguments = (self.head, self.named if whole else None)
+        arguments = (self.head, self.named if with_arguments else None)
         shapes = [(place, t.shape, t.dtype, t.device) for place, t in tensors(arguments)]
         return self.first_block[0], modes, shapes
 

@@ -242,7 +242,7 @@ class StackHooks(HookSet):
             self._head, self._attention = block, attention_modules(block)
         call.decided = True
         call.first_block = (block, original, self._attention)
-        conditions = call.conditions(whole=lockstep_group(self.root) is not None)
+        conditions = call.conditions(with_arguments=lockstep_group(self.root) is not None)
         changed = trajectory.conditions not in (None, conditions)
         if changed:
             trajectory.restart()

@@ -163,8 +163,8 @@ def is_time(name: str) -> bool:
 
 def timestep(named: dict[str, Any]) -> Any:
     """The argument of a denoiser that carries the timestep, as it was given."""
-    names = sorted(filter(is_time, named), key=lambda name: name != "timestep")
-    return next((named[name] for name in names if named[name] is not None), None)
+    names = ["timestep", *filter(is_time, named)]
+    return next((named[name] for name in names if named.get(name) is not None), None)
 
 
 def _extent(value: Any) -> tuple[float, float] | None:
