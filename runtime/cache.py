@@ -69,7 +69,8 @@ class CacheHandler(Handler):
     ) -> None:
         self.expert, self.stats = expert, stats
         self._on_generation, self._new_anchors, self._guided = on_generation, new_anchors, guided
-        self._lead: tuple[Position, Decision] | None = None
+        # Where the first branch of the step stood, and whether it skips.
+        self._lead: tuple[Position, bool] | None = None
 
     def begin(self, position: Position) -> None:
         self.settings = self._on_generation(position.num_steps)
@@ -89,16 +90,18 @@ class CacheHandler(Handler):
     @torch.no_grad()
     def decide(self, call: Call, changed: bool) -> bool:
         trajectory, where = _kept(call), call.position
-        led = self._led(where)
+        first, first_skips = self._lead or (where, False)
+        same_step = first.step == where.step and first.branch != where.branch
+        follows = same_step and self.settings.branches == "together"
         # Ranks that run in lockstep all take part in every round, also where another branch has decided.
-        if led is None or lockstep_group(call.root) is not None:
+        if not follows or lockstep_group(call.root) is not None:
             decision = self._decide(call)
         else:
             trajectory.buffers.clear()  # the signal is not looked at, so it is no reference of a later step
-        if led is None:
-            self._lead = where, decision
+        if follows:
+            decision = Decision("skipped" if first_skips else "computed")
         else:
-            decision = Decision("skipped" if led.skip else "computed")
+            self._lead = where, decision.skip
         if changed:
             decision = Decision("shape_changed")
         elif decision.skip and not trajectory.anchors:
@@ -110,13 +113,6 @@ class CacheHandler(Handler):
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
         self.stats.add(self.expert, where.branch, decision)
         return decision.skip
-
-    def _led(self, where: Position) -> Decision | None:
-        """The decision that another branch has taken at this step, where branches decide together."""
-        if self.settings.branches == "apart" or self._lead is None:
-            return None
-        first, decision = self._lead
-        return decision if first.step == where.step and first.branch != where.branch else None
 
     def _decide(self, call: Call) -> Decision:
         policy, where = _kept(call).policy, call.position

@@ -22,7 +22,7 @@ from runtime.watch.blocks import Blocks, HookSet, attention_modules, find_blocks
 from runtime.watch.call import Call, Handler, Trajectory
 from runtime.watch.observe import Observation
 from runtime.watch.places import Place, at, replaced
-from runtime.watch.scheduler import SchedulerClock, StepHook
+from runtime.watch.scheduler import SchedulerClock, hooked_steps
 from runtime.watch.wiring import Exit
 
 
@@ -34,7 +34,7 @@ class Watch:
         new_handler: Makes the handler of a denoiser, by its name.
         clock: Reads the scheduler of the pipeline that drives them.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
-        on_step: Given what the pipeline's schedulers receive (see :class:`runtime.watch.scheduler.StepHook`).
+        on_step: Given what the pipeline's schedulers receive (see :func:`runtime.watch.scheduler.hooked_steps`).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Watch:
         blocks: Blocks | None = None,
         on_step: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.steps = StepHook(clock.pipeline, on_step)
+        self._pipeline, self._on_step = clock.pipeline, on_step
         self.stacks: list[StackHooks] = []
         for expert, module in modules.items():
             self.stacks.append(StackHooks(module, new_handler(expert), clock, self.stacks, blocks))
@@ -57,7 +57,7 @@ class Watch:
             undo.callback(self.reset)
             for stack in self.stacks:
                 undo.enter_context(stack.installed())
-            undo.enter_context(self.steps.installed())
+            undo.enter_context(hooked_steps(self._pipeline, self._on_step))
             yield
 
     def reset(self) -> None:

@@ -106,54 +106,43 @@ class SchedulerClock:
         return float(-step) if sigma is None else sigma
 
 
-class StepHook:
-    """Sees what a pipeline's schedulers receive as the model's output, and may put something else in its place.
+@contextmanager
+def hooked_steps(pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """While ``on_step`` sees what a pipeline's schedulers receive as the model's output, and gives them its result.
 
     That is the prediction after guidance and whatever the pipeline does to it: the one quantity that the solver sees.
     A scheduler is hooked by its class, not by an attribute: pipelines copy schedulers, and the copy of an attribute
-    would drive the original.
-
-    Args:
-        pipeline: Whose schedulers to hook.
-        on_step: Given the model's output at every ``step`` of a scheduler; what it returns takes its place. ``None``
-            hooks nothing.
+    would drive the original. Afterwards copies of them are left alone. ``None`` hooks nothing.
     """
 
-    def __init__(self, pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> None:
-        self._pipeline, self._on_step = pipeline, on_step
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """With the schedulers hooked that the pipeline has now; copies of them are left alone afterwards."""
-        components = getattr(self._pipeline, "components", None) or {}
-        parts = [*components.values(), getattr(self._pipeline, "scheduler", None)]
-        schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
-        hooked: list[tuple[Any, type, type]] = []
-        if self._on_step is not None:
-            classes = [(part, type(part)) for part in schedulers.values()]
-            hooked = [(part, own, self._subclass(own)) for part, own in classes]
-        for scheduler, _, subclass in hooked:
-            scheduler.__class__ = subclass
-        try:
-            yield
-        finally:
-            self._on_step = None
-            for scheduler, own, subclass in hooked:
-                if type(scheduler) is subclass:
-                    scheduler.__class__ = own
-
-    def _subclass(self, own: Any) -> type:
+    def subclass(own: Any) -> type:
         name = list(inspect.signature(own.step).parameters)[1]
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             prediction, *others = args or (kwargs.pop(name),)
-            if self._on_step is not None and isinstance(prediction, Tensor):
-                prediction = self._on_step(prediction)
+            if on_step is not None and isinstance(prediction, Tensor):
+                prediction = on_step(prediction)
             return own.step(scheduler, prediction, *others, **kwargs)
 
         names = {"step": step, "__module__": own.__module__, "__qualname__": own.__qualname__}
         return type(own.__name__, (own,), names)
+
+    components = getattr(pipeline, "components", None) or {}
+    parts = [*components.values(), getattr(pipeline, "scheduler", None)]
+    schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
+    hooked: list[tuple[Any, type, type]] = []
+    for scheduler in schedulers.values() if on_step is not None else ():
+        own = type(scheduler)
+        scheduler.__class__ = subclass(own)
+        hooked.append((scheduler, own, type(scheduler)))
+    try:
+        yield
+    finally:
+        on_step = None
+        for scheduler, own, replaced in hooked:
+            if type(scheduler) is replaced:
+                scheduler.__class__ = own
 
 
 def is_time(name: str) -> bool:

@@ -9,6 +9,7 @@ from tiny_pipeline import TinyExperts, TinyPipeline
 
 import coeffs
 from runtime import Forecast, InvalidSetting, apply_tea_cache
+from runtime.anchors import Guided
 from runtime.decide.forecast import extrapolation
 
 torch.set_num_threads(1)
@@ -333,7 +334,7 @@ def test_a_pipeline_that_never_steps_its_scheduler_is_refused():
         generate(pipe)
 
 
-def test_only_what_later_rows_use_is_kept():
+def test_only_what_later_rows_use_is_kept(monkeypatch):
     schedule = "CCCCSCSS"
     forecast = Forecast(
         "fitted", {4: (1.0, 0.1, 0.2, 0.3), 6: (0.5, 0.5), 7: (0.5, 0.5)}, schedule=schedule
@@ -344,17 +345,15 @@ def test_only_what_later_rows_use_is_kept():
     growing = Forecast("fitted", all_anchors("CCSCSSCS"), schedule="CCSCSSCS")
     assert [growing.kept_from(step) for step in (0, 1, 3, 6)] == [1, 2, 3, 4]
     pipe = TinyPipeline()
-    held = []
+    held, step = [], Guided.step
+
+    def counted(guided, value):
+        result = step(guided, value)
+        held.append(len(guided._anchors))
+        return result
+
+    monkeypatch.setattr(Guided, "step", counted)
     with apply_tea_cache(pipe, schedule=schedule, forecast=forecast, forecast_of="guided") as cache:
-        guided = cache._watch.stacks[0].handler._guided
-        step = guided.step
-
-        def counted(value):
-            result = step(value)
-            held.append(len(guided._anchors))
-            return result
-
-        cache._watch.steps._on_step = counted
         generate(pipe)
         assert held == [1, 2, 3, 4, 4, 2, 2, 2]
-        assert len(guided._anchors) == 0  # the generation is over
+        assert not cache._watch.stacks[0].handler._guided._anchors  # the generation is over
