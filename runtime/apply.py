@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch.nn import Module
@@ -226,10 +226,7 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
     settings = resolve(asked, model)
     handle = TeaCache(settings.described())
     clock = SchedulerClock(pipeline, asked.num_steps)
-
-    @cache
-    def settings_for(num_steps: int | None) -> Settings:
-        return for_steps(settings, model, num_steps)
+    settings_for = cache(partial(for_steps, settings, model))  # a look-up reads the registry
 
     def on_generation(num_steps: int | None) -> Settings:
         in_force = settings_for(num_steps)

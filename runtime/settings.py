@@ -126,10 +126,11 @@ def resolve(asked: Asked, model: Model) -> Settings:
     entry = asked.entry
     if not isinstance(entry, coeffs.Entry | None):
         entry = coeffs.load(entry)
+    forecast = asked.forecast or "reuse"
     settings = Settings(
         asked=asked,
         entry=entry,
-        forecast=_forecast(asked.forecast or "reuse"),
+        forecast=forecast if isinstance(forecast, Forecast) else Forecast(forecast),
         forecast_of=asked.forecast_of or "residual",
     )
     choice: str | float | coeffs.Plan | None = asked.schedule
@@ -287,7 +288,3 @@ def _gated(settings: Settings, threshold: float | None, model: Model) -> Setting
             "count and end=0"
         )
     return replace(settings, gate=gate, num_steps=entry.protocol.num_steps if entry else None)
-
-
-def _forecast(given: str | Forecast) -> Forecast:
-    return given if isinstance(given, Forecast) else Forecast(given)

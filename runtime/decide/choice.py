@@ -42,7 +42,8 @@ def best_for(entry: "coeffs.Entry", speedup: float) -> "float | coeffs.Plan":
     Raises:
         InvalidSetting: Neither was verified at this speed-up.
     """
-    fast_enough = [plan for plan in entry.plans or () if _speedup(plan) >= speedup >= 1]
+    rated = [((plan.figures or {}).get("speedup") or 0.0, plan) for plan in entry.plans or ()]
+    fast_enough = [plan for reached, plan in rated if reached >= speedup >= 1]
     if not fast_enough:
         return threshold_for(entry, speedup)
     best = max(fast_enough, key=_fidelity)
@@ -78,10 +79,6 @@ def _verified(entry: "coeffs.Entry") -> list[tuple[float, "coeffs.Threshold"]]:
         if row.kind == "verified" and row.speedup is not None
     ]
     return sorted(rows, key=lambda rated: (rated[0], rated[1].threshold))
-
-
-def _speedup(plan: "coeffs.Plan") -> float:
-    return (plan.figures or {}).get("speedup") or 0.0
 
 
 def _fidelity(plan: "coeffs.Plan") -> float:

@@ -168,13 +168,10 @@ class Observation:
         same = [place for place, tensor in entering.items() if tensor.shape == value.shape]
         before = [place for place, tensor in entering.items() if tensor.shape == carried.origin]
         selections = () if same else carried.selections or ()
-        base = _preferred(same or (before if selections else []), taken)
+        places = same or (before if selections else [])
+        # One that no other exit has, by its usual name, else the first.
+        free = [place for place in places if place not in taken] or places
+        named = [place for place in free if place[-1] == "hidden_states"]
+        base = next(iter(named or free), None)
         self._bases[carried.source] = base
         return base, selections if base else ()
-
-
-def _preferred(places: list[Place], taken: set[Place | None]) -> Place | None:
-    """The stream among equally shaped arguments: one that no other exit has, by its usual name, else the first."""
-    free = [place for place in places if place not in taken] or places
-    named = [place for place in free if place[-1] == "hidden_states"]
-    return next(iter(named or free), None)
