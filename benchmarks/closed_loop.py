@@ -90,6 +90,7 @@ def measured(
         num_steps=case.num_steps,
         budgets=budgets,
         counted=bench.tuning_count,
+        error=bench.tuning_error,
     )
     contest = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     settings = list(contest.settings)

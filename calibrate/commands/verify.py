@@ -30,10 +30,10 @@ from calibrate.text import block
 @option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, apart, plan, plan-cache-dit, plan-diffusers-magcache (not by default), uniform, "
-    "uniform-linear, uniform-linear-output, uniform-fitted, uniform-linear-guided, "
-    "fewer-steps, fewer-steps-2, magcache, cache-dit-masks, mflux, published, "
-    "first-block-cache, mag-cache, sea-cache or all [default: gate, plan, uniform, fewer-steps].",
+    help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, uniform-fitted, "
+    "uniform-linear-guided, fewer-steps, fewer-steps-2, magcache, cache-dit-masks, mflux, "
+    "published, first-block-cache, mag-cache, sea-cache or all, which leaves out plan-cache-dit, "
+    "plan-diffusers-magcache and budcache [default: gate, plan, uniform, fewer-steps].",
 )
 @option(
     "--through",

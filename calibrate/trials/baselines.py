@@ -6,8 +6,10 @@ A schedule is ``"CCSC..."``: C computes the block stack, S reuses what it last a
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, zip_longest
+
+import numpy as np
 
 from calibrate.errors import CalibrateError
 
@@ -161,3 +163,63 @@ def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
     by_change = sorted(eligible, key=lambda step: abs(sigmas[step] - sigmas[step - 1]))
     skipped = by_change[: num_steps - computed]
     return _schedule(set(range(num_steps)).difference(skipped), num_steps)
+
+
+# BudCache (arXiv 2606.13496, its FLUX search at 14ba4c5): tries of the annealing and its first and last temperature,
+# sweeps of the climb after it, and how many steps a computed one moves as a rule.
+ANNEALED, SWEEPS = 200, 20
+HOT, COLD = 0.05, 1e-5
+NEAR = 3
+
+
+def budcache(num_steps: int, computed: int, error: Callable[[str], float], seed: int = 0) -> str:
+    """BudCache's search: of all schedules with a budget, one whose real result has little ``error``.
+
+    The first quarter of the budget stays at the beginning; of the other computed steps one or two move at a time.
+    """
+    check_budget(computed, num_steps)
+    rng = np.random.default_rng(seed)
+    error = cache(error)  # the search comes back to what it has tried
+    first = max(1, computed // 4)
+    movable = np.arange(first, num_steps)
+
+    def moved(schedule: str) -> str:
+        computes, skips = ([s for s in movable if schedule[s] == letter] for letter in "CS")
+        if not computes or not skips:
+            return schedule
+        old = rng.choice(computes)
+        near = [step for step in skips if abs(step - old) <= NEAR]
+        new = rng.choice(near if near and rng.random() < 0.7 else skips)
+        return _with_moved(schedule, old, new)
+
+    others = rng.choice(movable, computed - first, replace=False)
+    current = best = _schedule([*range(first), *others], num_steps)
+    for turn in range(ANNEALED):
+        temperature = HOT * (COLD / HOT) ** (turn / ANNEALED)
+        candidate = moved(current) if rng.random() < 0.9 else moved(moved(current))
+        rise = max(error(candidate) - error(current), 0.0)
+        if rng.random() < np.exp(-rise / temperature):
+            current = candidate
+        best = min(best, current, key=error)
+    for _ in range(SWEEPS):
+        better = min(_neighbours(best, first), key=error, default=best)
+        if error(better) >= error(best):
+            break
+        best = better
+    return best
+
+
+def _neighbours(schedule: str, first: int) -> list[str]:
+    """The schedules in which one computed step has moved by at most ``NEAR``."""
+    steps = range(first, len(schedule))
+    return [
+        _with_moved(schedule, old, new)
+        for old in steps
+        for new in steps
+        if schedule[old] == "C" and schedule[new] == "S" and abs(new - old) <= NEAR
+    ]
+
+
+def _with_moved(schedule: str, old: int, new: int) -> str:
+    chosen = {step for step, letter in enumerate(schedule) if letter == "C"}
+    return _schedule(chosen - {old} | {new}, len(schedule))

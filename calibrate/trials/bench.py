@@ -8,9 +8,10 @@ its own.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -172,18 +173,43 @@ class Bench:
 
     # --- runs
 
+    @property
+    def _tuning_prompts(self) -> Sequence[Prompt]:
+        return (self.case.recorded_prompts or self.prompts.prompts)[:TUNING_PROMPTS]
+
     def tuning_count(self, setting: Setting) -> float:
         """Mean computed steps of real runs of the tuning prompts under a setting."""
-        prompts = (self.case.recorded_prompts or self.prompts.prompts)[:TUNING_PROMPTS]
-        key = self._key(replace(setting, policy="", budget=0), *prompts)
-        file = self._folder / "tuning.json"
-        counts = json.loads(file.read_text()) if file.exists() else {}
-        if key not in counts:
+        prompts = self._tuning_prompts
+
+        def count() -> float:
             samples = [self._sampler.run(setting, prompt) for prompt in prompts]
-            counts[key] = float(np.mean([sample.computed_steps for sample in samples]))
+            return float(np.mean([sample.computed_steps for sample in samples]))
+
+        return self._kept(self._key(replace(setting, policy="", budget=0), *prompts), count)
+
+    def tuning_error(self, setting: Setting) -> float:
+        """Squared relative error of a real run of the first tuning prompt: of its latents, or of a series."""
+        prompt = self._tuning_prompts[0]
+
+        def error() -> float:
+            sample = self._sampler.run(setting, prompt)
+            figures = compare_all(sample, self.reference(prompt))
+            relative = figures.get("latent_rel_l2", figures.get("rel_l2"))
+            if relative is None:
+                raise Refused("its search needs latents or a series, and this model makes neither")
+            return relative**2 if sample.is_finite else math.inf
+
+        return self._kept(f"error of {self._key(setting, prompt)}", error)
+
+    def _kept(self, key: str, figure: Callable[[], float]) -> float:
+        """A figure of tuning runs, from the folder or made now."""
+        file = self._folder / "tuning.json"
+        figures = json.loads(file.read_text()) if file.exists() else {}
+        if key not in figures:
+            figures[key] = figure()
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(counts).encode())
-        return counts[key]
+            write_atomically(file, json.dumps(figures).encode())
+        return figures[key]
 
     def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
         """One row per setting and prompt, and the policies refused on the way; what is there is not run again.

@@ -15,6 +15,7 @@ from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import (
     CACHE_DIT_MASKS,
+    budcache,
     cache_dit_mask,
     magcache_at,
     mflux_schedule,
@@ -41,7 +42,9 @@ from runtime.errors import RuntimeCacheError
 
 USUAL = ("gate", "plan", "uniform", "fewer-steps")  # what is deployed, and what it must beat
 ALL = "all"
-TRIES = 2  # real runs per budget and tuning prompt that a gate's threshold takes, as a rule
+# Real runs per budget that a policy takes to make its settings, as a rule.
+TUNED = 2 * TUNING_PROMPTS
+SEARCHED = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Lineup:
         run: Recorded signals that replay may look at, and the Gram log where it has one.
         budgets: Numbers of computed steps.
         counted: Mean computed steps of real runs of the tuning prompts under a setting.
+        error: Squared relative error of a real run of the first of them.
         given: The fitted gate's settings, where its thresholds were given instead of budgets.
         known: The registry's entries.
     """
@@ -61,6 +65,7 @@ class Lineup:
     num_steps: int
     budgets: Sequence[int]
     counted: Counted
+    error: Counted
     given: Sequence[Setting] = ()
     known: Sequence[Entry] = ()
     transformer_class: str | None = None
@@ -91,14 +96,14 @@ class Policy:
     Attributes:
         label: Its name in tables.
         make: Its settings, one per budget, given the label; raises an expected error for what it lacks.
-        tuned: Whether thresholds are searched for by real runs.
+        tuning: Real runs per budget that its settings take, as a rule.
         enters: Whether this entry has anything to show.
         default: Whether it is one of ``all``.
     """
 
     label: str
     make: Make
-    tuned: bool = False
+    tuning: int = 0
     enters: Callable[[Entry], bool] = lambda entry: True
     default: bool = True
 
@@ -176,6 +181,16 @@ def mflux_rule(lineup: Lineup, label: str) -> list[Setting]:
     return lineup.planned(label, partial(mflux_schedule, sigmas.tolist()))
 
 
+def budcache_search(lineup: Lineup, label: str) -> list[Setting]:
+    """Hundreds of real runs a budget, all of one prompt."""
+
+    def error(schedule: str) -> float:
+        return lineup.error(plan_setting(label, schedule))
+
+    steps = lineup.num_steps
+    return lineup.planned(label, lambda budget: budcache(steps, budget, error))
+
+
 def diffusers_cache(lineup: Lineup, label: str, cache: str) -> list[Setting]:
     """One of diffusers' own caches, tuned to the budgets."""
     options: dict[str, Any] = {}
@@ -189,8 +204,8 @@ def _has_branches(entry: Entry) -> bool:
 
 
 POLICIES: dict[str, Policy] = {
-    "gate": Policy(GATE, gate, tuned=True),
-    "apart": Policy(APART_GATE, gate, tuned=True, enters=_has_branches),
+    "gate": Policy(GATE, gate, tuning=TUNED),
+    "apart": Policy(APART_GATE, gate, tuning=TUNED, enters=_has_branches),
     "plan": Policy(PLAN, planned, enters=lambda entry: bool(entry.plans)),
     **{
         f"plan-{engine}": Policy(
@@ -208,14 +223,15 @@ POLICIES: dict[str, Policy] = {
     "magcache": Policy("MagCache's rule", magcache_rule),
     "cache-dit-masks": Policy("cache-dit's masks", cache_dit_masks),
     "mflux": Policy("mflux's rule", mflux_rule),
-    "published": Policy("published sets", gate, tuned=True),  # one policy a set, see _entrants
+    "budcache": Policy("BudCache's search", budcache_search, tuning=SEARCHED, default=False),
+    "published": Policy("published sets", gate, tuning=TUNED),  # one policy a set, see _entrants
     "first-block-cache": Policy(
-        "FirstBlockCache", partial(diffusers_cache, cache="FirstBlockCache"), tuned=True
+        "FirstBlockCache", partial(diffusers_cache, cache="FirstBlockCache"), tuning=TUNED
     ),
     "mag-cache": Policy(
-        "MagCache (diffusers)", partial(diffusers_cache, cache="MagCache"), tuned=True
+        "MagCache (diffusers)", partial(diffusers_cache, cache="MagCache"), tuning=TUNED
     ),
-    "sea-cache": Policy("SeaCache", partial(diffusers_cache, cache="SeaCache"), tuned=True),
+    "sea-cache": Policy("SeaCache", partial(diffusers_cache, cache="SeaCache"), tuning=TUNED),
 }
 
 
@@ -234,8 +250,8 @@ def runs_to_come(
 ) -> tuple[int, int]:
     """How many cached runs judge and tune, at most; ``given`` thresholds of the fitted gate are not tuned."""
     policies = [POLICIES[name] for name in names if POLICIES[name].enters(entry)]
-    tuned = sum(p.tuned and not (given and p.label == GATE) for p in policies)
-    return len(policies) * budgets * prompts, tuned * budgets * TRIES * TUNING_PROMPTS
+    tuning = sum(p.tuning for p in policies if not (given and p.label == GATE))
+    return len(policies) * budgets * prompts, tuning * budgets
 
 
 def entered(lineup: Lineup, names: Sequence[str], say: Callable[[str], None]) -> Entered:

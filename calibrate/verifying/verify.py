@@ -116,6 +116,7 @@ def verify(
             budgets=sorted({setting.budget for setting in given}, reverse=True) or steps,
             given=given,
             counted=bench.tuning_count,
+            error=bench.tuning_error,
             known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )

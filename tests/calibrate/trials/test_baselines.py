@@ -1,10 +1,13 @@
 """Schedules of others, against what their published packages return."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
 from calibrate.trials.baselines import (
     InvalidBudget,
+    budcache,
     cache_dit_mask,
     magcache,
     magcache_at,
@@ -79,3 +82,25 @@ def test_magcache_plan_follows_the_published_rule():
 def test_magcache_at_a_budget_hits_it_or_comes_near(computed):
     ratios = list(1 - 0.1 * np.random.default_rng(1).random(27))
     assert abs(magcache_at(ratios, 28, computed).count("C") - computed) <= 1
+
+
+@pytest.mark.parametrize("computed", [1, 4, 6, 9, 16])
+def test_budcache_finds_the_schedule_of_least_error_with_its_first_quarter_computed(computed):
+    weights = [5, 4, 3, 1, 1, 1, 1, 1, 2, 6, 1, 1, 4, 1, 1, 2]
+    tried = []
+
+    def error(schedule: str) -> float:
+        tried.append(schedule)
+        ages = [step - schedule.rindex("C", 0, step + 1) for step in range(16)]
+        return sum(weight * age**2 for weight, age in zip(weights, ages, strict=True))
+
+    first = max(1, computed // 4)
+    possible = [
+        "".join("C" if step < first or step in chosen else "S" for step in range(16))
+        for chosen in combinations(range(first, 16), computed - first)
+    ]
+    found = budcache(16, computed, error)
+    runs = len(tried)
+    assert error(found) == min(map(error, possible))
+    assert runs == len(set(tried[:runs])), "nothing is run twice"
+    assert budcache(16, computed, error) == found, "the same every time"

@@ -1,5 +1,7 @@
 """A model of one's own from recording to verification: a callable, its denoiser, its scheduler, and series."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,24 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     assert [row.snr_db for row in verified] == pytest.approx(
         found.summary.loc[found.summary["policy"] == GATE, "snr_db"].tolist()
     )
+
+
+def test_budcache_searches_by_real_runs_of_a_recorded_prompt(own, run):
+    """Of the 21 schedules that compute the first and two other steps none comes nearer on that prompt."""
+    generate = generator(own)
+    options = {"generate": generate, "modules": own, "progress": False}
+    verification = verify(run, prompts=PROMPTS[7:], budgets=[3], policies=["budcache"], **options)
+    rows = verification.results.query('policy == "BudCache\'s search"')
+    (found,) = {pattern for patterns in rows["patterns"] for pattern in patterns.values()}
+    uncached = generate(PROMPTS[0], 0)
+
+    def error(schedule: str) -> float:
+        with apply_tea_cache(own, schedule=schedule):
+            return float(np.linalg.norm(generate(PROMPTS[0], 0) - uncached))
+
+    pairs = combinations(range(1, STEPS), 2)
+    possible = ["".join("C" if s in (0, *pair) else "S" for s in range(STEPS)) for pair in pairs]
+    assert len(possible) == 21 and error(found) == pytest.approx(min(map(error, possible)))
 
 
 def test_the_report_draws_the_series(run):
