@@ -44,7 +44,7 @@ def carry_out(
     model: str,
     prompts: Sequence[str],
     call: dict[str, Any],
-    policies: Sequence[str] = ("all",),
+    policies: Sequence[str],
 ) -> dict[str, Any]:
     """Record, fit, plan and verify in ``folder``, or go on there; the figures of every policy, budget and prompt.
 

@@ -8,7 +8,7 @@ where it was cut off. Figures are the signal-to-noise ratio of the series agains
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -26,6 +26,8 @@ from benchmarks.study import Study, carry_out, tables
 from runtime import OwnLoop
 
 MODELS: dict[str, Callable[[], Generator]] = {"load": load_generator, "wind": wind_generator}
+# BudCache's search takes some hundred generations a budget: minutes of the load model, hours of the other.
+POLICIES = {"load": ("all", "budcache"), "wind": ("all",)}
 STUDIES = {
     "load": Study(NUM_STEPS, (25, 15, 10, 7), recorded=20, choosing=12, planned=12, judged=48),
     # A generation takes seconds here: 100 calls over 289 tokens.
@@ -50,7 +52,8 @@ def main(only: str | None, seed: int, shown: bool, quick: bool) -> None:
         path = (FOLDER if quick else RESULTS) / f"outside-{label}.json"
         if not shown:
             study = (QUICK if quick else STUDIES)[name]
-            figures = run(MODELS[name](), study, FOLDER / f"run-{label}-{seed}", seed)
+            folder = FOLDER / f"run-{label}-{seed}"
+            figures = run(MODELS[name](), study, folder, seed, POLICIES[name])
             content = {"surroundings": surroundings(), **figures}
             path.write_text(json.dumps(content, indent=1) + "\n")
         # Results from before the measure was stored with them are of series too.
@@ -58,7 +61,9 @@ def main(only: str | None, seed: int, shown: bool, quick: bool) -> None:
         click.echo(f"\n{tables(figures['model'], figures)}")
 
 
-def run(generate: Generator, study: Study, folder: Path, seed: int) -> dict:
+def run(
+    generate: Generator, study: Study, folder: Path, seed: int, policies: Sequence[str]
+) -> dict:
     """The figures of every policy, budget and prompt, and what model they are of."""
     loop = OwnLoop(generate.model, generate.scheduler)
     texts = prompts(generate.model, study.num_prompts, seed)
@@ -67,7 +72,7 @@ def run(generate: Generator, study: Study, folder: Path, seed: int) -> dict:
         "model": generate.name,
         "wheel_sha256": wheel_sha256(),
         "parameters": sum(parameter.numel() for parameter in generate.model.parameters()),
-        **carry_out(study, folder, generate.name, texts, own),
+        **carry_out(study, folder, generate.name, texts, own, policies),
     }
 
 
