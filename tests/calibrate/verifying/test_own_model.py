@@ -1,5 +1,6 @@
 """A model of one's own from recording to verification: a callable, its denoiser, its scheduler, and series."""
 
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -123,11 +124,13 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     )
 
 
-def test_budcache_searches_by_real_runs_of_a_recorded_prompt(own, run):
+def test_budcache_searches_by_real_runs_of_a_recorded_prompt(own, run, tmp_path):
     """Of the 21 schedules that compute the first and two other steps none comes nearer on that prompt."""
     generate = generator(own)
     options = {"generate": generate, "modules": own, "progress": False}
-    verification = verify(run, prompts=PROMPTS[7:], budgets=[3], policies=["budcache"], **options)
+    copy = shutil.copytree(run, tmp_path / "run")
+    prompts = PROMPTS[7:]
+    verification = verify(copy, prompts=prompts, budgets=[3], policies=["budcache"], **options)
     rows = verification.results.query('policy == "BudCache\'s search"')
     (found,) = {pattern for patterns in rows["patterns"] for pattern in patterns.values()}
     uncached = generate(PROMPTS[0], 0)
