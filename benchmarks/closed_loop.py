@@ -75,6 +75,7 @@ def measured(
     from calibrate.trials.measures import main_measure
     from calibrate.trials.setting import Entered, plan_setting
     from calibrate.verifying.lineup import Lineup, entered
+    from calibrate.verifying.tuning import TuningRuns
 
     budgets = [int(part) for part in computed.split(",")]
     known = {p.computed_steps for p in coeffs.load(Path(run) / "entry.yaml").plans or ()}
@@ -84,13 +85,14 @@ def measured(
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     judged = held_out_prompts(case.purposes, case.offered(prompts, seed, ()), num_prompts)
     bench = Bench(case, judged, None, progress=True)
+    runs = TuningRuns(bench)
     lineup = Lineup(
         entry=case.entry,
         run=case.run,
         num_steps=case.num_steps,
         budgets=budgets,
-        counted=bench.tuning_count,
-        error=bench.tuning_error,
+        counted=runs.steps,
+        error=runs.error,
     )
     contest = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     settings = list(contest.settings)

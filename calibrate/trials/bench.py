@@ -8,13 +8,11 @@ its own.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,6 @@ from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.recording.launch import rank
 from calibrate.recording.recorder import Recorder
-from calibrate.runs.folder import write_atomically
 from calibrate.runs.lock import RunLock
 from calibrate.runs.pairs import Run, load_run
 from calibrate.trials.case import Case
@@ -36,7 +33,6 @@ from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare_all, main_me
 from calibrate.trials.sampler import Reference, Sample, Sampler
 from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed
 
-TUNING_PROMPTS = 2
 WAIT_SECONDS = 0.2  # between looks at what other ranks are at
 MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
 # Part of every key: figures of older versions are not mixed with these.
@@ -46,7 +42,7 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """Generates, measures and keeps: references, counts for tuning, results.
+    """Generates, measures and keeps: references and results.
 
     Args:
         lock: Of the folder, by which ranks claim prompts; without one there are no other ranks.
@@ -64,8 +60,8 @@ class Bench:
         self._perceptual, self._progress = perceptual, progress
         self._bar: tqdm | None = None
         images = {**case.recorded_images, **prompts.images}
-        self._sampler = Sampler(case.session, images, self._count)
-        self._folder = case.folder / "verify"
+        self.sampler = Sampler(case.session, images, self._count)
+        self.folder = case.folder / "verify"
         arguments = {name: str(value) for name, value in case.session.arguments.items()}
         self._identity = canonical_sha256([case.identity, arguments, FORMAT])
         self._seconds: dict[str, float] = {}  # of an uncached run, timed by this process
@@ -121,14 +117,14 @@ class Bench:
         """The uncached result of a prompt, from the folder or made now."""
         name = self._name(prompt)
         if name not in self._loaded:
-            stem = self._folder / "reference" / name
+            stem = self.folder / "reference" / name
             if not self._has_reference(prompt):
                 self._make_reference(prompt).write(stem)
             self._loaded = {name: Reference.load(stem)}  # one at a time: videos are large
         return self._loaded[name]
 
     def _has_reference(self, prompt: Prompt) -> bool:
-        return (self._folder / "reference" / f"{self._name(prompt)}.json").exists()
+        return (self.folder / "reference" / f"{self._name(prompt)}.json").exists()
 
     def signals(self) -> Run:
         """The recorded pairs of all held-out prompts, for an entry that comes without a run."""
@@ -150,7 +146,7 @@ class Bench:
         watched = Recorder(session.modules, session.driver, blocks=session.blocks)
         with torch.inference_mode(), watched as recorder:
             recorder.start()
-            first = self._sampler(prompt)
+            first = self.sampler(prompt)
             rows = recorder.finish().rows
         if not first.is_finite:
             raise InvalidOption(
@@ -158,7 +154,7 @@ class Bench:
                 "try --dtype bfloat16 or float32"
             )
         # Timed without the recorder, and after it, so that it is warm.
-        second = self._sampler(prompt, perturbed=True)
+        second = self.sampler(prompt, perturbed=True)
         self._seconds[self._name(prompt)] = second.seconds
         floor = compare_all(second, first, self._perceptual)
         pairs = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
@@ -168,48 +164,10 @@ class Bench:
         """Wall time of an uncached run, timed anew by every process: machines are not always as busy."""
         name = self._name(prompt)
         if name not in self._seconds:
-            self._seconds[name] = self._sampler(prompt).seconds
+            self._seconds[name] = self.sampler(prompt).seconds
         return self._seconds[name]
 
     # --- runs
-
-    @property
-    def _tuning_prompts(self) -> Sequence[Prompt]:
-        return (self.case.recorded_prompts or self.prompts.prompts)[:TUNING_PROMPTS]
-
-    def tuning_count(self, setting: Setting) -> float:
-        """Mean computed steps of real runs of the tuning prompts under a setting."""
-        prompts = self._tuning_prompts
-
-        def count() -> float:
-            samples = [self._sampler.run(setting, prompt) for prompt in prompts]
-            return float(np.mean([sample.computed_steps for sample in samples]))
-
-        return self._kept(self._key(replace(setting, policy="", budget=0), *prompts), count)
-
-    def tuning_error(self, setting: Setting) -> float:
-        """Squared relative error of a real run of the first tuning prompt: of its latents, or of a series."""
-        prompt = self._tuning_prompts[0]
-
-        def error() -> float:
-            sample = self._sampler.run(setting, prompt)
-            figures = compare_all(sample, self.reference(prompt))
-            relative = figures.get("latent_rel_l2", figures.get("rel_l2"))
-            if relative is None:
-                raise Refused("its search needs latents or a series, and this model makes neither")
-            return relative**2 if sample.is_finite else math.inf
-
-        return self._kept(f"error of {self._key(setting, prompt)}", error)
-
-    def _kept(self, key: str, figure: Callable[[], float]) -> float:
-        """A figure of tuning runs, from the folder or made now."""
-        file = self._folder / "tuning.json"
-        figures = json.loads(file.read_text()) if file.exists() else {}
-        if key not in figures:
-            figures[key] = figure()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(figures).encode())
-        return figures[key]
 
     def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
         """One row per setting and prompt, and the policies refused on the way; what is there is not run again.
@@ -219,7 +177,7 @@ class Bench:
         done, refused = self._read_lines(), dict(entered.refused)
         prompts = self.prompts.prompts
         keys = {
-            prompt: {self._key(setting, prompt): setting for setting in entered.settings}
+            prompt: {self.key(setting, prompt): setting for setting in entered.settings}
             for prompt in prompts
         }
         every = [key for of_prompt in keys.values() for key in of_prompt]
@@ -250,7 +208,7 @@ class Bench:
                     continue
                 if setting.budget == shown and setting.policy in SHOWN and sample.is_drawable:
                     row |= {"sample": f"{key[:16]}.npz", "reference": f"{self._name(prompt)}.npz"}
-                    sample.write_picture(self._folder / "samples" / row["sample"])
+                    sample.write_picture(self.folder / "samples" / row["sample"])
                 waiting.append((key, row, pool.submit(self._measure, sample, reference)))
                 keep_measured(self._most_waiting)
 
@@ -268,7 +226,7 @@ class Bench:
 
     def _run(self, setting: Setting, prompt: Prompt) -> tuple[Row, Sample]:
         uncached_seconds = self._uncached_seconds(prompt)
-        sample = self._sampler.run(setting, prompt)
+        sample = self.sampler.run(setting, prompt)
         row = {
             "policy": setting.policy,
             "budget": setting.budget,
@@ -300,7 +258,7 @@ class Bench:
 
     # --- what is kept
 
-    def _key(self, setting: Setting, *prompts: Prompt) -> str:
+    def key(self, setting: Setting, *prompts: Prompt) -> str:
         lpips = self._perceptual and self._perceptual.checksum
         of_setting = [setting.policy, setting.kind, setting.budget, setting.identity()]
         of_prompts = [[prompt.prompt_id, prompt.seed] for prompt in prompts]
@@ -309,7 +267,7 @@ class Bench:
     def _read_lines(self) -> dict[str, Row]:
         """Finished results of all ranks by key; a line cut short by a crash is not finished."""
         rows: dict[str, Row] = {}
-        for file in sorted(self._folder.glob("results*.jsonl")):
+        for file in sorted(self.folder.glob("results*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError, KeyError, TypeError):
                     item = json.loads(line)
@@ -317,7 +275,7 @@ class Bench:
         return rows
 
     def _append(self, key: str, row: Row) -> None:
-        file = self._folder / (f"results-{rank()}.jsonl" if rank() else "results.jsonl")
+        file = self.folder / (f"results-{rank()}.jsonl" if rank() else "results.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             # A newline first: whatever a crash cut short stays a line of its own.

@@ -21,7 +21,6 @@ from calibrate.trials.baselines import (
     mflux_schedule,
     uniform,
 )
-from calibrate.trials.bench import TUNING_PROMPTS
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
@@ -35,7 +34,13 @@ from calibrate.trials.setting import (
     plan_setting,
 )
 from calibrate.trials.through import ENGINES, through_setting
-from calibrate.verifying.tuning import Counted, published_entries, tuned_diffusers, tuned_gate
+from calibrate.verifying.tuning import (
+    TUNING_PROMPTS,
+    Counted,
+    published_entries,
+    tuned_diffusers,
+    tuned_gate,
+)
 from coeffs import Entry, Plan
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,12 @@ from numpy.typing import ArrayLike
 
 from calibrate.errors import InvalidOption
 from calibrate.fitting.replay import Search, polynomials
+from calibrate.runs.folder import write_atomically
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import threshold_for
-from calibrate.trials.setting import GATE, Setting, branches_of, gate_config, gate_setting
+from calibrate.trials.bench import Bench
+from calibrate.trials.measures import compare_all
+from calibrate.trials.setting import GATE, Refused, Setting, branches_of, gate_config, gate_setting
 from coeffs import Entry
 
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
@@ -22,7 +28,51 @@ NEAR_ENOUGH = 0.5  # steps; budgets are whole numbers
 # From where diffusers' caches compute every step to almost none; seven halvings find one.
 CACHE_THRESHOLDS = [float(f"{threshold:.4g}") for threshold in np.logspace(-4, 1, 129)[1:-1]]
 
+TUNING_PROMPTS = 2
+
 Counted = Callable[[Setting], float]  # mean computed steps of real runs on the tuning prompts
+
+
+class TuningRuns:
+    """Real runs of prompts that are not judged, by which policies find their settings; their figures are kept."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._prompts = (bench.case.recorded_prompts or bench.prompts.prompts)[:TUNING_PROMPTS]
+
+    def steps(self, setting: Setting) -> float:
+        """Mean computed steps."""
+
+        def count() -> float:
+            samples = [self._bench.sampler.run(setting, prompt) for prompt in self._prompts]
+            return float(np.mean([sample.computed_steps for sample in samples]))
+
+        return self._kept(
+            self._bench.key(replace(setting, policy="", budget=0), *self._prompts), count
+        )
+
+    def error(self, setting: Setting) -> float:
+        """Squared relative error of the first prompt's latents, or of its series."""
+        prompt = self._prompts[0]
+
+        def error() -> float:
+            sample = self._bench.sampler.run(setting, prompt)
+            figures = compare_all(sample, self._bench.reference(prompt))
+            relative = figures.get("latent_rel_l2", figures.get("rel_l2"))
+            if relative is None:
+                raise Refused("needs latents or a series to search by, and the model makes neither")
+            return relative**2 if sample.is_finite else math.inf
+
+        return self._kept(f"error of {self._bench.key(setting, prompt)}", error)
+
+    def _kept(self, key: str, figure: Callable[[], float]) -> float:
+        file = self._bench.folder / "tuning.json"
+        figures = json.loads(file.read_text()) if file.exists() else {}
+        if key not in figures:
+            figures[key] = figure()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(figures).encode())
+        return figures[key]
 
 
 def tune_threshold(

@@ -36,7 +36,7 @@ from calibrate.trials.through import check_through
 from calibrate.verifying.comparison import deciding, headline, judge
 from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_to_come
 from calibrate.verifying.results import Verification, write_verification
-from calibrate.verifying.tuning import given_gate
+from calibrate.verifying.tuning import TuningRuns, given_gate
 from coeffs import Entry
 
 NUM_PROMPTS = 10
@@ -109,14 +109,15 @@ def verify(
         bench.expect(expected)
         recorded = case.run or bench.signals()
         given = given_gate(case.entry, thresholds, recorded) if thresholds else []
+        runs = TuningRuns(bench)
         lineup = Lineup(
             entry=case.entry,
             run=recorded,
             num_steps=case.num_steps,
             budgets=sorted({setting.budget for setting in given}, reverse=True) or steps,
             given=given,
-            counted=bench.tuning_count,
-            error=bench.tuning_error,
+            counted=runs.steps,
+            error=runs.error,
             known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )
