@@ -130,9 +130,9 @@ def certify(
             fastest = [sequence[-1] for sequence in passed if sequence]
             certificates += [_certificate(case, chosen, demand, tier, test) for test in fastest]
     reached = {certificate.tier for certificate in certificates}
-    everything = [test for sequence in tests for test in sequence]
+    first = [sequence[0] for sequence in tests if sequence]
     unreached = [
-        _unreached(tier, everything, risk, misses) for tier in tiers if tier.name not in reached
+        _unreached(tier, first, risk, misses) for tier in tiers if tier.name not in reached
     ]
     _write(case, names, certificates, say)
     return Certification(tuple(certificates), tuple(unreached), refused, case.folder)
@@ -235,7 +235,7 @@ def _certificate(
 
 
 def _unreached(tier: Tier, tests: list[Tried], risk: float, misses: int) -> str:
-    """What was asked for, and the strictest limit that a setting which was run keeps."""
+    """What was asked for, and the strictest limit that the first test of some policy passes."""
     measure = MEASURES[next(iter(tier.limits))]
     sign = 1 if measure.higher_is_better else -1
     reach = [tier.within_reach(test.results, misses) for test in tests]
