@@ -118,12 +118,14 @@ def test_the_promise_is_broken_in_no_more_draws_than_stated(risk):
     limits = np.array([22.0, 25.0, 28.0])
     demand = Demand(risk, 0.9, 2 * len(limits))
     prompts = 2 * demand.prompts_needed
-    found = simulate(*population(), limits, demand, prompts, draws=200)
+    found = simulate(*population(), limits, demand, prompts, draws=200, num_steps=28)
     assert found.false <= stats.binom.ppf(0.99, 200, 0.1)
     assert min(found.certified) > 0.5, "a method that certifies nothing is never wrong"
     assert all(
         steps >= oracle - 1e-9 for steps, oracle in zip(found.steps, found.oracle, strict=True)
     )
     # The same draws with the bare share of misses, as one would judge without a guarantee.
-    bare = simulate(*population(), limits, demand, prompts, draws=200, allowed=int(risk * prompts))
+    bare = simulate(
+        *population(), limits, demand, prompts, draws=200, num_steps=28, allowed=int(risk * prompts)
+    )
     assert bare.false > 60
