@@ -11,12 +11,10 @@ import tempfile
 from pathlib import Path
 
 import coeffs
-from calibrate import plan, record, verify
-from calibrate.fitting.draft import fit as draft_entry
+from calibrate import fit, plan, record, verify
 from calibrate.reporting.run_data import example_run
-from calibrate.runs.pairs import load_run
 
-POLICIES = ("gate", "apart", "plan", "uniform", "uniform-linear-output", "fewer-steps", "magcache")
+POLICIES = ("gate", "plan", "uniform", "fewer-steps")
 BUDGETS = (21, 14, 8)
 SHOWN_SAMPLES = 3
 
@@ -25,15 +23,14 @@ def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "example-run"
         record("tiny-longcat-image", num_prompts=10, out=folder)
-        entry = draft_entry(load_run(folder), command="calibrate fit RUN")
-        coeffs.save(entry, folder / "entry.yaml")
-        plan(folder, computed=[14], choosing=2, num_prompts=2)
-        found = verify(folder, num_prompts=8, budgets=BUDGETS, policies=POLICIES)
-        thin_out(folder, found.results)
+        coeffs.save(fit(folder, command="calibrate fit RUN"), folder / "entry.yaml")
+        plan(folder, computed=[14], choosing=4, num_prompts=2)
+        verification = verify(folder, num_prompts=8, budgets=BUDGETS, policies=POLICIES)
+        thin_out(folder, verification.results)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    raise SystemExit(f"{target}: {size / 1000:.0f} kB\n{found.headline}")
+    print(f"{target}: {size / 1000:.0f} kB\n{verification.headline}")
 
 
 def thin_out(folder: Path, results) -> None:

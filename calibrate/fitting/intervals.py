@@ -52,11 +52,11 @@ class Bootstrap:
         """Every refit at every x, shape (resamples, x)."""
         return self.coefficients_high_to_low @ np.vander(x, len(self.estimate)).T
 
-    def coefficient_intervals(self) -> tuple[tuple[float, float], ...]:
+    def coefficient_intervals(self) -> list[list[float]]:
         """Low and high per coefficient, highest power first."""
         estimate = np.array(self.estimate)
         edges = student_interval(estimate, self.coefficients_high_to_low, len(self.prompts))
-        return tuple((low, high) for low, high in np.transpose(edges).tolist())
+        return np.transpose(edges).tolist()
 
     def curve_band(self, points: int = 100) -> pd.DataFrame:
         """Pointwise interval of the fitted curve over its domain: columns x, low, high."""

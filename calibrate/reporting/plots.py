@@ -17,7 +17,6 @@ from calibrate.reporting.style import (
     BLUE,
     BRANCH_STYLES,
     INK,
-    OTHER_BRANCH,
     SERIES_STYLES,
     STYLE,
     VERMILION,
@@ -61,11 +60,11 @@ def pairs_with_fit(
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
         label = f"{branch}: {len(rows)} pairs"
-        _points(ax, rows["x"], rows["y"], str(branch), len(pairs) > CROWDED, label)
+        _points(ax, rows["x"], rows["y"], branch, len(pairs) > CROWDED, label)
     if isinstance(fits, Polynomial):
         fits = {"pooled": fits}
     for branch, polynomial in fits.items():
-        (color, _), note = BRANCH_STYLES.get(branch, OTHER_BRANCH), "fit"
+        (color, _), note = BRANCH_STYLES[branch], "fit"
         if bands and branch in bands:
             band = bands[branch]
             _range(ax, band["x"], band["low"], band["high"], color)
@@ -104,9 +103,9 @@ def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
         if polynomial is None:
             continue
         rest = rows["y"] - np.vectorize(polynomial.predict)(rows["x"])
-        _points(ax, rows["sigma"], rest, str(branch), crowded=True)
+        _points(ax, rows["sigma"], rest, branch, crowded=True)
         median = rest.groupby(rows["sigma"]).median()
-        color, _ = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
+        color, _ = BRANCH_STYLES[branch]
         label = f"{branch}: median per step"
         ax.plot(median.index, median, color=color, linewidth=1.6, label=label)
     ax.axhline(0, color=INK, linewidth=0.8)
@@ -125,7 +124,7 @@ def over_sigma(
     """A logged quantity over sigma, noise to image: median over trajectories and the range from 10 to 90 %."""
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
-        color, marker = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
+        color, marker = BRANCH_STYLES[branch]
         table = rows.groupby("sigma")[column].quantile([0.1, 0.5, 0.9]).unstack()
         _range(ax, table.index, table[0.1], table[0.9], color)
         style: Any = {
@@ -134,7 +133,7 @@ def over_sigma(
             "markersize": 3,
             "linewidth": 1.5,
         }
-        ax.plot(table.index, table[0.5], label=str(branch), **style)
+        ax.plot(table.index, table[0.5], label=branch, **style)
     ax.invert_xaxis()
     ax.set_ylim(bottom=0)
     return finish(ax, title, SIGMA_LABEL, label or column)
@@ -178,14 +177,14 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if "branch" not in table:
         table = table.assign(branch="pooled")
     for branch, rows in table.groupby("branch"):
-        color, marker = BRANCH_STYLES.get(str(branch), OTHER_BRANCH)
+        color, marker = BRANCH_STYLES[branch]
         _range(ax, rows["prompts"], rows["low"], rows["high"], color)
         style: Any = {
             "color": color,
             "marker": marker,
             "markersize": 4,
         }
-        ax.plot(rows["prompts"], rows["rmse"], label=str(branch), **style)
+        ax.plot(rows["prompts"], rows["rmse"], label=branch, **style)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, "How many prompts are enough", "prompts fitted", "held-out RMSE of y")
@@ -220,9 +219,9 @@ def fit_figure(
 
 
 def _points(
-    ax: Axes, x: pd.Series, y: pd.Series, branch: str, crowded: bool, label: str | None = None
+    ax: Axes, x: pd.Series, y: pd.Series, branch: Any, crowded: bool, label: str | None = None
 ) -> None:
-    color, marker = BRANCH_STYLES.get(branch, OTHER_BRANCH)
+    color, marker = BRANCH_STYLES[branch]
     size, alpha = (7, 0.35) if crowded else (14, 0.6)
     style: Any = {
         "color": color,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -24,13 +25,13 @@ INK = "#24292f"
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8a8f98"),
 )
-# Colour and marker of a CFG branch; of one with another name below.
-BRANCH_STYLES = {
-    "cond": (BLUE, "o"),
-    "uncond": (VERMILION, "s"),
-    "pooled": (GREEN, "^"),
-}
-OTHER_BRANCH = PURPLE, "D"
+# Colour and marker of a CFG branch.
+BRANCH_STYLES: Mapping[Any, tuple[str, str]] = defaultdict(
+    lambda: (PURPLE, "D"),
+    cond=(BLUE, "o"),
+    uncond=(VERMILION, "s"),
+    pooled=(GREEN, "^"),
+)
 # Lines change when the colours start over.
 SERIES_STYLES = [
     (color, line)
@@ -45,7 +46,8 @@ POLICY_COLORS = {
     "uniform skipping": GREEN,
 }
 POLICY_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-POLICY_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (7, 3)))
+# One fewer than markers, so that their pairs repeat after 42 policies of a kind and not after 7.
+POLICY_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 INKED = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
 GREYED = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
