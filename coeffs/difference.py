@@ -74,8 +74,10 @@ def _curves(
         apart += differs
     yield columns(("x", *labels, ""), rows, width)
     unknown = "" if domains else ", no domain is known"
-    said = f"apart by more than {DISAGREEMENT:.0%} at {apart} of {POINTS} points"
-    yield f"x from {low:.4g} to {high:.4g}{unknown}: {said}"
+    yield (
+        f"x from {low:.4g} to {high:.4g}{unknown}: "
+        f"apart by more than {DISAGREEMENT:.0%} at {apart} of {POINTS} points"
+    )
 
 
 def _share(first: float | None, second: float | None) -> str | None:

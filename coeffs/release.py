@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coeffs.entry.polynomial import falling_ranges, negative_ranges
-from coeffs.entry.schema import Candidate, Entry
+from coeffs.entry.schema import Entry, Fit
 from coeffs.errors import CoeffsError, EntryError, PublishError, WriteError
-from coeffs.store import Layer, dump, in_layer, layers, user_registry, write_atomically
+from coeffs.store import Layer, dump, in_layer, layers, user_registry, write
 
 CHECKSUMS = "CHECKSUMS"
 
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 _MACHINE_PATH = re.compile(r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)")
-_HELD_OUT = ("r2_held_out", "rmse_held_out")
 # Below it `calibrate fit` calls its own held-out figures and intervals rough.
 FEW_PROMPTS = 8
 # The words with which `calibrate fit` advises against its own polynomial.
@@ -49,10 +48,8 @@ def _publish(entry: Entry, root: Path) -> Path:
     newest = max(known, key=lambda item: item.version, default=None)
     if newest is not None and newest.entry() == replace(entry, version=newest.version):
         raise PublishError(f"{newest.label} already says exactly this: nothing to publish")
-    version = newest.version + 1 if newest else 1
-    path = root / entry.model / f"v{version}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump(replace(entry, version=version)))
+    entry = replace(entry, version=newest.version + 1 if newest else 1)
+    path = write(dump(entry), root / entry.model / f"v{entry.version}.yaml")
     try:
         name = path.relative_to(root).as_posix()
         write_checksums(root, read_checksums(root) | {name: checksum(path)})
@@ -88,21 +85,21 @@ def checksum(path: Path) -> str:
 def read_checksums(root: Path) -> dict[str, str]:
     """``CHECKSUMS`` of a registry folder: relative path -> SHA-256. Empty without such a file."""
     path = root / CHECKSUMS
-    if not path.is_file():
-        return {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     checksums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         match = _CHECKSUM_LINE.fullmatch(line)
         if not match:
-            problem = f"{line[:60]!r}: expected '<sha256>  <path>'"
-            raise EntryError(problem, file=str(path), line=number)
+            raise EntryError(
+                f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number
+            )
         checksums[match[2]] = match[1]
     return checksums
 
 
 def write_checksums(root: Path, checksums: dict[str, str]) -> None:
     lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
-    write_atomically(root / CHECKSUMS, "".join(lines))
+    write("".join(lines), root / CHECKSUMS)
 
 
 def problems(registry: str | Path | None = None) -> list[str]:
@@ -117,8 +114,10 @@ def _layer_problems(layer: Layer) -> Iterator[str]:
         if expected is None:
             yield f"{item.path}: not in {CHECKSUMS}; publish entries with `calibrate publish`"
         elif checksum(item.path) != expected:
-            advice = "restore it and publish a new version instead"
-            yield f"{item.path}: changed after its release; {advice}"
+            yield (
+                f"{item.path}: changed after its release; "
+                "restore it and publish a new version instead"
+            )
         try:
             item.entry()
         except CoeffsError as error:
@@ -139,7 +138,7 @@ class Problem:
     """
 
     text: str
-    fatal: bool
+    fatal: bool = True
     forcible: bool = False
 
     def __str__(self) -> str:
@@ -149,13 +148,27 @@ class Problem:
 
 def entry_problems(entry: Entry) -> list[Problem]:
     """Problems of an entry, fatal ones first; other people's sets may lack what we measure."""
-    problems = [Problem(f"a machine's path in {name}: remove it", True) for name in _paths(entry)]
+    measured = entry.status == "measured"
+    problems = [Problem(f"a machine's path in {name}: remove it") for name in _paths(entry)]
+    doubts = [warning for warning in entry.warnings if _USELESS in warning]
+    few = []
     for name, expert in entry.experts.items():
         for branch, fit in expert.branches.items():
-            problems += _fit_problems(f"{name}/{branch}", fit, entry.status == "measured")
-    if entry.status == "measured":
+            label = f"{name}/{branch}"
+            problems += _fit_problems(label, fit, measured)
+            if branch == "pooled" and branch != expert.recommended:
+                continue  # nothing uses it
+            r2 = (fit.figures or {}).get("r2_held_out")
+            if r2 is not None and r2 <= 0 and not doubts:
+                doubts.append(f"{label}: no better than a constant (held-out R² {r2:.2f})")
+            prompts = fit.counts.prompts if fit.counts else None
+            if prompts is not None and prompts < FEW_PROMPTS:
+                few.append(
+                    f"{label}: {prompts} prompts, expected at least {FEW_PROMPTS}; record more"
+                )
+    if measured:
         problems += _measured_problems(entry)
-        problems += _doubts(entry)
+        problems += [Problem(text, forcible=True) for text in [*few, *doubts]]
     return sorted(problems, key=lambda problem: not problem.fatal)
 
 
@@ -168,61 +181,41 @@ def _measured_problems(entry: Entry) -> Iterator[Problem]:
     }
     for name, value in required.items():
         if value is None:
-            yield Problem(f"{name} is missing: draft the entry with `calibrate fit RUN`", True)
+            yield Problem(f"{name} is missing: draft the entry with `calibrate fit RUN`")
     if not any(expert.branches or expert.mag_ratios for expert in entry.experts.values()):
-        yield Problem("no coefficients and no mag_ratios", True)
+        yield Problem("no coefficients and no mag_ratios")
     if not entry.thresholds:
-        yield Problem("no thresholds: nobody can tell what the coefficients are worth", True)
+        yield Problem("no thresholds: nobody can tell what the coefficients are worth")
     elif all(row.kind != "verified" for row in entry.thresholds):
-        yield Problem("no verified threshold: run `calibrate verify`", False)
+        yield Problem("no verified threshold: run `calibrate verify`", fatal=False)
 
 
-def _doubts(entry: Entry) -> Iterator[Problem]:
-    """What makes the entry worthless although it is complete."""
-    useless = [warning for warning in entry.warnings if _USELESS in warning]
-    for name, expert in entry.experts.items():
-        for branch, fit in expert.branches.items():
-            if branch == "pooled" and branch != expert.recommended:
-                continue  # nothing uses it
-            r2 = (fit.figures or {}).get("r2_held_out")
-            label = f"{name}/{branch}"
-            if r2 is not None and r2 <= 0 and not useless:
-                useless.append(f"{label}: no better than a constant (held-out R² {r2:.2f})")
-            prompts = fit.counts.prompts if fit.counts else None
-            if prompts is not None and prompts < FEW_PROMPTS:
-                text = f"{label}: {prompts} prompts, expected at least {FEW_PROMPTS}; record more"
-                yield Problem(text, True, forcible=True)
-    for text in useless:
-        yield Problem(text, True, forcible=True)
-
-
-def _fit_problems(name: str, fit: Candidate, measured: bool) -> Iterator[Problem]:
+def _fit_problems(name: str, fit: Fit, measured: bool) -> Iterator[Problem]:
     if fit.domain is None:
         yield Problem(f"{name}: no domain", measured)
         return
-    for low, high in negative_ranges(fit.polynomial(), fit.domain)[:1]:
-        text = f"{name}: negative on its domain (x {low:.3g} to {high:.3g})"
-        text += ", so that engines' sign rules disagree"
-        if measured:
-            text += ": fit with `calibrate fit RUN --constrained`"
-        yield Problem(text, measured)
-    for low, high in falling_ranges(fit.polynomial(), fit.domain)[:1]:
-        yield Problem(f"{name}: falls with x from {low:.3g} to {high:.3g}", False)
+    polynomial = fit.polynomial()
+    for low, high in negative_ranges(polynomial, fit.domain)[:1]:
+        again = ": fit with `calibrate fit RUN --constrained`" if measured else ""
+        yield Problem(
+            f"{name}: negative on its domain (x {low:.3g} to {high:.3g}), "
+            f"so that engines' sign rules disagree{again}",
+            measured,
+        )
+    for low, high in falling_ranges(polynomial, fit.domain)[:1]:
+        yield Problem(f"{name}: falls with x from {low:.3g} to {high:.3g}", fatal=False)
     if measured and (fit.counts is None or not fit.counts.pairs):
-        yield Problem(f"{name}: no count of pairs", True)
+        yield Problem(f"{name}: no count of pairs")
     figures = fit.figures or {}
-    if measured and all(figures.get(figure) is None for figure in _HELD_OUT):
-        yield Problem(f"{name}: no held-out figure (needs at least two prompts)", True)
+    if measured and figures.get("r2_held_out") is None and figures.get("rmse_held_out") is None:
+        yield Problem(f"{name}: no held-out figure (needs at least two prompts)")
 
 
 def _paths(entry: Entry) -> list[str]:
     """Names of the texts that hold a path of some machine."""
-    texts: dict[str, object] = {
-        "notes": entry.notes,
-        "checkpoint.repository": entry.checkpoint.repository,
-    }
+    texts = {"notes": entry.notes, "checkpoint.repository": entry.checkpoint.repository}
     texts |= {f"source.{name}": value for name, value in vars(entry.source).items()}
     texts |= {f"warnings[{place}]": text for place, text in enumerate(entry.warnings)}
     for name, value in entry.protocol.call_arguments.items():
-        texts[f"protocol.call_arguments.{name}"] = value
-    return [name for name, text in texts.items() if _MACHINE_PATH.search(str(text))]
+        texts[f"protocol.call_arguments.{name}"] = str(value)
+    return [name for name, text in texts.items() if _MACHINE_PATH.search(text or "")]

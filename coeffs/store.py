@@ -9,10 +9,10 @@ change; a new calibration is a new version.
 import contextlib
 import os
 import re
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coeffs.entry import strict_yaml
@@ -31,7 +31,7 @@ ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
 
 _VERSION_FILE = re.compile(r"v([1-9][0-9]{0,6})\.yaml")
-_NAME = re.compile(r"(?P<model>[a-z0-9._/-]+?)(?:@v(?P<version>[0-9]{1,7}))?")
+_NAME = re.compile(r"([a-z0-9._/-]+?)(?:@v([0-9]{1,7}))?")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -74,37 +74,30 @@ def dump(entry: Entry) -> str:
 
 def save(entry: Entry, path: str | Path) -> Path:
     """Write an entry atomically: a reader sees the old file or the new one."""
-    path = Path(path)
     text = dump(entry)
     if len(text.encode()) > strict_yaml.MAX_BYTES:
-        problem = f"{entry.label} would take more than {strict_yaml.MAX_BYTES} bytes"
-        raise EntryError(f"{problem}: leave out alternatives or plans")
-    return write(text, path)
+        raise EntryError(
+            f"{entry.label} would take more than {strict_yaml.MAX_BYTES} bytes"
+            ": leave out alternatives or plans"
+        )
+    return write(text, Path(path))
 
 
 def write(text: str, path: Path) -> Path:
-    """Write a file atomically, with its folder; ``WriteError`` where that is not possible."""
+    """Write beside the target, flush to disk, move; ``WriteError`` where that is not possible."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise WriteError(f"{path}: {error.strerror or error}; nothing was changed") from None
-    return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, flush to disk, move."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+        with temporary.open("x", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise WriteError(f"{path}: {error.strerror or error}; nothing was changed") from None
+    return path
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -139,19 +132,22 @@ class Released:
         """The entry; its model and version must be the ones of its folder and file name."""
         entry = load_file(self.path)
         if entry.label != self.label:
-            problem = f"{entry.label} lies at {self.model}/v{self.version}.yaml: move or correct it"
-            raise EntryError(problem, file=str(self.path))
+            raise EntryError(
+                f"{entry.label} lies at {self.model}/v{self.version}.yaml: move or correct it",
+                file=str(self.path),
+            )
         return entry
 
 
 def user_registry() -> Path:
     """The user's own registry folder by the platform's convention; it need not exist."""
+    home = Path.home()
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
+        base = home / "Library" / "Application Support"
     else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
     return base / "teacal" / "registry"
 
 
@@ -161,18 +157,18 @@ def layers(registry: str | Path | None = None) -> list[Layer]:
     Raises:
         EntryNotFound: If a folder that was named (argument or environment) is none.
     """
-    folders = [] if registry is None else [Layer("--registry", Path(registry))]
-    for part in os.environ.get(ENVIRONMENT, "").split(os.pathsep):
-        if part:
-            folders.append(Layer(ENVIRONMENT, Path(part)))
-    for layer in folders:
-        if not layer.root.is_dir():
-            problem = f"registry {layer.root} (from {layer.name}) is not a folder"
-            raise EntryNotFound(f"{problem}: create it or correct the name")
+    folders = [] if registry is None else [("--registry", Path(registry))]
+    named = filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep))
+    folders += [(ENVIRONMENT, Path(part)) for part in named]
+    for name, root in folders:
+        if not root.is_dir():
+            raise EntryNotFound(
+                f"registry {root} (from {name}) is not a folder: create it or correct the name"
+            )
     if user_registry().is_dir():
-        folders.append(Layer("user", user_registry()))
-    folders.append(Layer("shipped", SHIPPED))
-    return [replace(layer, rank=rank) for rank, layer in enumerate(folders)]
+        folders.append(("user", user_registry()))
+    folders.append(("shipped", SHIPPED))
+    return [Layer(name, root, rank) for rank, (name, root) in enumerate(folders)]
 
 
 def released(registry: str | Path | None = None) -> list[Released]:
@@ -227,63 +223,62 @@ def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
     name = str(name_or_path)
     looks_like_path = name.endswith((".yaml", ".yml")) or name.startswith((".", os.sep))
     if isinstance(name_or_path, Path) or looks_like_path or "\\" in name:
-        return load_file(name_or_path)
+        return load_file(name)
     match = _NAME.fullmatch(name.lower())
     if match is None:
-        expected = "expected model, model@v2 or a path to a YAML file"
-        raise EntryNotFound(f"{name!r} is no entry name: {expected}")
-    model, version = match["model"], match["version"]
+        raise EntryNotFound(
+            f"{name!r} is no entry name: expected model, model@v2 or a path to a YAML file"
+        )
+    model, version = match.groups()
     files = released(registry)
-    own = [item for item in files if item.model == model]
-    if own:
-        return _version(own, version).entry()
+    if any(item.model == model for item in files):
+        return _version(files, model, version)
     if Path(name).is_dir():
         return load_file(name)
     return _published(files, model, version)
 
 
-def _version(files: list[Released], version: str | None) -> Released:
+def _version(files: list[Released], model: str, version: str | None) -> Entry:
     """The wanted version of a model, or the newest one of the first layer that has any."""
+    of_model = [item for item in files if item.model == model]
     if version is None:
-        return min(files, key=lambda item: (item.layer.rank, -item.version))
-    for item in files:
+        return min(of_model, key=lambda item: (item.layer.rank, -item.version)).entry()
+    for item in of_model:
         if item.version == int(version):
-            return item
-    known = ", ".join(f"v{item.version}" for item in files)
-    model = files[0].model
+            return item.entry()
+    known = ", ".join(f"v{item.version}" for item in of_model)
     raise EntryNotFound(f"{model} has no version {version}: expected one of {known}")
 
 
 def _published(files: list[Released], model: str, version: str | None) -> Entry:
     """The only set under somebody's name that a short name can mean."""
-    candidates: dict[str, list[Released]] = {}
-    for item in files:
-        owner, _, name = item.model.rpartition("/")
-        if owner and name.startswith(model):
-            candidates.setdefault(item.model, []).append(item)
-    same_name = [group for name, group in candidates.items() if name.endswith(f"/{model}")]
-    sets = [_version(group, version).entry() for group in same_name]
-    measured = [entry for entry in sets if entry.status == "measured"]
+    names = dict.fromkeys(
+        item.model for item in files if item.model.partition("/")[2].startswith(model)
+    )
+    same = [_version(files, name, version) for name in names if name.endswith(f"/{model}")]
+    measured = [entry for entry in same if entry.status == "measured"]
+    listed = ", ".join(names)
     if len(measured) == 1:
         return measured[0]
-    names = ", ".join(candidates)
-    if len(candidates) == 1 and sets:
-        if sets[0].status != "copied":
-            return sets[0]
-        problem = f"the only set of this name, {sets[0].label}, was copied from"
-        advice = f"ask for {names} by its full name if you want it"
-        raise AmbiguousEntry(f"{model}: {problem} {sets[0].copied_from}; {advice}")
-    if candidates:
-        problem = f"no measured entry, and published sets differ: {names}; name one of them in full"
-        raise AmbiguousEntry(f"{model}: {problem}")
-    raise EntryNotFound(_no_such(model, files))
+    if not names:
+        raise EntryNotFound(_no_such(model, files))
+    if len(names) > 1 or not same:
+        raise AmbiguousEntry(
+            f"{model}: no measured entry, and published sets differ: {listed}; "
+            "name one of them in full"
+        )
+    if same[0].status == "copied":
+        raise AmbiguousEntry(
+            f"{model}: the only set of this name, {same[0].label}, was {same[0].origin}; "
+            f"ask for {listed} by its full name if you want it"
+        )
+    return same[0]
 
 
 def _no_such(model: str, files: list[Released]) -> str:
-    stem = model.rpartition("/")[2]
     known = sorted({item.model for item in files})
     hint = did_you_mean(model, known, closeness=0.5)  # owner's prefix: mochi-2, alivilab/mochi-1
-    similar = [name for name in known if stem in name][:3]
+    similar = [name for name in known if model.rpartition("/")[2] in name][:3]
     if not hint and similar:
         hint = f"did you mean {' or '.join(similar)}?"
     asked = ", ".join(dict.fromkeys(item.layer.name for item in files))

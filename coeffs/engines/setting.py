@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from coeffs.engines.releases import Release, misfits, plan_forms, releases
 from coeffs.entry.certificates import EXACT
+from coeffs.entry.fields import Edge, Number, Text
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import EngineError
@@ -18,9 +19,9 @@ class Request:
 
     entry: Entry
     engine: str
-    threshold: float | None = None
-    schedule: str | None = None
-    release: str | None = None
+    threshold: Number = None
+    schedule: Text = None
+    release: Text = None
     force: bool = False
 
     @property
@@ -33,14 +34,14 @@ class Carried:
     """What a form says about an entry, read back from it; ``None`` where the form does not say."""
 
     coefficients: dict[str, tuple[float, ...]] | None = None
-    threshold: float | None = None
-    start: int | float | None = None
-    end: int | float | None = None
+    threshold: Number = None
+    start: Edge = None
+    end: Edge = None
     max_skips: int | None = None
     mag_ratios: dict[str, dict[str, tuple[float, ...]]] | None = None
-    schedule: str | None = None
-    sign_rule: str | None = None
-    signal: str | None = None
+    schedule: Text = None
+    sign_rule: Text = None
+    signal: Text = None
     entry: Entry | None = None
 
 
@@ -124,11 +125,11 @@ def setting(request: Request, sign_rule: str | None = None) -> Setting:
 def certified(request: Request, setting: float | str) -> list[str]:
     """What the entry promises of a threshold or schedule, and how the engine's requests name that quality."""
     notes, names = [], request.facts.quality
-    for one in request.entry.certificates:
-        if setting == (one.plan.schedule if one.plan else one.threshold):
-            notes.append(f"certified, with our runtime: {one.promise}; dtype {one.protocol.dtype}")
-            if one.tier in names:
-                asks = f"quality={names[one.tier]!r} asks for this tier"
+    for proof in request.entry.certificates:
+        if setting == (proof.plan.schedule if proof.plan else proof.threshold):
+            notes.append(f"certified, with our runtime: {proof.promise}; dtype {proof.protocol.dtype}")
+            if proof.tier in names:
+                asks = f"quality={names[proof.tier]!r} asks for this tier"
                 notes.append(f"in a request {asks}, quality={names[EXACT]!r} for no cache")
     return notes
 
@@ -213,7 +214,7 @@ def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[
     )
 
 
-def steps(entry: Entry, value: int | float | None, default: int) -> int:
+def steps(entry: Entry, value: Edge, default: int) -> int:
     """A window's edge as a whole number of steps."""
     if value is None:
         return default

@@ -5,7 +5,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from coeffs.entry.fields import MAX_STEPS, Count, Limits, Name, Positive, Record, Sha256, Steps
+from coeffs.entry.fields import (
+    MAX_STEPS,
+    Count,
+    Figures,
+    Limits,
+    Name,
+    Positive,
+    Record,
+    Sha256,
+    Steps,
+)
 from coeffs.entry.plan import Plan
 from coeffs.entry.provenance import Protocol, Source
 from coeffs.errors import EntryError
@@ -53,7 +63,7 @@ class Certificate(Record):
     computed_steps: Annotated[float, Limits(1, MAX_STEPS)]
     num_steps: Steps
     speedup: Positive | None = None
-    figures: dict[Name, float | None] | None = None
+    figures: Figures = None
     protocol: Protocol
     source: Source = field(default_factory=Source)
 

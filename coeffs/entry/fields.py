@@ -51,9 +51,14 @@ Schedule = Annotated[
 ]
 Count = Annotated[int, Limits(0, 10**12)]
 Steps = Annotated[int, Limits(1, MAX_STEPS)]
-Pixels = Annotated[int, Limits(1, 10**6)]
 Positive = Annotated[float, Limits(0)]
 Scalar = str | int | float | bool | None
+# What a source may leave open: the field's default is then None, "not stated".
+Text = str | None
+Number = float | None
+Edge = int | float | None
+Pixels = Annotated[int, Limits(1, 10**6)] | None
+Figures = dict[Name, float | None] | None
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ def checked(annotation: Any, value: Any) -> Any:
     if type(value) is annotation:
         return value
     if not isinstance(value, dict):
-        known = "" if origin is dict else f" of {', '.join(list(_defaults(annotation))[:4])}, ..."
-        _refuse(value, f"a mapping{known}")
+        known = [] if origin is dict else list(_defaults(annotation))[:4]
+        _refuse(value, f"a mapping of {', '.join(known)}, ..." if known else "a mapping")
     if origin is not dict:
         return _record(annotation, value)
     items = _each((str(key), arguments[1], item) for key, item in value.items())

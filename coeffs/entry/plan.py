@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coeffs.entry.fields import Count, Name, Record, Schedule
+from coeffs.entry.fields import Count, Figures, Record, Schedule, Text
 from coeffs.errors import EntryError
 
 
@@ -18,25 +18,28 @@ class Plan(Record):
     schedule: Schedule
     computed_steps: Count | None = None
     sigmas: tuple[float, ...] | None = None
-    forecast: str | None = None
+    forecast: Text = None
     forecast_of: Literal["residual", "output", "guided"] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
-    figures: dict[Name, float | None] | None = None
-    chosen: str | None = None
+    figures: Figures = None
+    chosen: Text = None
 
     def _check(self) -> None:
         computed = self.schedule.count("C")
         if self.computed_steps not in (None, computed):
-            problem = f"{self.computed_steps}, but the schedule computes {computed}"
-            raise EntryError(problem, ("computed_steps",))
+            raise EntryError(
+                f"{self.computed_steps}, but the schedule computes {computed}", ("computed_steps",)
+            )
         object.__setattr__(self, "computed_steps", computed)
         if (self.forecast == "fitted") != (self.weights is not None):
-            problem = f"forecast {self.forecast!r}: only fitted has weights, and must"
-            raise EntryError(problem, ("weights",))
+            raise EntryError(
+                f"forecast {self.forecast!r}: only fitted has weights, and must", ("weights",)
+            )
         skipped = len(self.schedule) - computed
         if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
-            problem = f"{len(self.weights)} rows: expected one per skipped step ({skipped})"
-            raise EntryError(problem, ("weights",))
+            raise EntryError(
+                f"{len(self.weights)} rows: expected one per skipped step ({skipped})", ("weights",)
+            )
 
     @property
     def weights_by_step(self) -> dict[int, tuple[float, ...]]:

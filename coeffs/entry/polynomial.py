@@ -54,8 +54,7 @@ class Polynomial:
                 "highest power first"
             )
         if len(domain) != 2 or not 0 <= domain[0] < domain[1] < math.inf:
-            expected = "expected [x_min, x_max] with 0 <= x_min < x_max"
-            raise EntryError(f"domain {domain}: {expected}")
+            raise EntryError(f"domain {domain}: expected [x_min, x_max] with 0 <= x_min < x_max")
         if self.sign_rule not in SIGN_RULES:
             known = ", ".join(SIGN_RULES)
             raise EntryError(f"sign rule {self.sign_rule!r}: expected one of {known}")
@@ -177,5 +176,7 @@ def check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
         reversed_order = gives_stored(coefficients[::-1])
         why = "they are in reversed order" if reversed_order else "one of the two was changed"
         value = Polynomial(coefficients).raw(CONTROL_X)
-        problem = f"{stored!r}, but the coefficients give {value!r}: {why}; restore them"
-        raise EntryError(problem, ("value_at_0p1",))
+        raise EntryError(
+            f"{stored!r}, but the coefficients give {value!r}: {why}; restore them",
+            ("value_at_0p1",),
+        )

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from coeffs.entry.fields import Count, Name, Pixels, Record, Scalar, Sha256, Steps
+from coeffs.entry.fields import Count, Name, Number, Pixels, Record, Scalar, Sha256, Steps, Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Record):
     """Which weights: hub repository or folder name, revision, and the SHA-256 of the weights where known."""
 
-    repository: str | None = None
-    revision: str | None = None
+    repository: Text = None
+    revision: Text = None
     sha256: Sha256 | None = None
 
 
@@ -18,16 +18,16 @@ class Checkpoint(Record):
 class Protocol(Record):
     """How images were generated while measuring; ``None`` means not stated by the source."""
 
-    scheduler: str | None = None
+    scheduler: Text = None
     num_steps: Steps | None = None
     shift: float | str | None = None
-    guidance_scale: float | None = None
-    height: Pixels | None = None
-    width: Pixels | None = None
-    num_frames: Pixels | None = None
-    dtype: str | None = None
-    quantization: str | None = None
-    lora: str | None = None
+    guidance_scale: Number = None
+    height: Pixels = None
+    width: Pixels = None
+    num_frames: Pixels = None
+    dtype: Text = None
+    quantization: Text = None
+    lora: Text = None
     call_arguments: dict[Name, Scalar] = field(default_factory=dict)
 
 
@@ -45,13 +45,13 @@ class Counts(Record):
 class Source(Record):
     """Where the numbers come from; free of machine paths."""
 
-    run_id: str | None = None
+    run_id: Text = None
     log_sha256: Sha256 | None = None
-    toolkit: str | None = None
-    torch: str | None = None
-    diffusers: str | None = None
-    device: str | None = None
-    command: str | None = None
-    created: str | None = None
-    url: str | None = None
-    reference: str | None = None
+    toolkit: Text = None
+    torch: Text = None
+    diffusers: Text = None
+    device: Text = None
+    command: Text = None
+    created: Text = None
+    url: Text = None
+    reference: Text = None

@@ -9,12 +9,16 @@ from typing import Annotated, Any, Literal
 from coeffs.entry.certificates import Certificate
 from coeffs.entry.fields import (
     MAX_STEPS,
+    Edge,
+    Figures,
     Limits,
     Name,
+    Number,
     Positive,
     Record,
     Slug,
     Steps,
+    Text,
     checked,
 )
 from coeffs.entry.plan import Plan as Plan  # for those that import it from here
@@ -43,12 +47,12 @@ class Candidate(Record):
     coefficients_high_to_low: tuple[float, ...]
     degree: Annotated[int, Limits(0, MAX_DEGREE)] = None  # type: ignore[assignment]  # filled in
     method: Literal["polyfit", "constrained", "published"] = "polyfit"
-    value_at_0p1: float | None = None
+    value_at_0p1: Number = None
     domain: tuple[float, float] | None = None
     counts: Counts | None = None
-    figures: dict[Name, float | None] | None = None
+    figures: Figures = None
     intervals: dict[Name, tuple[tuple[float, float], ...]] | None = None
-    why: str | None = None
+    why: Text = None
 
     def polynomial(self, sign_rule: str = "clamp") -> Polynomial:
         """The polynomial under ``sign_rule`` (an entry's ``sign_rule``)."""
@@ -72,8 +76,10 @@ class Candidate(Record):
             check_control_value(coefficients, stored)
         intervals = (self.intervals or {}).get("coefficients")
         if intervals and len(intervals) != len(coefficients):
-            problem = f"expected one interval per coefficient ({len(coefficients)})"
-            raise EntryError(problem, ("intervals", "coefficients"))
+            raise EntryError(
+                f"expected one interval per coefficient ({len(coefficients)})",
+                ("intervals", "coefficients"),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +103,9 @@ class Expert(Record):
     def _check(self) -> None:
         if (self.branches or self.recommended) and self.recommended not in self.branches:
             known = ", ".join(self.branches) or "nothing, there are none"
-            problem = f"{self.recommended!r}: expected one of the branches {known}"
-            raise EntryError(problem, ("recommended",))
+            raise EntryError(
+                f"{self.recommended!r}: expected one of the branches {known}", ("recommended",)
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +116,16 @@ class Threshold(Record):
     computed_steps: Annotated[float, Limits(0, MAX_STEPS)] | None = None
     num_steps: Steps | None = None
     speedup: Positive | None = None
-    psnr_db: float | None = None
-    snr_db: float | None = None
-    ssim: float | None = None
-    ms_ssim: float | None = None
-    lpips: float | None = None
+    psnr_db: Number = None
+    snr_db: Number = None
+    ssim: Number = None
+    ms_ssim: Number = None
+    lpips: Number = None
     latent_rel_l2: Positive | None = None
-    worst_psnr_db: float | None = None
+    worst_psnr_db: Number = None
     kind: Literal["replay", "verified", "reported"]
-    hardware: str | None = None
-    note: str | None = None
+    hardware: Text = None
+    note: Text = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +141,14 @@ class Entry(Record):
     model: Slug
     version: Annotated[int, Limits(0, 1_000_000)] = 0
     status: Literal["measured", "published", "copied"]
-    copied_from: str | None = None
-    title: str | None = None
-    engine: str | None = None
-    transformer_class: str | None = None
-    pipeline_class: str | None = None
+    copied_from: Text = None
+    title: Text = None
+    engine: Text = None
+    transformer_class: Text = None
+    pipeline_class: Text = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     signal: SignalName
-    signal_note: str | None = None
+    signal_note: Text = None
     target: Literal["output", "hidden", "residual", "forecast_error", "unknown"]
     forecast: Literal["reuse", "linear", "quadratic"] | None = None
     forecast_of: Literal["residual", "output"] | None = None
@@ -149,13 +156,13 @@ class Entry(Record):
     protocol: Protocol = field(default_factory=Protocol)
     experts: dict[Name, Expert]
     max_skips: Steps | None = None
-    start: int | float | None = None
-    end: int | float | None = None
+    start: Edge = None
+    end: Edge = None
     thresholds: tuple[Threshold, ...] = ()
     plans: tuple[Plan, ...] | None = None
     certificates: tuple[Certificate, ...] = ()
     warnings: tuple[str, ...] = ()
-    notes: str | None = None
+    notes: Text = None
     source: Source = field(default_factory=Source)
 
     def _check(self) -> None:
@@ -178,19 +185,23 @@ class Entry(Record):
             raise EntryError("no expert: expected at least transformer", ("experts",))
         for name, expert in self.experts.items():
             if expert.branches and self.signal == "none":
-                problem = "none, but there are coefficients: say what they compare"
-                raise EntryError(problem, ("signal",))
+                raise EntryError(
+                    "none, but there are coefficients: say what they compare", ("signal",)
+                )
             if not (expert.branches or expert.mag_ratios or self.plans):
-                problem = "no fit, no mag_ratios and no plan: nothing to use"
-                raise EntryError(problem, ("experts", name))
+                raise EntryError(
+                    "no fit, no mag_ratios and no plan: nothing to use", ("experts", name)
+                )
         for name in ("start", "end"):
             value = getattr(self, name)
             # A whole number counts steps, a number with a decimal point is a share of the schedule.
             if value is not None and not 0 <= value <= (
                 1 if isinstance(value, float) else MAX_STEPS
             ):
-                problem = "expected a fraction of the schedule from 0.0 to 1.0, or whole steps"
-                raise EntryError(f"{value}: {problem}", (name,))
+                raise EntryError(
+                    f"{value}: expected a fraction of the schedule from 0.0 to 1.0, or whole steps",
+                    (name,),
+                )
 
     @property
     def label(self) -> str:
@@ -200,7 +211,7 @@ class Entry(Record):
     def origin(self) -> str:
         return f"copied from {self.copied_from}" if self.copied_from else self.status
 
-    def fit(self, expert: str = "transformer", branch: str | None = None) -> Fit:
+    def fit(self, expert: str = "transformer", branch: Text = None) -> Fit:
         """The fit of a branch, or the recommended one where the branch has no fit of its own.
 
         Raises:
@@ -211,8 +222,9 @@ class Entry(Record):
             raise EntryError(f"{self.label} has no expert {expert!r}: expected one of {known}")
         branches, recommended = self.experts[expert].branches, self.experts[expert].recommended
         if recommended is None:
-            problem = f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
-            raise EntryError(problem)
+            raise EntryError(
+                f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"
+            )
         return branches.get(branch or recommended, branches[recommended])
 
 
@@ -227,7 +239,9 @@ def from_plain(data: Any) -> Entry:
     if number is None:
         raise EntryError(f"missing key schema: expected schema: {SCHEMA} as first line")
     if number != SCHEMA or isinstance(number, bool):
-        problem = f"{str(number)[:40]}: this version reads schema {SCHEMA}; upgrade the toolkit"
-        raise EntryError(problem, ("schema",))
+        raise EntryError(
+            f"{str(number)[:40]}: this version reads schema {SCHEMA}; upgrade the toolkit",
+            ("schema",),
+        )
     entry: Entry = checked(Entry, data)
     return entry

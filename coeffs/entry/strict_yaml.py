@@ -73,8 +73,9 @@ def parse(text: str | bytes, lines: Lines | None = None) -> Any:
         return _document(events, {} if lines is None else lines)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        problem = f"byte {error.start} is not UTF-8: save the file as UTF-8"
-        raise EntryError(problem, line=line) from None
+        raise EntryError(
+            f"byte {error.start} is not UTF-8: save the file as UTF-8", line=line
+        ) from None
     except UnicodeEncodeError:
         raise EntryError("text with a lone surrogate: save the file as UTF-8") from None
     except yaml.YAMLError as error:
@@ -120,12 +121,16 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
     for part in parts:
         key = _value(events, (*path, "?"), lines, part)
         if not isinstance(key, str) or len(key) > MAX_KEY:
-            problem = f"a key that is not text of at most {MAX_KEY} characters: put it in quotes"
-            _refuse(part, problem, path)
+            _refuse(
+                part,
+                f"a key that is not text of at most {MAX_KEY} characters: put it in quotes",
+                path,
+            )
         inner = (*path, key)
         if key in items:
-            problem = f"duplicate key {key!r}: the later value would win silently; keep one"
-            _refuse(part, problem, inner)
+            _refuse(
+                part, f"duplicate key {key!r}: the later value would win silently; keep one", inner
+            )
         lines[inner] = part.start_mark.line + 1
         items[key] = _value(events, inner, lines)
     return items
