@@ -23,13 +23,13 @@ class EntryError(CoeffsError, ValueError):
     def __init__(
         self,
         problem: str,
-        path: tuple[str | int, ...] = (),
+        *path: str | int,
         file: str | None = None,
         line: int | None = None,
     ) -> None:
         super().__init__(problem)
         self.problem = problem
-        self.path = tuple(path)
+        self.path = path
         self.file = file
         self.line = line
 

@@ -51,7 +51,7 @@ def loads(text: str | bytes, file: str | None = None) -> Entry:
         while path and path not in lines:
             path = path[:-1]
         line = error.line or lines.get(path)
-        raise EntryError(error.problem, error.path, file, line) from None
+        raise EntryError(error.problem, *error.path, file=file, line=line) from None
 
 
 def load_file(path: str | Path) -> Entry:

@@ -7,7 +7,7 @@ from typing import Any
 
 from coeffs.engines.setting import Carried, Request, stripped
 from coeffs.entry.provenance import Source
-from coeffs.entry.schema import Entry, Expert, Fit, Plan, Threshold
+from coeffs.entry.schema import Entry, Expert, Fit
 from coeffs.errors import EngineError
 
 ENGINES = {
@@ -57,40 +57,38 @@ def import_entry(text: str, engine: str, *, like: Entry | None = None, **facts: 
     if carried.entry is not None:
         return carried.entry
     if like is not None:
-        return replace(like, **_changes(carried, like.experts, like.thresholds, like.plans or ()))
-    if not facts.get("model"):
+        known = vars(like)
+    elif facts.get("model"):
+        known = {
+            "signal": carried.signal or "other",
+            "status": "published",
+            "target": "unknown",
+            "engine": engine,
+            "sign_rule": carried.sign_rule or "clamp",
+            "source": Source(reference=f"imported from {engine}'s form"),
+            **facts,
+        }
+    else:
         raise EngineError(f"{engine} does not say which model this is: give --model")
-    known: dict[str, Any] = {
-        "signal": carried.signal or "other",
-        "status": "published",
-        "target": "unknown",
-        "engine": engine,
-        "sign_rule": carried.sign_rule or "clamp",
-        "source": Source(reference=f"imported from {engine}'s form"),
-    }
-    return Entry(**known | facts, **_changes(carried, {}, (), ()))
+    return Entry(**known | _changes(carried, known))
 
 
-def _changes(
-    carried: Carried,
-    experts: dict[str, Expert],
-    thresholds: tuple[Threshold, ...],
-    plans: tuple[Plan, ...],
-) -> dict[str, Any]:
+def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
     """The fields of an entry that a form's numbers change."""
+    experts = known.get("experts", {})
     coefficients, ratios = carried.coefficients or {}, carried.mag_ratios or {}
-    names = dict.fromkeys([*experts, *coefficients, *ratios]) or {"transformer": None}
+    names = dict.fromkeys([*experts, *coefficients, *ratios]) or ["transformer"]
     changed: dict[str, Any] = {
         "experts": {
             name: _expert(experts.get(name, Expert()), coefficients.get(name), ratios.get(name))
             for name in names
         }
     }
-    threshold, schedule = carried.threshold, carried.schedule
-    if threshold is not None and all(row.threshold != threshold for row in thresholds):
-        changed["thresholds"] = (Threshold(threshold=threshold, kind="reported"),)
-    if schedule is not None and all(plan.schedule != schedule for plan in plans):
-        changed["plans"] = (*plans, Plan(schedule=schedule))
+    threshold, schedule, plans = carried.threshold, carried.schedule, known.get("plans") or ()
+    if threshold not in (None, *(row.threshold for row in known.get("thresholds", ()))):
+        changed["thresholds"] = ({"threshold": threshold, "kind": "reported"},)
+    if schedule not in (None, *(plan.schedule for plan in plans)):
+        changed["plans"] = (*plans, {"schedule": schedule})
     for name in ("start", "end", "max_skips"):
         if getattr(carried, name) is not None:
             changed[name] = getattr(carried, name)

@@ -4,22 +4,22 @@ Exactly five coefficients, highest power first; negative predictions count as 0;
 and last steps always compute as given here. Coefficients of one's own are used without a fitted range.
 """
 
-from coeffs.engines.setting import Carried, Request, padded, setting, steps
+from coeffs.engines.setting import Carried, Request, edges, padded, setting
 from coeffs.engines.text import Numbers, call_text, read_calls, value_of
 from coeffs.entry.fields import Count
 from coeffs.errors import EngineError
 
 
 def write(request: Request) -> str:
-    entry = request.entry
     chosen = setting(request)
+    first, last = edges(request.entry)
     if chosen.threshold > 1:
         raise EngineError(f"threshold {chosen.threshold:g}: mlx-teacache takes at most 1")
     arguments = {
         "rel_l1_thresh": chosen.threshold,
         "coefficients": padded(chosen.only, 5),
-        "skip_first_n_steps": steps(entry, entry.start, 1),
-        "skip_last_n_steps": steps(entry, entry.end, 0),
+        "skip_first_n_steps": first,
+        "skip_last_n_steps": last,
     }
     return call_text(chosen.notes, "apply_teacache", arguments, first="    model,\n")
 

@@ -127,7 +127,9 @@ def certified(request: Request, setting: float | str) -> list[str]:
     notes, names = [], request.facts.quality
     for proof in request.entry.certificates:
         if setting == (proof.plan.schedule if proof.plan else proof.threshold):
-            notes.append(f"certified, with our runtime: {proof.promise}; dtype {proof.protocol.dtype}")
+            notes.append(
+                f"certified, with our runtime: {proof.promise}; dtype {proof.protocol.dtype}"
+            )
             if proof.tier in names:
                 asks = f"quality={names[proof.tier]!r} asks for this tier"
                 notes.append(f"in a request {asks}, quality={names[EXACT]!r} for no cache")
@@ -201,12 +203,12 @@ def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[
     """
     entry, known = request.entry, request.facts.windows
     known = {name: known[name] for name in modes or known}
-    start, end = wanted = (steps(entry, entry.start, 1), steps(entry, entry.end, 0))
+    start, end = edges(entry)
     for slack in (0, 1):
         for name, (first, last) in known.items():
             if start <= first + slack and end <= last + slack:
                 said = f"always computed: first {first} and last {last} steps (entry: {start} and {end})"
-                return name, [] if (first, last) == wanted else [said]
+                return name, [] if (first, last) == (start, end) else [said]
     choices = " or ".join(f"{first} and {last}" for first, last in known.values())
     raise EngineError(
         f"{entry.label} computes the first {start} and the last {end} steps, "
@@ -214,17 +216,19 @@ def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[
     )
 
 
-def steps(entry: Entry, value: Edge, default: int) -> int:
-    """A window's edge as a whole number of steps."""
-    if value is None:
-        return default
-    if isinstance(value, int) or value == 0:
-        return int(value)
-    if entry.protocol.num_steps is None:
-        raise EngineError(
-            f"{entry.label}: the window is a fraction ({value:g}) and the number of steps is not known"
-        )
-    return math.ceil(value * entry.protocol.num_steps - 1e-9)
+def edges(entry: Entry) -> tuple[int, int]:
+    """How many steps at the start and at the end of the schedule always compute."""
+    count = entry.protocol.num_steps
+    whole = []
+    for value in (1 if entry.start is None else entry.start, entry.end or 0):
+        if isinstance(value, float) and value:
+            if count is None:
+                raise EngineError(
+                    f"{entry.label}: the window is a fraction ({value:g}) and the number of steps is not known"
+                )
+            value = math.ceil(value * count - 1e-9)
+        whole.append(int(value))
+    return whole[0], whole[1]
 
 
 def padded(coefficients: list[float], count: int) -> list[float]:

@@ -69,17 +69,17 @@ class Certificate(Record):
 
     def _check(self) -> None:
         if self.tier == EXACT:
-            raise EntryError(f"{EXACT} is the tier without a cache: use another name", ("tier",))
+            raise EntryError(f"{EXACT} is the tier without a cache: use another name", "tier")
         if not self.limits or not set(self.limits) <= set(LIMITS):
             known = ", ".join(LIMITS)
-            raise EntryError(f"expected limits on some of {known}", ("limits",))
+            raise EntryError(f"expected limits on some of {known}", "limits")
         given = {"plan": self.plan is not None, "gate": self.threshold is not None}
         if any(given[policy] != (policy == self.policy) for policy in given):
             problem = "a plan belongs to the policy plan, a threshold to gate"
-            raise EntryError(problem, ("policy",))
+            raise EntryError(problem, "policy")
         if chance(self.missed, self.prompts, self.risk) > (1 - self.confidence) / self.tests:
             problem = f"{self.missed} misses of {self.prompts} prompts do not prove the risk"
-            raise EntryError(f"{problem}: certify again", ("missed",))
+            raise EntryError(f"{problem}: certify again", "missed")
 
     @property
     def promise(self) -> str:

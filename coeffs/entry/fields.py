@@ -143,7 +143,7 @@ def _each(items: Iterable[tuple[str | int, Any, Any]]) -> Iterator[tuple[Any, An
         try:
             yield key, checked(annotation, value)
         except EntryError as error:
-            raise EntryError(error.problem, (key, *error.path)) from None
+            raise EntryError(error.problem, key, *error.path) from None
 
 
 def _record(cls: Any, given: dict[str, Any]) -> Any:
@@ -151,7 +151,7 @@ def _record(cls: Any, given: dict[str, Any]) -> Any:
     defaults = _defaults(cls)
     for key in given:
         if key not in defaults:
-            raise EntryError(f"unknown key: {_advice(str(key), defaults)}", (str(key),))
+            raise EntryError(f"unknown key: {_advice(str(key), defaults)}", str(key))
     stated = {key: value for key, value in given.items() if value is not None}
     for name, default in defaults.items():
         if default is MISSING and name not in stated:

@@ -156,7 +156,7 @@ def check_order(coefficients: tuple[float, ...], domain: Interval | None = None)
         raise EntryError(
             f"predicts a change above 3 everywhere in {low:g} to {high:g}, but not when reversed: "
             "the list looks lowest power first; write it highest power first (numpy.polyfit's order)",
-            ("coefficients_high_to_low",),
+            "coefficients_high_to_low",
         )
 
 
@@ -178,5 +178,5 @@ def check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
         value = Polynomial(coefficients).raw(CONTROL_X)
         raise EntryError(
             f"{stored!r}, but the coefficients give {value!r}: {why}; restore them",
-            ("value_at_0p1",),
+            "value_at_0p1",
         )

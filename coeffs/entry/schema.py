@@ -65,7 +65,7 @@ class Candidate(Record):
             raise EntryError(
                 f"{self.degree}, but {len(coefficients)} coefficients have degree "
                 f"{polynomial.degree}: correct one of them",
-                ("degree",),
+                "degree",
             )
         object.__setattr__(self, "degree", polynomial.degree)
         if stored is None:
@@ -78,7 +78,8 @@ class Candidate(Record):
         if intervals and len(intervals) != len(coefficients):
             raise EntryError(
                 f"expected one interval per coefficient ({len(coefficients)})",
-                ("intervals", "coefficients"),
+                "intervals",
+                "coefficients",
             )
 
 
@@ -104,7 +105,7 @@ class Expert(Record):
         if (self.branches or self.recommended) and self.recommended not in self.branches:
             known = ", ".join(self.branches) or "nothing, there are none"
             raise EntryError(
-                f"{self.recommended!r}: expected one of the branches {known}", ("recommended",)
+                f"{self.recommended!r}: expected one of the branches {known}", "recommended"
             )
 
 
@@ -167,30 +168,23 @@ class Entry(Record):
 
     def _check(self) -> None:
         if self.schema != SCHEMA:
-            raise EntryError(f"{self.schema}: expected {SCHEMA}", ("schema",))
+            raise EntryError(f"{self.schema}: expected {SCHEMA}", "schema")
         if (self.status == "copied") != (self.copied_from is not None):
             raise EntryError(
                 f"{self.copied_from!r} with status {self.status}: "
                 "only a copied entry says from whom, and must",
-                ("copied_from",),
-            )
-        extrapolates = self.forecast in ("linear", "quadratic") and self.forecast_of is not None
-        if self.target == "forecast_error" and not extrapolates:
-            raise EntryError(
-                f"{self.forecast!r} of {self.forecast_of!r}: the target is the error of a "
-                "linear or quadratic forecast, of output or residual",
-                ("forecast",),
+                "copied_from",
             )
         if not self.experts:
-            raise EntryError("no expert: expected at least transformer", ("experts",))
+            raise EntryError("no expert: expected at least transformer", "experts")
         for name, expert in self.experts.items():
             if expert.branches and self.signal == "none":
                 raise EntryError(
-                    "none, but there are coefficients: say what they compare", ("signal",)
+                    "none, but there are coefficients: say what they compare", "signal"
                 )
             if not (expert.branches or expert.mag_ratios or self.plans):
                 raise EntryError(
-                    "no fit, no mag_ratios and no plan: nothing to use", ("experts", name)
+                    "no fit, no mag_ratios and no plan: nothing to use", "experts", name
                 )
         for name in ("start", "end"):
             value = getattr(self, name)
@@ -200,7 +194,7 @@ class Entry(Record):
             ):
                 raise EntryError(
                     f"{value}: expected a fraction of the schedule from 0.0 to 1.0, or whole steps",
-                    (name,),
+                    name,
                 )
 
     @property
@@ -241,7 +235,7 @@ def from_plain(data: Any) -> Entry:
     if number != SCHEMA or isinstance(number, bool):
         raise EntryError(
             f"{str(number)[:40]}: this version reads schema {SCHEMA}; upgrade the toolkit",
-            ("schema",),
+            "schema",
         )
     entry: Entry = checked(Entry, data)
     return entry

@@ -160,7 +160,7 @@ def _kind(text: str) -> str:
 
 
 def _refuse(event: Any, problem: str, path: Path = ()) -> NoReturn:
-    raise EntryError(problem, path, line=event.start_mark.line + 1)
+    raise EntryError(problem, *path, line=event.start_mark.line + 1)
 
 
 def number_hint(text: str) -> str:
