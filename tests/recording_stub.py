@@ -70,6 +70,9 @@ class Recorder:
     def start(self):
         self.outputs.clear()
 
+    def held_bytes(self):
+        return sum(output.nbytes for output in self.outputs[-1:])
+
     def finish(self):
         rows = []
         for step in range(1, len(self.outputs)):

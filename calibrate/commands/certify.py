@@ -7,7 +7,7 @@ import click
 from click import option
 
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
-from calibrate.commands.options import POSITIVE, registry, rerunning_options
+from calibrate.commands.options import FOLDER, POSITIVE, registry, rerunning_options
 from calibrate.text import aligned, block
 from coeffs.errors import CheckFailed
 
@@ -28,25 +28,22 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @option("--snr", type=float, help="Lowest SNR in dB, of sound and series.")
 @option("--ssim", type=float, help="Lowest SSIM.")
 @option("--lpips", type=float, help="Highest LPIPS; needs teacal[lpips].")
-@option("--quality", default="high", show_default=True, help="Name of that tier.")
+@option("--quality", default="high", help="Name of that tier.")
 @option(
     "--risk",
     type=_SHARE,
     default=0.05,
-    show_default=True,
     help="Share of prompts that may miss a limit.",
 )
 @option(
     "--confidence",
     type=_SHARE,
     default=0.95,
-    show_default=True,
     help="That no certificate is false.",
 )
 @option(
     "--policies",
     default="plan,gate,fewer-steps",
-    show_default=True,
     metavar="P,P,...",
     help="Fewer need fewer prompts.",
 )
@@ -102,13 +99,10 @@ def certify(
     "--num-prompts",
     type=POSITIVE,
     default=20,
-    show_default=True,
     help="More notice smaller shifts.",
 )
 @option("--lora", type=click.Path(exists=True), help="A LoRA that is loaded first.")
-@option(
-    "--out", type=click.Path(file_okay=False), metavar="FOLDER", help="Where an entry's audit goes."
-)
+@option("--out", type=FOLDER, metavar="FOLDER", help="Where an entry's audit goes.")
 @registry
 @rerunning_options
 def audit(source: str, **options: Any) -> None:

@@ -14,17 +14,20 @@ POSITIVE = click.IntRange(min=1)
 DEGREE = click.IntRange(1, 6)
 
 
-def numbers(kind: type, example: str) -> Callable[[str], list]:
+def numbers(kind: type, expected: str) -> Callable[[str], list]:
     """A parameter's type: numbers separated by commas."""
 
     def convert(text: str) -> list:
         try:
             return [kind(part) for part in text.replace(",", " ").split()]
         except ValueError:
-            expected = f"expected numbers separated by commas, such as {example}"
-            raise click.BadParameter(f"{text!r}: {expected}") from None
+            raise click.BadParameter(f"{text!r}: expected {expected}") from None
 
     return convert
+
+
+WHOLE_NUMBERS = numbers(int, "whole numbers separated by commas, such as 14,10,8")
+NUMBERS = numbers(float, "numbers separated by commas, such as 0.1,0.2")
 
 
 def _parsed(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:

@@ -7,14 +7,12 @@ import click
 from click import option
 
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
-from calibrate.commands.options import FOLDER, POSITIVE, numbers, rerunning_options
+from calibrate.commands.options import FOLDER, POSITIVE, WHOLE_NUMBERS, rerunning_options
 
 
 @click.command()
 @click.argument("run", metavar="RUN", type=FOLDER)
-@option(
-    "--computed", type=numbers(int, "14,10,8"), metavar="N,N,...", help="Numbers of computed steps."
-)
+@option("--computed", type=WHOLE_NUMBERS, metavar="N,N,...", help="Numbers of computed steps.")
 @option("--speedup", type=float, help="Of the denoiser, instead of --computed.")
 @option(
     "--steps",

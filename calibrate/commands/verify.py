@@ -8,7 +8,14 @@ import click
 from click import option
 
 from calibrate.commands.announce import tell, tell_next, tell_plan
-from calibrate.commands.options import FOLDER, POSITIVE, numbers, registry, rerunning_options
+from calibrate.commands.options import (
+    FOLDER,
+    NUMBERS,
+    POSITIVE,
+    WHOLE_NUMBERS,
+    registry,
+    rerunning_options,
+)
 from calibrate.text import block
 
 
@@ -17,13 +24,13 @@ from calibrate.text import block
 @option("--num-prompts", type=POSITIVE, default=10, help="The first N of them.")
 @option(
     "--budgets",
-    type=numbers(int, "14,10,8"),
+    type=WHOLE_NUMBERS,
     metavar="N,N,...",
     help="Computed steps to compare at [default: five].",
 )
 @option(
     "--thresholds",
-    type=numbers(float, "0.1,0.2"),
+    type=NUMBERS,
     metavar="T,T,...",
     help="Thresholds of the fitted gate instead.",
 )

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from calibrate.errors import EXPECTED, Incomplete
 from calibrate.model.session import Session
 from calibrate.recording.launch import Party, rank, world_size
+from calibrate.recording.notes import costs
 from calibrate.runs.folder import Group, RunFolder
 from calibrate.runs.lock import RunLock
 
@@ -26,6 +28,7 @@ class Loop:
 
     Attributes:
         anew: Finished groups that are recorded again for their Gram matrices, at most once by each process.
+        held: Bytes that the recorder held at the end of the latest generation.
         outcomes: Of each prompt in turn a failure's text, or None for a success.
     """
 
@@ -36,6 +39,7 @@ class Loop:
     party: Party
     anew: set[str]
     outcomes: list[str | None] = field(default_factory=list)
+    held: int = 0
 
     @property
     def job(self) -> str:
@@ -76,10 +80,15 @@ class Loop:
             if not self._is_wanted(group):  # another rank was faster
                 return False
             self.party.announce(group.index)
+            begun = time.monotonic()
             self._record(group)
+            seconds = time.monotonic() - begun
         finally:
             self.lock.release(group.index)
         self._show(bar)
+        if not bar.disable and self.outcomes == [None]:
+            todo = len(self.run.missing()) + len(self.anew)
+            bar.write(costs(seconds, todo, self.held), file=sys.stderr)
         first, *others = self.outcomes
         if first and others == [first] * (_SAME_FAILURES - 1):
             self.party.announce(None)
@@ -94,6 +103,7 @@ class Loop:
         try:
             self.recorder.start()
             self.session.generate(group.prompt, self.run.images)
+            self.held = self.recorder.held_bytes()
             recording = self.recorder.finish()
         except EXPECTED:
             raise

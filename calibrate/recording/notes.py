@@ -1,7 +1,9 @@
 """What a manifest says about how its run was made, and what is told when that changes."""
 
 import logging
+import os
 import platform
+import resource
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +16,7 @@ from calibrate.model.call import Call, call_text
 from calibrate.model.checkpoint import Checkpoint
 from calibrate.model.loading import pick_device
 from calibrate.model.prompts import PromptSet
-from calibrate.recording.launch import rank
+from calibrate.recording.launch import rank, world_size
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.text import block, duration, volume
@@ -40,8 +42,9 @@ def command_line(
     words = ["calibrate", "record"]
     for name, value in given:
         if isinstance(value, str | int | float | Path):
-            path = Path(str(value))
-            words += [f"--{name.replace('_', '-')}", path.name if path.exists() else str(value)]
+            text = str(value)
+            shown = Path(text).name if os.path.exists(text) else text
+            words += [f"--{name.replace('_', '-')}", shown]
     return shlex.join(words)
 
 
@@ -63,19 +66,27 @@ def tell(text: str) -> None:
 def announcement(
     checkpoint: Checkpoint, call: Call, prompts: PromptSet, dtype: str, device: str, out: Any
 ) -> str:
-    """What a recording is going to do, before the weights are loaded."""
+    """What a recording is going to do, before the weights are loaded.
+
+    What a generation itself needs depends on the size of its tensors, which the first prompt shows.
+    """
+    from calibrate.recording.inner_products import OUTPUT_BYTES
+
     loaded = checkpoint.pipeline is not None
     place = "as loaded" if loaded else f"on {pick_device(device)}"
     protocol = {**call.protocol, "dtype": None if loaded else dtype}
     size = checkpoint.weights_bytes
     count, total = len(prompts.prompts), prompts.total
     rest = f"{total - count} more in it: --num-prompts {total} adds them to the run"
+    kept = (
+        f"outputs up to {volume(OUTPUT_BYTES)} a denoiser; the peak is said after the first prompt"
+    )
     facts = {
         "model": f"{checkpoint.repository}, {checkpoint.pipeline_class}",
         "settings of": checkpoint.recognised,
         "call": f"{call_text(protocol)} {place}",
         "prompts": f"{count} of {prompts.name}" + (f"; {rest}" if total > count else ""),
-        "memory": f"{volume(size)} of weights on disk, and what a generation needs" if size else "",
+        "memory": f"{volume(size)} of weights on disk; {kept}" if size else "",
         "folder": str(out or "runs/<model>-<hash>, named when the model is loaded"),
     }
     return block("record: every step computed, nothing cached", facts)
@@ -85,9 +96,26 @@ def outlook(run: RunFolder, anew: Collection[str]) -> str:
     """How much is left to record, and how long it will take where earlier prompts tell."""
     todo = len(run.missing()) + len(anew)
     seconds = seconds_per_prompt(run)
-    time = f", about {duration(seconds * todo)}" if seconds and todo else ""
+    known = f"about {duration(seconds * todo)}" if seconds else "how long is said after the first"
+    time = f", {known}" if todo else ""
     again = f", {len(anew)} of them again for their Gram matrices" if anew else ""
     return f"{run.path}: {todo} of {len(run.groups)} prompts to record{again}{time}"
+
+
+def costs(seconds: float, todo: int, held: int) -> str:
+    """What the first prompt of this start took, and what that says about the rest; once for all ranks.
+
+    ``held`` are the bytes of the last step's tensors that the recorder kept for comparison.
+    """
+    import torch
+
+    rest = f", about {duration(seconds * todo / world_size())} for the {todo} left" if todo else ""
+    if torch.cuda.is_available():
+        peak = f"{volume(torch.cuda.max_memory_allocated())} of the GPU's memory at most"
+    else:
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = f"{volume(1024 * kibibytes)} of memory at most"
+    return f"first prompt: {duration(seconds)}{rest}; {peak}, {volume(held)} of it the recorder's"
 
 
 def tell_lacking(path: Path, lacking: int, finished: int) -> None:

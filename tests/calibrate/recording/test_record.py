@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -239,11 +240,22 @@ def test_shipped_set_gives_enough_prompts_and_a_list_all_of_its_own(tmp_path):
 
 def test_what_is_going_to_be_recorded_is_said_first(tmp_path, capsys):
     record_toy(tmp_path / "run", num_prompts=2)
-    assert f"{tmp_path / 'run'}: 2 of 2 prompts to record" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'run'}: 2 of 2 prompts to record, how long is said after the first" in said
+    assert re.search(
+        r"first prompt: 1 s, about 1 s for the 1 left; .* of memory at most, 0 MiB", said
+    )
     record_toy(tmp_path / "run")
-    assert "2 of 4 prompts to record" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 4 prompts to record" in said and said.count("first prompt: ") == 1
     record_toy(tmp_path / "run", progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_argument_longer_than_a_file_name_is_kept_in_the_command(tmp_path):
+    """Bug: it was looked for as a file, which the system refuses."""
+    run = record_toy(tmp_path / "run", num_prompts=1, pipe_args={"note": "x" * 5000})
+    assert "--pipe-arg note=xxx" in run.manifest["command"]
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
