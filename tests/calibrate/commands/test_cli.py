@@ -268,7 +268,7 @@ def test_program_answers_to_both_names(program):
     ("arguments", "said"),
     [
         (["reccord"], "No such command 'reccord'; did you mean record"),
-        (["verfy", "RUN"], "did you mean verify?"),
+        (["verfy", "RUN"], "did you mean verify"),
         (["--model", "long-cat-image"], "did you mean LongCat-Image"),
         (["record", "--prompts", "defalt"], "did you mean default?"),
         (["fit", "runs/toy-2"], "did you mean runs/toy-1?"),
