@@ -1,19 +1,18 @@
 """From a model's name to its checkpoint, without ever running code that the checkpoint brings along."""
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, one_line
 from calibrate.model.table import ModelSpec, find_model, model_table, recognise
+from calibrate.model.weights import as_recorded, calibrated, weights_sha256
 from calibrate.text import did_you_mean
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -97,23 +96,6 @@ def pipeline_class_of(checkpoint: Checkpoint) -> type:
     )
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash over names and contents of the denoisers' configuration and weights."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
-        denoiser = re.match(r"transformer|denoiser|dit", path.parent.name)
-        if denoiser and path.suffix in (".json", ".safetensors", ".bin"):
-            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-            digest.update(_file_digest(path, path.stat().st_mtime_ns))
-    return digest.hexdigest()
-
-
-@cache  # tens of gigabytes, asked for more than once
-def _file_digest(path: Path, changed: int) -> bytes:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
-
-
 def _loaded(pipeline: Any) -> Checkpoint:
     from runtime.facts import repository_of
 
@@ -157,14 +139,22 @@ def _identified(
     snapshot = _SNAPSHOT.search(path.as_posix())
     if snapshot:
         name = f"{snapshot[1]}/{snapshot[2]}"
-    spec, recognised = row, ""
+    slug_source, spec, recognised = name.rpartition("/")[2], row, ""
     if row is None:
         row = find_model(name)
         spec, recognised = recognise(pipeline_class, name, config)
+    if not recognised and row is None and not snapshot and "folder" in source:
+        entry = calibrated(source["folder"], pipeline_class)
+        if entry is not None:
+            name, slug_source = entry.checkpoint.repository or name, entry.model
+            spec, recognised = (
+                as_recorded(entry, spec),
+                f"{entry.label}, by the hash of its weights",
+            )
     return Checkpoint(
         repository=name,
         revision=snapshot[3] if snapshot else None,
-        slug=row.slug if row else slug_of(name.rpartition("/")[2]),
+        slug=row.slug if row else slug_of(slug_source),
         pipeline_class=pipeline_class,
         spec=spec,
         recognised=recognised,

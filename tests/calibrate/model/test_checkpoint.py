@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import coeffs_samples
 import pytest
 import tiny_pipelines
 import torch
 from safetensors.torch import save_file
 
+import coeffs
 from calibrate.errors import (
     CalibrateError,
     InvalidCheckpoint,
@@ -280,6 +282,38 @@ def test_loaded_pipeline_of_a_known_model_has_its_protocol():
     assert checkpoint.spec.alias == "tiny-longcat-image" and checkpoint.spec.num_steps == 28
     pipeline.register_to_config(_name_or_path="/somewhere/else")
     assert "its configuration" in find_checkpoint(pipeline).recognised
+
+
+def calibrated_entry(checkpoint):
+    """An entry of these weights, recorded at 9 steps without guidance."""
+    weights = coeffs.Checkpoint(**checkpoint.as_dict())
+    protocol = coeffs.Protocol(num_steps=9, guidance_scale=0.0, height=64)
+    return coeffs_samples.sample_entry(
+        model="my-model", pipeline_class="WanPipeline", checkpoint=weights, protocol=protocol
+    )
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "recorded here"])
+def test_folder_that_was_recorded_once_is_known_under_any_path(tmp_path, monkeypatch, published):
+    """Bug: under another name it lost the steps and the guidance that it needs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEACAL_REGISTRY", str(tmp_path / "registry"))
+    (tmp_path / "registry").mkdir()
+    path = make_folder(tmp_path / "My Model", "WanPipeline", transformer={"num_layers": 3})
+    save_file({"w": torch.zeros(2)}, path / "transformer" / "model.safetensors")
+    first = find_checkpoint(path)
+    assert first.recognised == ""
+    entry = calibrated_entry(first)
+    if published:
+        coeffs.publish(entry, tmp_path / "registry")
+    else:
+        coeffs.save(entry, tmp_path / "runs" / "some" / "entry.yaml")
+    moved = find_checkpoint(path.rename(tmp_path / "elsewhere"))
+    assert (moved.slug, moved.repository) == (first.slug, first.repository)
+    assert "by the hash of its weights" in moved.recognised
+    assert (moved.spec.num_steps, moved.spec.guidance_scale, moved.spec.height) == (9, 0.0, 64)
+    save_file({"w": torch.ones(2)}, moved.folder / "transformer" / "model.safetensors")
+    assert find_checkpoint(moved.folder).recognised == ""
 
 
 def test_empty_name_is_no_model():

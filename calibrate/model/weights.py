@@ -1,0 +1,58 @@
+"""Weights by their content: a checkpoint that was calibrated before is known under any path and name."""
+
+import hashlib
+import re
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import coeffs
+from calibrate.model.table import ModelSpec
+from coeffs import Entry
+from coeffs.errors import CoeffsError
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over names and contents of the denoisers' configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*")):
+        denoiser = re.match(r"transformer|denoiser|dit", path.parent.name)
+        if denoiser and path.suffix in (".json", ".safetensors", ".bin"):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(_file_digest(path, path.stat().st_mtime_ns))
+    return digest.hexdigest()
+
+
+@cache  # tens of gigabytes, asked for more than once
+def _file_digest(path: Path, changed: int) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
+    """The entry of the registry, or of a run in ``runs/``, that was made with these weights under whatever name."""
+    entries: list[Entry] = []
+    with suppress(CoeffsError):  # a registry that is not there is no reason not to record
+        entries = coeffs.entries()
+    for file in Path("runs").glob("*/entry.yaml"):
+        with suppress(CoeffsError):
+            entries.append(coeffs.load(file))
+    known = [entry for entry in entries if entry.pipeline_class == pipeline_class]
+    hashed = {entry.checkpoint.sha256: entry for entry in known if entry.checkpoint.sha256}
+    return hashed.get(weights_sha256(folder)) if hashed else None
+
+
+def as_recorded(entry: Entry, spec: ModelSpec | None) -> ModelSpec:
+    """What the class needs, with the protocol that the entry was recorded at."""
+    protocol = entry.protocol
+    spec = spec or ModelSpec(alias=entry.model, pipeline_class=entry.pipeline_class or "")
+    return replace(
+        spec,
+        num_steps=protocol.num_steps,
+        guidance_scale=protocol.guidance_scale,
+        height=protocol.height,
+        width=protocol.width,
+        num_frames=protocol.num_frames,
+        call_arguments={**spec.call_arguments, **(protocol.call_arguments or {})},
+    )
