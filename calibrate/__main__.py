@@ -49,7 +49,7 @@ def _folder() -> str:
     """
     locks = sys.modules.get("calibrate.runs.lock")
     if locks and locks.held:
-        return f"{locks.held[0]}: "
+        return f"{next(iter(locks.held))}: "
     words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
     after = dict(zip(words, ["", *words], strict=False))
     named = [word for word, option in after.items() if option == "--out"]

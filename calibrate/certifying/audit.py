@@ -15,7 +15,7 @@ from calibrate.certifying.tiers import Demand, Tier
 from calibrate.errors import InvalidOption
 from calibrate.fitting.statistics import share_interval
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
+from calibrate.trials.case import Case, alone, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.setting import Entered
 from coeffs import Certificate, Entry
@@ -61,6 +61,7 @@ class Audited:
         return f"yes, as far as so few prompts tell: {counted}, a share of {low:.2g} to {high:.2g}"
 
 
+@alone("auditing")
 def audit(
     source: str | os.PathLike,
     *,

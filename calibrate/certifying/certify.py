@@ -31,7 +31,7 @@ from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import note
 from calibrate.text import duration
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
+from calibrate.trials.case import Case, alone, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import Entered, Setting
@@ -70,6 +70,7 @@ class Tried:
     kept: list[Tier]
 
 
+@alone("certifying")
 def certify(
     source: str | os.PathLike,
     *,

@@ -1,6 +1,5 @@
 """The commands that promise: ``certify`` (which setting keeps a limit) and ``audit`` (whether it does so here)."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -66,7 +65,6 @@ def certify(
     from calibrate.certifying.certify import certify as run_certification
     from calibrate.certifying.certify import checked_run
     from calibrate.certifying.tiers import USUAL_TIERS, parse_tier
-    from calibrate.runs.lock import hold
 
     given = {name: options.pop(name) for name in LIMITS}
     limits = ",".join(f"{name}={limit}" for name, limit in given.items() if limit is not None)
@@ -74,10 +72,7 @@ def certify(
     chosen = [parse_tier(text) for text in texts] or USUAL_TIERS
     run = checked_run(source)
     tell_plan("certify: which setting keeps a limit", run, tiers=", ".join(map(str, chosen)))
-    with hold(run, "certifying"):
-        done = run_certification(
-            run, tiers=chosen, policies=policies.split(","), say=tell, **options
-        )
+    done = run_certification(run, tiers=chosen, policies=policies.split(","), say=tell, **options)
     rows = [
         [one.tier, one.how, f"{one.missed} of {one.prompts}", f"{one.factor:.2f}x"]
         for one in done.certificates
@@ -116,18 +111,12 @@ def audit(source: str, **options: Any) -> None:
     """
     if leave_to_rank_0("audit"):
         return
-    import coeffs
     from calibrate.certifying.audit import audit as run_audit
-    from calibrate.runs.lock import hold
-    from calibrate.trials.case import entry_folder
+    from calibrate.trials.case import folder_of
 
-    entry = coeffs.load(source, options["registry"])
-    run = Path(source)
-    folder = run if (run / "run.yaml").exists() else entry_folder(entry, options["out"])
-    facts = {"entry": entry.label, "folder": str(folder)}
-    tell(block("audit: does a certificate hold here", facts))
-    with hold(folder, "auditing"):
-        done = run_audit(source, say=tell, **options)
+    folder = folder_of(source, options["registry"], options["out"])
+    tell(block("audit: does a certificate hold here", {"entry": source, "folder": str(folder)}))
+    done = run_audit(source, say=tell, **options)
     for one in done:
         click.echo(f"{one.certificate.promise}\n  holds here: {one.verdict}")
     broken = [one.certificate.tier for one in done if not one.holds]

@@ -1,6 +1,5 @@
 """The command that plans: ``plan`` finds the schedule and forecast of a budget from a run, and proves them."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -53,14 +52,11 @@ def plan(run: str, no_runs: bool, **options: Any) -> None:
         return
     from calibrate.planning.plan import plan as make_plans
     from calibrate.planning.results import fewer_steps_verdict, plan_table
-    from calibrate.runs.lock import hold
 
     used = f"{options['choosing']} to choose by, {options['num_prompts']} others to judge by"
     prompts = "no run of the model" if no_runs else used
     tell_plan("plan: which steps to compute, and how to forecast the others", run, prompts=prompts)
-    # From the log alone nothing is written, so that it also works where nothing can be.
-    with nullcontext() if no_runs else hold(run, "planning with"):
-        planned = make_plans(run, runs=not no_runs, say=tell, **options)
+    planned = make_plans(run, runs=not no_runs, say=tell, **options)
     verdict = fewer_steps_verdict(planned)
     if verdict:
         click.echo(f"{verdict}\n")

@@ -14,7 +14,7 @@ from coeffs import release as releases
 from coeffs.engines import ENGINES as ENGINE_NAMES
 from coeffs.engines import export_entry, import_entry
 from coeffs.entry.signals import SIGNALS
-from coeffs.errors import CheckFailed, CoeffsError, did_you_mean
+from coeffs.errors import CheckFailed, CoeffsError, PublishError, WriteError, did_you_mean
 
 NARROWEST = 60  # columns in which the tables can be read
 
@@ -198,7 +198,7 @@ def import_form(
 def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
     """Release a run's draft entry as the next version of its model, once its checks pass.
 
-    Goes to --registry, or to your own registry folder.
+    Goes to --registry, or to your own registry folder. Exit code 1 whenever a readable entry was not released.
 
     \b
     Example:
@@ -213,7 +213,10 @@ def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
     if dry_run:
         click.echo("fit for release")
         return
-    path = coeffs.publish(entry, registry)
+    try:
+        path = coeffs.publish(entry, registry)
+    except WriteError as error:
+        raise PublishError(str(error)) from None
     click.echo(f"released: {path}")
     try:
         meant = coeffs.load(entry.model).label

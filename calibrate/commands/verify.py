@@ -1,7 +1,6 @@
 """The commands that judge and show: ``verify`` (real cached runs against uncached ones) and ``report``."""
 
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
@@ -63,8 +62,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     """
     import coeffs
     from calibrate.recording.launch import rank
-    from calibrate.runs.lock import hold
-    from calibrate.trials.case import entry_folder
+    from calibrate.trials.case import folder_of
     from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
     from calibrate.verifying.comparison import judge_plan, sentences
@@ -72,17 +70,14 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     from calibrate.verifying.verify import verify as run_verification
 
     title = "verify: cached runs against uncached ones"
-    if (Path(source) / "run.yaml").exists():
-        of = Path(source)
+    of = folder_of(source, options["registry"], options["out"])
+    if (of / "run.yaml").exists():
         tell_plan(title, of, prompts=f"{options['num_prompts']} that were not recorded")
     else:
-        entry = coeffs.load(source, options["registry"])
-        of = entry_folder(entry, options["out"])
-        tell(block(title, {"entry": entry.label, "folder": str(of)}))
-    with hold(of, "verifying") as lock:
-        chosen = policies.split(",") if policies else None
-        quiet: dict[str, Any] = {} if rank() == 0 else {"progress": False}
-        done = run_verification(source, policies=chosen, say=tell, lock=lock, **options, **quiet)
+        tell(block(title, {"entry": source, "folder": str(of)}))
+    chosen = policies.split(",") if policies else None
+    quiet: dict[str, Any] = {} if rank() == 0 else {"progress": False}
+    done = run_verification(source, policies=chosen, say=tell, **options, **quiet)
     if done is None:
         tell(f"rank {rank()}: its share of the prompts is done; rank 0 concludes")
         return

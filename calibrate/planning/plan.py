@@ -42,7 +42,7 @@ from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
 from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
 from calibrate.trials.baselines import check_budget
-from calibrate.trials.case import Case
+from calibrate.trials.case import Case, alone, open_case
 from calibrate.trials.measures import main_measure
 from calibrate.trials.setting import PLAN, Setting
 
@@ -71,6 +71,7 @@ class Basis:
     fits: Fits | None = None
 
 
+@alone("planning with")
 def plan(
     source: str | os.PathLike,
     *,
@@ -114,8 +115,6 @@ def plan(
         planner, budgets = _planner(basis, computed, speedup, source, say)
         logged = {budget: planner.simple(budget) + planner.planned(budget) for budget in budgets}
         return [Planned(budget, own, _least_cost(own)) for budget, own in logged.items()]
-    from calibrate.trials.case import open_case
-
     case = open_case(
         source, model=model, registry=None, out=None, dtype=dtype, device=device, **loading
     )

@@ -22,7 +22,8 @@ from calibrate.runs.files import make_folder
 
 logger = logging.getLogger(__name__)
 
-held: list[Path] = []  # folders of this process, whose own locks never conflict with each other
+# Of this process, whose own locks never conflict with each other.
+held: dict[Path, "RunLock"] = {}
 _EXCLUSIVE, _SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 _JOB_BYTE = 0
 _PATIENCE = 120.0  # seconds to wait for the first process of a job to write down whose it is and to clean up
@@ -53,8 +54,8 @@ def hold(
         except OSError as error:
             message = f"{error.filename or folder}: cannot be written ({error.strerror})"
             raise RunFolderError(f"{message}; choose another folder with --out") from None
-        held.append(folder)
-        stack.callback(held.remove, folder)
+        held[folder] = lock
+        stack.callback(held.pop, folder)
         yield lock
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import coeffs
 from calibrate.errors import InvalidOption, ModelNotFound
@@ -18,6 +18,7 @@ from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_promp
 from calibrate.model.session import STEPS, Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
+from calibrate.runs.lock import hold
 from calibrate.runs.pairs import Run, load_run
 from calibrate.runs.purposes import RECORDED, purposes
 from coeffs import Entry
@@ -26,6 +27,8 @@ MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
 PROTOCOL_OF_OWN = ("num_steps", "guidance_scale", "height", "width", "num_frames", "call_arguments")
 
 Source = str | os.PathLike | Entry
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ def open_case(
         recorded = None
     run = None if recorded is None else load_run(recorded)
     entry = _entry(source, recorded, registry)
-    folder = recorded or entry_folder(entry, out)
+    folder = recorded or folder_of(entry, registry, out)
     if out is not None and Path(out) != folder:
         raise InvalidOption(
             f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
@@ -186,9 +189,34 @@ def open_case(
     return case
 
 
-def entry_folder(entry: Entry, out: str | os.PathLike | None) -> Path:
-    """Where the verification of an entry without a run goes."""
-    return Path(out or f"runs/verify-{entry.label.replace('/', '-')}")
+def folder_of(source: Source, registry: str | Path | None, out: str | os.PathLike | None) -> Path:
+    """Where the work on a run, or on an entry without one, goes."""
+    if not isinstance(source, Entry):
+        if (Path(source) / "run.yaml").exists():
+            return Path(source)
+        source = coeffs.load(os.fspath(source), registry)
+    return Path(out or f"runs/verify-{source.label.replace('/', '-')}")
+
+
+def alone(work: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates what runs a model for a run or an entry: no other process works in its folder meanwhile.
+
+    With ``runs=False`` nothing is run and nothing written, also where nothing can be.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def holding(*args: P.args, **options: P.kwargs) -> R:
+            given: dict[str, Any] = {"registry": None, "out": None, "runs": True, **options}
+            source: Any = args[0] if args else given["source"]
+            if not given["runs"]:
+                return function(*args, **options)
+            with hold(folder_of(source, given["registry"], given["out"]), work):
+                return function(*args, **options)
+
+        return holding
+
+    return decorate
 
 
 def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Entry:
@@ -197,7 +225,10 @@ def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Ent
     else:
         file = None if run is None else run / "entry.yaml"
         if file is not None and not file.exists():
-            raise InvalidOption(f"{run}: no entry.yaml in it yet; run `calibrate fit {run}` first")
+            raise InvalidOption(
+                f"{run}: no entry.yaml in it yet; run `calibrate fit {run}` first, in Python "
+                f'coeffs.save(calibrate.fit("{run}"), "{file}")'
+            )
         entry = coeffs.load(file or os.fspath(source), registry)
     if not any(expert.branches for expert in entry.experts.values()):
         raise InvalidOption(

@@ -22,13 +22,13 @@ from calibrate.model.prompts import PromptSet
 from calibrate.recording.launch import rank
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.runs.folder import RunFolder
-from calibrate.runs.lock import RunLock
+from calibrate.runs.lock import held
 from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import JUDGED, held_out_prompts, note
 from calibrate.text import duration
 from calibrate.trials.baselines import DEFAULT_FRACTIONS, check_budget, default_budgets
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
+from calibrate.trials.case import Case, alone, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
@@ -44,6 +44,7 @@ AVERAGE_SHARE = float(np.mean(DEFAULT_FRACTIONS))  # of an uncached run that a c
 Say = Callable[[str], None]
 
 
+@alone("verifying")
 def verify(
     source: str | os.PathLike | Entry,
     *,
@@ -59,7 +60,6 @@ def verify(
     through: Sequence[str] = (),
     progress: bool = True,
     say: Say = lambda text: None,
-    lock: RunLock | None = None,
     **loading: Any,
 ) -> Verification | None:
     """Run the model uncached and under every policy, compare, and write the verified thresholds into the entry.
@@ -74,7 +74,6 @@ def verify(
         policies: Keys of :data:`calibrate.verifying.lineup.POLICIES`, or ``all``; by default gate, plan, uniform and
             fewer-steps.
         lpips: Also measure LPIPS; needs ``pip install 'teacal[lpips]'``.
-        lock: Of the folder, see :func:`calibrate.runs.lock.hold`, where ranks share the prompts.
         through: Engines whose own code runs the entry's plans as they are exported for it, beside our replay of them;
             then the plans are what is compared, unless ``policies`` names others.
         loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: ``model``
@@ -104,7 +103,7 @@ def verify(
     held_out = held_out_prompts(case.purposes, case.offered(prompts, seed, images), num_prompts)
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(case, chosen, steps, thresholds, held_out, say)
-    bench = Bench(case, held_out, perceptual, progress, lock)
+    bench = Bench(case, held_out, perceptual, progress, held[case.folder])
     with closing(bench), bench.alone():
         bench.expect(expected)
         recorded = case.run or bench.signals()

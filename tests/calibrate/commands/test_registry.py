@@ -395,10 +395,11 @@ def test_a_full_disk_is_one_line_and_exit_2(arguments):
     assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(tmp_path, run_folder):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, run_folder):
+    """Whatever keeps an entry from its release, `publish` ends with 1; other commands with 2."""
     (tmp_path / "file").write_text("")
     registry = tmp_path / "file" / "registry"
-    published = calibrate("publish", run_folder, "--registry", registry, code=2)
+    published = calibrate("publish", run_folder, "--registry", registry, code=1)
     assert "Not a directory; nothing was published" in published.stderr
     out = tmp_path / "file" / "x.py"
     exported = calibrate("export", "mochi-1", "--to", "json", "--out", out, code=2)

@@ -23,16 +23,14 @@ RANK = """
 import sys, time
 from pathlib import Path
 
-from calibrate.runs.lock import hold
 from calibrate.verifying.verify import verify
 
 run, ranks = Path(sys.argv[1]), int(sys.argv[2])
 Path(sys.argv[3]).touch()
 while len(list(run.parent.glob("ready-*"))) < ranks:
     time.sleep(0.01)
-with hold(run, "verifying") as lock:
-    options = dict(num_prompts=4, budgets=[3], policies=["gate", "uniform", "fewer-steps"])
-    found = verify(run, lock=lock, progress=False, device="cpu", **options)
+options = dict(num_prompts=4, budgets=[3], policies=["gate", "uniform", "fewer-steps"])
+found = verify(run, progress=False, device="cpu", **options)
 print("concluded" if found else "left")
 """
 
