@@ -6,11 +6,15 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import coeffs
 from calibrate.model.table import ModelSpec
 from coeffs import Entry
 from coeffs.errors import CoeffsError
+
+# What an entry's protocol and a row of the table both say.
+PROTOCOL = ("num_steps", "guidance_scale", "height", "width", "num_frames")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -45,14 +49,7 @@ def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
 
 def as_recorded(entry: Entry, spec: ModelSpec | None) -> ModelSpec:
     """What the class needs, with the protocol that the entry was recorded at."""
-    protocol = entry.protocol
     spec = spec or ModelSpec(alias=entry.model, pipeline_class=entry.pipeline_class or "")
-    return replace(
-        spec,
-        num_steps=protocol.num_steps,
-        guidance_scale=protocol.guidance_scale,
-        height=protocol.height,
-        width=protocol.width,
-        num_frames=protocol.num_frames,
-        call_arguments={**spec.call_arguments, **(protocol.call_arguments or {})},
-    )
+    protocol: dict[str, Any] = {name: getattr(entry.protocol, name) for name in PROTOCOL}
+    arguments = {**spec.call_arguments, **entry.protocol.call_arguments}
+    return replace(spec, **protocol, call_arguments=arguments)
