@@ -74,7 +74,7 @@ def cli() -> None:
         calibrate --model NAME              record and fit: RUN and a draft entry
         calibrate plan RUN --speedup 2      which steps to compute, proven on real runs
         calibrate verify RUN                gate, plan and baselines on prompts never seen before
-        calibrate certify RUN               the fastest setting proven to keep a limit; audit: also here
+        calibrate certify RUN               a setting proven to keep a limit; audit: here too
         calibrate report RUN                the figures, plots and samples in one page
         calibrate publish RUN               into the registry; export ENTRY --to ENGINE for serving
 
