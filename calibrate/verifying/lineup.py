@@ -47,9 +47,9 @@ from runtime.errors import RuntimeCacheError
 
 USUAL = ("gate", "plan", "uniform", "fewer-steps")  # what is deployed, and what it must beat
 ALL = "all"
-# Real runs per budget that a policy takes to make its settings, as a rule.
+# Real runs per budget that a policy takes to make its settings, as a rule; a search took 524 for 15 and 7 of 50 steps.
 TUNED = 2 * TUNING_PROMPTS
-SEARCHED = 500
+SEARCHED = 262
 
 
 @dataclass(frozen=True, kw_only=True)
