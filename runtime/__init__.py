@@ -30,6 +30,7 @@ _NEEDS_TORCH = {
     "apply_tea_cache": "runtime.apply",
     "compile_blocks": "runtime.compile",
     "denoisers": "runtime.apply",
+    "plan_scheduler": "runtime.anchors",
     "rel_l1": "runtime.watch.distance",
 }
 

@@ -1,11 +1,17 @@
 """What computed steps leave behind, and the forecasts that are made of it."""
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from coeffs import Plan
 from runtime.decide.forecast import Forecast
 from runtime.errors import InvalidSetting, WiringError
 
@@ -126,3 +132,67 @@ class Guided:
                 "skipped one; its output is refused: exclude such steps with start/end, or remove the cache"
             )
         return forecast.to(value.dtype, copy=True)
+
+
+def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
+    """A copy of a diffusers scheduler that runs a plan without hooks: one step for each computed one.
+
+    The pipeline is called with the plan's number of steps and makes as many as the plan computes. Each takes the
+    skipped steps behind it too, with the forecasts of the plan and the scheduler's own rule, so that the result is
+    that of ``apply_tea_cache(pipe, schedule=plan)`` to the bit. Nothing else may change the latents in between.
+
+    Raises:
+        InvalidSetting: The plan forecasts something that a scheduler does not receive.
+
+    Example:
+        pipe.scheduler = plan_scheduler(pipe.scheduler, entry.plans[0])
+    """
+    if plan.forecast_of != "guided":
+        raise InvalidSetting(
+            f"a plan with forecasts of the {plan.forecast_of or 'residual'}: a scheduler receives the guided "
+            "prediction alone; apply it with apply_tea_cache"
+        )
+    own: Any = type(scheduler)
+    forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step).planned_for(plan.schedule)
+    computed = [step for step, letter in enumerate(plan.schedule) if letter == "C"]
+    signature = inspect.signature(own.step)
+
+    class Planned(own):
+        timesteps: Any
+
+        @functools.wraps(own.set_timesteps)
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            own.set_timesteps(self, *args, **kwargs)
+            if len(self.timesteps) != len(plan.schedule):
+                raise InvalidSetting(
+                    f"{len(self.timesteps)} steps: the plan is one of {len(plan.schedule)}; ask for as many"
+                )
+            sigmas = getattr(self, "sigmas", -torch.arange(len(plan.schedule))).tolist()
+            self._anchors = Anchors(forecast, sigmas.__getitem__)
+            self._all_timesteps = self.timesteps
+            self.timesteps = self._all_timesteps[computed]
+            self._spans = list(pairwise([*computed, len(plan.schedule)]))
+
+        @functools.wraps(own.step)
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self, *args, **kwargs).arguments
+            output, time, sample = list(given)[1:4]
+            first, after = self._spans.pop(0)
+            value = given[output]
+            self._anchors.make_room(first)
+            self._anchors.add(first, [value.detach().clone()])
+            # The scheduler's own rule looks up where it is in the whole schedule.
+            shown, self.timesteps = self.timesteps, self._all_timesteps
+            for step in range(first, after):
+                if step > first:
+                    given[output] = self._anchors.forecast(step, 0, value.device).to(value.dtype)
+                    given[time] = self.timesteps[step]
+                stepped = own.step(**given)
+                given[sample] = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+            self.timesteps = shown
+            return stepped
+
+    Planned.__name__ = own.__name__  # pipelines and their configurations know schedulers by name
+    planned = copy.deepcopy(scheduler)
+    planned.__class__ = Planned
+    return planned

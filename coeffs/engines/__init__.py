@@ -24,6 +24,7 @@ ENGINES = {
     "cache-dit-mask": "cache_dit_mask",
     "xfuser": "xfuser",
     "angelslim": "angelslim",
+    "solver": "solver",
     "json": "json_entry",
 }
 

@@ -55,7 +55,7 @@ def planned(request: Request) -> Planned:
     """
     entry, engine, highest = request.entry, request.engine, request.facts.forecast
     notes = opening(request)
-    plan = _plan(entry, request.schedule)
+    plan = plan_of(entry, request.schedule)
     if len(entry.experts) > 1:
         raise EngineError(
             f"{entry.label} has {' and '.join(entry.experts)}: {engine} counts the steps of each from 0, and the plan "
@@ -75,7 +75,8 @@ def planned(request: Request) -> Planned:
     return Planned(schedule, order, notes + certified(request, schedule))
 
 
-def _plan(entry: Entry, schedule: str | None) -> Plan:
+def plan_of(entry: Entry, schedule: str | None) -> Plan:
+    """The entry's plan of this schedule, its only one, or a plan of a schedule that it does not have."""
     plans = {plan.schedule: plan for plan in entry.plans or ()}
     if schedule is None:
         if len(plans) != 1:

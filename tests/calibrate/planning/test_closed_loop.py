@@ -1,11 +1,15 @@
 """Generations in lockstep, and weights fitted on what a plan itself makes."""
 
+import json
+import re
 from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from coeffs_samples import sample_entry
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -24,6 +28,7 @@ from calibrate.planning.trajectories import (
     gaussian_gains,
     record_trajectory,
 )
+from coeffs.engines import export_entry
 from runtime import apply_tea_cache
 from runtime.decide.forecast import extrapolation
 
@@ -363,6 +368,52 @@ def test_the_runtime_makes_what_the_fit_saw():
     plan = coeffs.Plan(schedule=schedule, forecast="fitted", forecast_of="guided", weights=weights)
     with apply_tea_cache(pipeline, schedule=plan):
         np.testing.assert_allclose(call(pipeline), seen, atol=1e-6)
+
+
+def reference():
+    """The function that the page on planning shows."""
+    page = (Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)  # our own page
+    return names["solve"]
+
+
+@pytest.mark.parametrize("forecast", ["fitted", "linear", "reuse"])
+@pytest.mark.parametrize("name", ["euler", "ddim"])
+def test_an_exported_plan_is_a_solver_of_its_own(name, forecast):
+    pipeline, schedule, size = LinePipeline(SCHEDULERS[name]), "CSCSSCSSSS", 8
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(10)
+    if name == "euler":
+        sigmas = scheduler.sigmas.double().tolist()
+    else:
+        alphas = [*scheduler.alphas_cumprod[scheduler.timesteps].double().tolist(), 1.0]
+        sigmas = [((1 - alpha) / alpha) ** 0.5 for alpha in alphas]
+    rows = fitted(pipeline, range(6), schedule).rows if forecast == "fitted" else {}
+    if forecast == "linear":
+        anchors = []
+        for step, letter in enumerate(schedule):
+            levels = [sigmas[anchor] for anchor in anchors[:2]]
+            rows |= {} if letter == "C" else {step: extrapolation(sigmas[step], levels)}
+            anchors = [step, *anchors] if letter == "C" else anchors
+    weights = tuple(tuple(rows[step]) for step in sorted(rows)) if forecast == "fitted" else None
+    plan = coeffs.Plan(
+        schedule=schedule, sigmas=sigmas, forecast=forecast, forecast_of="guided", weights=weights
+    )
+    entry = sample_entry(plans=(plan,), protocol={"num_steps": 10})
+    form = json.loads(export_entry(entry, "solver"))
+    assert len(form["levels"]) == 4 and [len(row) for row in form["steps"]] == [1, 2, 3]
+
+    def predict(x, level):
+        scale = 1 if name == "euler" else (1 + level**2) ** -0.5
+        return pipeline.transformer(x * scale, None)
+
+    start = torch.randn(1, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    grown = 1 if name == "euler" else (1 + sigmas[0] ** 2) ** 0.5
+    with torch.no_grad():
+        own = reference()(form, predict, start * grown)
+    hooked = replayed(pipeline, 7, schedule, rows)
+    torch.testing.assert_close(own.float(), hooked, rtol=1e-6, atol=1e-6)
 
 
 def test_combined_weighs_the_newest_first():

@@ -19,6 +19,11 @@ CHANGES = {
     "mlx-teacache": {"start": 1, "end": 1},
     "comfyui-teacache": {"start": 0.25, "end": 0.25},
     "lightx2v-magcache": {"max_skips": 6},
+    "solver": {
+        "plans": (
+            {"schedule": "CCSC", "sigmas": (1.0, 0.7, 0.4, 0.2, 0.0), "forecast_of": "guided"},
+        )
+    },
 }
 
 
