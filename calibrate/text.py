@@ -10,7 +10,7 @@ from coeffs.errors import did_you_mean as did_you_mean
 WIDTH = 100  # where the output is no terminal
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell: the first flush left, the others flush right.
 
     Columns that do not fit in the terminal's width (``WIDTH`` without one) go into a further block of lines.
@@ -18,7 +18,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
     lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
     labels, *others = zip(*lines, strict=True)
     first = [cell.ljust(max(map(len, labels))) for cell in labels]
-    limit = width or terminal_width()
+    limit = terminal_width()
     blocks = [first]
     for column in others:
         padded = [cell.rjust(max(map(len, column))) for cell in column]

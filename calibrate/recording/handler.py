@@ -121,6 +121,11 @@ class RecordHandler(Handler):
         self._products = Products() if gram else None
         self.discard()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the outputs that are kept on the device for planning."""
+        return 0 if self._products is None else self._products.held_bytes
+
     def discard(self) -> None:
         """Forget what was seen since the last call."""
         # Of each trajectory, in the order of their first calls.

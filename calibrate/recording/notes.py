@@ -105,7 +105,7 @@ def outlook(run: RunFolder, anew: Collection[str]) -> str:
 def costs(seconds: float, todo: int, held: int) -> str:
     """What the first prompt of this start took, and what that says about the rest; once for all ranks.
 
-    ``held`` are the bytes of the last step's tensors that the recorder kept for comparison.
+    ``held`` are the bytes that the recorder held at the end of it.
     """
     import torch
 

@@ -66,8 +66,9 @@ class Recorder:
         return value
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors that are kept from the previous step, over all live trajectories."""
-        return sum(
+        """Bytes on the device: of each live trajectory the previous step's tensors, and the outputs for planning."""
+        outputs = sum(handler.held_bytes for handler in self._handlers.values())
+        return outputs + sum(
             buffer.nbytes
             for stack in self._watch.stacks
             for trajectory in stack.trajectories.values()

@@ -115,6 +115,17 @@ def test_held_bytes_stay_within_the_budget(monkeypatch):
     assert kept.held_bytes == 0
 
 
+def test_what_the_recorder_holds_counts_the_outputs_for_planning():
+    pipe, held = TinyPipeline(), {}
+    for gram in (False, True):
+        with torch.inference_mode(), Recorder(denoisers(pipe), pipe, gram=gram) as recorder:
+            recorder.start()
+            pipe("a fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+            held[gram] = recorder.held_bytes()
+    outputs = [tensor for row in recorded(pipe)[1].values() for tensor in row]
+    assert held[True] - held[False] >= sum(4 * tensor.numel() for tensor in outputs)
+
+
 def test_long_rows_are_multiplied_in_pieces():
     rows = [torch.randn(2**18 + 17) for _ in range(3)]
     stacked = torch.stack(rows).double()
