@@ -37,10 +37,8 @@ from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import Entered, Setting
 from coeffs import Certificate, Entry
 
-RISK, CONFIDENCE = (
-    0.05,
-    0.95,
-)  # one prompt in twenty, and the level of every interval in this project
+RISK = 0.05  # one prompt in twenty
+CONFIDENCE = 0.95  # the level of every interval in this project
 Say = Callable[[str], None]
 
 
