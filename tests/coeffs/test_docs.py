@@ -49,6 +49,7 @@ def test_every_field_is_explained():
         schema.Expert,
         schema.Threshold,
         schema.Plan,
+        coeffs.Certificate,
     )
     names = {
         field.name for record in (*records, schema.Source) for field in dataclasses.fields(record)
