@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from calibrate.errors import InvalidOption
@@ -10,16 +9,7 @@ from calibrate.errors import InvalidOption
 
 def plain(value: Any) -> Any:
     """The value with only what YAML and JSON both write: tuples as lists, anything foreign as its text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float):  # subclasses too: NumPy's numbers are no YAML
-        if isinstance(value, kind):
-            return kind(value)
-    return str(value)
+    return json.loads(json.dumps(value, default=str))
 
 
 def canonical_sha256(value: Any) -> str:
