@@ -123,12 +123,12 @@ def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     from calibrate.trials.setting import plan_setting
 
     own = next(p for p in case.entry.plans if p.computed_steps == computed)
-    runner = Runner(case)
-    trajectories = load_trajectories(runner, True, say)
+    runner = Runner(case, True, say)
+    trajectories = load_trajectories(runner)
     settings = []
     for count in CURVE:
         if count <= len(trajectories):
-            fits = Fits(runner, trajectories[:count], None, True, say)
+            fits = Fits(runner, trajectories[:count], None)
             weights = fits.fit(own.schedule).weights
             plan = replace(own, forecast="fitted", forecast_of="guided", weights=weights)
             settings.append(plan_setting(f"plan's schedule, fitted on {count} prompts", plan))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation
@@ -100,8 +99,8 @@ def fit(
 
 def combined(weights: Sequence[float], predictions: Sequence[torch.Tensor]) -> torch.Tensor:
     """The weighted sum, in float32; predictions beyond the weights are not used."""
-    total = weights[0] * predictions[0].float()
-    for weight, prediction in zip(weights[1:], predictions[1:], strict=False):
+    total = torch.zeros_like(predictions[0], dtype=torch.float32)
+    for weight, prediction in zip(weights, predictions, strict=False):
         total += weight * prediction.float()
     return total
 
@@ -163,11 +162,8 @@ class Fits:
         runner: Runner,
         trajectories: Sequence[Trajectory],
         anchors: int | None,
-        progress: bool,
-        say: Callable[[str], Any],
     ) -> None:
         self._runner, self._trajectories, self._anchors = runner, trajectories, anchors
-        self._progress, self._say = progress, say
         self._groups = runner.groups[: len(trajectories)]
 
     def fit(self, schedule: str) -> Fit:
@@ -189,13 +185,13 @@ class Fits:
 
     def _fitted(self, schedule: str) -> Fit:
         computed, prompts = schedule.count("C"), [group.prompt for group in self._groups]
-        self._say(
+        self._runner.say(
             f"fitting {computed} of {len(schedule)} steps on {len(prompts)} prompts: "
             f"{computed / len(schedule):.0%} of what their uncached runs took"
         )
         runs = computed * len(prompts)
         with (
-            tqdm(total=runs, desc="fitting", unit="step", disable=not self._progress) as bar,
+            self._runner.bar(total=runs, desc="fitting", unit="step") as bar,
             self._runner.running(prompts) as running,
         ):
             teachers = [torch.from_numpy(trajectory.latents) for trajectory in self._trajectories]

@@ -24,11 +24,10 @@ from calibrate.planning.candidates import (
     Quantity,
     fewer_steps,
     finalists,
-    score,
 )
 from calibrate.planning.closed_loop import Fits
 from calibrate.planning.problem import Array, Problem, sigmas_of
-from calibrate.planning.results import Planned, fidelity, judged_figures, keep, planned_entry
+from calibrate.planning.results import Planned, judged_figures, keep, planned_entry, scores_of
 from calibrate.planning.trajectories import (
     NoSolver,
     Runner,
@@ -43,7 +42,6 @@ from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
 from calibrate.trials.baselines import check_budget
 from calibrate.trials.case import Case, alone, open_case
-from calibrate.trials.measures import main_measure
 from calibrate.trials.setting import PLAN, Setting
 
 CHOOSING_PROMPTS = (
@@ -130,8 +128,8 @@ def plan(
         budget: _entrants(planner, basis.fits, budget, candidates) + fewer_steps(budget)
         for budget in budgets
     }
-    planned, tried = _proven(case, entered, divided, progress, say)
-    keep(case.folder, planned, tried)
+    planned = _proven(case, entered, divided, progress, say)
+    keep(case.folder, planned)
     # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
     update_entry(
         case.folder / "entry.yaml",
@@ -146,28 +144,23 @@ def _proven(
     divided: tuple[PromptSet, PromptSet],
     progress: bool,
     say: Say,
-) -> tuple[list[Planned], pd.DataFrame]:
-    """The winner of every budget with its figures, and the runs that chose it."""
+) -> list[Planned]:
+    """The winner of every budget, by runs alone, with its figures on other prompts."""
     first, rest = divided
     # Before anything is chosen: an interrupted planning has seen these prompts too.
     note(case.folder, [prompt.prompt_id for prompt in first.prompts], CHOOSING)
     say(f"choosing by runs of {len(first.prompts)} held-out prompts")
     ran = [candidate for entrants in entered.values() for candidate in finalists(entrants)]
     tried, _ = _results(case, first, [candidate.setting() for candidate in ran], progress)
-    choices = {
-        budget: _choice(entrants, tried[tried["budget"] == budget])
-        for budget, entrants in entered.items()
-    }
+    scores = {budget: scores_of(rows) for budget, rows in tried.groupby("budget")}
+    winners = {budget: _winner(own, scores[budget]) for budget, own in entered.items()}
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
-    settings = [winner.setting(PLAN) for winner, _ in choices.values()]
+    settings = [winner.setting(PLAN) for winner in winners.values()]
     settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
     judged, floor = _results(case, rest, settings, progress)
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
-    planned = [
-        Planned(b, entered[b], winner, judged_figures(judged[judged["budget"] == b], floor), why)
-        for b, (winner, why) in choices.items()
-    ]
-    return planned, tried
+    figures = {budget: judged_figures(rows, floor) for budget, rows in judged.groupby("budget")}
+    return [Planned(b, entered[b], winners[b], figures[b], scores[b]) for b in entered]
 
 
 def _from_the_log(
@@ -184,18 +177,18 @@ def _from_runs(
 ) -> Basis:
     """From trajectories, with measured and with Gaussian gains; from the log where no solver can be watched."""
     try:
-        runner = Runner(case)
-        trajectories = load_trajectories(runner, progress, say)
+        runner = Runner(case, progress, say)
+        trajectories = load_trajectories(runner)
     except NoSolver as error:
         say(f"{error}; planning forecasts of its outputs, without fitted weights")
         return _from_the_log(case.folder, steps, "output")
-    gains = measured_gains(runner, trajectories, progress, say)
+    gains = measured_gains(runner, trajectories)
     return Basis(
         problem_of(trajectories, gains),
         "guided",
         trajectories[0].sigmas,
         gaussian=problem_of(trajectories, gaussian_gains(trajectories)),
-        fits=Fits(runner, trajectories, anchors, progress, say),
+        fits=Fits(runner, trajectories, anchors),
     )
 
 
@@ -242,15 +235,10 @@ def _least_cost(entrants: list[Candidate]) -> Candidate:
     return min((c for c in entrants if c.name not in BASELINES), key=lambda c: c.cost)
 
 
-def _choice(entrants: list[Candidate], rows: pd.DataFrame) -> tuple[Candidate, str]:
-    """The best plan by runs alone, and in words by how much."""
-    table = fidelity(rows, main_measure(rows))
-    scores = table.apply(lambda column: score(column.dropna().to_numpy())).sort_values()[::-1]
-    plans = {c.name: c for c in entrants if c.plan is not None}
-    winner = plans[next(name for name in scores.index if name in plans)]
-    others = [f"{name} {value:.1f}" for name, value in scores.items() if name != winner.name]
-    chosen = f"{winner.name}: {scores[winner.name]:.1f} dB on {len(table)} prompts"
-    return winner, f"{chosen}; {', '.join(others[:3])}"
+def _winner(entrants: list[Candidate], scores: dict[str, float]) -> Candidate:
+    """The best plan by runs alone; fewer steps are none."""
+    plans = [c for c in entrants if c.plan is not None and c.name in scores]
+    return max(plans, key=lambda candidate: scores[candidate.name])
 
 
 def _results(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 import coeffs
 from calibrate.planning.candidates import BASELINES, UNIFORM, UNIFORM_FITTED, Candidate, score
@@ -38,14 +37,22 @@ class Planned:
         candidates: Everything that entered, baselines first.
         winner: The plan that was chosen; without runs the one with the least open-loop error.
         figures: Of the winner on judged prompts, and of its rivals beside it; empty without runs.
-        chosen: Why the winner is it: its score on choosing prompts, and those of the next ones.
+        scores: Name -> what a candidate scored on the choosing prompts, of those that were run.
     """
 
     computed: int
     candidates: list[Candidate]
     winner: Candidate
     figures: Figures = field(default_factory=dict)
-    chosen: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> str | None:
+        """Why the winner is it, in words: its score, and those of the next ones."""
+        best = sorted(self.scores, key=lambda name: -self.scores[name])
+        ranked = [name for name in best if name != self.winner.name][:3]
+        named = [f"{name} {self.scores[name]:.1f}" for name in (self.winner.name, *ranked)]
+        return f"scores on choosing prompts, dB: {', '.join(named)}" if self.scores else None
 
     @property
     def plan(self) -> coeffs.Plan:
@@ -66,8 +73,14 @@ def fidelity(rows: pd.DataFrame, main: str) -> pd.DataFrame:
     return rows.assign(value=values, key=keys).pivot_table("value", "key", "policy")
 
 
+def scores_of(rows: pd.DataFrame) -> dict[str, float]:
+    """Policy -> its score in runs of one budget."""
+    table = fidelity(rows, main_measure(rows))
+    return {name: score(table[name].dropna().to_numpy()) for name in table}
+
+
 def judged_figures(rows: pd.DataFrame, floor: Mapping[str, Any]) -> Figures:
-    """Means and worst prompts of the plan, its rivals' beside them, the paired gain over uniform reuse, the floor."""
+    """Means and worst prompts of the plan, its rivals' beside them, and the floor."""
     main = main_measure(rows)
     table = fidelity(rows, main)
     own = rows[rows["policy"] == PLAN]
@@ -81,11 +94,6 @@ def judged_figures(rows: pd.DataFrame, floor: Mapping[str, Any]) -> Figures:
         if name in table:
             figures[f"{_prefix(name)}{main}"] = table[name].mean()
             figures[f"{_prefix(name)}worst_{main}"] = table[name].min()
-    gain = (table[PLAN] - table[UNIFORM]).dropna()
-    low, high = np.nan, np.nan
-    if len(gain) > 2:
-        low, high = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
-    figures |= {"gain_db": gain.mean(), "gain_low_db": low, "gain_high_db": high}
     return {
         name: None if value is None or not np.isfinite(value) else float(value)
         for name, value in figures.items()
@@ -131,21 +139,19 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
     return f"use fewer steps instead, without a cache, at {where}"
 
 
-def keep(folder: Path, planned: Sequence[Planned], tried: pd.DataFrame) -> None:
+def keep(folder: Path, planned: Sequence[Planned]) -> None:
     """``plan.json``: every budget with its candidates and what they gave; other budgets are kept."""
     rows = {(row["steps"], -row["computed"]): row for row in _kept(folder)}
     for own in planned:
-        of_budget = tried[tried["budget"] == own.computed]
-        table = fidelity(of_budget, main_measure(of_budget))
-        scores = {name: score(table[name].dropna().to_numpy()) for name in table}
         rows[_size(own.plan)] = {
             "steps": len(own.plan.schedule),
             "computed": own.computed,
             "winner": _described(own.winner),
             "chosen": own.chosen,
-            "prompts": len(table),
             "figures": own.figures,
-            "candidates": [{**_described(c), "score": scores.get(c.name)} for c in own.candidates],
+            "candidates": [
+                {**_described(c), "score": own.scores.get(c.name)} for c in own.candidates
+            ],
         }
     text = json.dumps([rows[size] for size in sorted(rows)], indent=2)
     write_atomically(folder / "plan.json", f"{text}\n".encode())

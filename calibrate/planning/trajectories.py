@@ -1,8 +1,8 @@
 """Uncached trajectories of the recorded prompts as the solver sees them, kept in the run folder.
 
 ``trajectories/<hash>/<group>.npy`` holds the latents before each step and after the last (float32), ``<group>.npz``
-the inner products of the predictions and what each step made of them, ``gains.json`` what errors leave at the end.
-Predictions are those that ``scheduler.step`` receives: after guidance and whatever the pipeline makes of it.
+the inner products of the predictions and what each step made of them, ``sensitivity.json`` what is left of errors at
+the end. Predictions are those that ``scheduler.step`` receives: after guidance and whatever the pipeline makes of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,10 @@ class Trajectory:
 class Runner:
     """Runs the case's pipeline in generations that stop at every solver step.
 
+    Args:
+        progress: Whether bars are shown.
+        say: Is told in words what is going to be run.
+
     Attributes:
         groups: The recorded prompts.
         folder: Where what it finds is kept, by what that depends on: model, weights, dtype, arguments.
@@ -87,8 +91,8 @@ class Runner:
         NoSolver: There is no scheduler, or a callable that does not take one.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.session = case, case.session
+    def __init__(self, case: Case, progress: bool, say: Callable[[str], Any]) -> None:
+        self.case, self.session, self.say = case, case.session, say
         if not hasattr(getattr(self.session.driver, "scheduler", None), "step"):
             raise NoSolver("no scheduler whose steps could be watched")
         if self.session.function is not None and not self.session.accepts("scheduler"):
@@ -97,6 +101,7 @@ class Runner:
         arguments = {name: str(value) for name, value in self.session.arguments.items()}
         key = canonical_sha256([FORMAT, case.identity, arguments])[:12]
         self.folder = case.folder / "trajectories" / key
+        self.bar = partial(tqdm, disable=not progress)
 
     def running(self, prompts: Sequence[Prompt]) -> Any:
         """See :func:`calibrate.planning.lockstep.generations`; nothing is decoded where that can be left out."""
@@ -111,9 +116,7 @@ class Runner:
         return generations(self.session.driver, self.session.modules, calls)
 
 
-def load_trajectories(
-    runner: Runner, progress: bool, say: Callable[[str], Any]
-) -> list[Trajectory]:
+def load_trajectories(runner: Runner) -> list[Trajectory]:
     """Those of all recorded prompts; what the run folder lacks is run now.
 
     Raises:
@@ -122,10 +125,12 @@ def load_trajectories(
     files = {group.name: runner.folder / f"{group.name}.npz" for group in runner.groups}
     missing = [group for group in runner.groups if not files[group.name].exists()]
     if missing:
-        say(f"running {len(missing)} recorded prompts uncached, to see what their solver sees")
-    for group in tqdm(missing, "uncached", unit="prompt", disable=not progress or not missing):
-        with runner.running([group.prompt]) as (generation,):
-            _write(files[group.name], record_trajectory(generation))
+        runner.say(
+            f"running {len(missing)} recorded prompts uncached, to see what their solver sees"
+        )
+        for group in runner.bar(missing, "uncached", unit="prompt"):
+            with runner.running([group.prompt]) as (generation,):
+                _write(files[group.name], record_trajectory(generation))
     return [_read(file) for file in files.values()]
 
 
@@ -189,25 +194,20 @@ def gaussian_gains(trajectories: Sequence[Trajectory]) -> Array:
     return together[-1] / np.maximum(together, TINY)
 
 
-def measured_gains(
-    runner: Runner, trajectories: Sequence[Trajectory], progress: bool, say: Callable[[str], Any]
-) -> Array:
+def measured_gains(runner: Runner, trajectories: Sequence[Trajectory]) -> Array:
     """How much of a small error is left at the end, shape (T + 1,): measured at some steps, interpolated between."""
     steps = trajectories[0].num_steps
     places = sorted({max(1, int(place * steps)) for place in GAIN_PLACES})
-    file = runner.folder / "gains.json"
+    file = runner.folder / "sensitivity.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    samples = list(zip(runner.groups, trajectories, strict=True))[:GAIN_SAMPLES]
-    if len(known) < len(samples) * len(places):
-        say(f"measuring what is left of an error, at {len(places)} steps of {len(samples)} prompts")
-    jobs = list(product(samples, places))
-    for (group, trajectory), place in tqdm(jobs, "sensitivity", unit="run", disable=not progress):
-        name = f"{group.name} {place}"
-        if name not in known:
+    for group, trajectory in list(zip(runner.groups, trajectories, strict=True))[:GAIN_SAMPLES]:
+        own = known.setdefault(group.name, [])
+        left = places[len(own) :]
+        for place in runner.bar(left, f"sensitivity of prompt {group.index}", unit="run"):
             with runner.running([group.prompt]) as (generation,):
-                known[name] = gain_of(generation, trajectory, place)
+                own.append(gain_of(generation, trajectory, place))
             write_json(file, known)
-    gains = [np.mean([known[f"{group.name} {place}"] for group, _ in samples]) for place in places]
+    gains = np.mean([*known.values()], axis=0)
     # The error of step t is in the latents before step t + 1; at the end all of it is left.
     known_at = [*(place + 1 for place in places), steps]
     return np.interp(np.arange(steps + 1), known_at, [*gains, 1.0])

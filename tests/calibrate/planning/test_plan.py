@@ -27,7 +27,7 @@ from calibrate.planning.candidates import (
 )
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.problem import Problem
-from calibrate.planning.results import Planned, fewer_steps_verdict, planned_entry
+from calibrate.planning.results import Planned, fewer_steps_verdict, planned_entry, scores_of
 from calibrate.recording.record import record
 from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.pairs import load_run
@@ -95,9 +95,11 @@ def test_runs_alone_choose_the_winner():
         Candidate(name, 1, own, cost)
         for name, own, cost in zip(values, plans, (0.001, 0.9), strict=True)
     ]
-    winner, chosen = planning._choice(entrants, rows)
+    scores = scores_of(rows)
+    winner = planning._winner(entrants, scores)
     assert winner.name == "uniform, fitted guided"
-    assert chosen == "uniform, fitted guided: 33.2 dB on 2 prompts; planned 30.2"
+    chosen = Planned(1, entrants, winner, scores=scores).chosen
+    assert chosen == "scores on choosing prompts, dB: uniform, fitted guided 33.2, planned 30.2"
 
 
 def test_a_third_of_the_prompts_says_what_the_worst_are():
@@ -166,10 +168,7 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     figures = found.figures
     rivals = ("uniform_reuse_psnr_db", "uniform_linear_guided_psnr_db", "fewer_steps_psnr_db")
     assert {"psnr_db", "worst_psnr_db", "floor_psnr_db", "speedup", *rivals} <= set(figures)
-    assert found.chosen == first[0].chosen and "dB on 1 prompts; " in found.chosen
-    # Of two prompts no interval can be given.
-    assert figures["gain_db"] is not None
-    assert figures["gain_low_db"] is None and figures["gain_high_db"] is None
+    assert found.chosen == first[0].chosen and f"dB: {first[0].winner.name} " in found.chosen
     kept = json.loads((folder / "plan.json").read_text())
     assert kept[0]["winner"]["schedule"] == found.schedule and len(kept[0]["candidates"]) >= 6
 
