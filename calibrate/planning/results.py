@@ -49,10 +49,12 @@ class Planned:
     @property
     def chosen(self) -> str | None:
         """Why the winner is it, in words: its score, and those of the next ones."""
+        if not self.scores:
+            return None
         best = sorted(self.scores, key=lambda name: -self.scores[name])
         ranked = [name for name in best if name != self.winner.name][:3]
         named = [f"{name} {self.scores[name]:.1f}" for name in (self.winner.name, *ranked)]
-        return f"scores on choosing prompts, dB: {', '.join(named)}" if self.scores else None
+        return f"scores on choosing prompts, dB: {', '.join(named)}"
 
     @property
     def plan(self) -> coeffs.Plan:
