@@ -138,7 +138,7 @@ def test_plans_without_runs_touch_nothing(folder):
     ("arguments", "said"),
     [
         (["--computed", "11"], "11 computed steps of 10"),
-        (["--computed", "a"], "expected numbers"),
+        (["--computed", "a"], "expected whole numbers"),
         ([], "give exactly one"),
         (["--computed", "3", "--speedup", "2"], "give exactly one"),
         (["--computed", "3", "--steps", "12"], "expected 3 to 10"),
