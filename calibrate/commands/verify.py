@@ -90,6 +90,8 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         click.echo(f"broken: {name}: {count} samples with NaN or infinity, which count as 0 dB")
     for name, reason in done.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
+    if done.facts["tuning"]:
+        click.echo(f"tuning: {done.facts['tuning']}")
     of_plan = judge_plan(done.results)
     # Where there is a plan, plan and gate are compared once.
     of_gate = [row for row in done.comparisons if not of_plan or row.baseline != PLAN]

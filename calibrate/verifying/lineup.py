@@ -61,6 +61,7 @@ class Lineup:
         budgets: Numbers of computed steps.
         counted: Mean computed steps of real runs of the tuning prompts under a setting.
         error: Squared relative error of a real run of the first of them.
+        tuning: Their ids.
         given: The fitted gate's settings, where its thresholds were given instead of budgets.
         known: The registry's entries.
     """
@@ -71,6 +72,7 @@ class Lineup:
     budgets: Sequence[int]
     counted: Counted
     error: Counted
+    tuning: Sequence[str] = ()
     given: Sequence[Setting] = ()
     known: Sequence[Entry] = ()
     transformer_class: str | None = None
@@ -117,7 +119,9 @@ def gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequence[Set
     """The gate of an entry (by default the one that is verified), tuned to the budgets or as it was given."""
     if label == GATE and lineup.given:
         return lineup.given
-    return tuned_gate(label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.counted)
+    return tuned_gate(
+        label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.counted, lineup.tuning
+    )
 
 
 def planned(lineup: Lineup, label: str) -> list[Setting]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from calibrate.errors import InvalidOption
@@ -24,6 +25,8 @@ from coeffs import Entry
 
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
 TRIES = 4  # real counts per budget: replay is off by a step or two, which one correction mends as a rule
+STEADY = 1.0  # steps: budgets compared in our tables lie three or more apart
+QUANTILE = 1.96  # of a normal distribution, two-sided 95 %
 NEAR_ENOUGH = 0.5  # steps; budgets are whole numbers
 # From where diffusers' caches compute every step to almost none; seven halvings find one.
 CACHE_THRESHOLDS = [float(f"{threshold:.4g}") for threshold in np.logspace(-4, 1, 129)[1:-1]]
@@ -38,22 +41,22 @@ class TuningRuns:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self._prompts = (bench.case.recorded_prompts or bench.prompts.prompts)[:TUNING_PROMPTS]
+        self.prompts = (bench.case.recorded_prompts or bench.prompts.prompts)[:TUNING_PROMPTS]
 
     def steps(self, setting: Setting) -> float:
         """Mean computed steps."""
 
         def count() -> float:
-            samples = [self._bench.sampler.run(setting, prompt) for prompt in self._prompts]
+            samples = [self._bench.sampler.run(setting, prompt) for prompt in self.prompts]
             return float(np.mean([sample.computed_steps for sample in samples]))
 
         return self._kept(
-            self._bench.key(replace(setting, policy="", budget=0), *self._prompts), count
+            self._bench.key(replace(setting, policy="", budget=0), *self.prompts), count
         )
 
     def error(self, setting: Setting) -> float:
         """Squared relative error of the first prompt's latents, or of its series."""
-        prompt = self._prompts[0]
+        prompt = self.prompts[0]
 
         def error() -> float:
             sample = self._bench.sampler.run(setting, prompt)
@@ -101,18 +104,32 @@ def tune_threshold(
 
 
 def tuned_gate(
-    name: str, entry: Entry, budgets: Sequence[int], run: Run, counted: Counted
+    name: str,
+    entry: Entry,
+    budgets: Sequence[int],
+    run: Run,
+    counted: Counted,
+    tuning: Sequence[str] = (),
 ) -> list[Setting]:
-    """The gate at the thresholds whose real runs come nearest to the budgets."""
-    replayed = _replayed(name, entry, run)
+    """The gate at the thresholds whose real runs come nearest to the budgets.
+
+    ``counted`` runs a few of the recorded prompts, ``tuning``. What is taken from them is by how much real runs leave
+    their replay; the number of steps is that of all recorded prompts, or two prompts would decide it.
+    """
+    replayed, prompts = _replayed(name, entry, run)
+    ran = np.isin(prompts, tuning)
+    if not ran.any():  # they were not recorded: their own steps count then
+        ran[:] = True
     settings: dict[float | None, Setting] = {}
     missed = []
     for budget in budgets:
 
         def measured(threshold: float, budget: int = budget) -> float:
-            return counted(gate_setting(name, entry, budget, threshold))
+            steps = replayed(threshold)
+            left = counted(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
+            return float(steps.mean() + left)
 
-        threshold, computed = tune_threshold(replayed, measured, budget)
+        threshold, computed = tune_threshold(lambda t: replayed(t).mean(), measured, budget)
         if abs(computed - budget) > MISSED_BUDGET:
             missed.append(f"{computed:.3g} instead of {budget}")
         else:
@@ -127,15 +144,48 @@ def tuned_gate(
 
 def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:
     """The gate at given thresholds; its budgets are the computed steps that replay expects."""
-    budgets = np.maximum(1, _replayed(GATE, entry, run)(thresholds).round().astype(int)).tolist()
+    replayed, _ = _replayed(GATE, entry, run)
+    means = replayed(thresholds).mean(axis=-1)
+    budgets = np.maximum(1, means.round().astype(int)).tolist()
     return [gate_setting(GATE, entry, *each) for each in zip(budgets, thresholds, strict=True)]
 
 
-def _replayed(name: str, entry: Entry, run: Run) -> Callable[[ArrayLike], Any]:
-    """Mean computed steps of a gate's replay over the run, at a threshold or several."""
+def unsteady(entry: Entry, run: Run, settings: Sequence[Setting]) -> str:
+    """Where other prompts would have tuned the fitted gate to another number of steps, and how many more it takes."""
+    replayed, prompts = _replayed(GATE, entry, run)
+    needed: dict[int, int] = {}
+    for setting in settings:
+        of_prompt = pd.Series(replayed(setting.threshold)).groupby(prompts).mean()
+        needed[setting.budget] = prompts_needed(of_prompt.to_numpy())
+    there = len(np.unique(prompts))
+    few = [str(budget) for budget, count in needed.items() if count > there]
+    if not few:
+        return ""
+    return (
+        f"two halves of the {there} recorded prompts may tune to numbers of steps more than {STEADY:g} apart "
+        f"at {', '.join(few)} steps; record {max(needed.values()) - there} more"
+    )
+
+
+def prompts_needed(steps: np.ndarray) -> int:
+    """Prompts of which two halves agree within ``STEADY`` steps 95 times of 100; ``steps`` are single prompts'.
+
+    Means of halves of n prompts differ by 2 s / sqrt(n) (standard deviation), where single prompts spread by s.
+    """
+    if len(steps) < 2:
+        return 2
+    spread = np.std(steps, ddof=1)
+    return math.ceil((2 * QUANTILE * spread / STEADY) ** 2)
+
+
+def _replayed(
+    name: str, entry: Entry, run: Run
+) -> tuple[Callable[[ArrayLike | None], np.ndarray], np.ndarray]:
+    """Computed steps of a gate's replay at a threshold, or several, by generation; and each one's prompt."""
     mode = branches_of(name, entry)
     search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal, mode)
-    return lambda thresholds: search.generation_means(search.computed(thresholds))
+    prompts = search.prompts[search.prompt_of]
+    return lambda thresholds: search.computed(thresholds) @ search.shares, prompts
 
 
 def tuned_diffusers(

@@ -36,7 +36,7 @@ from calibrate.trials.through import check_through
 from calibrate.verifying.comparison import deciding, headline, judge
 from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_to_come
 from calibrate.verifying.results import Verification, write_verification
-from calibrate.verifying.tuning import TuningRuns, given_gate
+from calibrate.verifying.tuning import TuningRuns, given_gate, unsteady
 from coeffs import Entry
 
 NUM_PROMPTS = 10
@@ -117,6 +117,7 @@ def verify(
             given=given,
             counted=runs.steps,
             error=runs.error,
+            tuning=[prompt.prompt_id for prompt in runs.prompts],
             known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )
@@ -128,6 +129,8 @@ def verify(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")
     facts = _facts(case, bench, results, refused)
+    tuned = [setting for setting in to_run.settings if setting.policy == GATE and not given]
+    facts["tuning"] = unsteady(case.entry, recorded, tuned)
     verification = Verification(results, facts, case.folder / "verify")
     write_verification(verification)
     note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
