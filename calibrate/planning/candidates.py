@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 import coeffs
-from calibrate.planning.closed_loop import Fit
+from calibrate.planning.closed_loop import Fit, Fits
 from calibrate.planning.problem import Array, Problem
 from calibrate.planning.search import best_schedules, schedule_cost, uniform_between
 from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, Setting, plan_setting
@@ -67,20 +67,31 @@ class Candidate:
         return Setting(self.name, "fewer_steps", self.computed, options=options)
 
 
-class Planner:
-    """Schedules for any budget up to ``most``; every table of costs is made once.
+@dataclass(frozen=True)
+class Basis:
+    """What schedules and weights are made from.
 
-    Args:
+    Attributes:
         what: The quantity that plans forecast.
-        gaussian: The same problem with the gains of Gaussian data, where others were measured.
+        sigmas: Noise levels of all steps and of the end.
+        gaussian: The problem with the gains of Gaussian data, where others were measured.
+        fits: Fits weights; None where no solver can be watched.
     """
 
-    def __init__(
-        self, problem: Problem, most: int, what: Quantity, gaussian: Problem | None = None
-    ) -> None:
-        self.problem, self.what = problem, what
-        self._linear = problem.costs("linear")
-        problems = (problem, gaussian or problem)
+    problem: Problem
+    what: Quantity
+    sigmas: Array
+    gaussian: Problem | None = None
+    fits: Fits | None = None
+
+
+class Planner:
+    """Schedules for any budget up to ``most``; every table of costs is made once."""
+
+    def __init__(self, basis: Basis, most: int) -> None:
+        self.basis, self.problem = basis, basis.problem
+        self._linear = self.problem.costs("linear")
+        problems = (self.problem, basis.gaussian or self.problem)
         self._best = {
             name: best_schedules(problems[by_size].costs(forecast, for_worst), most)
             for name, (forecast, for_worst, by_size) in KINDS.items()
@@ -107,19 +118,21 @@ class Planner:
         """The uniform schedule, with a computed step at each wall."""
         return uniform_between(self.problem.walls, self.problem.num_steps, computed)
 
-    def simple(self, computed: int) -> list[Candidate]:
-        """Uniform candidates: forecasts of residuals, and of the guided prediction where that is forecast."""
-        even = self.uniform(computed)
-        return [
+    def entrants(self, computed: int, most: int | None = None) -> list[Candidate]:
+        """Uniform forecasts without a fit, and planned schedules: fitted where they can be, else linear or reused."""
+        fits, what, even = self.basis.fits, self.basis.what, self.uniform(computed)
+        plans = [
             self.candidate(name, even, forecast, of)
             for name, (forecast, of) in BASELINES.items()
-            if of in ("residual", self.what)
+            if of in ("residual", what)
         ]
-
-    def planned(self, computed: int) -> list[Candidate]:
-        """Planned schedules with forecasts that need no fit."""
-        return [
-            self.candidate(name, schedule, "reuse" if "reuse" in name else "linear", self.what)
+        if fits is not None:
+            return plans + [
+                self.candidate(name, schedule, "reuse", what, fits.fit(schedule))
+                for name, schedule in self.to_fit(computed, most).items()
+            ]
+        return plans + [
+            self.candidate(name, schedule, "reuse" if "reuse" in name else "linear", what)
             for name, schedule in self.schedules(computed).items()
         ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.planning.candidates import (
     BASELINES,
+    Basis,
     Candidate,
     Planner,
     Quantity,
@@ -26,7 +26,7 @@ from calibrate.planning.candidates import (
     finalists,
 )
 from calibrate.planning.closed_loop import Fits
-from calibrate.planning.problem import Array, Problem, sigmas_of
+from calibrate.planning.problem import Problem, sigmas_of
 from calibrate.planning.results import Planned, judged_figures, keep, planned_entry, scores_of
 from calibrate.planning.trajectories import (
     NoSolver,
@@ -49,24 +49,6 @@ CHOOSING_PROMPTS = (
 )
 JUDGED_PROMPTS = 8
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What schedules and weights are made from.
-
-    Attributes:
-        what: The quantity that plans forecast.
-        sigmas: Noise levels of all steps and of the end.
-        gaussian: The problem with the gains of Gaussian data, where others were measured.
-        fits: Fits weights; None where no solver can be watched.
-    """
-
-    problem: Problem
-    what: Quantity
-    sigmas: Array
-    gaussian: Problem | None = None
-    fits: Fits | None = None
 
 
 @alone("planning with")
@@ -111,7 +93,7 @@ def plan(
     if not runs:
         basis = _from_the_log(source, steps)
         planner, budgets = _planner(basis, computed, speedup, source, say)
-        logged = {budget: planner.simple(budget) + planner.planned(budget) for budget in budgets}
+        logged = {budget: planner.entrants(budget) for budget in budgets}
         return [Planned(budget, own, _least_cost(own)) for budget, own in logged.items()]
     case = open_case(
         source, model=model, registry=None, out=None, dtype=dtype, device=device, **loading
@@ -125,8 +107,7 @@ def plan(
     basis = _from_runs(case, steps, anchors, progress, say)
     planner, budgets = _planner(basis, computed, speedup, source, say)
     entered = {
-        budget: _entrants(planner, basis.fits, budget, candidates) + fewer_steps(budget)
-        for budget in budgets
+        budget: planner.entrants(budget, candidates) + fewer_steps(budget) for budget in budgets
     }
     planned = _proven(case, entered, divided, progress, say)
     keep(case.folder, planned)
@@ -216,18 +197,7 @@ def _planner(
         f"planning {', '.join(map(str, budgets))} of {problem.num_steps} steps from "
         f"{len(problem.gram)} samples"
     )
-    return Planner(problem, budgets[0], basis.what, basis.gaussian), budgets
-
-
-def _entrants(
-    planner: Planner, fits: Fits | None, computed: int, count: int | None
-) -> list[Candidate]:
-    if fits is None:
-        return planner.simple(computed) + planner.planned(computed)
-    return planner.simple(computed) + [
-        planner.candidate(name, schedule, "reuse", "guided", fits.fit(schedule))
-        for name, schedule in planner.to_fit(computed, count).items()
-    ]
+    return Planner(basis, budgets[0]), budgets
 
 
 def _least_cost(entrants: list[Candidate]) -> Candidate:

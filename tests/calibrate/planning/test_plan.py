@@ -19,6 +19,7 @@ from calibrate.planning import closed_loop, trajectories
 from calibrate.planning import plan as planning
 from calibrate.planning.candidates import (
     BASELINES,
+    Basis,
     Candidate,
     Planner,
     fewer_steps,
@@ -61,8 +62,13 @@ def a_plan(computed, **figures):
     return Planned(computed, [candidate], candidate, figures)
 
 
+def a_planner(folder, most, what="guided"):
+    logs = load_grams(folder)
+    return Planner(Basis(Problem.of(logs, what), what, logs[0].sigmas), most)
+
+
 def test_schedules_compute_their_budget_and_the_uniform_one_is_last(folder):
-    planner = Planner(Problem.of(load_grams(folder)), 7, "guided")
+    planner = a_planner(folder, 7)
     for computed in (2, 4, 7):
         named = planner.to_fit(computed, 2)
         assert list(named)[-1] == "uniform, fitted guided" and 1 <= len(named) <= 3
@@ -71,11 +77,9 @@ def test_schedules_compute_their_budget_and_the_uniform_one_is_last(folder):
 
 
 def test_simple_candidates_hold_all_baselines(folder):
-    problem = Problem.of(load_grams(folder))
-    guided = Planner(problem, 4, "guided").simple(4)
-    assert [c.name for c in guided] == [*BASELINES]
-    planner = Planner(problem, 4, "output")
-    outputs = planner.simple(4) + planner.planned(4)
+    guided = a_planner(folder, 4).entrants(4)
+    assert [c.name for c in guided[:4]] == [*BASELINES]
+    outputs = a_planner(folder, 4, "output").entrants(4)
     assert {c.plan.forecast_of for c in outputs} == {"residual", "output"}
     assert all(math.isfinite(c.cost) for c in (*guided, *outputs))
     assert [c.setting().options for c in fewer_steps(4)] == [{}, {"solver_order": 2}]
@@ -119,7 +123,7 @@ def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
 
 
 def test_small_budgets_try_every_kind_of_schedule(folder):
-    planner = Planner(Problem.of(load_grams(folder)), 9, "guided")
+    planner = a_planner(folder, 9)
     assert len(planner.to_fit(9)) <= 4
     every = {*planner.schedules(3).values(), planner.uniform(3)}
     assert sorted(planner.to_fit(3).values()) == sorted(every)
