@@ -85,14 +85,12 @@ def measured(
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     judged = held_out_prompts(case.purposes, case.offered(prompts, seed, ()), num_prompts)
     bench = Bench(case, judged, None, progress=True)
-    runs = TuningRuns(bench)
     lineup = Lineup(
         entry=case.entry,
         run=case.run,
         num_steps=case.num_steps,
         budgets=budgets,
-        counted=runs.steps,
-        error=runs.error,
+        runs=TuningRuns(bench),
     )
     contest = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     settings = list(contest.settings)

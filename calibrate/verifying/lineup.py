@@ -36,7 +36,7 @@ from calibrate.trials.setting import (
 from calibrate.trials.through import ENGINES, through_setting
 from calibrate.verifying.tuning import (
     TUNING_PROMPTS,
-    Counted,
+    TuningRuns,
     published_entries,
     tuned_diffusers,
     tuned_gate,
@@ -59,9 +59,7 @@ class Lineup:
     Attributes:
         run: Recorded signals that replay may look at, and the Gram log where it has one.
         budgets: Numbers of computed steps.
-        counted: Mean computed steps of real runs of the tuning prompts under a setting.
-        error: Squared relative error of a real run of the first of them.
-        tuning: Their ids.
+        runs: Real runs of the tuning prompts.
         given: The fitted gate's settings, where its thresholds were given instead of budgets.
         known: The registry's entries.
     """
@@ -70,9 +68,7 @@ class Lineup:
     run: Run
     num_steps: int
     budgets: Sequence[int]
-    counted: Counted
-    error: Counted
-    tuning: Sequence[str] = ()
+    runs: TuningRuns
     given: Sequence[Setting] = ()
     known: Sequence[Entry] = ()
     transformer_class: str | None = None
@@ -119,9 +115,7 @@ def gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequence[Set
     """The gate of an entry (by default the one that is verified), tuned to the budgets or as it was given."""
     if label == GATE and lineup.given:
         return lineup.given
-    return tuned_gate(
-        label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.counted, lineup.tuning
-    )
+    return tuned_gate(label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.runs)
 
 
 def planned(lineup: Lineup, label: str) -> list[Setting]:
@@ -194,7 +188,7 @@ def budcache_search(lineup: Lineup, label: str) -> list[Setting]:
     """Hundreds of real runs a budget, all of one prompt."""
 
     def error(schedule: str) -> float:
-        return lineup.error(plan_setting(label, schedule))
+        return lineup.runs.error(plan_setting(label, schedule))
 
     steps = lineup.num_steps
     return lineup.planned(label, lambda budget: budcache(steps, budget, error))
@@ -205,7 +199,7 @@ def diffusers_cache(lineup: Lineup, label: str, cache: str) -> list[Setting]:
     options: dict[str, Any] = {}
     if cache == "MagCache":
         options = {"mag_ratios": lineup.magnitudes, "num_inference_steps": lineup.num_steps}
-    return tuned_diffusers(label, cache, lineup.budgets, options, lineup.counted)
+    return tuned_diffusers(label, cache, lineup.budgets, options, lineup.runs)
 
 
 def _has_branches(entry: Entry) -> bool:

@@ -33,8 +33,6 @@ CACHE_THRESHOLDS = [float(f"{threshold:.4g}") for threshold in np.logspace(-4, 1
 
 TUNING_PROMPTS = 2
 
-Counted = Callable[[Setting], float]  # mean computed steps of real runs on the tuning prompts
-
 
 class TuningRuns:
     """Real runs of prompts that are not judged, by which policies find their settings; their figures are kept."""
@@ -108,16 +106,15 @@ def tuned_gate(
     entry: Entry,
     budgets: Sequence[int],
     run: Run,
-    counted: Counted,
-    tuning: Sequence[str] = (),
+    runs: TuningRuns,
 ) -> list[Setting]:
     """The gate at the thresholds whose real runs come nearest to the budgets.
 
-    ``counted`` runs a few of the recorded prompts, ``tuning``. What is taken from them is by how much real runs leave
-    their replay; the number of steps is that of all recorded prompts, or two prompts would decide it.
+    What is taken from the prompts that are really run is by how much they leave their replay; the number of steps is
+    that of all recorded prompts, or two of them would decide it.
     """
     replayed, prompts = _replayed(name, entry, run)
-    ran = np.isin(prompts, tuning)
+    ran = np.isin(prompts, [prompt.prompt_id for prompt in runs.prompts])
     if not ran.any():  # they were not recorded: their own steps count then
         ran[:] = True
     settings: dict[float | None, Setting] = {}
@@ -126,7 +123,7 @@ def tuned_gate(
 
         def measured(threshold: float, budget: int = budget) -> float:
             steps = replayed(threshold)
-            left = counted(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
+            left = runs.steps(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
             return float(steps.mean() + left)
 
         threshold, computed = tune_threshold(lambda t: replayed(t).mean(), measured, budget)
@@ -189,7 +186,7 @@ def _replayed(
 
 
 def tuned_diffusers(
-    policy: str, cache: str, budgets: Sequence[int], options: Mapping[str, Any], counted: Counted
+    policy: str, cache: str, budgets: Sequence[int], options: Mapping[str, Any], runs: TuningRuns
 ) -> list[Setting]:
     """One of diffusers' caches at thresholds found by halving on real runs; every run serves all budgets."""
     counts: dict[float, float] = {}
@@ -198,7 +195,7 @@ def tuned_diffusers(
         return Setting(policy, cache, budget, options={**options, "threshold": threshold})
 
     def fewer(threshold: float) -> float:
-        counts[threshold] = counted(setting(threshold))
+        counts[threshold] = runs.steps(setting(threshold))
         return -counts[threshold]
 
     settings = []

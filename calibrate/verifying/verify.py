@@ -108,16 +108,13 @@ def verify(
         bench.expect(expected)
         recorded = case.run or bench.signals()
         given = given_gate(case.entry, thresholds, recorded) if thresholds else []
-        runs = TuningRuns(bench)
         lineup = Lineup(
             entry=case.entry,
             run=recorded,
             num_steps=case.num_steps,
             budgets=sorted({setting.budget for setting in given}, reverse=True) or steps,
             given=given,
-            counted=runs.steps,
-            error=runs.error,
-            tuning=[prompt.prompt_id for prompt in runs.prompts],
+            runs=TuningRuns(bench),
             known=coeffs.entries(registry),
             transformer_class=case.transformer_class,
         )

@@ -296,10 +296,8 @@ def test_plans_of_the_entry_enter_a_verification(folder):
     )
 
     def settings(entry, budgets):
-        run, counted = load_run(folder), lambda setting: 0.0
-        lineup = Lineup(
-            entry=entry, run=run, num_steps=10, budgets=budgets, counted=counted, error=counted
-        )
+        run = load_run(folder)
+        lineup = Lineup(entry=entry, run=run, num_steps=10, budgets=budgets, runs=None)
         return planned(lineup, "plan")
 
     found = settings(dataclasses.replace(entry, plans=plans), [5, 2])

@@ -1,6 +1,7 @@
 """Thresholds for a number of computed steps, and the published sets that are tuned beside the own gate."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ def test_two_prompts_do_not_decide_what_all_recorded_ones_are_tuned_to(monkeypat
         def counted(setting):  # of a and b; real runs compute half a step more than the replay says
             return 20 / (1 + setting.threshold) + np.mean(halves[half][:2]) + 0.5
 
-        (setting,) = tuned_gate(GATE, entry, [12], half, counted, prompts)
+        ran = [SimpleNamespace(prompt_id=prompt) for prompt in prompts]
+        runs = SimpleNamespace(steps=counted, prompts=ran)
+        (setting,) = tuned_gate(GATE, entry, [12], half, runs)
         return 20 / (1 + setting.threshold)
 
     apart = abs(tuned("first", ["a", "b"]) - tuned("second", ["a", "b"]))

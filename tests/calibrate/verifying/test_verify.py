@@ -334,8 +334,7 @@ def uniform_setting(fitted, key, budget, num_steps=8, **other):
         run=run,
         num_steps=num_steps,
         budgets=[budget],
-        counted=lambda setting: budget,
-        error=lambda setting: 0.0,
+        runs=None,
     )
     policy = POLICIES[key]
     (setting,) = policy.make(lineup, policy.label)
