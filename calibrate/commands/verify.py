@@ -36,10 +36,15 @@ from calibrate.text import block
 @option(
     "--policies",
     metavar="P,P,...",
-    help="Of gate, apart, plan, uniform, uniform-linear, uniform-linear-output, uniform-fitted, "
-    "uniform-linear-guided, fewer-steps, fewer-steps-2, magcache, cache-dit-masks, mflux, "
-    "published, first-block-cache, mag-cache, sea-cache or all, which leaves out plan-cache-dit, "
-    "plan-diffusers-magcache and budcache [default: gate, plan, uniform, fewer-steps].",
+    help="Keys of --list-policies, or all [default: gate, plan, uniform, fewer-steps].",
+)
+@option(
+    "--list-policies",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, wanted: list_policies(context) if wanted else None,
+    help="Show what can be compared, and exit.",
 )
 @option(
     "--through",
@@ -118,3 +123,15 @@ def report(run: str) -> None:
 
 
 COMMANDS = [verify, report]
+
+
+def list_policies(context: click.Context) -> None:
+    """Print the key of every policy and what it is."""
+    from calibrate.verifying.lineup import POLICIES
+
+    named = {
+        key: policy.label if policy.default else f"{policy.label}, not among all"
+        for key, policy in POLICIES.items()
+    }
+    click.echo(block("policies", named))
+    context.exit()

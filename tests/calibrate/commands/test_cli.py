@@ -360,3 +360,13 @@ def test_every_verb_is_a_function_of_the_package():
         assert callable(getattr(calibrate, name)), name
     with pytest.raises(AttributeError):
         _ = calibrate.nothing
+
+
+def test_every_policy_is_listed_with_what_it_is():
+    from calibrate.verifying.lineup import POLICIES
+
+    listed = CliRunner().invoke(cli, ["verify", "--list-policies"])
+    assert listed.exit_code == 0
+    lines = listed.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(POLICIES)
+    assert all(policy.label in line for policy, line in zip(POLICIES.values(), lines, strict=True))
