@@ -153,9 +153,9 @@ def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:
 
 
 def _interval(difference: pd.Series) -> list[float]:
-    """The mean and its 95 % interval, which fewer than three prompts do not have."""
+    """The mean and its 95 % interval, which fewer than three prompts and equal differences do not have."""
     mean = float(difference.mean())
-    if len(difference) < 3:
+    if len(difference) < 3 or difference.nunique() == 1:
         return [mean]
     low, high = stats.t.interval(0.95, len(difference) - 1, mean, stats.sem(difference))
     return [mean, float(low), float(high)]

@@ -153,6 +153,7 @@ def test_wrong_use_is_one_line(folder, arguments, said):
     assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     options = {
         "computed": [5],
@@ -188,6 +189,7 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     assert again[0].figures == first[0].figures
 
 
+@pytest.mark.slow
 def test_weights_fitted_in_the_loop_beat_forecasts_by_hand(folder):
     """The same schedule, the same quantity: fitted weights before linear ones before reuse."""
     rows = json.loads((folder / "plan.json").read_text())[0]["candidates"]
@@ -200,6 +202,7 @@ def test_weights_fitted_in_the_loop_beat_forecasts_by_hand(folder):
     assert fitted > linear + 1 > reuse + 2
 
 
+@pytest.mark.slow
 def test_an_unwatchable_solver_is_planned_by_its_outputs(folder, monkeypatch, tmp_path):
     def unwatchable(generation):
         raise trajectories.NoSolver("no step")
@@ -268,6 +271,7 @@ def test_the_log_says_where_each_expert_begins(experts):
         plan(experts, computed=[5], steps=8, runs=False)
 
 
+@pytest.mark.slow
 def test_a_plan_for_two_experts_is_run_and_written_and_applied(experts):
     options = {"prompts": UNSEEN[:2], "choosing": 1, "num_prompts": 1, "progress": False}
     planned = plan(experts, computed=[6], model=TinyExperts(), **options)
