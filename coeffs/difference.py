@@ -1,10 +1,11 @@
 """Two entries side by side: for `calibrate diff`."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from coeffs.describe import WIDTH, columns, row, span_of
-from coeffs.entry.fields import plain
+from coeffs.entry.fields import Number, Text, plain
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN
 from coeffs.entry.schema import Entry
 
@@ -15,20 +16,21 @@ POINTS = 11
 
 def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
     """Two entries side by side: settings, coefficients, domains, and curves on the common domain."""
-    facts, other = _compared_facts(first), _compared_facts(second)
+    entries = (first, second)
+    facts, other = map(_compared_facts, entries)
     rows = [
         (name, facts.get(name), other.get(name))
         for name in facts | other
         if facts.get(name) != other.get(name)
     ]
     parts = [columns(("", first.label, second.label), rows, width)]
-    for name in (name for name in first.experts if name in second.experts):
-        ours, theirs = first.experts[name].branches, second.experts[name].branches
-        common: list[str | None] = [branch for branch in ours if branch in theirs]
-        if ours and theirs:
-            # Without a common name: the recommended branches.
+    for name, expert in first.experts.items():
+        theirs = second.experts[name].branches if name in second.experts else {}
+        if expert.branches and theirs:
+            common: list[Text] = [branch for branch in expert.branches if branch in theirs]
+            # Without a branch of the same name: the recommended ones.
             for branch in common or [None]:
-                parts += ["", *_curves(name, branch, (first, second), width)]
+                parts += _branch_lines(name, branch, entries, width)
     only = sorted(set(first.experts) ^ set(second.experts))
     if only:
         parts.append(f"\nonly one has {', '.join(only)}")
@@ -39,24 +41,21 @@ def _compared_facts(entry: Entry) -> dict[str, Any]:
     facts = {"status": entry.origin, "checkpoint": entry.checkpoint.repository}
     for name in ("transformer_class", "signal", "target", "sign_rule", "start", "end", "max_skips"):
         facts[name] = getattr(entry, name)
-    for name, value in plain(entry.protocol).items():
-        facts[f"protocol.{name}"] = value
-    return facts | {"thresholds": row(entry)["thresholds"]}
+    protocol = {f"protocol.{name}": value for name, value in plain(entry.protocol).items()}
+    return facts | protocol | {"thresholds": row(entry)["thresholds"]}
 
 
-def _curves(
-    expert: str, branch: str | None, entries: tuple[Entry, Entry], width: int
+def _branch_lines(
+    expert: str, branch: Text, entries: tuple[Entry, Entry], width: int
 ) -> Iterator[str]:
+    """Coefficients, domains and curves of a branch."""
     fits = [entry.fit(expert, branch) for entry in entries]
     labels = (*(entry.label for entry in entries), "difference")
-    highest = max(fit.degree for fit in fits)
-    rows: list[tuple[Any, ...]] = []
-    padded = [(None,) * (highest - fit.degree) + fit.coefficients_high_to_low for fit in fits]
-    for place, values in enumerate(zip(*padded, strict=True)):
-        rows.append((f"x^{highest - place}", *values, _share(*values)))
-    rows.append(("domain", *map(span_of, fits), None))
-    yield columns((f"{expert}/{branch or 'recommended'}", *labels), rows, width)
-    yield ""
+    low_to_high = zip_longest(*(fit.coefficients_high_to_low[::-1] for fit in fits))
+    rows = [_compared(f"x^{power}", *pair) for power, pair in enumerate(low_to_high)]
+    spans = ("domain", *map(span_of, fits), None)
+    head = f"{expert}/{branch or 'recommended'}"
+    yield "\n" + columns((head, *labels), [*reversed(rows), spans], width) + "\n"
     # 0 to 0.5 stands for a domain that nobody published.
     domains = [fit.domain for fit in fits if fit.domain]
     lows, highs = zip(*(domains or [UNKNOWN_DOMAIN]), strict=True)
@@ -64,23 +63,25 @@ def _curves(
     if low >= high:
         yield "the domains do not meet: there is no x at which both may be used"
         return
-    curves = [fit.polynomial(entry.sign_rule) for fit, entry in zip(fits, entries, strict=True)]
-    rows, apart = [], 0
+    curves = [entry.fit(expert, branch).polynomial(entry.sign_rule) for entry in entries]
+    rows = []
     for point in range(POINTS):
         x = low + (high - low) * point / (POINTS - 1)
         ours, theirs = (curve.predict(x) for curve in curves)
-        differs = abs(ours - theirs) > DISAGREEMENT * max(abs(ours), abs(theirs))
-        rows.append((x, ours, theirs, _share(ours, theirs), "<-" if differs else None))
-        apart += differs
+        apart = abs(ours - theirs) > DISAGREEMENT * max(abs(ours), abs(theirs))
+        rows.append((*_compared(x, ours, theirs), "<-" if apart else None))
     yield columns(("x", *labels, ""), rows, width)
+    count = sum(values[-1] is not None for values in rows)
     unknown = "" if domains else ", no domain is known"
     yield (
         f"x from {low:.4g} to {high:.4g}{unknown}: "
-        f"apart by more than {DISAGREEMENT:.0%} at {apart} of {POINTS} points"
+        f"apart by more than {DISAGREEMENT:.0%} at {count} of {POINTS} points"
     )
 
 
-def _share(first: float | None, second: float | None) -> str | None:
-    if first is None or second is None or not (first or second):
-        return None
-    return f"{(second - first) / max(abs(first), abs(second)):+.0%}"
+def _compared(label: str | float, ours: Number, theirs: Number) -> tuple[Any, ...]:
+    """A row: both values, and their difference as a share of the larger one."""
+    share = None
+    if ours is not None and theirs is not None and (ours or theirs):
+        share = f"{(theirs - ours) / max(abs(ours), abs(theirs)):+.0%}"
+    return label, ours, theirs, share

@@ -9,16 +9,19 @@ from typing import Literal
 from coeffs.entry.fields import Record, checked
 from coeffs.entry.schema import Entry
 
+Names = tuple[str, ...]
+Words = dict[str, str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Release(Record):
     """One form of one engine's release; the head of ``releases.yaml`` explains the fields."""
 
     release: str
-    read_from: tuple[str, ...]
-    signals: dict[str, str] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
-    unsupported: dict[str, str] = field(default_factory=dict)
+    read_from: Names
+    signals: Words = field(default_factory=dict)
+    classes: Names = ()
+    unsupported: Words = field(default_factory=dict)
     sign_rule: Literal["clamp", "signed", "abs"] | None = None
     at_most: int = 7
     exactly: int | None = None
@@ -26,17 +29,17 @@ class Release(Record):
     experts: int = 1
     forecast: int = 0
     calls: Literal["apart", "set", "default", "one"]
-    asked: tuple[str, ...] = ()
-    two_calls: tuple[str, ...] = ()
-    quality: dict[str, str] = field(default_factory=dict)
-    keys: tuple[str, ...]
+    asked: Names = ()
+    two_calls: Names = ()
+    quality: Words = field(default_factory=dict)
+    keys: Names
 
     @property
     def version(self) -> str:
         return self.release.split()[-1]
 
     @property
-    def known(self) -> tuple[str, ...]:
+    def known(self) -> Names:
         """The classes that it caches; empty where it takes any."""
         return self.classes or tuple(self.signals)
 

@@ -45,21 +45,26 @@ class Polynomial:
     def __post_init__(self) -> None:
         try:
             numbers = tuple(map(float, self.coefficients_high_to_low))
-            domain = tuple(map(float, UNKNOWN_DOMAIN if self.domain is None else self.domain))
+            low, high = map(float, UNKNOWN_DOMAIN if self.domain is None else self.domain)
         except (TypeError, ValueError):
-            raise EntryError("coefficients and domain: expected lists of numbers") from None
+            raise EntryError(
+                "coefficients and domain: expected lists of numbers, the domain two"
+            ) from None
         if not 1 <= len(numbers) <= MAX_DEGREE + 1 or not all(map(math.isfinite, numbers)):
             raise EntryError(
                 f"{len(numbers)} coefficients: expected 1 to {MAX_DEGREE + 1} finite numbers, "
                 "highest power first"
             )
-        if len(domain) != 2 or not 0 <= domain[0] < domain[1] < math.inf:
-            raise EntryError(f"domain {domain}: expected [x_min, x_max] with 0 <= x_min < x_max")
+        if not 0 <= low < high < math.inf:
+            raise EntryError(
+                f"domain {(low, high)}: expected [x_min, x_max] with 0 <= x_min < x_max"
+            )
         if self.sign_rule not in SIGN_RULES:
             known = ", ".join(SIGN_RULES)
             raise EntryError(f"sign rule {self.sign_rule!r}: expected one of {known}")
         object.__setattr__(self, "coefficients_high_to_low", numbers)
-        object.__setattr__(self, "domain", None if self.domain is None else domain)
+        if self.domain is not None:
+            object.__setattr__(self, "domain", (low, high))
 
     @property
     def degree(self) -> int:
