@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import coeffs
-from calibrate.model.table import ModelSpec
+from calibrate.model.table import EMBEDDED_MODEL, ModelSpec
 from coeffs import Entry
 from coeffs.errors import CoeffsError
 
@@ -42,8 +42,14 @@ def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
     for file in Path("runs").glob("*/entry.yaml"):
         with suppress(CoeffsError):
             entries.append(coeffs.load(file))
-    known = [entry for entry in entries if entry.pipeline_class == pipeline_class]
-    hashed = {entry.checkpoint.sha256: entry for entry in known if entry.checkpoint.sha256}
+    # Other weights of the class are not read for nothing: the embedded model's are known by their configuration.
+    hashed = {
+        entry.checkpoint.sha256: entry
+        for entry in entries
+        if entry.pipeline_class == pipeline_class
+        and entry.checkpoint.sha256
+        and entry.model != EMBEDDED_MODEL
+    }
     return hashed.get(weights_sha256(folder)) if hashed else None
 
 
