@@ -19,7 +19,7 @@ import coeffs
 from calibrate.cli import cli
 from calibrate.reporting.report import Picture, render, report, report_figures
 from calibrate.reporting.run_data import example_run, load_findings
-from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN
+from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 from calibrate.verifying.advice import python_lines
 from calibrate.verifying.results import load_verification, write_verification
 
@@ -88,7 +88,7 @@ def words(page):
 
 def test_the_page_opens_with_the_advice_and_what_to_copy(run, page):
     found = load_findings(run)
-    body = page[page.index("<main>") :]
+    body = page[page.index("<main>") :].replace("\xa0", " ")
     lines = python_lines(found.advice, found.entry, run)
     places = [body.index(text) for text in (found.advice.use, found.advice.certainty)]
     places.append(body.index(str(escape(lines))))
@@ -100,14 +100,39 @@ def test_the_page_opens_with_the_advice_and_what_to_copy(run, page):
 def test_nothing_contradicts_the_advice_and_no_figure_is_missing(page):
     text = words(page)
     assert "no difference" not in text and " nan" not in text and "- to -" not in text
-    assert "too few prompts" in text  # six of them: no verdict in any table
+
+
+def verified_by(run, folder, results):
+    """A copy of the run whose verification gave these results."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report"))
+    found = load_verification(folder)
+    write_verification(dataclasses.replace(found, results=results(found.results)))
+    return folder
+
+
+def test_few_prompts_give_no_verdict_in_any_table(run, tmp_path):
+    def of_six(results):
+        return results[results["prompt_id"].isin(results["prompt_id"].unique()[:6])]
+
+    page = render(load_findings(verified_by(run, tmp_path / "few", of_six)), NO_PICTURES)
+    assert "too few prompts" in words(page) and "significantly" not in words(page).lower()
 
 
 @pytest.fixture(scope="module")
-def beaten(run, tmp_path_factory):
+def planless(run, tmp_path_factory):
+    """The run without its plan."""
+    folder = tmp_path_factory.mktemp("report") / "planless"
+    verified_by(run, folder, lambda results: results[results["policy"] != PLAN])
+    entry = dataclasses.replace(coeffs.load(folder / "entry.yaml"), plans=None)
+    coeffs.save(entry, folder / "entry.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beaten(planless, tmp_path_factory):
     """The run with a plan that took part: fewer steps is better by 2 dB at its first budget, worse at the others."""
     folder = tmp_path_factory.mktemp("report") / "beaten"
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report"))
+    shutil.copytree(planless, folder)
     found = load_verification(folder)
     plan = found.results[found.results["policy"] == FEWER_STEPS].assign(policy=PLAN)
     plan["psnr_db"] += np.where(plan["budget"] == plan["budget"].max(), -2.0, 3.0)
@@ -139,16 +164,17 @@ def test_the_plan_is_compared_with_every_other_policy(beaten):
     )
 
 
-def test_without_a_plan_nothing_is_said_of_one(run, page):
-    found = load_findings(run)
+def test_without_a_plan_nothing_is_said_of_one(planless):
+    found = load_findings(planless)
+    page = render(found, NO_PICTURES)
     assert found.plan_comparisons == [] and "the plan" not in words(page).lower()
 
 
-def test_the_report_shows_each_plan_with_its_pattern_and_figures(run):
+def test_the_report_shows_each_plan_with_its_pattern_and_figures(planless):
     schedule = "CCSC" * 7
     figures = {"psnr_db": 43.21, "worst_psnr_db": 38.5, "speedup": 1.75, "prompts": 8.0}
     plan = coeffs.Plan(schedule=schedule, forecast="linear", forecast_of="output", figures=figures)
-    found = load_findings(run)
+    found = load_findings(planless)
     found = dataclasses.replace(found, entry=dataclasses.replace(found.entry, plans=(plan,)))
     page = render(found, NO_PICTURES)
     assert f'aria-label="{schedule}"' in page
@@ -162,7 +188,10 @@ def test_pairs_of_images_have_a_slider_and_begin_with_the_worst_prompt(run, page
     found = load_findings(run)
     samples = found.samples()
     assert [sample.quality for sample in samples] == sorted(sample.quality for sample in samples)
-    assert page.count('type="range"') == page.count('class="compare"') == len(samples) == 3
+    policies = (PLAN, GATE, UNIFORM, FEWER_STEPS)
+    count = sum(len(found.samples(policy, found.advice.budget)) for policy in policies)
+    assert page.count('type="range"') == page.count('class="compare"') == count == 12
+    page = page[page.index("<h3>Fitted gate") :]
     shown = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
     with Image.open(io.BytesIO(base64.b64decode(shown[1]))) as image:
         pixels = np.asarray(image)
@@ -173,7 +202,7 @@ def test_pairs_of_images_have_a_slider_and_begin_with_the_worst_prompt(run, page
 
 def test_every_prompt_has_its_row_the_worst_first(run, page):
     table = load_findings(run).by_prompt()
-    assert len(table) == 6 and table.iloc[:, 0].is_monotonic_increasing
+    assert len(table) == 8 and table.iloc[:, 0].is_monotonic_increasing
     rows = page[page.index("By prompt, at 14 of 28 steps") :]
     assert [rows.index(prompt) for prompt in table.index] == sorted(map(rows.index, table.index))
 
