@@ -121,7 +121,9 @@ def simulate(
     )
 
 
-def lines(name: str, simulated: Simulated, limits: NDArray[np.float64]) -> Iterator[list[object]]:
+def lines(
+    name: str, simulated: Simulated, limits: NDArray[np.float64]
+) -> Iterator[list[object]]:
     share, low, high = share_interval(simulated.false, simulated.draws)
     for row, limit in enumerate(limits):
         yield [
@@ -138,12 +140,18 @@ def lines(name: str, simulated: Simulated, limits: NDArray[np.float64]) -> Itera
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "sources", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+)
 @click.option("--draws", default=2000, show_default=True)
-@click.option("--risk", "risks", type=float, multiple=True, default=(0.05, 0.2), show_default=True)
+@click.option(
+    "--risk", "risks", type=float, multiple=True, default=(0.05, 0.2), show_default=True
+)
 @click.option("--confidence", default=0.95, show_default=True)
 @click.option("--policy", "policies", multiple=True, default=POLICIES, show_default=True)
-@click.option("--more", default=2.0, show_default=True, help="Times the prompts that are needed.")
+@click.option(
+    "--more", default=2.0, show_default=True, help="Times the prompts that are needed."
+)
 def main(
     sources: tuple[Path, ...],
     draws: int,
@@ -166,7 +174,14 @@ def main(
             simulated = simulate(figures, steps, limits, demand, prompts, draws, num_steps)
             rows += lines(source.stem, simulated, limits)
             broken.append(share_interval(simulated.false, draws)[1] > 1 - confidence)
-    heads = ["population", "risk", "prompts", "limit dB", "false (95 % interval)", "certified"]
+    heads = [
+        "population",
+        "risk",
+        "prompts",
+        "limit dB",
+        "false (95 % interval)",
+        "certified",
+    ]
     click.echo(table([*heads, "steps", "oracle", "speed lost"], rows))
     sys.exit(int(any(broken)))
 

@@ -25,7 +25,13 @@ from benchmarks.common import RESULTS, surroundings
 BESIDE = "plan of the other entry"
 CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
 RIVALS = (
-    *("plan", "uniform", "uniform-linear", "uniform-linear-output", "uniform-linear-guided"),
+    *(
+        "plan",
+        "uniform",
+        "uniform-linear",
+        "uniform-linear-output",
+        "uniform-linear-guided",
+    ),
     *("uniform-fitted", "fewer-steps", "fewer-steps-2"),
 )
 
@@ -38,17 +44,25 @@ RIVALS = (
 @click.option("--choosing-prompts", help="What plans are chosen by.")
 @click.option("--prompts", help="What all are judged by.")
 @click.option("--num-prompts", type=int, default=24, show_default=True)
-@click.option("--seed", type=int, default=90000, show_default=True, help="Of the first judged one.")
 @click.option(
-    "--policies", default="", help="Further ones: sea-cache,mag-cache,first-block-cache,magcache."
+    "--seed", type=int, default=90000, show_default=True, help="Of the first judged one."
+)
+@click.option(
+    "--policies",
+    default="",
+    help="Further ones: sea-cache,mag-cache,first-block-cache,magcache.",
 )
 @click.option("--beside", type=click.Path(exists=True, dir_okay=False), help="Another entry.")
-@click.option("--curve", type=int, help="Computed steps at which fits on fewer prompts are shown.")
+@click.option(
+    "--curve", type=int, help="Computed steps at which fits on fewer prompts are shown."
+)
 def main(run: str | None, name: str, **options: Any) -> None:
     path = RESULTS / f"{name}.json"
     if run is not None:
         figures = measured(run, **options)
-        path.write_text(json.dumps({"surroundings": surroundings(), **figures}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"surroundings": surroundings(), **figures}, indent=1) + "\n"
+        )
         click.echo(f"{path}\n", err=True)
     click.echo(markdown(json.loads(path.read_text())))
 
@@ -81,7 +95,14 @@ def measured(
     known = {p.computed_steps for p in coeffs.load(Path(run) / "entry.yaml").plans or ()}
     missing = [budget for budget in budgets if budget not in known]
     if missing:
-        plan(run, computed=missing, model=model, prompts=choosing_prompts, num_prompts=2, say=say)
+        plan(
+            run,
+            computed=missing,
+            model=model,
+            prompts=choosing_prompts,
+            num_prompts=2,
+            say=say,
+        )
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     judged = held_out_prompts(case.purposes, case.offered(prompts, seed, ()), num_prompts)
     bench = Bench(case, judged, None, progress=True)
@@ -147,7 +168,9 @@ def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:
             "mean": float(values.mean()),
             "worst": float(values.min()),
             "computed_steps": float(computed[policy]),
-            "plan_minus": _interval((table[PLAN] - values).dropna()) if PLAN in table else None,
+            "plan_minus": _interval((table[PLAN] - values).dropna())
+            if PLAN in table
+            else None,
         }
     return {"computed": budget, "policies": policies}
 

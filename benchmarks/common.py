@@ -36,14 +36,20 @@ def alternate(
             cases[name]()
             synchronize()
             seconds[name].append(time.perf_counter() - begun)
-            click.echo(f"round {turn + 1}/{rounds} {name}: {seconds[name][-1]:.3f} s", err=True)
+            click.echo(
+                f"round {turn + 1}/{rounds} {name}: {seconds[name][-1]:.3f} s", err=True
+            )
     return seconds
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> dict[str, float]:
     """Median over rounds of the ratio of two cases, with the lowest and highest."""
     ratios = [one / other for one, other in zip(seconds[name], seconds[to], strict=True)]
-    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return {
+        "median": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
 
 
 def synchronize() -> None:
@@ -64,7 +70,9 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned plain text; floats with three digits."""
     cells = [[_text(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    widths = [
+        max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))
+    ]
     lines = [list(columns), ["-" * width for width in widths], *cells]
     return "\n".join(
         "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip()

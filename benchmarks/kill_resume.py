@@ -60,7 +60,12 @@ def kill_and_resume(
     longest = time.monotonic() - begun
     seen: dict[str, tuple[int, int]] = {}
     outcome = Outcome(
-        kills=0, kills_during_recording=0, leftovers=0, lost=[], rewritten=[], identical=False
+        kills=0,
+        kills_during_recording=0,
+        leftovers=0,
+        lost=[],
+        rewritten=[],
+        identical=False,
     )
     while outcome.kills < kills:
         before = set(seen)
@@ -80,7 +85,9 @@ def kill_and_resume(
         outcome.kills_during_recording += set(found) != before
         outcome.leftovers += len(list(path.glob("**/.*.tmp")))
         outcome.lost += [name for name in seen if name not in found]
-        outcome.rewritten += [name for name in seen if name in found and found[name] != seen[name]]
+        outcome.rewritten += [
+            name for name in seen if name in found and found[name] != seen[name]
+        ]
         seen = found
     _run(record, path)
     outcome.identical = _pairs(path) == _pairs(reference)
@@ -117,7 +124,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _pairs(path: Path) -> dict[str, bytes]:
-    return {shard.name: shard.read_bytes() for shard in sorted((path / "pairs").glob("*.parquet"))}
+    return {
+        shard.name: shard.read_bytes() for shard in sorted((path / "pairs").glob("*.parquet"))
+    }
 
 
 def _record_embedded(path: Path) -> None:
@@ -152,7 +161,9 @@ def main() -> None:
     sys.stdout.write(
         f"{outcome}\ncoefficients identical: {same_fit}\n{time.monotonic() - begun:.0f} s\n"
     )
-    sys.exit(not (outcome.identical and same_fit and not outcome.lost and not outcome.rewritten))
+    sys.exit(
+        not (outcome.identical and same_fit and not outcome.lost and not outcome.rewritten)
+    )
 
 
 if __name__ == "__main__":

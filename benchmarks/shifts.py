@@ -66,7 +66,11 @@ SHIFTS: dict[str, tuple[Change, dict[str, Any]]] = {
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--num-prompts", default=20, show_default=True)
 @click.option(
-    "--shift", "names", multiple=True, type=click.Choice(list(SHIFTS)), help="[default: all]"
+    "--shift",
+    "names",
+    multiple=True,
+    type=click.Choice(list(SHIFTS)),
+    help="[default: all]",
 )
 def main(run: Path, num_prompts: int, names: tuple[str, ...]) -> None:
     """Audit a certified run under every shift."""

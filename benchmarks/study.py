@@ -92,7 +92,11 @@ def carry_out(
     return {
         "measure": measure,
         "steps": study.steps,
-        "prompts": {"recorded": study.recorded, "planned by": planning, "judged": study.judged},
+        "prompts": {
+            "recorded": study.recorded,
+            "planned by": planning,
+            "judged": study.judged,
+        },
         "refused": verification.facts["refused"],
         "schedules": {plan.schedule.count("C"): plan.schedule for plan in plans},
         "rows": results[columns].round(4).to_dict("records"),

@@ -190,7 +190,9 @@ def _image_arguments(
         "img_ids": ids,
         "txt_ids": torch.zeros(workload.text_tokens, 3, device=device),
         "img_shapes": [[(1, height, width)]],
-        "encoder_hidden_states_mask": torch.ones(1, workload.text_tokens, device=device).long(),
+        "encoder_hidden_states_mask": torch.ones(
+            1, workload.text_tokens, device=device
+        ).long(),
         "return_dict": False,
     }
     if "pooled_projection_dim" in config:
@@ -198,7 +200,9 @@ def _image_arguments(
     if config.get("guidance_embeds"):
         fixed["guidance"] = torch.full((1,), 3.5, device=device)
     # Each class takes its own part of these.
-    accepted = inspect.signature(getattr(diffusers, workload.transformer_class).forward).parameters
+    accepted = inspect.signature(
+        getattr(diffusers, workload.transformer_class).forward
+    ).parameters
     fixed = {name: value for name, value in fixed.items() if name in accepted}
 
     def arguments(latents: torch.Tensor, time: float, branch: int) -> dict[str, Any]:
@@ -214,7 +218,8 @@ def _video_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, Callable]:
     """Of Wan: latents (1, channels, frames, height, width)."""
     texts = [
-        draw(1, workload.text_tokens, workload.config["text_dim"]) for _ in range(workload.branches)
+        draw(1, workload.text_tokens, workload.config["text_dim"])
+        for _ in range(workload.branches)
     ]
     size = (1, workload.config["in_channels"], *workload.tokens)
 

@@ -9,7 +9,12 @@ from teacal import PACKAGES, end_if_in_the_way
 
 _PROCESS = os.getpid()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_READ = ("--model", "--image", "--registry", "--prompts")  # options of folders that are only read
+_READ = (
+    "--model",
+    "--image",
+    "--registry",
+    "--prompts",
+)  # options of folders that are only read
 
 
 def main() -> None:

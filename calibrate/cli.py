@@ -27,7 +27,9 @@ class _Group(DefaultGroup):
         for before, word in zip(["an argument", *args], args, strict=False):
             if word == "" or (word.startswith("--") and word.endswith("=")):
                 name = word.removesuffix("=") or before
-                raise click.UsageError(f"{name}: empty; give a value, or leave the option away")
+                raise click.UsageError(
+                    f"{name}: empty; give a value, or leave the option away"
+                )
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -44,12 +46,16 @@ class _Group(DefaultGroup):
         except OSError as error:
             where = error.filename or f"calibrate {ctx.invoked_subcommand}"
             advice = "check the path, its rights and the room on the disk"
-            raise _ExpectedError(f"{where}: {error.strerror or error}; {advice}", 2) from error
+            raise _ExpectedError(
+                f"{where}: {error.strerror or error}; {advice}", 2
+            ) from error
         except Exception as error:
             missing = missing_package(error) if isinstance(error, ImportError) else None
             if missing is None and not isinstance(error, EXPECTED):
                 raise
-            raise _ExpectedError(missing or str(error), getattr(error, "exit_code", 2)) from error
+            raise _ExpectedError(
+                missing or str(error), getattr(error, "exit_code", 2)
+            ) from error
 
 
 @click.group(

@@ -24,7 +24,9 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         padded = [cell.rjust(max(map(len, column))) for cell in column]
         if blocks[-1] != first and len(blocks[-1][0]) + 2 + len(padded[0]) > limit:
             blocks.append(first)
-        blocks[-1] = [f"{line}  {cell}" for line, cell in zip(blocks[-1], padded, strict=True)]
+        blocks[-1] = [
+            f"{line}  {cell}" for line, cell in zip(blocks[-1], padded, strict=True)
+        ]
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
 
 
@@ -37,7 +39,9 @@ def block(title: str, facts: Mapping[str, str]) -> str:
     """A title and the facts below it, one a line; what is empty is left out."""
     shown = {name: text for name, text in facts.items() if text}
     indent = max(map(len, shown), default=0)
-    return "\n".join([title, *(f"  {name.ljust(indent)}  {text}" for name, text in shown.items())])
+    return "\n".join(
+        [title, *(f"  {name.ljust(indent)}  {text}" for name, text in shown.items())]
+    )
 
 
 def duration(seconds: float) -> str:

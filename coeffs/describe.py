@@ -72,7 +72,12 @@ def matching(
     """Entries of one engine, of one status, whose name, title, checkpoint or class has ``model``."""
     selected = []
     for entry in entries:
-        names = (entry.model, entry.title, entry.checkpoint.repository, entry.transformer_class)
+        names = (
+            entry.model,
+            entry.title,
+            entry.checkpoint.repository,
+            entry.transformer_class,
+        )
         named = (model or "").lower() in " ".join(filter(None, names)).lower()
         if named and engine in (None, entry.engine) and status in (None, entry.status):
             selected.append(entry)
@@ -156,7 +161,9 @@ def _facts(entry: Entry) -> dict[str, str | None]:
         "target": entry.target,
         "sign rule": entry.sign_rule,
         "protocol": _pairs(vars(entry.protocol) | {"call_arguments": None}),
-        "window": _pairs({name: getattr(entry, name) for name in ("start", "end", "max_skips")}),
+        "window": _pairs(
+            {name: getattr(entry, name) for name in ("start", "end", "max_skips")}
+        ),
         "source": entry.source.reference or _pairs(vars(entry.source)),
         "notes": entry.notes,
     }
@@ -164,14 +171,24 @@ def _facts(entry: Entry) -> dict[str, str | None]:
 
 def _expert_lines(name: str, expert: Expert, width: int) -> Iterator[str]:
     for branch, fit in expert.branches.items():
-        mark = ", recommended" if branch == expert.recommended and len(expert.branches) > 1 else ""
+        mark = (
+            ", recommended"
+            if branch == expert.recommended and len(expert.branches) > 1
+            else ""
+        )
         yield f"\n{name}/{branch} (degree {fit.degree}, {fit.method}{mark})"
         polynomial = " ".join(
             f"{value:+.6g} x^{fit.degree - place}".removesuffix(" x^0")
             for place, value in enumerate(fit.coefficients_high_to_low)
         )
         counts = vars(fit.counts) if fit.counts else {}
-        texts = (polynomial, f"domain {span_of(fit)}", _pairs(counts), _pairs(fit.figures), fit.why)
+        texts = (
+            polynomial,
+            f"domain {span_of(fit)}",
+            _pairs(counts),
+            _pairs(fit.figures),
+            fit.why,
+        )
         for text in filter(None, texts):
             yield from _wrapped(f"  {text}", width, 2)
     for branch, ratios in (expert.mag_ratios or {}).items():
@@ -184,12 +201,20 @@ def _threshold_lines(thresholds: Iterable[Threshold], width: int) -> Iterator[st
     notes: dict[str, list[str]] = {}
     for threshold in thresholds:
         of = f" of {threshold.num_steps}" if threshold.num_steps else ""
-        steps = None if threshold.computed_steps is None else f"{threshold.computed_steps:.4g}{of}"
+        steps = (
+            None
+            if threshold.computed_steps is None
+            else f"{threshold.computed_steps:.4g}{of}"
+        )
         rows.append(vars(threshold) | {"steps": steps})
         note = "; ".join(filter(None, (threshold.hardware, threshold.note)))
         if note:
-            notes.setdefault(f"{threshold.kind}: {note}", []).append(cell(threshold.threshold))
-    shown = [name for name in _THRESHOLD_COLUMNS if any(row[name] is not None for row in rows)]
+            notes.setdefault(f"{threshold.kind}: {note}", []).append(
+                cell(threshold.threshold)
+            )
+    shown = [
+        name for name in _THRESHOLD_COLUMNS if any(row[name] is not None for row in rows)
+    ]
     head = [_THRESHOLD_COLUMNS[name] for name in shown]
     yield "\n" + columns(head, [[row[name] for name in shown] for row in rows], width)
     for note, values in notes.items():

@@ -39,7 +39,15 @@ def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
 
 def _compared_facts(entry: Entry) -> dict[str, Any]:
     facts = {"status": entry.origin, "checkpoint": entry.checkpoint.repository}
-    for name in ("transformer_class", "signal", "target", "sign_rule", "start", "end", "max_skips"):
+    for name in (
+        "transformer_class",
+        "signal",
+        "target",
+        "sign_rule",
+        "start",
+        "end",
+        "max_skips",
+    ):
         facts[name] = getattr(entry, name)
     protocol = {f"protocol.{name}": value for name, value in plain(entry.protocol).items()}
     return facts | protocol | {"thresholds": row(entry)["thresholds"]}

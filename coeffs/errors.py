@@ -76,7 +76,9 @@ class WriteError(PublishError):
     exit_code = 2
 
 
-def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, closeness: float = 0.6) -> str:
+def did_you_mean(
+    name: str, known: Iterable[str], *, most: int = 3, closeness: float = 0.6
+) -> str:
     """``did you mean A or B?``, whatever the case; empty where nothing known is close."""
     spelled = {text.lower(): text for text in known}
     close = difflib.get_close_matches(name.lower(), spelled, most, closeness)

@@ -36,7 +36,9 @@ class Mismatch:
     here: Any
 
     def __str__(self) -> str:
-        stated, here = ("none" if value is None else value for value in (self.entry, self.here))
+        stated, here = (
+            "none" if value is None else value for value in (self.entry, self.here)
+        )
         return f"{self.field}: {stated} in the entry, {here} here"
 
 
@@ -117,7 +119,9 @@ def _best(same: list[Entry], facts: Facts) -> Entry:
     usable = [entry for entry in same if _is_usable(entry)]
     if not usable:
         known = ", ".join(f"{entry.label} ({entry.origin})" for entry in same)
-        raise AmbiguousEntry(f"nothing was measured on {subject}: only {known}; name one to use it")
+        raise AmbiguousEntry(
+            f"nothing was measured on {subject}: only {known}; name one to use it"
+        )
     ranks = [_rank(entry, facts) for entry in usable]
     best = [entry for entry, rank in zip(usable, ranks, strict=True) if rank == min(ranks)]
     models = sorted({entry.model for entry in best})

@@ -16,7 +16,9 @@ from coeffs.store import Layer, dump, in_layer, layers, user_registry, write
 CHECKSUMS = "CHECKSUMS"
 
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
-_MACHINE_PATH = re.compile(r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)")
+_MACHINE_PATH = re.compile(
+    r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)"
+)
 # Below it `calibrate fit` calls its own held-out figures and intervals rough.
 FEW_PROMPTS = 8
 # The words with which `calibrate fit` advises against its own polynomial.
@@ -40,7 +42,9 @@ def publish(entry: Entry, registry: str | Path | None = None) -> Path:
         with _locked(root):
             return _publish(entry, root)
     except OSError as error:
-        raise WriteError(f"{root}: {error.strerror or error}; nothing was published") from None
+        raise WriteError(
+            f"{root}: {error.strerror or error}; nothing was published"
+        ) from None
 
 
 def _publish(entry: Entry, root: Path) -> Path:
@@ -207,7 +211,11 @@ def _fit_problems(name: str, fit: Fit, measured: bool) -> Iterator[Problem]:
     if measured and (fit.counts is None or not fit.counts.pairs):
         yield Problem(f"{name}: no count of pairs")
     figures = fit.figures or {}
-    if measured and figures.get("r2_held_out") is None and figures.get("rmse_held_out") is None:
+    if (
+        measured
+        and figures.get("r2_held_out") is None
+        and figures.get("rmse_held_out") is None
+    ):
         yield Problem(f"{name}: no held-out figure (needs at least two prompts)")
 
 

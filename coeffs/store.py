@@ -63,7 +63,9 @@ def load_file(path: str | Path) -> Entry:
         with path.open("rb") as stream:
             content = stream.read(strict_yaml.MAX_BYTES + 1)
     except OSError as error:
-        raise EntryNotFound(f"{path}: {error.strerror or error}; expected an entry file") from None
+        raise EntryNotFound(
+            f"{path}: {error.strerror or error}; expected an entry file"
+        ) from None
     return loads(content, str(path))
 
 
@@ -277,7 +279,9 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
 
 def _no_such(model: str, files: list[Released]) -> str:
     known = sorted({item.model for item in files})
-    hint = did_you_mean(model, known, closeness=0.5)  # owner's prefix: mochi-2, alivilab/mochi-1
+    hint = did_you_mean(
+        model, known, closeness=0.5
+    )  # owner's prefix: mochi-2, alivilab/mochi-1
     similar = [name for name in known if model.rpartition("/")[2] in name][:3]
     if not hint and similar:
         hint = f"did you mean {' or '.join(similar)}?"

@@ -118,7 +118,13 @@ def draw(graph: dict[str, set[str]]) -> bytes:
         )
         axes.add_patch(box)
         axes.text(
-            x, y + 0.12, name.replace(".", "/"), ha="center", va="center", weight="bold", zorder=3
+            x,
+            y + 0.12,
+            name.replace(".", "/"),
+            ha="center",
+            va="center",
+            weight="bold",
+            zorder=3,
         )
         axes.text(x, y - 0.14, purpose, ha="center", va="center", size=9, zorder=3)
     axes.set_xlim(-3.4, 3.4)

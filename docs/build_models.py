@@ -80,9 +80,13 @@ def learned(name: str) -> tuple[str, bool, list[str]]:
 def contexts() -> dict[str, tuple[int, int]]:
     """Per class: pipeline files that name the guidance branch, and all that use the class."""
     counts: dict[str, list[bool]] = defaultdict(list)
-    for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+    for path in sorted(
+        (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
+    ):
         source = path.read_text(encoding="utf-8")
-        names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        names = {
+            node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+        }
         for cls in names & {tiny.cls for tiny in zoo.TINY.values()}:
             counts[cls].append(".cache_context(" in source)
     return {cls: (sum(named), len(named)) for cls, named in counts.items()}
@@ -140,7 +144,8 @@ def render() -> str:
             ", ".join(f"`{path}`" for path in dict.fromkeys(signals)),
             "yes" if all(times) else "some" if any(times) else "no",
             ", ".join(
-                f"`{path}`" for path in dict.fromkeys(path for found in exits for path in found)
+                f"`{path}`"
+                for path in dict.fromkeys(path for found in exits for path in found)
             ),
             "fp32, bf16",
             context_words(named.get(cls)),

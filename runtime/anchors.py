@@ -153,7 +153,9 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
             "prediction alone; apply it with apply_tea_cache"
         )
     own: Any = type(scheduler)
-    forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step).planned_for(plan.schedule)
+    forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step).planned_for(
+        plan.schedule
+    )
     computed = [step for step, letter in enumerate(plan.schedule) if letter == "C"]
     signature = inspect.signature(own.step)
 
@@ -185,14 +187,20 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
             shown, self.timesteps = self.timesteps, self._all_timesteps
             for step in range(first, after):
                 if step > first:
-                    given[output] = self._anchors.forecast(step, 0, value.device).to(value.dtype)
+                    given[output] = self._anchors.forecast(step, 0, value.device).to(
+                        value.dtype
+                    )
                     given[time] = self.timesteps[step]
                 stepped = own.step(**given)
-                given[sample] = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+                given[sample] = (
+                    stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+                )
             self.timesteps = shown
             return stepped
 
-    Planned.__name__ = own.__name__  # pipelines and their configurations know schedulers by name
+    Planned.__name__ = (
+        own.__name__
+    )  # pipelines and their configurations know schedulers by name
     planned = copy.deepcopy(scheduler)
     planned.__class__ = Planned
     return planned

@@ -103,7 +103,9 @@ class TeaCache:
         if difference not in self.mismatches:
             self.mismatches.append(difference)
             whose = self.settings["entry"] or self.settings["policy"]
-            _logger.warning("%s: %s; results may differ from what was measured", whose, difference)
+            _logger.warning(
+                "%s: %s; results may differ from what was measured", whose, difference
+            )
 
 
 def apply_tea_cache(
@@ -239,7 +241,9 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
     guided = None
     if settings.forecast_of == "guided":
         across_experts = settings.forecast.kind == "fitted"
-        guided = Guided(Anchors(settings.forecast, clock.level, asked.offload), across_experts)
+        guided = Guided(
+            Anchors(settings.forecast, clock.level, asked.offload), across_experts
+        )
 
     def new_anchors(in_force: Settings) -> Anchors:
         # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
@@ -249,7 +253,9 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
     def new_handler(expert: str) -> CacheHandler:
         return CacheHandler(expert, handle.stats, on_generation, new_anchors, guided)
 
-    handle._watch = Watch(modules, new_handler, clock, blocks, guided.step if guided else None)
+    handle._watch = Watch(
+        modules, new_handler, clock, blocks, guided.step if guided else None
+    )
     for stack in handle._watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
     handle._installed.enter_context(handle._watch.installed())

@@ -10,7 +10,10 @@ from runtime.errors import InvalidSetting
 
 FROM_ENTRY: Any = "entry"  # default of max_skips, where None lifts the cap
 # Arguments with few values -> all of them.
-_VALUES = {"forecast_of": ("residual", "output", "guided"), "branches": ("together", "apart")}
+_VALUES = {
+    "forecast_of": ("residual", "output", "guided"),
+    "branches": ("together", "apart"),
+}
 _OF_COEFFICIENTS = ("domain", "sign_rule", "signal")
 # Beside a speed-up they take the gate; beside a schedule they mean nothing.
 OF_GATE = ("start", "end", "max_skips", "compat")
@@ -59,6 +62,15 @@ class Model:
     classes: Mapping[str, str]
     has_scheduler: bool
 
+    def check_class(self, entry: "coeffs.Entry") -> None:
+        """Refuse an entry of another transformer class."""
+        stated, classes = entry.transformer_class, set(self.classes.values())
+        if stated and stated.split()[0] not in classes:
+            raise InvalidSetting(
+                f"{entry.label} is for {stated}, this model is {', '.join(sorted(classes))}: "
+                "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
+            )
+
 
 def check(asked: Asked, model: Model) -> None:
     """Refuse arguments that exclude each other.
@@ -73,7 +85,9 @@ def check(asked: Asked, model: Model) -> None:
             f"{given} given: expected exactly one of threshold=, speedup=, schedule=, quality="
         )
     fixed = "has no meaning beside schedule=, which fixes every step; leave it out"
-    certified = "has no meaning beside quality=, which fixes it as it was certified; leave it out"
+    certified = (
+        "has no meaning beside quality=, which fixes it as it was certified; leave it out"
+    )
     compat = "has no meaning beside compat=True, which fixes it"
     own = asked.coefficients is not None
     # Whether a rule applies -> why it refuses -> which arguments.

@@ -68,7 +68,11 @@ class CacheHandler(Handler):
         guided: Guided | None,
     ) -> None:
         self.expert, self.stats = expert, stats
-        self._on_generation, self._new_anchors, self._guided = on_generation, new_anchors, guided
+        self._on_generation, self._new_anchors, self._guided = (
+            on_generation,
+            new_anchors,
+            guided,
+        )
         # Where the first branch of the step stood, and whether it skips.
         self._lead: tuple[Position, bool] | None = None
 
@@ -107,7 +111,9 @@ class CacheHandler(Handler):
         elif decision.skip and not trajectory.anchors:
             decision = Decision("first")
         if not decision.skip:
-            trajectory.anchors.make_room(where.step)  # frees what the stack's own memory can use
+            trajectory.anchors.make_room(
+                where.step
+            )  # frees what the stack's own memory can use
         if self._guided is not None:
             self._guided.decided(where.step, decision.skip)
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)

@@ -91,7 +91,9 @@ def compile_blocks(
     for root, path, block in targets:
         _refuse(root, path, block)
     options["fullgraph"] = fullgraph
-    compiled = [(block, _CompiledForward(inner_forward(block), options)) for _, _, block in targets]
+    compiled = [
+        (block, _CompiledForward(inner_forward(block), options)) for _, _, block in targets
+    ]
     for block, forward in compiled:
         set_inner_forward(block, forward)
     return CompiledBlocks(compiled)

@@ -50,7 +50,9 @@ def _quantization(denoiser: Module) -> str | None:
     method = values.get("quant_method", getattr(config, "quant_method", None))
     if method is not None:
         return str(getattr(method, "value", method))
-    for module in denoiser.modules():  # torch.ao and diffusers put layers of their own in place
+    for (
+        module
+    ) in denoiser.modules():  # torch.ao and diffusers put layers of their own in place
         if "quantiz" in type(module).__module__:
             return type(module).__name__
     for parameter in denoiser.parameters():

@@ -82,10 +82,15 @@ class Settings:
             "forecast_of": self.forecast_of,
         }
         if self.certificate is not None:
-            described |= {"quality": self.certificate.tier, "promise": self.certificate.promise}
+            described |= {
+                "quality": self.certificate.tier,
+                "promise": self.certificate.promise,
+            }
         return described if self.advice is None else described | {"advice": self.advice}
 
-    def difference(self, num_steps: int | None, level: Callable[[int], float | None]) -> str | None:
+    def difference(
+        self, num_steps: int | None, level: Callable[[int], float | None]
+    ) -> str | None:
         """In what a generation of ``num_steps`` differs from what was measured or planned, if it does.
 
         Args:
@@ -167,7 +172,10 @@ def for_steps(settings: Settings, model: Model, num_steps: int | None) -> Settin
         other = resolve(asked, replace(model, facts=facts))
     except (CoeffsError, InvalidSetting):
         return settings  # what differs is said, as for a named entry
-    same_watch = (other.signal, other.forecast_of) == (settings.signal, settings.forecast_of)
+    same_watch = (other.signal, other.forecast_of) == (
+        settings.signal,
+        settings.forecast_of,
+    )
     return other if other.num_steps == num_steps and same_watch else settings
 
 
@@ -187,12 +195,14 @@ def _sourced(settings: Settings, model: Model) -> Settings:
     """With the polynomials of a gate: the caller's own, those of a named entry, or of the one that fits the model."""
     asked, entry = settings.asked, settings.entry
     if asked.coefficients is not None:
-        own = coeffs.Polynomial(tuple(asked.coefficients), asked.domain, asked.sign_rule or "clamp")
+        own = coeffs.Polynomial(
+            tuple(asked.coefficients), asked.domain, asked.sign_rule or "clamp"
+        )
         return replace(settings, own=own, signal=_watchable(asked.signal or settings.signal))
     if entry is None:
         entry = find(model.facts).entry
     else:
-        _check_class(entry, model)
+        model.check_class(entry)
     if entry.forecast is not None or entry.target == "forecast_error":
         raise InvalidSetting(
             f"{entry.label} was fitted to the error of a forecast, which no gate follows any more: fit its run again, "
@@ -201,25 +211,22 @@ def _sourced(settings: Settings, model: Model) -> Settings:
     if asked.quality is not None:
         certificate, advice = certified_for(entry, asked.quality)
         # As the certified runs were: published sets decide as published.
-        asked = replace(asked, compat=entry.status != "measured", strict=asked.strict is not False)
+        asked = replace(
+            asked, compat=entry.status != "measured", strict=asked.strict is not False
+        )
         settings = replace(settings, asked=asked, certificate=certificate, advice=advice)
-        entry = replace(entry, protocol=certificate.protocol, status="measured", copied_from=None)
+        entry = replace(
+            entry, protocol=certificate.protocol, status="measured", copied_from=None
+        )
     mismatches = tuple(map(str, compare(entry, model.facts)[0]))
     if asked.strict and mismatches:
         raise EntryMismatch(
             f"{entry.label} was not measured like this: {'; '.join(mismatches)}; calibrate at these settings, "
             "or pass strict=False"
         )
-    return replace(settings, entry=entry, signal=_watchable(entry.signal), mismatches=mismatches)
-
-
-def _check_class(entry: "coeffs.Entry", model: Model) -> None:
-    stated, classes = entry.transformer_class, set(model.classes.values())
-    if stated and stated.split()[0] not in classes:
-        raise InvalidSetting(
-            f"{entry.label} is for {stated}, this model is {', '.join(sorted(classes))}: "
-            "use an entry for this class, or pass its numbers as coefficients=[...] if you mean to"
-        )
+    return replace(
+        settings, entry=entry, signal=_watchable(entry.signal), mismatches=mismatches
+    )
 
 
 def _watchable(signal: str) -> str:

@@ -66,7 +66,9 @@ class Stats:
         """Pattern of the first branch of the latest generation, one expert after the other."""
         names = [branch for _, branch in self.branches]
         return "".join(
-            stats.pattern for (_, branch), stats in self.branches.items() if branch == names[0]
+            stats.pattern
+            for (_, branch), stats in self.branches.items()
+            if branch == names[0]
         )
 
     def begin(self, expert: str, schedule: Hashable | None = None) -> bool:
@@ -86,6 +88,8 @@ class Stats:
     def __str__(self) -> str:
         lines = [f"{self.computed} computed, {self.skipped} skipped"]
         for (expert, branch), stats in self.branches.items():
-            reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(stats.reasons.items()))
+            reasons = ", ".join(
+                f"{kind} {count}" for kind, count in sorted(stats.reasons.items())
+            )
             lines.append(f"{expert}/{branch}: {stats.pattern} ({reasons})")
         return "\n".join(lines)

@@ -32,7 +32,11 @@ def make_frame(
                 x = np.clip(base * np.exp(random.normal(0, 0.15, steps - 1)), 0.02, 0.3)
                 for branch in branches:
                     scale = 1.5 if branch == "uncond" else 1.0
-                    y = scale * np.polyval(truth, x) + effect + random.normal(0, noise, steps - 1)
+                    y = (
+                        scale * np.polyval(truth, x)
+                        + effect
+                        + random.normal(0, noise, steps - 1)
+                    )
                     for step in range(1, steps):
                         rows.append({
                             "prompt_id": f"p{prompt:02d}", "seed": number, "branch": branch, "expert": expert,
@@ -50,10 +54,13 @@ def make_run(path: Path, frame: pd.DataFrame, **manifest) -> Path:
         (path / folder).mkdir(parents=True, exist_ok=True)
     for index, ((prompt, seed), rows) in enumerate(frame.groupby(["prompt_id", "seed"])):
         name = f"{index:05d}-{prompt}-{seed}"
-        (path / "pairs" / f"{name}.parquet").write_bytes(encode_pairs(rows.to_dict("records")))
+        (path / "pairs" / f"{name}.parquet").write_bytes(
+            encode_pairs(rows.to_dict("records"))
+        )
         experts = rows["expert"].unique()
         timing = {
-            expert: {"call_seconds": 0.5, "stack_seconds": 0.4, "calls": 40} for expert in experts
+            expert: {"call_seconds": 0.5, "stack_seconds": 0.4, "calls": 40}
+            for expert in experts
         }
         (path / "timing" / f"{name}.json").write_text(json.dumps(timing))
     prompts = frame[["prompt_id", "seed"]].drop_duplicates().to_dict("records")

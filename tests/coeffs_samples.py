@@ -58,9 +58,17 @@ def sample_entry(**changes: object) -> coeffs.Entry:
             {"threshold": 0.3, "computed_steps": 10, "num_steps": 28, "kind": "replay"},
         ),
         "plans": ({"schedule": "CCSC", "sigmas": [1.0, 0.75, 0.5, 0.25]},),
-        "warnings": ("1.10", "a: b # c", "日本 \U0001f600 \x07 \u2028 'quote' \"double\" \\"),
+        "warnings": (
+            "1.10",
+            "a: b # c",
+            "日本 \U0001f600 \x07 \u2028 'quote' \"double\" \\",
+        ),
         "notes": "line one\nline two",
-        "source": {"run_id": "0123abcd", "log_sha256": "0" * 64, "created": "2026-11-21T00:00:00Z"},
+        "source": {
+            "run_id": "0123abcd",
+            "log_sha256": "0" * 64,
+            "created": "2026-11-21T00:00:00Z",
+        },
     }
     return coeffs.Entry(**facts | changes)
 
@@ -70,7 +78,9 @@ def two_experts(**changes: object) -> coeffs.Entry:
     experts = {
         name: {
             "recommended": "pooled",
-            "branches": {"pooled": {"coefficients_high_to_low": values, "domain": (0.0, 0.5)}},
+            "branches": {
+                "pooled": {"coefficients_high_to_low": values, "domain": (0.0, 0.5)}
+            },
         }
         for name, values in {
             "transformer": (0.5, 0.25),

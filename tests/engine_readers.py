@@ -58,7 +58,9 @@ def vllm_omni_reads(text: str) -> Used:
     """
     form = json.loads(text)
     assert isinstance(form, dict)
-    known = {key: value for key, value in form.items() if key in ("rel_l1_thresh", "coefficients")}
+    known = {
+        key: value for key, value in form.items() if key in ("rel_l1_thresh", "coefficients")
+    }
     assert known["rel_l1_thresh"] > 0
     assert len(known["coefficients"]) == 5
     polynomial = np.poly1d(known["coefficients"])
@@ -71,7 +73,13 @@ def sglang_reads(text: str, num_steps: int = 28) -> Used:
     A dataclass without validation; ``np.poly1d(c)(x)`` accumulates with its sign. Float windows are fractions,
     negative whole numbers count from the end.
     """
-    fields = {"teacache_thresh", "start_skipping", "end_skipping", "coefficients", "use_ret_steps"}
+    fields = {
+        "teacache_thresh",
+        "start_skipping",
+        "end_skipping",
+        "coefficients",
+        "use_ret_steps",
+    }
     (call,) = [node.value for node in ast.parse(text).body]
     assert call.func.id == "TeaCacheParams"
     given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -111,7 +119,12 @@ def tensorrt_llm_reads(text: str, second: bool = False) -> Used:
     assert set(form) == {"cache_config"}
     config = form["cache_config"]
     assert config.pop("cache_backend") == "teacache"
-    assert set(config) <= {"teacache_thresh", "use_ret_steps", "coefficients", "coefficients_2"}
+    assert set(config) <= {
+        "teacache_thresh",
+        "use_ret_steps",
+        "coefficients",
+        "coefficients_2",
+    }
     assert isinstance(config["teacache_thresh"], float) and config["teacache_thresh"] > 0
     assert isinstance(config["use_ret_steps"], bool)
     for key in ("coefficients", "coefficients_2"):
@@ -164,7 +177,9 @@ def comfyui_reads(text: str, num_steps: int = 28) -> Used:
         for mark in ("flux", "lumina_2", "hidream_i1", "ltxv", "hunyuan_video", "wan2.1")
         if mark in key
     )
-    values = [float(inputs[name]) for name in ("rel_l1_thresh", "start_percent", "end_percent")]
+    values = [
+        float(inputs[name]) for name in ("rel_l1_thresh", "start_percent", "end_percent")
+    ]
     active = [values[1] <= step / num_steps <= values[2] for step in range(num_steps)]
 
     def predict(x: float) -> float:
@@ -175,7 +190,9 @@ def comfyui_reads(text: str, num_steps: int = 28) -> Used:
         return abs(value) if family == "flux" else value
 
     first = active.index(True)
-    return Used(predict, values[0], max(first, 1), num_steps - 1 - max(np.flatnonzero(active)))
+    return Used(
+        predict, values[0], max(first, 1), num_steps - 1 - max(np.flatnonzero(active))
+    )
 
 
 def magcache_reads(text: str) -> dict[str, dict]:
@@ -187,7 +204,9 @@ def magcache_reads(text: str) -> dict[str, dict]:
     found = {}
     for node in ast.parse(text).body:
         assert node.value.func.id == "MagCacheConfig"
-        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
+        given = {
+            keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords
+        }
         assert set(given) <= {
             "threshold",
             "max_skip_steps",
@@ -220,7 +239,10 @@ def plan_of(engine: str, text: str) -> str:
     lines = "".join(line for line in text.splitlines(True) if not line.startswith("#"))
     if engine == "cache-dit-mask":
         config = yaml.safe_load(text)["cache_config"]
-        assert config["Fn_compute_blocks"] == 1 and config["steps_computation_policy"] == "static"
+        assert (
+            config["Fn_compute_blocks"] == 1
+            and config["steps_computation_policy"] == "static"
+        )
         assert len(config["steps_computation_mask"]) == config["num_inference_steps"]
         return "".join("SC"[step] for step in config["steps_computation_mask"])
     if engine == "angelslim":

@@ -39,7 +39,9 @@ def record_rank(
         )
         store = f"file://{folder}/rendezvous"
         world = int(os.environ["WORLD_SIZE"])
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        torch.distributed.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=world
+        )
 
     def call(prompt, seed):
         if together:
@@ -59,7 +61,12 @@ def record_rank(
 
     prompts = [f"prompt {i}" if i != 2 else "bad" for i in range(groups)]
     run = record(
-        "toy", generate=call, modules=denoiser, prompts=prompts, out=folder / "run", progress=False
+        "toy",
+        generate=call,
+        modules=denoiser,
+        prompts=prompts,
+        out=folder / "run",
+        progress=False,
     )
     missing = sorted({group.name for group in run.groups} - run.finished())
     (folder / f"{rank}.json").write_text(json.dumps({"recorded": seen, "missing": missing}))

@@ -33,7 +33,9 @@ def generate_with(denoiser, steps=6):
     """``generate(prompt, seed)``: a toy generation of so many steps."""
 
     def generate(prompt, seed):
-        hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed + len(prompt)))
+        hidden = torch.randn(
+            4, 8, generator=torch.Generator().manual_seed(seed + len(prompt))
+        )
         for _ in range(steps):
             hidden = denoiser(hidden)
         return hidden
@@ -88,14 +90,25 @@ class Recorder:
                 "mag_ratio_std",
             )
             rows.append(
-                {"branch": "cond", "expert": EXPERT, "step": step, "num_steps": len(self.outputs)}
+                {
+                    "branch": "cond",
+                    "expert": EXPERT,
+                    "step": step,
+                    "num_steps": len(self.outputs),
+                }
                 | {"timestep": 1000.0 - step, "sigma": 1.0 / step, "cos_distance": y}
                 | dict.fromkeys(values, y)
             )
-        finite = [row for row in rows if row["x"] == row["x"] and abs(row["x"]) != float("inf")]
-        timing = {EXPERT: {"call_seconds": 0.0, "stack_seconds": 0.0, "calls": len(self.outputs)}}
+        finite = [
+            row for row in rows if row["x"] == row["x"] and abs(row["x"]) != float("inf")
+        ]
+        timing = {
+            EXPERT: {"call_seconds": 0.0, "stack_seconds": 0.0, "calls": len(self.outputs)}
+        }
         gram = {f"{EXPERT}/output": np.eye(2)} if self.gram else {}
-        return Recording(rows=rows, timing=timing, non_finite=len(rows) - len(finite), gram=gram)
+        return Recording(
+            rows=rows, timing=timing, non_finite=len(rows) - len(finite), gram=gram
+        )
 
 
 def install():

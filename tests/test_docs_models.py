@@ -26,7 +26,9 @@ def test_the_page_is_current():
         "run: python docs/build_models.py"
     )
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    assert set(rows) == {tiny.cls for tiny in zoo.TINY.values()} and len(rows) == len(set(rows))
+    assert set(rows) == {tiny.cls for tiny in zoo.TINY.values()} and len(rows) == len(
+        set(rows)
+    )
 
 
 def test_the_classes_called_compiled_are_those_that_are_tested():

@@ -71,7 +71,9 @@ def test_configs_hold_no_local_paths(file):
 
 def test_loads_as_the_real_classes_in_bf16(pipeline):
     assert type(pipeline) is LongCatImagePipeline
-    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {
+        torch.bfloat16
+    }
     blocks = len(pipeline.transformer.transformer_blocks) + len(
         pipeline.transformer.single_transformer_blocks
     )
@@ -109,7 +111,9 @@ def test_reader_tells_digits_and_colours_of_real_digits(reader, colouring):
     pictures = (paint(masks[:40], colouring) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
     readings = reader.read(pictures)
     assert [reading.digit for reading in readings] == labels[:40].tolist()
-    assert {(reading.ink, reading.paper) for reading in readings} == {expected_names(colouring)}
+    assert {(reading.ink, reading.paper) for reading in readings} == {
+        expected_names(colouring)
+    }
 
 
 def test_draws_the_digit_and_the_colours_asked_for(pipeline, reader):

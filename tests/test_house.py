@@ -179,9 +179,15 @@ def test_apply_tea_cache_reads_in_one_glance() -> None:
 def test_tests_mirror_the_folders() -> None:
     """Every folder of product code has a folder of tests of the same name."""
     folders = {
-        path.parent.relative_to(ROOT) for path in SOURCES.values() if "embedded" not in path.parts
+        path.parent.relative_to(ROOT)
+        for path in SOURCES.values()
+        if "embedded" not in path.parts
     }
     deep = {
-        folder for folder in folders if len(folder.parts) == 2 and folder.parts[0] == "calibrate"
+        folder
+        for folder in folders
+        if len(folder.parts) == 2 and folder.parts[0] == "calibrate"
     }
-    assert not [folder for folder in deep if not list((ROOT / "tests" / folder).glob("test_*.py"))]
+    assert not [
+        folder for folder in deep if not list((ROOT / "tests" / folder).glob("test_*.py"))
+    ]

@@ -11,7 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
-HEAVY = {"torch", "diffusers", "transformers", "numpy", "scipy", "pandas", "matplotlib", "pyarrow"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "pyarrow",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,9 @@ def imports(source: str, package: str = "") -> Iterator[tuple[str, int]]:
                 "__import__",
             ):
                 yield from (
-                    (a.value, child.lineno) for a in child.args[:1] if isinstance(a, ast.Constant)
+                    (a.value, child.lineno)
+                    for a in child.args[:1]
+                    if isinstance(a, ast.Constant)
                 )
             yield from walk(child)
 
@@ -110,7 +121,9 @@ def violations(name: str, source: str, package: str = "") -> list[str]:
         if top not in allowed:
             found.append(f"line {line}: {module} (allowed: {', '.join(sorted(allowed))})")
         elif (
-            name in NEEDS_PURE and top == "runtime" and ".".join(module.split(".")[:2]) not in PURE
+            name in NEEDS_PURE
+            and top == "runtime"
+            and ".".join(module.split(".")[:2]) not in PURE
         ):
             found.append(f"line {line}: {module} is no pure file of runtime")
     return found
@@ -156,7 +169,9 @@ def test_every_file_has_a_layer() -> None:
     }
     assert present == set(FILES)
     for rule in LAYERS.values():
-        assert all(any(ROOT.glob(pattern)) for pattern in rule.files), f"no such file: {rule.files}"
+        assert all(any(ROOT.glob(pattern)) for pattern in rule.files), (
+            f"no such file: {rule.files}"
+        )
 
 
 def test_only_one_file_knows_what_diffusers_does_not_publish() -> None:
@@ -175,9 +190,9 @@ def test_only_one_file_knows_what_torch_does_not_publish() -> None:
     for path in set(FILES) - {"runtime/compat/torch_private.py"}:
         for module, line in imports((ROOT / path).read_text(encoding="utf-8")):
             parts = module.split(".")
-            assert not (parts[0] == "torch" and any(part.startswith("_") for part in parts)), (
-                f"{path}:{line} {module}"
-            )
+            assert not (
+                parts[0] == "torch" and any(part.startswith("_") for part in parts)
+            ), f"{path}:{line} {module}"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +201,10 @@ def test_only_one_file_knows_what_torch_does_not_publish() -> None:
         ("coeffs", "import numpy"),
         ("coeffs", "def f():\n    from runtime.decide.gate import Gate"),
         ("coeffs", "class A:\n    def f(self):\n        import torch.nn as nn"),
-        ("coeffs", "import importlib\nimportlib.import_module('calibrate.fitting.least_squares')"),
+        (
+            "coeffs",
+            "import importlib\nimportlib.import_module('calibrate.fitting.least_squares')",
+        ),
         ("runtime, pure", "import torch"),
         ("runtime, pure", "from runtime.watch.hooks import StackHooks"),
         ("runtime", "try:\n    from calibrate import fit\nexcept ImportError:\n    pass"),
@@ -215,7 +233,10 @@ def test_the_private_name_check_can_fail() -> None:
     ("code", "absent"),
     [
         ("import coeffs", HEAVY | {"runtime", "calibrate"}),
-        ("import coeffs; coeffs.load('vllm-omni/longcat-image')", HEAVY | {"runtime", "calibrate"}),
+        (
+            "import coeffs; coeffs.load('vllm-omni/longcat-image')",
+            HEAVY | {"runtime", "calibrate"},
+        ),
         ("import runtime; runtime.Gate, runtime.Stats", HEAVY | {"calibrate"}),
         ("import calibrate", HEAVY),
         ("import calibrate.cli", HEAVY),

@@ -52,7 +52,9 @@ def test_notebook_only_calls_the_package(name):
     for cell in code_of(notebook):
         tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
         assert not [
-            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
         ]
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -62,5 +64,6 @@ def test_notebook_only_calls_the_package(name):
                     else [alias.name for alias in node.names]
                 )
                 assert all(
-                    module.split(".")[0] in ("calibrate", "coeffs", "runtime") for module in modules
+                    module.split(".")[0] in ("calibrate", "coeffs", "runtime")
+                    for module in modules
                 )

@@ -25,7 +25,9 @@ sys.meta_path.insert(0, Missing())
 PROGRAM = LIGHT + "sys.argv[0] = 'calibrate'\nimport teacal\nteacal.main()\n"
 
 
-def run(code: str, *arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, *arguments: object, folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(

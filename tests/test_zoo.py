@@ -107,7 +107,8 @@ def test_conditioning_is_fixed_and_latents_drift():
     first, second, third = list(zoo.trajectory("flux"))[:3]
     assert torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
     near, far = (
-        (kwargs["hidden_states"] - first["hidden_states"]).norm() for kwargs in (second, third)
+        (kwargs["hidden_states"] - first["hidden_states"]).norm()
+        for kwargs in (second, third)
     )
     assert 0 < near < far
 
@@ -132,10 +133,12 @@ def test_the_cached_path_computes_what_the_full_one_does():
     """Qwen-Image 2.1's keys of clean tokens do not depend on the step, so both paths agree."""
     model = zoo.build("qwen_image21_kv")
     cached = [
-        zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_kv", TOTAL)
+        zoo.run(model, kwargs)[0][:, -16:]
+        for kwargs in zoo.trajectory("qwen_image21_kv", TOTAL)
     ]
     full = [
-        zoo.run(model, kwargs)[0][:, -16:] for kwargs in zoo.trajectory("qwen_image21_edit", TOTAL)
+        zoo.run(model, kwargs)[0][:, -16:]
+        for kwargs in zoo.trajectory("qwen_image21_edit", TOTAL)
     ]
     for left, right in zip(cached, full, strict=True):
         torch.testing.assert_close(left, right)

@@ -41,7 +41,11 @@ class TinyPipeline:
 
     @property
     def components(self):
-        return {"transformer": self.transformer, "scheduler": self.scheduler, "vae": self.vae}
+        return {
+            "transformer": self.transformer,
+            "scheduler": self.scheduler,
+            "vae": self.vae,
+        }
 
     def set_progress_bar_config(self, **options):
         pass
@@ -60,7 +64,12 @@ class TinyPipeline:
 
     @torch.no_grad()
     def __call__(
-        self, prompt, num_inference_steps=8, guidance_scale=2.0, generator=None, output_type="pil"
+        self,
+        prompt,
+        num_inference_steps=8,
+        guidance_scale=2.0,
+        generator=None,
+        output_type="pil",
     ):
         number = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
         text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(number))
@@ -82,7 +91,9 @@ class TinyPipeline:
             latents = self.scheduler.step(velocity, time, latents, return_dict=False)[0]
         images = torch.sigmoid(self.vae.decode(latents)).float().numpy()
         self.maybe_free_model_hooks()
-        return SimpleNamespace(images=np.full_like(images, np.nan) if self.corrupt else images)
+        return SimpleNamespace(
+            images=np.full_like(images, np.nan) if self.corrupt else images
+        )
 
 
 class TinyExperts(TinyPipeline):

@@ -44,7 +44,9 @@ class Case:
     def experts(self) -> dict[str, torch.nn.Module]:
         names = ("transformer", "transformer_2")
         return {
-            name: module for name in names if (module := self.pipe.components.get(name)) is not None
+            name: module
+            for name in names
+            if (module := self.pipe.components.get(name)) is not None
         }
 
     @property
@@ -116,7 +118,9 @@ class Reference:
         return hook
 
     def _entered(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self.entry = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).clone()
+        self.entry = (
+            kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        ).clone()
 
     def _left(self, module: torch.nn.Module, args: tuple) -> tuple | None:
         self.exits.setdefault(self.key, []).append(args[0].clone())
@@ -213,7 +217,9 @@ def flux_img2img(like: Case | None = None, **components: Any) -> Case:
     """The last part of the schedule, two unnamed calls per step; ``like`` shares its components."""
     like = like or flux()
     pipe = diffusers.FluxImg2ImgPipeline(**{**like.pipe.components, **components})
-    arguments = dict(like.arguments, image=embeds(1, 3, 16, 16, seed=5).clamp(-1, 1), strength=0.7)
+    arguments = dict(
+        like.arguments, image=embeds(1, 3, 16, 16, seed=5).clamp(-1, 1), strength=0.7
+    )
     return Case(quiet(pipe), arguments, ("branch0", "branch1"), evaluations=5)
 
 
@@ -233,7 +239,9 @@ def qwen_image_edit_plus() -> Case:
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ).eval()
-    pipe = diffusers.QwenImageEditPlusPipeline(flow_match(), vae, None, None, None, transformer)
+    pipe = diffusers.QwenImageEditPlusPipeline(
+        flow_match(), vae, None, None, None, transformer
+    )
     # Sizes to which reference images are brought; a million pixels otherwise.
     module.CONDITION_IMAGE_SIZE, module.VAE_IMAGE_SIZE = 32 * 32, 32 * 32
     arguments = dict(
@@ -298,7 +306,9 @@ def chroma() -> Case:
 
 def lumina2() -> Case:
     """Two unnamed calls per step, a timestep that rises, and guidance that may end early (``cfg_trunc_ratio``)."""
-    pipe = diffusers.Lumina2Pipeline(zoo.build("lumina2"), flow_match(), autoencoder(4), None, None)
+    pipe = diffusers.Lumina2Pipeline(
+        zoo.build("lumina2"), flow_match(), autoencoder(4), None, None
+    )
     arguments = dict(
         prompt_embeds=embeds(1, 6, 32),
         prompt_attention_mask=torch.ones(1, 6, dtype=torch.long),
@@ -353,7 +363,11 @@ def sd3_heun() -> Case:
 def pixart() -> Case:
     """One batched call per step."""
     pipe = diffusers.PixArtAlphaPipeline(
-        None, None, autoencoder(4), zoo.build("pixart"), diffusers.DPMSolverMultistepScheduler()
+        None,
+        None,
+        autoencoder(4),
+        zoo.build("pixart"),
+        diffusers.DPMSolverMultistepScheduler(),
     )
     arguments = dict(
         prompt=None,

@@ -34,7 +34,9 @@ from training.tiny_longcat_image.reading import (
     nearest_neighbours,
 )
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "calibrate" / "embedded" / "tiny-longcat-image"
+EMBEDDED = (
+    Path(__file__).resolve().parents[1] / "calibrate" / "embedded" / "tiny-longcat-image"
+)
 REQUIRED_ACCURACY = 0.9
 GRID_COLUMNS = 20
 GRID_ZOOM = 2
@@ -75,7 +77,9 @@ def sample(
             ).images
         )
         done = start + len(chunk)
-        click.echo(f"{done}/{len(captions)} samples, {time.monotonic() - started:.0f} s", err=True)
+        click.echo(
+            f"{done}/{len(captions)} samples, {time.monotonic() - started:.0f} s", err=True
+        )
     return np.concatenate(pictures)
 
 
@@ -84,7 +88,10 @@ def write_grid(file: Path, pictures: np.ndarray) -> None:
     rows = -(-len(pictures) // GRID_COLUMNS)
     canvas = np.full((rows * IMAGE_SIZE, GRID_COLUMNS * IMAGE_SIZE, 3), 0.5)
     for index, picture in enumerate(pictures):
-        row, column = (index // GRID_COLUMNS) * IMAGE_SIZE, (index % GRID_COLUMNS) * IMAGE_SIZE
+        row, column = (
+            (index // GRID_COLUMNS) * IMAGE_SIZE,
+            (index % GRID_COLUMNS) * IMAGE_SIZE,
+        )
         canvas[row : row + IMAGE_SIZE, column : column + IMAGE_SIZE] = picture
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
     image.resize(
@@ -99,7 +106,9 @@ def report(captions: list[Caption], readings: list[Reading]) -> bool:
     total = len(captions)
     accuracies = []
     for column, name in enumerate(("digit", "ink", "paper")):
-        right = sum(want[column] == got[column] for want, got in zip(expected, found, strict=True))
+        right = sum(
+            want[column] == got[column] for want, got in zip(expected, found, strict=True)
+        )
         accuracies.append(right / total)
         click.echo(f"{name} accuracy: {right}/{total} = {right / total:.1%}")
     right = sum(want == got for want, got in zip(expected, found, strict=True))
@@ -119,7 +128,9 @@ def report(captions: list[Caption], readings: list[Reading]) -> bool:
 
 @click.command()
 @click.argument(
-    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=EMBEDDED
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=EMBEDDED,
 )
 @click.option(
     "--samples",
@@ -160,7 +171,8 @@ def main(
     passed = report(captions, reader.read(pictures))
     others = DigitReader(nearest_neighbours()).read(pictures)
     agreed = sum(
-        caption.digit == reading.digit for caption, reading in zip(captions, others, strict=True)
+        caption.digit == reading.digit
+        for caption, reading in zip(captions, others, strict=True)
     )
     click.echo(f"\ndigits read right by nearest neighbours instead: {agreed}/{samples}")
     psnr = reconstruction_psnr(pipeline.vae, digit_masks()[0])

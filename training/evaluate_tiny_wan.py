@@ -20,7 +20,13 @@ from PIL import Image
 
 from training.folders import load_finished
 from training.tiny_wan.autoencoder import reconstruction_psnr
-from training.tiny_wan.data import FRAME_SIZE, FRAMES, Caption, evenly_ordered_captions, render
+from training.tiny_wan.data import (
+    FRAME_SIZE,
+    FRAMES,
+    Caption,
+    evenly_ordered_captions,
+    render,
+)
 from training.tiny_wan.reading import Reading, read_clip
 
 REQUIRED_ACCURACY = 0.85
@@ -58,13 +64,17 @@ def sample(
             ).frames
         )
         done = start + len(chunk)
-        click.echo(f"{done}/{len(captions)} samples, {time.monotonic() - started:.0f} s", err=True)
+        click.echo(
+            f"{done}/{len(captions)} samples, {time.monotonic() - started:.0f} s", err=True
+        )
     return np.concatenate(clips)
 
 
 def write_strip(file: Path, clips: np.ndarray) -> None:
     """One row per clip, its frames side by side."""
-    canvas = clips.transpose(0, 2, 1, 3, 4).reshape(len(clips) * FRAME_SIZE, FRAMES * FRAME_SIZE, 3)
+    canvas = clips.transpose(0, 2, 1, 3, 4).reshape(
+        len(clips) * FRAME_SIZE, FRAMES * FRAME_SIZE, 3
+    )
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
     image.resize(
         (image.width * STRIP_ZOOM, image.height * STRIP_ZOOM), Image.Resampling.NEAREST
@@ -76,17 +86,22 @@ def accuracies(captions: list[Caption], readings: list[Reading]) -> dict[str, fl
     pairs = list(zip(captions, readings, strict=True))
     names = ("shape", "colour", "direction", "background")
     right = {
-        name: [getattr(want, name) == getattr(got, name) for want, got in pairs] for name in names
+        name: [getattr(want, name) == getattr(got, name) for want, got in pairs]
+        for name in names
     }
     result = {name: sum(flags) / len(pairs) for name, flags in right.items()}
-    result["all four"] = sum(all(flags) for flags in zip(*right.values(), strict=True)) / len(pairs)
+    result["all four"] = sum(all(flags) for flags in zip(*right.values(), strict=True)) / len(
+        pairs
+    )
     return result
 
 
 def reader_accuracies(captions: list[Caption]) -> dict[str, float]:
     """What the reader reads off rendered clips: what a perfect model could at most expect to score."""
     torch.manual_seed(0)
-    clips = [(render(caption, 1)[0] / 2 + 0.5).permute(1, 2, 3, 0).numpy() for caption in captions]
+    clips = [
+        (render(caption, 1)[0] / 2 + 0.5).permute(1, 2, 3, 0).numpy() for caption in captions
+    ]
     return accuracies(captions, [read_clip(clip) for clip in clips])
 
 
@@ -133,7 +148,9 @@ def main(
         click.echo(f"{name} right: {round(value * samples)}/{samples} = {value:.1%}")
     pairs = zip(captions, readings, strict=True)
     confused = Counter(
-        (want.direction, got.direction) for want, got in pairs if want.direction != got.direction
+        (want.direction, got.direction)
+        for want, got in pairs
+        if want.direction != got.direction
     )
     for (want, got), count in confused.most_common():
         click.echo(f"direction {want!r} read as {got!r}: {count}")
@@ -144,7 +161,8 @@ def main(
     click.echo(f"reader on rendered clips: {on_rendered}")
     sys.exit(
         0
-        if min(reached[name] for name in ("colour", "direction", "background")) >= REQUIRED_ACCURACY
+        if min(reached[name] for name in ("colour", "direction", "background"))
+        >= REQUIRED_ACCURACY
         else 1
     )
 

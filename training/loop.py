@@ -39,7 +39,9 @@ class LoopRecipe:
 def draw_sigmas(count: int) -> torch.Tensor:
     """Noise levels, half uniform, half logit-normal: the ends of the schedule are seen often enough as well."""
     size = (count,)
-    sigma = torch.where(torch.rand(size) < 0.5, torch.rand(size), torch.sigmoid(torch.randn(size)))
+    sigma = torch.where(
+        torch.rand(size) < 0.5, torch.rand(size), torch.sigmoid(torch.randn(size))
+    )
     return sigma.clamp(0.002, 1.0)
 
 
@@ -65,7 +67,10 @@ class Training:
         self.model, self.recipe = model, recipe
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+            model.parameters(),
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
         )
         self.step = 0
         self.cpu_seconds = 0.0
@@ -104,7 +109,9 @@ class Training:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "device_random": torch.cuda.get_rng_state()
+            if self.device.type == "cuda"
+            else None,
             "step": self.step,
             "cpu_seconds": self.cpu_seconds,
             "smoothed_loss": self.smoothed_loss,

@@ -61,7 +61,9 @@ def exports(form: str) -> Iterator[tuple[str, str | None]]:
                 not form.endswith("magcache") or wants_plan(entry, schedule)
             )
             try:
-                text = export_entry(entry, form, threshold=_threshold(entry), schedule=schedule)
+                text = export_entry(
+                    entry, form, threshold=_threshold(entry), schedule=schedule
+                )
             except CoeffsError:
                 continue
             yield text, schedule if is_plan else None
@@ -108,7 +110,10 @@ def checked(form: str, folder: Path) -> tuple[str, list[str]]:
     release = releases()[form]
     if form in NOT_VERIFIABLE:
         count = sum(1 for _ in exports(form))
-        return f"| `{form}` | {release.release} | {count} exported; {NOT_VERIFIABLE[form]} | |", []
+        return (
+            f"| `{form}` | {release.release} | {count} exported; {NOT_VERIFIABLE[form]} | |",
+            [],
+        )
     package = FORMS[form]
     root = folder
     if package.requirement is not None:
@@ -121,7 +126,9 @@ def checked(form: str, folder: Path) -> tuple[str, list[str]]:
         plans += schedule is not None
         try:
             steps = parse(text)
-        except Exception as error:  # whatever the engine raises for a text that it does not accept
+        except (
+            Exception
+        ) as error:  # whatever the engine raises for a text that it does not accept
             wrong.append(f"{form}: {type(error).__name__}: {error}: {text.splitlines()[0]}")
             continue
         accepted += 1

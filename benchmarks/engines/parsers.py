@@ -66,7 +66,9 @@ def option(text: str, name: str) -> str:
 
 def vllm_omni(root: Path) -> Parser:
     diffusion = root / "vllm_omni" / "diffusion"
-    config = definitions(diffusion / "data.py", ("DiffusionCacheConfig",))["DiffusionCacheConfig"]
+    config = definitions(diffusion / "data.py", ("DiffusionCacheConfig",))[
+        "DiffusionCacheConfig"
+    ]
     names = (
         "_MODEL_COEFFICIENTS",
         "_DEFAULT_REL_L1_THRESH",
@@ -166,7 +168,9 @@ def xfuser(root: Path) -> Parser:
     from cache_dit import DBCacheConfig
 
     cache = root / "xfuser/model_executor/cache"
-    preset = definitions(cache / "presets.py", ("DBCachePreset",), Optional=Any)["DBCachePreset"]
+    preset = definitions(cache / "presets.py", ("DBCachePreset",), Optional=Any)[
+        "DBCachePreset"
+    ]
     # The number of ranks that share guidance: one process here.
     ranks = types.ModuleType("xfuser.core.distributed")
     ranks.get_classifier_free_guidance_world_size = lambda: 1  # type: ignore[attr-defined]
@@ -232,7 +236,9 @@ class Blocks(nn.Module):
                 text, image = torch.ones(1, 2, 8), torch.ones(1, 4, 8)
                 for block in self.transformer_blocks:
                     text, image = block(
-                        hidden_states=image, encoder_hidden_states=text, temb=torch.ones(1, 8)
+                        hidden_states=image,
+                        encoder_hidden_states=text,
+                        temb=torch.ones(1, 8),
                     )
         return self.computed
 
@@ -251,7 +257,9 @@ def diffusers_magcache(root: Path) -> Parser:
 
 def vllm_omni_magcache(root: Path) -> Parser:
     diffusion = root / "vllm_omni" / "diffusion"
-    config = definitions(diffusion / "data.py", ("DiffusionCacheConfig",))["DiffusionCacheConfig"]
+    config = definitions(diffusion / "data.py", ("DiffusionCacheConfig",))[
+        "DiffusionCacheConfig"
+    ]
     for name in (
         "",
         ".diffusion",

@@ -27,7 +27,9 @@ from benchmarks.gpu.tables import markdown
 @click.command()
 @click.option("--minutes", default=20.0, show_default=True, help="No case begins after them.")
 @click.option("--rounds", default=3, show_default=True, help="Of every case, in turn.")
-@click.option("--only", help="Cases whose name begins so, such as applying/ or recording/qwen.")
+@click.option(
+    "--only", help="Cases whose name begins so, such as applying/ or recording/qwen."
+)
 @click.option("--toy", is_flag=True, help="Tiny models, to see that every case runs.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file.")
 def main(minutes: float, rounds: int, only: str | None, toy: bool, out: Path | None) -> None:
@@ -36,10 +38,15 @@ def main(minutes: float, rounds: int, only: str | None, toy: bool, out: Path | N
     if not on_gpu:
         click.echo("torch sees no GPU: these are figures of the CPU", err=True)
         if not toy:
-            click.echo("planning/ is left out: its models take hours to train on a CPU", err=True)
+            click.echo(
+                "planning/ is left out: its models take hours to train on a CPU", err=True
+            )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("training").setLevel(logging.INFO)
-    path = out or RESULTS / f"performance-{'gpu' if on_gpu else 'cpu'}{'-toy' if toy else ''}.json"
+    path = (
+        out
+        or RESULTS / f"performance-{'gpu' if on_gpu else 'cpu'}{'-toy' if toy else ''}.json"
+    )
     store = Store(path)
     deadline = time.monotonic() + 60 * minutes
     missing = [

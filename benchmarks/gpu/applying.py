@@ -35,7 +35,9 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     ideal = workload.steps / (half.count("C") + half.count("S") * rest)
     return {
         "seconds": seconds,
-        "over_plain": {name: ratio(seconds, name, "plain") for name in cases if name != "plain"},
+        "over_plain": {
+            name: ratio(seconds, name, "plain") for name in cases if name != "plain"
+        },
         "rest_share": rest,
         "ideal_speedup": ideal,
         "share_of_ideal": {
@@ -55,7 +57,10 @@ def _settings(steps: int) -> dict[str, dict[str, Any]]:
     half = ("CS" * steps)[:steps]
     return {
         "threshold 0": {"coefficients": [1.0, 0.0], "threshold": 0.0},
-        "every step decided, none skipped": {"coefficients": [1.0, 0.0], "threshold": NEVER},
+        "every step decided, none skipped": {
+            "coefficients": [1.0, 0.0],
+            "threshold": NEVER,
+        },
         "half skipped, gate": EVERY_SECOND,
         "half skipped, plan": {"schedule": half},
         "half skipped, plan with linear forecast": {"schedule": half, "forecast": "linear"},

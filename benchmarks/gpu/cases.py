@@ -46,7 +46,8 @@ def all_cases(toy: bool) -> list[Case]:
     found += [Case("compiling", model, compiling.measure) for model in models]
     if toy or torch.cuda.is_available():
         planned = [
-            Case("planning", name, planning.measure, planning.Subject) for name in planning.KINDS
+            Case("planning", name, planning.measure, planning.Subject)
+            for name in planning.KINDS
         ]
         found += planned
     return found

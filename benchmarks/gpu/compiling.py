@@ -23,5 +23,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     seconds = alternate(cases, rounds)
     return {
         "seconds": seconds,
-        "over_eager": {name: ratio(seconds, name, "eager") for name in cases if name != "eager"},
+        "over_eager": {
+            name: ratio(seconds, name, "eager") for name in cases if name != "eager"
+        },
     }

@@ -27,9 +27,7 @@ POLICIES = (
     *("magcache", "fewer-steps", "fewer-steps-2"),
 )
 GUIDANCE = 4.5
-TEXT_SLOTS = (
-    16  # of both text encoders in training; more would be zeros that take part in the attention
-)
+TEXT_SLOTS = 16  # of both text encoders in training; more would be zeros that take part in the attention
 
 
 def sd3_recipe(toy: bool) -> Sd3Recipe:
@@ -52,11 +50,15 @@ def wan_recipe(toy: bool) -> WanRecipe:
     if toy:
         autoencoder = replace(recipe.autoencoder, steps=1, refining_steps=1, batch=1)
         transformer = replace(recipe.transformer, blocks=2, heads=2)
-        loop = replace(recipe.loop, steps=8, restarts=(), warmup_steps=1, batch=2, bfloat16=True)
+        loop = replace(
+            recipe.loop, steps=8, restarts=(), warmup_steps=1, batch=2, bfloat16=True
+        )
         parts = {"autoencoder": autoencoder, "transformer": transformer, "loop": loop}
         return replace(recipe, side=16, clips_per_caption=1, device=device, **parts)
     autoencoder = replace(recipe.autoencoder, base_channels=32, batch=16)
-    transformer = replace(recipe.transformer, blocks=8, heads=6, head_dim=32, feed_forward=768)
+    transformer = replace(
+        recipe.transformer, blocks=8, heads=6, head_dim=32, feed_forward=768
+    )
     loop = replace(recipe.loop, learning_rate=1e-3, bfloat16=True)
     parts = {"autoencoder": autoencoder, "transformer": transformer, "loop": loop}
     return replace(recipe, side=64, device=device, **parts)

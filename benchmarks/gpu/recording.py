@@ -47,9 +47,13 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     seconds = alternate(cases, rounds)
     return {
         "seconds": seconds,
-        "over_plain": {name: ratio(seconds, name, "plain") for name in cases if name != "plain"},
+        "over_plain": {
+            name: ratio(seconds, name, "plain") for name in cases if name != "plain"
+        },
         "peak_bytes": {name: peak_bytes(run) for name, run in cases.items()},
-        "held_tensors_per_trajectory": held["recorder"] / workload.hidden_bytes / workload.branches,
+        "held_tensors_per_trajectory": held["recorder"]
+        / workload.hidden_bytes
+        / workload.branches,
         "estimator_host_bytes": held["estimator, on the host"],
     }
 
@@ -66,7 +70,9 @@ class Estimator:
 
     def __enter__(self) -> "Estimator":
         self._handles = [
-            self._attention.register_forward_pre_hook(_copy_to(self.signals), with_kwargs=True),
+            self._attention.register_forward_pre_hook(
+                _copy_to(self.signals), with_kwargs=True
+            ),
             self._exit.register_forward_pre_hook(_copy_to(self.outputs), with_kwargs=True),
         ]
         return self

@@ -26,7 +26,14 @@ def markdown(rows: Rows) -> str:
 
 
 HEADERS = {
-    "applying": ("model", "case", "time / plain", "share of ideal", "host waits", "peak GiB"),
+    "applying": (
+        "model",
+        "case",
+        "time / plain",
+        "share of ideal",
+        "host waits",
+        "peak GiB",
+    ),
     "recording": ("model", "case", "time / plain", "peak GiB"),
     "verify": ("model", "figure", "seconds a prompt"),
     "measures": ("image", "measure", "ms"),
@@ -50,7 +57,14 @@ def _applying(title: str, figures: dict[str, Any]) -> list[tuple]:
     for part, value in figures["milliseconds_a_call"].items():
         lines.append((title, f"{part}, ms a call", f"{value:.3f}", "", "", ""))
     lines.append(
-        (title, "ideal speed-up at half skipped", f"{figures['ideal_speedup']:.3f}", "", "", "")
+        (
+            title,
+            "ideal speed-up at half skipped",
+            f"{figures['ideal_speedup']:.3f}",
+            "",
+            "",
+            "",
+        )
     )
     return lines
 
@@ -81,7 +95,13 @@ def _planning(title: str, figures: dict[str, Any]) -> list[tuple]:
     chosen = dict.fromkeys((row["policy"], row["budget"]) for row in figures["rows"])
     steps = figures["steps"]
     return [
-        (title, policy, f"{budget} of {steps}", level(policy, budget), difference(policy, budget))
+        (
+            title,
+            policy,
+            f"{budget} of {steps}",
+            level(policy, budget),
+            difference(policy, budget),
+        )
         for policy, budget in chosen
     ]
 

@@ -57,12 +57,20 @@ def measure_verify(workload: Workload, rounds: int) -> dict[str, Any]:
     steps = 6 if toy else 50
     budgets = (3,) if toy else VERIFIED_BUDGETS
     recorded, judged = (3, 1) if toy else (5, 3)
-    common = {"dtype": str(workload.dtype).removeprefix("torch."), "device": workload.device}
+    common = {
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "device": workload.device,
+    }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         recording = _seconds(
             lambda: record(
-                num_prompts=recorded, steps=steps, gram=True, out=run, progress=False, **common
+                num_prompts=recorded,
+                steps=steps,
+                gram=True,
+                out=run,
+                progress=False,
+                **common,
             )
         )
         coeffs.save(fit(run), run / "entry.yaml")

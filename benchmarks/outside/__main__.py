@@ -25,11 +25,16 @@ from benchmarks.outside.sampling import (
 from benchmarks.study import Study, carry_out, tables
 from runtime import OwnLoop
 
-MODELS: dict[str, Callable[[], Generator]] = {"load": load_generator, "wind": wind_generator}
+MODELS: dict[str, Callable[[], Generator]] = {
+    "load": load_generator,
+    "wind": wind_generator,
+}
 # BudCache's search takes some hundred generations a budget: minutes of the load model, hours of the other.
 POLICIES = {"load": ("all", "budcache"), "wind": ("all",)}
 STUDIES = {
-    "load": Study(NUM_STEPS, (25, 15, 10, 7), recorded=20, choosing=12, planned=12, judged=48),
+    "load": Study(
+        NUM_STEPS, (25, 15, 10, 7), recorded=20, choosing=12, planned=12, judged=48
+    ),
     # A generation takes seconds here: 100 calls over 289 tokens.
     "wind": Study(NUM_STEPS, (25, 15, 10), recorded=8, choosing=2, planned=2, judged=8),
 }
@@ -44,7 +49,9 @@ QUICK = {
 @click.option("--only", type=click.Choice([*STUDIES]), help="One model only.")
 @click.option("--seed", default=0, show_default=True, help="Of the prompts.")
 @click.option("--shown", is_flag=True, help="Print the stored results again; run nothing.")
-@click.option("--quick", is_flag=True, help="Few prompts and budgets; results in build/outside.")
+@click.option(
+    "--quick", is_flag=True, help="Few prompts and budgets; results in build/outside."
+)
 def main(only: str | None, seed: int, shown: bool, quick: bool) -> None:
     """Print the tables of both models."""
     for name in [only] if only else STUDIES:

@@ -36,7 +36,12 @@ class LoadDenoiser(nn.Module):
         self.val = nn.Linear(1, 64)
         self.pos = nn.Parameter(torch.zeros(1, 24, 64))
         layer = nn.TransformerEncoderLayer(
-            64, nhead=4, dim_feedforward=256, dropout=0.0, activation="gelu", batch_first=True
+            64,
+            nhead=4,
+            dim_feedforward=256,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
         )
         self.enc = nn.TransformerEncoder(layer, num_layers=2)
         self.out = nn.Linear(64, 1)
@@ -71,7 +76,12 @@ class WindDenoiser(nn.Module):
         self.conv_blocks = nn.ModuleList(Convolutions(dilation) for dilation in (1, 2, 4))
         self.pos_embed = nn.Parameter(torch.zeros(1, 288, 128))
         layer = nn.TransformerEncoderLayer(
-            128, nhead=4, dim_feedforward=512, dropout=0.05, activation="gelu", batch_first=True
+            128,
+            nhead=4,
+            dim_feedforward=512,
+            dropout=0.05,
+            activation="gelu",
+            batch_first=True,
         )
         self.transformer = nn.TransformerEncoder(layer, num_layers=3)
         self.output_head = nn.Conv1d(128, 3, kernel_size=1)
@@ -84,7 +94,9 @@ class WindDenoiser(nn.Module):
         hidden = self.input_proj(sample)
         for block in self.conv_blocks:
             hidden = block(hidden, shared)
-        tokens = torch.cat([shared.unsqueeze(1), hidden.transpose(1, 2) + self.pos_embed], dim=1)
+        tokens = torch.cat(
+            [shared.unsqueeze(1), hidden.transpose(1, 2) + self.pos_embed], dim=1
+        )
         tokens = self.transformer(tokens)
         return self.output_head(tokens[:, 1:].transpose(1, 2))
 
@@ -94,9 +106,13 @@ class Convolutions(nn.Module):
 
     def __init__(self, dilation: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(128, 128, kernel_size=5, padding=2 * dilation, dilation=dilation)
+        self.conv1 = nn.Conv1d(
+            128, 128, kernel_size=5, padding=2 * dilation, dilation=dilation
+        )
         self.norm1 = nn.GroupNorm(8, 128)
-        self.conv2 = nn.Conv1d(128, 128, kernel_size=5, padding=2 * dilation, dilation=dilation)
+        self.conv2 = nn.Conv1d(
+            128, 128, kernel_size=5, padding=2 * dilation, dilation=dilation
+        )
         self.norm2 = nn.GroupNorm(8, 128)
 
     def forward(self, hidden: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -108,7 +124,9 @@ class Convolutions(nn.Module):
 def sinusoids(timestep: torch.Tensor, width: int) -> torch.Tensor:
     """The usual embedding of a timestep: sines, then cosines, of falling frequency."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / half))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32) * (-math.log(10000) / half)
+    )
     angles = timestep.float().unsqueeze(-1) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

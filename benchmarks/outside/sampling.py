@@ -100,7 +100,10 @@ class Generator:
         unguided = condition.clone()
         unguided[:, REGIME] = 0
         noise = torch.randn(
-            1, self.model.channels, self.model.length, generator=torch.Generator().manual_seed(seed)
+            1,
+            self.model.channels,
+            self.model.length,
+            generator=torch.Generator().manual_seed(seed),
         )
         sample = noise.double() * (1 + scheduler.sigmas[0] ** 2).sqrt()
         for timestep in scheduler.timesteps:

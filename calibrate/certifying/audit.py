@@ -14,14 +14,17 @@ from calibrate.certifying.candidates import first_of, offered, setting_of, unsee
 from calibrate.certifying.tiers import Demand, Tier
 from calibrate.errors import InvalidOption
 from calibrate.fitting.statistics import share_interval
+from calibrate.runs.lock import alone
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, alone, open_case
+from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.setting import Entered
 from coeffs import Certificate, Entry
 from coeffs.entry.certificates import chance, of_tier
 
-AUDITED = 20  # prompts: four misses refute a risk of 5 %, as 27 % of misses give four times in five
+AUDITED = (
+    20  # prompts: four misses refute a risk of 5 %, as 27 % of misses give four times in five
+)
 Say = Callable[[str], None]
 
 
@@ -117,7 +120,9 @@ def _prepare(case: Case, lora: str | os.PathLike | None) -> None:
     if lora is not None:
         pipeline.load_lora_weights(os.fspath(lora))
     parameters = (parameter for module in modules for parameter in module.parameters())
-    case.weights["sum"] = sum(parameter.double().abs().sum().item() for parameter in parameters)
+    case.weights["sum"] = sum(
+        parameter.double().abs().sum().item() for parameter in parameters
+    )
 
 
 def _audited(bench: Bench, certificate: Certificate, tests: int) -> Audited:

@@ -12,7 +12,14 @@ from calibrate.model.prompts import Prompt, PromptSet, load_prompts
 from calibrate.model.protocol import canonical_sha256
 from calibrate.trials.baselines import default_budgets
 from calibrate.trials.case import Case
-from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, Setting, gate_setting, plan_setting
+from calibrate.trials.setting import (
+    FEWER_STEPS,
+    GATE,
+    PLAN,
+    Setting,
+    gate_setting,
+    plan_setting,
+)
 from coeffs import Certificate, Entry
 
 
@@ -27,7 +34,9 @@ def plans(case: Case) -> list[Setting]:
 
 def gates(case: Case) -> list[Setting]:
     """The entry's gate at its verified thresholds, or at those that replay puts nearest to the usual budgets."""
-    rows = [(row.computed_steps or 0.0, row.threshold, row.kind) for row in case.entry.thresholds]
+    rows = [
+        (row.computed_steps or 0.0, row.threshold, row.kind) for row in case.entry.thresholds
+    ]
     chosen = [row for row in rows if row[2] == "verified"]
     if rows and not chosen:
         budgets = default_budgets(case.num_steps)
@@ -60,8 +69,12 @@ def sequences(case: Case, policies: Iterable[str]) -> list[list[Setting]]:
     """The settings of every policy that the entry has, from the most computed steps to the fewest."""
     names = list(policies)
     if not names or not set(names) <= set(POLICIES):
-        raise InvalidOption(f"policies {', '.join(names)}: expected some of {', '.join(POLICIES)}")
-    made = [sorted(POLICIES[name](case), key=lambda setting: -setting.budget) for name in names]
+        raise InvalidOption(
+            f"policies {', '.join(names)}: expected some of {', '.join(POLICIES)}"
+        )
+    made = [
+        sorted(POLICIES[name](case), key=lambda setting: -setting.budget) for name in names
+    ]
     if not any(made):
         raise InvalidOption(
             f"{case.entry.label}: no {' and no '.join(names)} in it to certify; make plans with `calibrate plan`"
@@ -100,7 +113,9 @@ def unseen(
     return prompts
 
 
-def first_of(prompts: dict[str, list[Prompt]], count: int, sets: list[PromptSet]) -> PromptSet:
+def first_of(
+    prompts: dict[str, list[Prompt]], count: int, sets: list[PromptSet]
+) -> PromptSet:
     """The first ``count`` prompts as a set, named by the hash of their ids and seeds."""
     chosen = [prompt for same in list(prompts.values())[:count] for prompt in same]
     images = {name: path for one_set in sets for name, path in one_set.images.items()}

@@ -27,11 +27,12 @@ from calibrate.model.prompts import PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.entry_file import same_gate, update_entry
 from calibrate.runs.folder import RunFolder
+from calibrate.runs.lock import alone
 from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import note
 from calibrate.text import duration
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, alone, open_case
+from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import Entered, Setting
@@ -113,21 +114,29 @@ def certify(
     chosen = first_of(fresh, count, sets)
     misses = demand.most_missed(count)
     _announce(
-        case, candidates, chosen, f"{demand.tests} tests that pass with up to {misses} misses", say
+        case,
+        candidates,
+        chosen,
+        f"{demand.tests} tests that pass with up to {misses} misses",
+        say,
     )
     # Before anything is run: who asks something else, or asks with more prompts, takes others.
     note(case.folder, list(fresh)[:count], purpose)
     perceptual = Lpips() if any("lpips" in tier.limits for tier in tiers) else None
     refused: dict[str, str] = {}
     with closing(Bench(case, chosen, perceptual, progress)) as bench:
-        tests = [_tested(bench, settings, tiers, misses, refused, say) for settings in candidates]
+        tests = [
+            _tested(bench, settings, tiers, misses, refused, say) for settings in candidates
+        ]
         if not any(tests):
             raise InvalidOption(f"no policy could be run ({'; '.join(refused.values())})")
         certificates = []
         for tier in tiers:
             passed = [[test for test in sequence if tier in test.kept] for sequence in tests]
             fastest = [sequence[-1] for sequence in passed if sequence]
-            certificates += [_certificate(case, chosen, demand, tier, test) for test in fastest]
+            certificates += [
+                _certificate(case, chosen, demand, tier, test) for test in fastest
+            ]
     reached = {certificate.tier for certificate in certificates}
     first = [sequence[0] for sequence in tests if sequence]
     unreached = [
@@ -220,7 +229,9 @@ def _certificate(
         computed_steps=float(rows["computed_steps"].mean()),
         num_steps=case.num_steps,
         speedup=speedup if np.isfinite(speedup) else None,
-        figures={measure.name: float(rows[measure.name].mean()) for measure in measured(rows)},
+        figures={
+            measure.name: float(rows[measure.name].mean()) for measure in measured(rows)
+        },
         protocol=protocol_of(case.session.identity["protocol"]),
         source=coeffs.Source(
             run_id=case.manifest.get("run_id"),

@@ -54,7 +54,9 @@ class Tier:
 def _measured(name: str, results: pd.DataFrame) -> str:
     if name not in results:
         known = ", ".join(measure for measure in LIMITS if measure in results)
-        raise InvalidOption(f"a limit on {name}, but these samples have {known}: set it on those")
+        raise InvalidOption(
+            f"a limit on {name}, but these samples have {known}: set it on those"
+        )
     return name
 
 

@@ -72,7 +72,9 @@ def certify(
     chosen = [parse_tier(text) for text in texts] or USUAL_TIERS
     run = checked_run(source)
     tell_plan("certify: which setting keeps a limit", run, tiers=", ".join(map(str, chosen)))
-    done = run_certification(run, tiers=chosen, policies=policies.split(","), say=tell, **options)
+    done = run_certification(
+        run, tiers=chosen, policies=policies.split(","), say=tell, **options
+    )
     rows = [
         [one.tier, one.how, f"{one.missed} of {one.prompts}", f"{one.factor:.2f}x"]
         for one in done.certificates
@@ -112,10 +114,12 @@ def audit(source: str, **options: Any) -> None:
     if leave_to_rank_0("audit"):
         return
     from calibrate.certifying.audit import audit as run_audit
-    from calibrate.trials.case import folder_of
+    from calibrate.runs.lock import folder_of
 
     folder = folder_of(source, options["registry"], options["out"])
-    tell(block("audit: does a certificate hold here", {"entry": source, "folder": str(folder)}))
+    tell(
+        block("audit: does a certificate hold here", {"entry": source, "folder": str(folder)})
+    )
     done = run_audit(source, say=tell, **options)
     for one in done:
         click.echo(f"{one.certificate.promise}\n  holds here: {one.verdict}")

@@ -85,7 +85,12 @@ def fit_and_report(
     from calibrate.fitting.choice import fit_branches
     from calibrate.fitting.draft import entry_of
     from calibrate.fitting.score import score
-    from calibrate.reporting.tables import candidate_table, fit_table, replay_table, score_table
+    from calibrate.reporting.tables import (
+        candidate_table,
+        fit_table,
+        replay_table,
+        score_table,
+    )
     from calibrate.runs.entry_file import carried_over, update_entry
     from calibrate.runs.pairs import load_run
 

@@ -18,7 +18,9 @@ def models() -> None:
     for spec in model_table():
         sizes = [spec.width, spec.height, spec.num_frames]
         size = "x".join(str(value) for value in sizes if value)
-        steps, guidance = (str(value or "-") for value in (spec.num_steps, spec.guidance_scale))
+        steps, guidance = (
+            str(value or "-") for value in (spec.num_steps, spec.guidance_scale)
+        )
         owner = (spec.repository or "teacal itself").partition("/")[0]
         rows.append((spec.alias, spec.kind, steps, guidance, size or "-", owner))
     click.echo(aligned(("alias", "kind", "steps", "guidance", "size", "published by"), rows))

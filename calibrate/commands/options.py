@@ -30,7 +30,9 @@ WHOLE_NUMBERS = numbers(int, "whole numbers separated by commas, such as 14,10,8
 NUMBERS = numbers(float, "numbers separated by commas, such as 0.1,0.2")
 
 
-def _parsed(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
+def _parsed(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> dict[str, Any]:
     from calibrate.model.call import parse_pipe_args
 
     return parse_pipe_args(value)
@@ -70,9 +72,13 @@ _session = _group(
         help="Further pipeline argument.",
     ),
     option(
-        "--cpu-offload", is_flag=True, help="Keep on the GPU only the component that is running."
+        "--cpu-offload",
+        is_flag=True,
+        help="Keep on the GPU only the component that is running.",
     ),
-    option("--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."),
+    option(
+        "--allow-pickle", is_flag=True, help="Load pickled weights too, which can run code."
+    ),
 )
 # They arrive as the keyword arguments of `calibrate.record`.
 recording_options = _group(
@@ -83,7 +89,9 @@ recording_options = _group(
         help="Alias (`calibrate models` lists them), diffusers folder or hub id.",
     ),
     option(
-        "--prompts", metavar="FILE|SET", help="Text (one a line), JSON lines, or a shipped set."
+        "--prompts",
+        metavar="FILE|SET",
+        help="Text (one a line), JSON lines, or a shipped set.",
     ),
     option(
         "--num-prompts",
@@ -99,7 +107,10 @@ recording_options = _group(
     option("--num-frames", type=POSITIVE, help="Frames of a video."),
     _image,
     option(
-        "--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Of weights and activations."
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="bfloat16",
+        help="Of weights and activations.",
     ),
     option("--out", type=FOLDER, metavar="RUN", help="Run folder [runs/<model>-<hash>]."),
     option(

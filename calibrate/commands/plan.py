@@ -11,7 +11,9 @@ from calibrate.commands.options import FOLDER, POSITIVE, WHOLE_NUMBERS, rerunnin
 
 @click.command()
 @click.argument("run", metavar="RUN", type=FOLDER)
-@option("--computed", type=WHOLE_NUMBERS, metavar="N,N,...", help="Numbers of computed steps.")
+@option(
+    "--computed", type=WHOLE_NUMBERS, metavar="N,N,...", help="Numbers of computed steps."
+)
 @option("--speedup", type=float, help="Of the denoiser, instead of --computed.")
 @option(
     "--steps",
@@ -55,7 +57,9 @@ def plan(run: str, no_runs: bool, **options: Any) -> None:
 
     used = f"{options['choosing']} to choose by, {options['num_prompts']} others to judge by"
     prompts = "no run of the model" if no_runs else used
-    tell_plan("plan: which steps to compute, and how to forecast the others", run, prompts=prompts)
+    tell_plan(
+        "plan: which steps to compute, and how to forecast the others", run, prompts=prompts
+    )
     planned = make_plans(run, runs=not no_runs, say=tell, **options)
     verdict = fewer_steps_verdict(planned)
     if verdict:

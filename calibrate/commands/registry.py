@@ -22,7 +22,9 @@ NARROWEST = 60  # columns in which the tables can be read
 class OneOf(click.Choice[str]):
     """A choice that says which name was probably meant."""
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
         hint = did_you_mean(value, self.choices)
         if hint and value not in self.choices:
             self.fail(f"{value!r} is not known: {hint}", param, ctx)
@@ -32,13 +34,18 @@ class OneOf(click.Choice[str]):
 ENGINES = OneOf(list(ENGINE_NAMES))
 STATUSES = click.Choice(["measured", "published", "copied"])
 out_option = option(
-    "--out", metavar="FILE", type=click.Path(dir_okay=False), help="Write there, not to stdout."
+    "--out",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Write there, not to stdout.",
 )
 
 
 @click.command("list")
 @option(
-    "--model", metavar="TEXT", help="Only where name, title, checkpoint or class contains TEXT."
+    "--model",
+    metavar="TEXT",
+    help="Only where name, title, checkpoint or class contains TEXT.",
 )
 @option("--engine", metavar="NAME", help="Only sets published by this engine.")
 @option("--status", type=STATUSES, help="Only this status.")
@@ -142,9 +149,15 @@ def _problems(entry: coeffs.Entry) -> list[releases.Problem]:
     type=float,
     help="Travels with the coefficients; needed unless the entry has exactly one.",
 )
-@option("--schedule", metavar="CCSC...", help="A plan for engines of plans: C computes, S skips.")
+@option(
+    "--schedule",
+    metavar="CCSC...",
+    help="A plan for engines of plans: C computes, S skips.",
+)
 @option("--release", metavar="VERSION", help="The engine's version; refused if not known.")
-@option("--force", is_flag=True, help="Write what the engine misreads, with a warning inside.")
+@option(
+    "--force", is_flag=True, help="Write what the engine misreads, with a warning inside."
+)
 @out_option
 @registry
 def export(entry: str, out: str | None, registry: str | None, **form: Any) -> None:
@@ -161,7 +174,9 @@ def export(entry: str, out: str | None, registry: str | None, **form: Any) -> No
 @argument("file", type=click.File("r", encoding="utf-8"))
 @option("--from", "engine", type=ENGINES, required=True, help="The engine whose form it is.")
 @option(
-    "--like", metavar="ENTRY", help="Keep the facts of this entry; the form replaces its numbers."
+    "--like",
+    metavar="ENTRY",
+    help="Keep the facts of this entry; the form replaces its numbers.",
 )
 @option("--model", metavar="NAME", help="Name of the new entry.")
 @option("--transformer-class", metavar="CLASS", help="Class of the denoiser.")
@@ -193,7 +208,9 @@ def import_form(
 @click.command()
 @argument("run", metavar="RUN", type=click.Path(exists=True))
 @option("--dry-run", is_flag=True, help="Only check.")
-@option("--force", is_flag=True, help="Release an entry that is complete but of little worth.")
+@option(
+    "--force", is_flag=True, help="Release an entry that is complete but of little worth."
+)
 @registry
 def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
     """Release a run's draft entry as the next version of its model, once its checks pass.

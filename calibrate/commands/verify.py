@@ -67,7 +67,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     """
     import coeffs
     from calibrate.recording.launch import rank
-    from calibrate.trials.case import folder_of
+    from calibrate.runs.lock import folder_of
     from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
     from calibrate.verifying.comparison import judge_plan, sentences
@@ -92,7 +92,9 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     indented = [textwrap.indent(lines, "    ") for lines in usage if lines]
     click.echo("\n\n".join([str(advice), *indented, verdict_table(done.summary)]))
     for name, count in done.facts["broken"].items():
-        click.echo(f"broken: {name}: {count} samples with NaN or infinity, which count as 0 dB")
+        click.echo(
+            f"broken: {name}: {count} samples with NaN or infinity, which count as 0 dB"
+        )
     for name, reason in done.facts["refused"].items():
         click.echo(f"refused: {name}: {reason}")
     if done.facts["tuning"]:

@@ -21,7 +21,9 @@ from coeffs.entry.polynomial import negative_ranges
 
 METHODS = ("auto", "polyfit", "constrained")
 BETTER = 0.01  # a held-out RMSE has to be this much lower to count as better
-POOLING_LOSS = 0.10  # share of its held-out RMSE that a branch may lose to one polynomial for all
+POOLING_LOSS = (
+    0.10  # share of its held-out RMSE that a branch may lose to one polynomial for all
+)
 TINY = 1e-300  # instead of an error of 0, which nothing can be divided by
 
 
@@ -121,7 +123,8 @@ def _fits(
 ) -> tuple[list[FitResult], dict[str, Figures], str]:
     """The recommended fit and the other, their figures by method, and why."""
     plain, shaped = (
-        fit_polynomial(pairs["x"], pairs["y"], degree, name) for name in ("polyfit", "constrained")
+        fit_polynomial(pairs["x"], pairs["y"], degree, name)
+        for name in ("polyfit", "constrained")
     )
     results, why = [plain, shaped], "chosen by hand"
     if plain.coefficients_high_to_low == shaped.coefficients_high_to_low:

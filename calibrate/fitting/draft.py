@@ -53,7 +53,11 @@ def fit(
 
 
 def entry_of(
-    run: Run, fits: Sequence[BranchFit], target: Any, signal: Any, command: str | None = None
+    run: Run,
+    fits: Sequence[BranchFit],
+    target: Any,
+    signal: Any,
+    command: str | None = None,
 ) -> coeffs.Entry:
     """The entry of fits made by :func:`fit_branches`."""
     manifest = run.manifest
@@ -89,7 +93,10 @@ def entry_of(
 
 
 def replayed(
-    run: Run, entry: coeffs.Entry, fits: Sequence[BranchFit], thresholds: Sequence[float] = ()
+    run: Run,
+    entry: coeffs.Entry,
+    fits: Sequence[BranchFit],
+    thresholds: Sequence[float] = (),
 ) -> pd.DataFrame:
     """The summary of a replay, with the 95 % interval of the mean of computed steps (``low``, ``high``).
 
@@ -168,7 +175,9 @@ def _run_warnings(run: Run) -> Iterator[str]:
     if run.manifest.get("model") == EMBEDDED_MODEL:
         yield "measured on the embedded tiny model: the figures say nothing about any other model"
     if run.excluded:
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in run.excluded.items())
+        reasons = ", ".join(
+            f"{count} with {reason}" for reason, count in run.excluded.items()
+        )
         total = sum(run.excluded.values())
         yield f"{total} of {len(run.rows)} pairs excluded: {reasons}"
     wanted = len({row["prompt_id"] for row in run.manifest.get("prompts", ())})
@@ -210,9 +219,7 @@ def _fit_warnings(fit: BranchFit) -> Iterator[str]:
     if within is None:
         yield "x is the same for all prompts at each step: it adds nothing beyond the schedule"
     elif low is not None and low <= 0:
-        figures = (
-            f"rank correlation within steps {within:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-        )
+        figures = f"rank correlation within steps {within:.2f}, 95 % interval {low:.2f} to {high:.2f}"
         yield f"x adds nothing measurable beyond the schedule ({figures})"
     if fit.enough is None and fit.pairs["prompt_id"].nunique() >= ENOUGH_PROMPTS:
         yield "the held-out error still falls with the number of prompts: record more"

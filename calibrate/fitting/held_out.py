@@ -18,7 +18,9 @@ from calibrate.fitting.least_squares import FitResult, fit_polynomial
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
 
 FOLDS = 10
-REPEATS = 20  # draws of the learning curve: their mean moves by a fifth of the spread between draws
+REPEATS = (
+    20  # draws of the learning curve: their mean moves by a fifth of the spread between draws
+)
 # What a predictor may know that does not look at the signal: the moment.
 SCHEDULE = ["expert", "branch", "num_steps", "step"]
 
@@ -111,7 +113,9 @@ def rival_figures(pairs: pd.DataFrame) -> Figures:
     return known | {"spearman_within_step_low": low, "spearman_within_step_high": high}
 
 
-def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
+def spearman_within_step(
+    pairs: pd.DataFrame,
+) -> tuple[float | None, float | None, float | None]:
     """Rank correlation of x and y within the steps of the schedule, pooled, with its 95 % interval over prompts.
 
     The interval is the jackknife's: each prompt left out in turn and the rest ranked anew, Student's t.
@@ -129,10 +133,14 @@ def spearman_within_step(pairs: pd.DataFrame) -> tuple[float | None, float | Non
     return value, max(value - half, -1.0), min(value + half, 1.0)
 
 
-def compare_candidates(run: Run, degree: int = 4, expert: str = "transformer") -> pd.DataFrame:
+def compare_candidates(
+    run: Run, degree: int = 4, expert: str = "transformer"
+) -> pd.DataFrame:
     """Which signal predicts which target best: one row per signal, target and branch, best held-out R² first."""
     rows = []
-    for signal, target, branch in product(SIGNAL_COLUMNS, TARGET_COLUMNS, run.branches(expert)):
+    for signal, target, branch in product(
+        SIGNAL_COLUMNS, TARGET_COLUMNS, run.branches(expert)
+    ):
         pairs = run.pairs(signal, target, expert, branch)
         if pairs.empty:
             continue

@@ -98,7 +98,9 @@ def bootstrap(
     degree = max(len(np.trim_zeros(estimate, "f")) - 1, 0)  # it may have been lowered
     design = powers.polyvander(scale_to_unit(pairs["x"].to_numpy(), fit.domain), degree)
     random = np.random.default_rng(0)
-    weights = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples)
+    weights = random.multinomial(
+        len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples
+    )
     of_pair = weights[:, index]
     left = np.tensordot(of_pair, design[:, :, None] * design[:, None, :], axes=1)
     right = of_pair * pairs["y"].to_numpy() @ design
@@ -129,7 +131,9 @@ def computed_intervals(
         return np.full((2, len(thresholds)), np.nan)
     weights = known[0].weights  # the same draw for every branch
     curves = [
-        refit.curves(np.fmax(x, refit.domain[0]))  # steps without a signal are computed anyway
+        refit.curves(
+            np.fmax(x, refit.domain[0])
+        )  # steps without a signal are computed anyway
         for refit, x in zip(known, search.x, strict=True)
     ]
     predicted = np.stack(curves, axis=1).clip(0)

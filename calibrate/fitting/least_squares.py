@@ -22,7 +22,9 @@ EPS = float(np.finfo(float).eps)
 # A slope of degree 5 that is non-negative at 200 Chebyshev points falls between them by less than
 # 1e-3 of its largest value (Bernstein's inequality); what is left is lifted away.
 SHAPE_POINTS = np.cos(np.linspace(0, np.pi, 200))
-DENSE_GRID = 4096  # points between which a constrained fit must rise visibly in double precision
+DENSE_GRID = (
+    4096  # points between which a constrained fit must rise visibly in double precision
+)
 # Condition in t above which the highest power is left out; evenly spread x has less than 100.
 UNDETERMINED = 1e5
 EXPORT_LOSS = 1e-8  # largest relative rounding error of the powers of x
@@ -136,7 +138,9 @@ def _checked(x: ArrayLike, y: ArrayLike, degree: int) -> tuple[np.ndarray, np.nd
     if not len(x):
         raise CannotFit("no pairs to fit; record at least one prompt with two or more steps")
     if not np.isfinite([x, y]).all():
-        raise CannotFit("non-finite x or y among the pairs; leave them out first (Run.pairs does)")
+        raise CannotFit(
+            "non-finite x or y among the pairs; leave them out first (Run.pairs does)"
+        )
     return x, y
 
 
@@ -145,10 +149,14 @@ def _plain(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
     low, high = float(x.min()), float(x.max())
     if low == high:  # a domain must not be empty: 1 % on either side
         low, high = 0.99 * low, 1.01 * high or 1.0
-    growth = 1 + 2 * abs(low + high) / (high - low)  # of rounding errors in powers of x, per power
+    growth = 1 + 2 * abs(low + high) / (
+        high - low
+    )  # of rounding errors in powers of x, per power
     exportable = int(math.log(EXPORT_LOSS / EPS) / math.log(growth))
     kept = min(degree, len(np.unique(x)) - 1, exportable)
-    while np.linalg.cond(powers.polyvander(scale_to_unit(x, (low, high)), kept)) > UNDETERMINED:
+    while (
+        np.linalg.cond(powers.polyvander(scale_to_unit(x, (low, high)), kept)) > UNDETERMINED
+    ):
         kept -= 1
     return Curve.fit(x, y, kept, domain=[low, high])
 
@@ -169,7 +177,9 @@ def _lifted(curve: Curve) -> Curve:
     value, slope = _slack(curve)
     constant = Curve([max(-value, 0.0)], domain=curve.domain)
     rising = Curve([max(-slope, 0.0)] * min(len(curve.coef), 2), domain=curve.domain)
-    return curve + constant + rising  # a multiple of t + 1, which leaves the value at -1 as it is
+    return (
+        curve + constant + rising
+    )  # a multiple of t + 1, which leaves the value at -1 as it is
 
 
 def _doubts(

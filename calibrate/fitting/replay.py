@@ -84,7 +84,9 @@ class Search:
                 self.predicted[row, step] = gated[row].predict(x)
 
         # Steps of a generation are the mean of its branches and the sum of its experts; its time is the sum of both.
-        self.seconds = np.array([run.timing.get(expert, (1.0, 1.0)) for expert in keys["expert"]])
+        self.seconds = np.array(
+            [run.timing.get(expert, (1.0, 1.0)) for expert in keys["expert"]]
+        )
         generation = keys.groupby(["prompt_id", "seed"])
         of_generation = generation.ngroup().to_numpy()[:, None] == range(generation.ngroups)
         branches_each = keys.groupby(GENERATION)["branch"].transform("size").to_numpy()
@@ -92,7 +94,9 @@ class Search:
         prompts = [prompt for prompt, _ in generation.groups]
         self.prompts, self.prompt_of = np.unique(prompts, return_inverse=True)
 
-    def skipped(self, thresholds: ArrayLike, predicted: np.ndarray | None = None) -> np.ndarray:
+    def skipped(
+        self, thresholds: ArrayLike, predicted: np.ndarray | None = None
+    ) -> np.ndarray:
         """Which steps are skipped, (..., trajectories, steps), at thresholds of shape (...).
 
         ``predicted`` of shape (..., trajectories, steps) replaces the predictions, for refits.
@@ -111,7 +115,9 @@ class Search:
             skipped[..., step] = skip
         return skipped
 
-    def computed(self, thresholds: ArrayLike, predicted: np.ndarray | None = None) -> np.ndarray:
+    def computed(
+        self, thresholds: ArrayLike, predicted: np.ndarray | None = None
+    ) -> np.ndarray:
         """Computed steps, shape (..., trajectories)."""
         return self.num_steps - self.skipped(thresholds, predicted).sum(axis=-1)
 

@@ -15,7 +15,9 @@ MIN_STEPS = 2  # one pair needs two steps
 STEPS = "num_inference_steps"
 _SIZES = ("height", "width", "num_frames")
 # Ours to give: the recording sets them for every prompt.
-_RESERVED = {*("prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt")}
+_RESERVED = {
+    *("prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,9 @@ def prepare_call(
     for name, flag in flags.items():
         _refuse_argument(name, flag, accepted)
     known = {} if spec is None else _table_defaults(spec, guidance)
-    arguments = {name: known[name] for name in known if open_ended or name in parameters} | given
+    arguments = {
+        name: known[name] for name in known if open_ended or name in parameters
+    } | given
     settings = {name: p.default for name, p in parameters.items() if _is_number(p.default)}
     settings |= arguments
     steps = settings.get(STEPS)
@@ -99,7 +103,9 @@ def prepare_call(
     image = parameters.get("image")
     required = image is not None and image.default is image.empty
     needs_image = required or bool(spec and spec.needs_image)
-    return Call(arguments=arguments, accepted=accepted, protocol=protocol, needs_image=needs_image)
+    return Call(
+        arguments=arguments, accepted=accepted, protocol=protocol, needs_image=needs_image
+    )
 
 
 def _refuse_argument(name: str, flag: str, accepted: frozenset[str] | None) -> None:
@@ -156,7 +162,11 @@ def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    python = {"True": "true", "False": "false", "None": "null"}  # Python's spelling is taken too
+    python = {
+        "True": "true",
+        "False": "false",
+        "None": "null",
+    }  # Python's spelling is taken too
     try:
         return json.loads(python.get(text.title(), text), parse_constant=_refuse_constant)
     except json.JSONDecodeError:

@@ -51,7 +51,9 @@ class Checkpoint:
     def weights_bytes(self) -> int:
         """Size of all weights on disk; 0 for a loaded pipeline."""
         files = self.folder.glob("*/*") if self.folder else ()
-        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+        return sum(
+            file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin")
+        )
 
 
 def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
@@ -88,7 +90,9 @@ def pipeline_class_of(checkpoint: Checkpoint) -> type:
     if checkpoint.pipeline is not None:
         return type(checkpoint.pipeline)
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class, None)
-    if isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline):
+    if isinstance(pipeline_class, type) and issubclass(
+        pipeline_class, diffusers.DiffusionPipeline
+    ):
         return pipeline_class
     raise InvalidCheckpoint(
         f"{checkpoint.repository}: diffusers {diffusers.__version__} has no pipeline {checkpoint.pipeline_class}; "
@@ -109,7 +113,9 @@ def _loaded(pipeline: Any) -> Checkpoint:
     return _identified(name, path, pipeline_class, config, pipeline=pipeline)
 
 
-def _in_folder(folder: Path, name: str, row: ModelSpec | None, allow_pickle: bool) -> Checkpoint:
+def _in_folder(
+    folder: Path, name: str, row: ModelSpec | None, allow_pickle: bool
+) -> Checkpoint:
     index = model_index(folder)
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
@@ -219,7 +225,11 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
             library in {"diffusers", "transformers"} or hasattr(pipelines, library)
         )
         path = folder / component
-        if not known or Path(component).name != component or (path / f"{library}.py").exists():
+        if (
+            not known
+            or Path(component).name != component
+            or (path / f"{library}.py").exists()
+        ):
             raise UnsafeCheckpoint(
                 f"{folder}: model_index.json takes {component} from {library!r}; expected diffusers or transformers. "
                 "Code from a checkpoint is never run: load it yourself and hand the pipeline to calibrate.record"

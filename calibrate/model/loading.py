@@ -26,11 +26,15 @@ def load_pipeline(
 
     device = pick_device(device)
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # what is allocated without naming a device belongs there too
+        torch.cuda.set_device(
+            device
+        )  # what is allocated without naming a device belongs there too
     folder = checkpoint.folder
     assert folder is not None
     # Components that were saved as none (Stable Diffusion 3 without its T5), which diffusers wants to be told.
-    absent = {name: None for name, value in model_index(folder).items() if value == [None, None]}
+    absent = {
+        name: None for name, value in model_index(folder).items() if value == [None, None]
+    }
     quiet = _quiet if checkpoint.spec and checkpoint.spec.embedded else nullcontext
     try:
         with quiet():
@@ -50,7 +54,9 @@ def load_pipeline(
         raise InvalidOption(
             f"{checkpoint.repository}: does not fit on {device} ({one_line(error)}); try --cpu-offload"
         ) from None
-    except Exception as error:  # whatever a damaged or incomplete folder makes diffusers raise
+    except (
+        Exception
+    ) as error:  # whatever a damaged or incomplete folder makes diffusers raise
         raise InvalidCheckpoint(
             f"{checkpoint.repository}: diffusers cannot load it as {checkpoint.pipeline_class} "
             f"({type(error).__name__}: {one_line(error)}); check that the folder is complete and diffusers new enough"
@@ -91,5 +97,7 @@ def pick_device(device: str = "auto") -> str:
     own = int(os.environ.get("LOCAL_RANK", 0)) % count
     index = int(device.partition(":")[2] or own)
     if index >= count:
-        raise InvalidOption(f"--device {device}: torch sees {count} GPUs, counted from cuda:0")
+        raise InvalidOption(
+            f"--device {device}: torch sees {count} GPUs, counted from cuda:0"
+        )
     return f"cuda:{index}"

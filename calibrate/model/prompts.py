@@ -18,7 +18,11 @@ from calibrate.text import did_you_mean, siblings
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _IMAGES = ", ".join(sorted(IMAGE_SUFFIXES))
 # Shipped sets that are never recorded by default: `verify` judges on them once a run has recorded all of the first.
-HELD_OUT_SETS = {"default": "held-out", "video": "video-held-out", "audio": "audio-held-out"}
+HELD_OUT_SETS = {
+    "default": "held-out",
+    "video": "video-held-out",
+    "audio": "audio-held-out",
+}
 _FIELDS = {"prompt", "negative_prompt", "image", "seed"}
 _MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit number
 
@@ -110,7 +114,9 @@ def load_prompts(
         name, lines = path.name, _read(path)
     else:
         name = "the given list"
-        lines = [_Line(f"prompt {i}", {"prompt": text}, Path()) for i, text in enumerate(source, 1)]
+        lines = [
+            _Line(f"prompt {i}", {"prompt": text}, Path()) for i, text in enumerate(source, 1)
+        ]
     if not lines:
         raise InvalidPrompts(f"{name}: no prompt in it; expected at least one")
     shared = [_image_name(path) for path in _image_files(images)]
@@ -177,7 +183,9 @@ def _read(path: Path) -> list[_Line]:
                 f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from None
         if text:
-            fields = _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
+            fields = (
+                _json_fields(where, text) if path.suffix == ".jsonl" else {"prompt": text}
+            )
             lines.append(_Line(where, fields, path.parent))
     return lines
 
@@ -186,7 +194,9 @@ def _json_fields(where: str, text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidPrompts(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise InvalidPrompts(
+            f"{where}: not JSON ({error}); expected one object a line"
+        ) from None
     if not isinstance(fields, dict):
         raise InvalidPrompts(
             f'{where}: {type(fields).__name__} found; expected an object such as {{"prompt": "..."}}'
@@ -203,7 +213,9 @@ def _own_images(line: _Line) -> list[tuple[str, Path]]:
     paths = [value] if isinstance(value, str) else value
     try:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise InvalidPrompts(f"'image' is {value!r}; expected a file name or a list of them")
+            raise InvalidPrompts(
+                f"'image' is {value!r}; expected a file name or a list of them"
+            )
         return [_image_name(line.folder / path) for path in paths]
     except InvalidPrompts as error:
         raise InvalidPrompts(f"{line.where}: {error}") from None
@@ -215,7 +227,9 @@ def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
     for source in map(Path, sources):
         paths.append(source)
         if source.is_dir():
-            inside = [path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+            inside = [
+                path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+            ]
             paths[-1:] = sorted(inside)
             if not inside:
                 raise InvalidPrompts(f"{source}: no image in it; expected {_IMAGES}")

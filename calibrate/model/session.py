@@ -156,13 +156,17 @@ def callable_session(
         )
     loop = modules if isinstance(modules, OwnLoop) else OwnLoop(modules, blocks=blocks)
     taken = set(inspect.signature(generate).parameters)
-    accepted = {"prompt"} | taken & {"scheduler"} | ({STEPS} if "num_steps" in taken else set())
+    accepted = (
+        {"prompt"} | taken & {"scheduler"} | ({STEPS} if "num_steps" in taken else set())
+    )
     stated = settings.get("num_steps")
     arguments = {STEPS: stated} if stated and STEPS in accepted else {}
     weights = {"repository": name, "revision": None, "sha256": None}
     identity = _identity(slug_of(name), loop.modules, None, weights, loop.scheduler, settings)
     call = Call(arguments=arguments, accepted=frozenset(accepted), protocol=settings)
-    return Session(modules=loop.modules, call=call, identity=identity, function=generate, loop=loop)
+    return Session(
+        modules=loop.modules, call=call, identity=identity, function=generate, loop=loop
+    )
 
 
 def _identity(
@@ -179,7 +183,9 @@ def _identity(
     config = plain(dict(getattr(scheduler, "config", None) or {}))
     identity = {
         "model": model,
-        "transformer_classes": {name: type(module).__name__ for name, module in modules.items()},
+        "transformer_classes": {
+            name: type(module).__name__ for name, module in modules.items()
+        },
         "pipeline_class": pipeline_class,
         "checkpoint": checkpoint,
         "protocol": plain({name: protocol.get(name) for name in _PROTOCOL}),

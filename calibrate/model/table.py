@@ -46,7 +46,9 @@ def model_table() -> tuple[ModelSpec, ...]:
     """Every row, in the order of the file."""
     import yaml
 
-    rows = yaml.safe_load((files("calibrate") / "data" / "models.yaml").read_text(encoding="utf-8"))
+    rows = yaml.safe_load(
+        (files("calibrate") / "data" / "models.yaml").read_text(encoding="utf-8")
+    )
     return tuple(ModelSpec(alias=alias, **row) for alias, row in rows.items())
 
 
@@ -72,7 +74,9 @@ def recognise(
             repository = (row.repository or row.slug).lower()
             if known.lower() in (row.slug, repository, repository.rpartition("/")[2]):
                 return row, f"{row.alias}, by the name {known}"
-    matching = [row for row in rows if row.configuration and _agrees(row.configuration, config)]
+    matching = [
+        row for row in rows if row.configuration and _agrees(row.configuration, config)
+    ]
     if len(matching) == 1:
         settings = ", ".join(matching[0].configuration)
         return matching[0], f"{matching[0].alias}, by its configuration ({settings})"

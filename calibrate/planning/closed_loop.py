@@ -106,7 +106,10 @@ def combined(weights: Sequence[float], predictions: Sequence[torch.Tensor]) -> t
 
 
 def linearised(
-    generation: Generation, teacher: torch.Tensor, predictions: Sequence[torch.Tensor], after: int
+    generation: Generation,
+    teacher: torch.Tensor,
+    predictions: Sequence[torch.Tensor],
+    after: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each prediction, given to the solver at all steps before ``after``, adds to the latents, and what should.
 
@@ -178,7 +181,9 @@ class Fits:
                 "anchors": self._anchors,
                 "errors": own.errors.tolist(),
             }
-            write_json(file, {**written, "rows": {str(step): own.rows[step] for step in own.rows}})
+            write_json(
+                file, {**written, "rows": {str(step): own.rows[step] for step in own.rows}}
+            )
         kept = json.loads(file.read_text())
         rows = {int(step): tuple(row) for step, row in kept["rows"].items()}
         return Fit(rows, np.array(kept["errors"]))
@@ -194,7 +199,9 @@ class Fits:
             self._runner.bar(total=runs, desc="fitting", unit="step") as bar,
             self._runner.running(prompts) as running,
         ):
-            teachers = [torch.from_numpy(trajectory.latents) for trajectory in self._trajectories]
+            teachers = [
+                torch.from_numpy(trajectory.latents) for trajectory in self._trajectories
+            ]
             walls = self._trajectories[0].walls
             options = {"anchors": self._anchors, "walls": walls, "advance": bar.update}
             return fit(running, teachers, schedule, **options)

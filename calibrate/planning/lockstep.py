@@ -34,7 +34,9 @@ class StepCall:
     def latents(self) -> torch.Tensor:
         return self.arguments["sample"]
 
-    def advanced(self, predictions: list[torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    def advanced(
+        self, predictions: list[torch.Tensor], latents: torch.Tensor
+    ) -> torch.Tensor:
         """Latents after this step and the next ones with these predictions, by a copy of the scheduler, in float32.
 
         Noise that a stochastic scheduler adds is the noise that the real steps will add.
@@ -52,7 +54,11 @@ class StepCall:
         sample = latents.float()
         with torch.random.fork_rng(enabled=generator is None):
             for prediction, time in zip(predictions, times, strict=False):
-                given = {"model_output": prediction.float(), "timestep": time, "sample": sample}
+                given = {
+                    "model_output": prediction.float(),
+                    "timestep": time,
+                    "sample": sample,
+                }
                 sample = scheduler.step(**{**arguments, **given})[0]
         return sample
 
@@ -172,7 +178,9 @@ class Generation(threading.Thread):
             self._resumed.release()
             self.join()
 
-    def forward(self, expert: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, expert: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """The denoiser's output, or on a step that skips the one that it gave last at this place."""
         self.expert = expert
         place, self._asked = self._asked, self._asked + 1

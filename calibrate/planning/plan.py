@@ -27,7 +27,13 @@ from calibrate.planning.candidates import (
 )
 from calibrate.planning.closed_loop import Fits
 from calibrate.planning.problem import Problem, sigmas_of
-from calibrate.planning.results import Planned, judged_figures, keep, planned_entry, scores_of
+from calibrate.planning.results import (
+    Planned,
+    judged_figures,
+    keep,
+    planned_entry,
+    scores_of,
+)
 from calibrate.planning.trajectories import (
     NoSolver,
     Runner,
@@ -38,15 +44,14 @@ from calibrate.planning.trajectories import (
 )
 from calibrate.runs.entry_file import update_entry
 from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
+from calibrate.runs.lock import alone
 from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
 from calibrate.trials.baselines import check_budget
-from calibrate.trials.case import Case, alone, open_case
+from calibrate.trials.case import Case, open_case
 from calibrate.trials.setting import PLAN, Setting
 
-CHOOSING_PROMPTS = (
-    12  # of a load model's days, six choose plans that are 0.2 dB worse, twenty hardly better ones
-)
+CHOOSING_PROMPTS = 12  # of a load model's days, six choose plans that are 0.2 dB worse, twenty hardly better ones
 JUDGED_PROMPTS = 8
 Say = Callable[[str], None]
 
@@ -107,7 +112,8 @@ def plan(
     basis = _from_runs(case, steps, anchors, progress, say)
     planner, budgets = _planner(basis, computed, speedup, source, say)
     entered = {
-        budget: planner.entrants(budget, candidates) + fewer_steps(budget) for budget in budgets
+        budget: planner.entrants(budget, candidates) + fewer_steps(budget)
+        for budget in budgets
     }
     planned = _proven(case, entered, divided, progress, say)
     keep(case.folder, planned)
@@ -140,7 +146,9 @@ def _proven(
     settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
     judged, floor = _results(case, rest, settings, progress)
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
-    figures = {budget: judged_figures(rows, floor) for budget, rows in judged.groupby("budget")}
+    figures = {
+        budget: judged_figures(rows, floor) for budget, rows in judged.groupby("budget")
+    }
     return [Planned(b, entered[b], winners[b], figures[b], scores[b]) for b in entered]
 
 
@@ -186,7 +194,9 @@ def _planner(
         steps = np.diff([*problem.walls, problem.num_steps])
         timing = sorted(load_run(source).timing.items())[: len(steps)]
         if len(timing) < len(steps):
-            raise InvalidOption(f"{source}: no timing in it; give --computed instead of --speedup")
+            raise InvalidOption(
+                f"{source}: no timing in it; give --computed instead of --speedup"
+            )
         # Seconds of a denoiser call and of its block stack, mean over the steps of all experts.
         call, stack = np.average([seconds for _, seconds in timing], axis=0, weights=steps)
         computed = [budget_for(speedup, float(call), float(stack), problem.num_steps)]
@@ -226,7 +236,9 @@ def _results(
     return frame, bench.floor()
 
 
-def budget_for(speedup: float, call_seconds: float, stack_seconds: float, num_steps: int) -> int:
+def budget_for(
+    speedup: float, call_seconds: float, stack_seconds: float, num_steps: int
+) -> int:
     """The most computed steps with which the denoiser alone is ``speedup`` times as fast.
 
     Raises:

@@ -145,7 +145,9 @@ class _Spans:
         levels = self.problem.levels
         newest, older = levels[anchors]
         further = (
-            (levels - newest) / (newest - older) @ self.moves if newest != older else 0 * total
+            (levels - newest) / (newest - older) @ self.moves
+            if newest != older
+            else 0 * total
         )
         return np.stack([total + further, -further])
 

@@ -13,7 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import coeffs
-from calibrate.planning.candidates import BASELINES, UNIFORM, UNIFORM_FITTED, Candidate, score
+from calibrate.planning.candidates import (
+    BASELINES,
+    UNIFORM,
+    UNIFORM_FITTED,
+    Candidate,
+    score,
+)
 from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.files import write_atomically
 from calibrate.runs.gram_log import NoPlan
@@ -109,7 +115,9 @@ def planned_entry(
     levels = tuple(sigmas.tolist()) if np.isfinite(sigmas).all() else None
     plans = {_size(plan): plan for plan in entry.plans or ()}
     for own in planned:
-        plan = replace(own.plan, sigmas=levels, figures=own.figures or None, chosen=own.chosen)
+        plan = replace(
+            own.plan, sigmas=levels, figures=own.figures or None, chosen=own.chosen
+        )
         plans[_size(plan)] = plan
     warnings = [text for text in entry.warnings if not text.startswith(PLAN_WARNING)]
     verdict = fewer_steps_verdict(planned)
@@ -168,7 +176,12 @@ def _kept(folder: Path) -> list[dict[str, Any]]:
 def _described(candidate: Candidate) -> dict[str, Any]:
     plan = {name: getattr(candidate.plan, name) for name in FORECAST if candidate.plan}
     cost, recorded_db = candidate.cost, candidate.recorded_db
-    return {"name": candidate.name, "open_loop_error": cost, "recorded_db": recorded_db, **plan}
+    return {
+        "name": candidate.name,
+        "open_loop_error": cost,
+        "recorded_db": recorded_db,
+        **plan,
+    }
 
 
 def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
@@ -190,12 +203,23 @@ def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
 
 def plan_table(planned: Sequence[Planned]) -> str:
     """The table of the command."""
-    header = ["computed", "winner", "dB (worst)", *SHOWN, "noise floor", "speed-up", "schedule"]
+    header = [
+        "computed",
+        "winner",
+        "dB (worst)",
+        *SHOWN,
+        "noise floor",
+        "speed-up",
+        "schedule",
+    ]
     rows = []
     for own in planned:
         fidelities = [_cell(own, name) for name in (PLAN, *SHOWN)]
         floor, speedup = own.db(PLAN, "floor_"), own.figures.get("speedup")
-        cells = ["-" if floor is None else f"{floor:.1f}", f"{speedup:.2f}x" if speedup else "-"]
+        cells = [
+            "-" if floor is None else f"{floor:.1f}",
+            f"{speedup:.2f}x" if speedup else "-",
+        ]
         rows.append(
             [
                 str(own.computed),

@@ -31,9 +31,7 @@ from calibrate.runs.gram_log import levels_of
 from calibrate.trials.case import Case
 
 Array = NDArray[np.float64]
-FORMAT = (
-    "what each step of the solver does"  # part of the folder's name: other formats are not read
-)
+FORMAT = "what each step of the solver does"  # part of the folder's name: other formats are not read
 # Two samples at six places: gains of one prompt lie within 20 % of another's on the embedded model, and vary slowly.
 GAIN_SAMPLES = 2
 GAIN_PLACES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -200,7 +198,9 @@ def measured_gains(runner: Runner, trajectories: Sequence[Trajectory]) -> Array:
     places = sorted({max(1, int(place * steps)) for place in GAIN_PLACES})
     file = runner.folder / "sensitivity.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    for group, trajectory in list(zip(runner.groups, trajectories, strict=True))[:GAIN_SAMPLES]:
+    for group, trajectory in list(zip(runner.groups, trajectories, strict=True))[
+        :GAIN_SAMPLES
+    ]:
         own = known.setdefault(group.name, [])
         left = places[len(own) :]
         for place in runner.bar(left, f"sensitivity of prompt {group.index}", unit="run"):

@@ -141,7 +141,9 @@ class RecordHandler(Handler):
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
         rows = counted_on(self._recorded)
-        numbers = torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
+        numbers = (
+            torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
+        )
         tokens = torch.tensor([row.pop("tokens") for row in rows])
         group = lockstep_group(self.root)
         if group is not None:

@@ -54,7 +54,12 @@ class Products:
 
     def add_latents(self, branch: str, latents: Any) -> None:
         """What the denoiser is given, before anything else of that step: tells whether it is two halves."""
-        if self._outputs or not isinstance(latents, Tensor) or latents.ndim < 2 or len(latents) % 2:
+        if (
+            self._outputs
+            or not isinstance(latents, Tensor)
+            or latents.ndim < 2
+            or len(latents) % 2
+        ):
             return
         first, second = latents.detach().chunk(2)
         if torch.equal(first, second):

@@ -71,7 +71,9 @@ class Loop:
     def _is_wanted(self, group: Group) -> bool:
         if group.name in self.anew:
             return group.name not in self.run.with_gram()
-        return not self.run.shard(group.name).exists() and self.run.failed_in(group) != self.job
+        return (
+            not self.run.shard(group.name).exists() and self.run.failed_in(group) != self.job
+        )
 
     def _claim_and_record(self, group: Group, bar: Any) -> bool:
         if not self.lock.claim(group.index):
@@ -131,7 +133,10 @@ class Loop:
         if self.party.leads:
             self.run.write_failure(group, kind, message, self.job)
             logger.warning(
-                "%s failed (%s: %s); the next start tries it again", group.name, kind, message
+                "%s failed (%s: %s); the next start tries it again",
+                group.name,
+                kind,
+                message,
             )
 
     def _show(self, bar: Any) -> None:

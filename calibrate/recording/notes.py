@@ -54,7 +54,10 @@ def now() -> dict[str, Any]:
 
     packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     versions = {"teacal": __version__, **packages, "python": platform.python_version()}
-    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
 
 
 def tell(text: str) -> None:
@@ -64,7 +67,12 @@ def tell(text: str) -> None:
 
 
 def announcement(
-    checkpoint: Checkpoint, call: Call, prompts: PromptSet, dtype: str, device: str, out: Any
+    checkpoint: Checkpoint,
+    call: Call,
+    prompts: PromptSet,
+    dtype: str,
+    device: str,
+    out: Any,
 ) -> str:
     """What a recording is going to do, before the weights are loaded.
 
@@ -78,9 +86,7 @@ def announcement(
     size = checkpoint.weights_bytes
     count, total = len(prompts.prompts), prompts.total
     rest = f"{total - count} more in it: --num-prompts {total} adds them to the run"
-    kept = (
-        f"outputs up to {volume(OUTPUT_BYTES)} a denoiser; the peak is said after the first prompt"
-    )
+    kept = f"outputs up to {volume(OUTPUT_BYTES)} a denoiser; the peak is said after the first prompt"
     facts = {
         "model": f"{checkpoint.repository}, {checkpoint.pipeline_class}",
         "settings of": checkpoint.recognised,
@@ -96,7 +102,9 @@ def outlook(run: RunFolder, anew: Collection[str]) -> str:
     """How much is left to record, and how long it will take where earlier prompts tell."""
     todo = len(run.missing()) + len(anew)
     seconds = seconds_per_prompt(run)
-    known = f"about {duration(seconds * todo)}" if seconds else "how long is said after the first"
+    known = (
+        f"about {duration(seconds * todo)}" if seconds else "how long is said after the first"
+    )
     time = f", {known}" if todo else ""
     again = f", {len(anew)} of them again for their Gram matrices" if anew else ""
     return f"{run.path}: {todo} of {len(run.groups)} prompts to record{again}{time}"
@@ -109,7 +117,11 @@ def costs(seconds: float, todo: int, held: int) -> str:
     """
     import torch
 
-    rest = f", about {duration(seconds * todo / world_size())} for the {todo} left" if todo else ""
+    rest = (
+        f", about {duration(seconds * todo / world_size())} for the {todo} left"
+        if todo
+        else ""
+    )
     if torch.cuda.is_available():
         peak = f"{volume(torch.cuda.max_memory_allocated())} of the GPU's memory at most"
     else:
@@ -137,7 +149,11 @@ def tell_changes(run: RunFolder, facts: Mapping[str, Any]) -> None:
         begun = run.manifest.get(name)  # the same for a run just begun
         if begun != facts[name]:
             logger.warning(
-                "%s: begun with %s %s, continued with %s", run.path, name, begun, facts[name]
+                "%s: begun with %s %s, continued with %s",
+                run.path,
+                name,
+                begun,
+                facts[name],
             )
 
 

@@ -77,7 +77,12 @@ def record(
     }
     _check_options({**settings, "num_prompts": num_prompts}, dtype, out)
     images, pipe_args = list(images), dict(pipe_args or {})
-    options = {"prompts": prompts, "num_prompts": num_prompts, "seed": seed or None, **settings}
+    options = {
+        "prompts": prompts,
+        "num_prompts": num_prompts,
+        "seed": seed or None,
+        **settings,
+    }
     command = notes.command_line(model, options, images, dtype, pipe_args)
     if generate is None and callable(model) and not hasattr(model, "components"):
         model, generate = getattr(model, "__name__", type(model).__name__), model
@@ -97,7 +102,9 @@ def record(
         prompt_set = _prompts(prompts, num_prompts, seed, images)
         call.refuse_unfit(prompt_set.prompts)
         if out is not None:
-            with hold(out):  # said before gigabytes are read: unwritable, or somebody else is at it
+            with hold(
+                out
+            ):  # said before gigabytes are read: unwritable, or somebody else is at it
                 pass
         if progress:
             notes.tell(notes.announcement(checkpoint, call, prompt_set, dtype, device, out))
@@ -153,7 +160,9 @@ def _record_all(
     return run
 
 
-def _check_options(settings: Mapping[str, Any], dtype: str, out: str | os.PathLike | None) -> None:
+def _check_options(
+    settings: Mapping[str, Any], dtype: str, out: str | os.PathLike | None
+) -> None:
     """Refuse before anything is loaded what no pipeline can take."""
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"

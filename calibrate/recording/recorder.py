@@ -93,6 +93,7 @@ class Recorder:
         number_steps(recording.rows)
         distances = ("x", "y_output", "y_hidden", "y_residual")
         recording.non_finite = sum(
-            any(not abs(row[name]) < float("inf") for name in distances) for row in recording.rows
+            any(not abs(row[name]) < float("inf") for name in distances)
+            for row in recording.rows
         )
         return recording

@@ -27,7 +27,8 @@ from coeffs.entry.polynomial import Polynomial
 from coeffs.entry.signals import SIGNALS
 
 SIGNAL_LABELS = {
-    signal.name: f"x: relative L1 change\nof the {signal.label}" for signal in SIGNALS.values()
+    signal.name: f"x: relative L1 change\nof the {signal.label}"
+    for signal in SIGNALS.values()
 }
 TARGET_LABELS = {
     "output": "y: relative L1 change\nof the output",
@@ -84,12 +85,16 @@ def curves(
 ) -> Axes:
     """Predictions of several entries, each over its own domain, or over ``domain`` where none was published."""
     ax = axes_or_new(ax)
-    for (label, polynomial), style in zip(polynomials.items(), cycle(SERIES_STYLES), strict=False):
+    for (label, polynomial), style in zip(
+        polynomials.items(), cycle(SERIES_STYLES), strict=False
+    ):
         color, line = style
         known = polynomial.domain or domain
         _curve(ax, polynomial, known, color=color, linestyle=line, label=label)
     ax.axhline(0, color=INK, linewidth=0.8)
-    return finish(ax, title, "x: relative L1 change of the signal", "predicted relative L1 change")
+    return finish(
+        ax, title, "x: relative L1 change of the signal", "predicted relative L1 change"
+    )
 
 
 def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
@@ -99,7 +104,9 @@ def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
-        polynomial = fits if isinstance(fits, Polynomial) else fits.get(branch, fits.get("pooled"))
+        polynomial = (
+            fits if isinstance(fits, Polynomial) else fits.get(branch, fits.get("pooled"))
+        )
         if polynomial is None:
             continue
         rest = rows["y"] - np.vectorize(polynomial.predict)(rows["x"])
@@ -213,13 +220,22 @@ def fit_figure(
         of_branch = {str(branch): polynomial} if polynomial else {}
         pairs_with_fit(own, of_branch, bands, ax, **names, title=f"{branch}: pairs and fit")
     residuals(pairs, fits, below[0])
-    over_sigma(pairs, "x", below[1], label=SIGNAL_LABELS[signal], title="Signal over the schedule")
-    over_sigma(pairs, "y", below[2], label=TARGET_LABELS[target], title="Target over the schedule")
+    over_sigma(
+        pairs, "x", below[1], label=SIGNAL_LABELS[signal], title="Signal over the schedule"
+    )
+    over_sigma(
+        pairs, "y", below[2], label=TARGET_LABELS[target], title="Target over the schedule"
+    )
     return figure
 
 
 def _points(
-    ax: Axes, x: pd.Series, y: pd.Series, branch: Any, crowded: bool, label: str | None = None
+    ax: Axes,
+    x: pd.Series,
+    y: pd.Series,
+    branch: Any,
+    crowded: bool,
+    label: str | None = None,
 ) -> None:
     color, marker = BRANCH_STYLES[branch]
     size, alpha = (7, 0.35) if crowded else (14, 0.6)
@@ -239,7 +255,9 @@ def _points(
     )
 
 
-def _curve(ax: Axes, polynomial: Polynomial, domain: tuple[float, float], **style: Any) -> None:
+def _curve(
+    ax: Axes, polynomial: Polynomial, domain: tuple[float, float], **style: Any
+) -> None:
     """Its predictions over a domain, clamping and sign rule included."""
     x = np.linspace(*domain, 200)
     ax.plot(x, np.vectorize(polynomial.predict)(x), linewidth=2, **style)

@@ -26,7 +26,9 @@ from calibrate.trials.setting import GATE, PLAN, SHOWN
 from calibrate.verifying.advice import export_line, python_lines
 from coeffs import Plan
 
-SHOWN_PROMPTS = 3  # whose images are in the page, of each policy: a 1024-pixel pair takes 3 MB
+SHOWN_PROMPTS = (
+    3  # whose images are in the page, of each policy: a 1024-pixel pair takes 3 MB
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def report_figures(findings: Findings) -> dict[str, Picture]:
         prefix = f"{expert}-" if len(findings.run.experts) > 1 else ""
         pictures |= {prefix + name: shown for name, shown in _fit_pictures(findings, expert)}
     drawing = plots.replay_curve(findings.replayed, verified=findings.thresholds("verified"))
-    caption = "From the recorded signals alone; skipping itself is assumed not to change them."
+    caption = (
+        "From the recorded signals alone; skipping itself is assumed not to change them."
+    )
     title = "Computed steps over the threshold"
     pictures["replay"] = Picture(drawing, "thresholds", title, caption)
     return pictures | dict(_run_pictures(findings))
@@ -85,14 +89,16 @@ def report_figures(findings: Findings) -> dict[str, Picture]:
 def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Picture]]:
     entry = findings.entry
     names: Any = {"signal": entry.signal, "target": entry.target}
-    pairs, fits, bands = findings.pairs(expert), findings.fits(expert), findings.bands(expert)
+    pairs, fits, bands = (
+        findings.pairs(expert),
+        findings.fits(expert),
+        findings.bands(expert),
+    )
     for branch, polynomial in fits.items():
         title = f"{branch}: pairs and fit"
         own = pairs[pairs["branch"] == branch]
         drawing = plots.pairs_with_fit(own, {branch: polynomial}, bands, **names, title=title)
-        caption = (
-            "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
-        )
+        caption = "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
         yield f"pairs-{branch}", Picture(drawing, "fit", title, caption)
     title = "What the fit leaves over"
     caption = "A line away from zero: the schedule explains something that x does not."
@@ -102,7 +108,10 @@ def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Pictur
         title = f"{name.capitalize()} over the schedule"
         drawing = plots.over_sigma(pairs, column, label=label, title=title)
         caption = "Median over prompts and the range from 10 to 90 %."
-        yield name, Picture(drawing, "fit", title, caption + findings.coinciding(column, expert))
+        yield (
+            name,
+            Picture(drawing, "fit", title, caption + findings.coinciding(column, expert)),
+        )
     learning = findings.learning(expert)
     if len(learning):
         caption = "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws)."
@@ -124,7 +133,10 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
     if patterns := findings.patterns():
         drawing = run_plots.step_patterns(patterns)
         caption = "The first held-out prompt: what the replay foresaw and what the real run did, per threshold."
-        yield "patterns", Picture(drawing, "thresholds", "Computed steps by threshold", caption)
+        yield (
+            "patterns",
+            Picture(drawing, "thresholds", "Computed steps by threshold", caption),
+        )
     for policy in (GATE, PLAN):
         if samples := findings.samples(policy):
             series = samples[0].uncached.ndim == 2

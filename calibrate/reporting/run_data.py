@@ -108,7 +108,9 @@ class Findings:
         if self.verification is None:
             return {}
         rows = self.verification.results
-        rows = rows[(rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])]
+        rows = rows[
+            (rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])
+        ]
         patterns = {}
         for row in rows.drop_duplicates("budget").itertuples():
             for branch, foreseen in list(row.replayed.items())[:1]:
@@ -160,7 +162,9 @@ class Findings:
         rows = rows.assign(value=capped(rows, main_measure(rows)))
         table = rows.pivot_table("value", "prompt", "policy", sort=False)
         shown = dict.fromkeys((self.advice.policy, *SHOWN))
-        return table[[name for name in shown if name in table]].sort_values(self.advice.policy)
+        return table[[name for name in shown if name in table]].sort_values(
+            self.advice.policy
+        )
 
     def coinciding(self, column: str, expert: str = "transformer") -> str:
         """A sentence where the curves of all branches lie on each other, so that a plot shows one; else empty."""

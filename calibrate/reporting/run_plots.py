@@ -27,7 +27,9 @@ from calibrate.trials.measures import MEASURES
 LEADING = (VERMILION, BLUE)  # the plan and the gate, in front of the others
 
 
-def pareto(summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psnr_db") -> Axes:
+def pareto(
+    summary: pd.DataFrame, ax: Axes | None = None, *, measure: str = "psnr_db"
+) -> Axes:
     """Quality over computed steps, one line per policy, with its interval over prompts; the legend has the best first.
 
     Args:
@@ -89,7 +91,11 @@ def by_quality(summary: pd.DataFrame, measure: str = "psnr_db") -> list[str]:
     """
     finite = summary[np.isfinite(summary[measure])]
     degree = min(1, finite["computed_steps"].nunique() - 1)
-    line = np.polyfit(finite["computed_steps"], finite[measure], degree) if len(finite) else [0.0]
+    line = (
+        np.polyfit(finite["computed_steps"], finite[measure], degree)
+        if len(finite)
+        else [0.0]
+    )
     rest = summary[measure] - np.polyval(line, summary["computed_steps"])
     means = rest.groupby(summary["policy"], sort=False).mean()
     less_is_better = not MEASURES[measure].higher_is_better
@@ -158,7 +164,10 @@ def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
         scale = 0.8 / np.where(span > 0, span, 1)
         channels, length = uncached.shape
         x = np.linspace(0, 0.95, length)[:, None] + np.arange(channels)
-        for values, color, name in ((uncached, GREY, "uncached"), (cached, VERMILION, "cached")):
+        for values, color, name in (
+            (uncached, GREY, "uncached"),
+            (cached, VERMILION, "cached"),
+        ):
             lines = ax.plot(x, (values.T - low) * scale - row, color=color, linewidth=1.2)
             lines[0].set_label("" if row else name)
     ax.set_yticks([0.4 - row for row in range(len(samples))])

@@ -141,7 +141,9 @@ def as_svg(drawing: Drawing, title: str = "") -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    text = text.replace(BLUE.lower(), "var(--blue)")  # too dim on a dark page, which brightens it
+    text = text.replace(
+        BLUE.lower(), "var(--blue)"
+    )  # too dim on a dark page, which brightens it
     head, _, rest = text.partition(">")
     label = escape(title)
     return f'{head} role="img" aria-label="{label}"><title>{label}</title>{rest}'

@@ -19,7 +19,13 @@ SCORE_HEADER = (
     *("negative", "target", "note"),
 )
 REPLAY_HEADER = (
-    *("threshold", "computed steps", "95 % interval", "single prompts", "expected speed-up"),
+    *(
+        "threshold",
+        "computed steps",
+        "95 % interval",
+        "single prompts",
+        "expected speed-up",
+    ),
 )
 
 
@@ -66,10 +72,14 @@ def candidate_table(run: Run, degree: int) -> str:
     rows = []
     for expert in run.experts:
         table = compare_candidates(run, degree, expert)
-        table = table.pivot(index=["branch", "signal"], columns="target", values="r2_held_out")
+        table = table.pivot(
+            index=["branch", "signal"], columns="target", values="r2_held_out"
+        )
         for (branch, signal), known in table.iterrows():
             label = f"{expert}/{branch}" if len(run.experts) > 1 else branch
-            rows.append((label, signal, *(number(known.get(target)) for target in TARGET_COLUMNS)))
+            rows.append(
+                (label, signal, *(number(known.get(target)) for target in TARGET_COLUMNS))
+            )
     body = aligned(("branch", "signal", *TARGET_COLUMNS), rows)
     return f"Held-out R² by signal and target\n{body}"
 

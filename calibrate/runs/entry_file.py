@@ -13,12 +13,23 @@ import coeffs
 from coeffs import Entry
 
 PLAN_WARNING = "plan: "  # begins a warning that belongs to the plans
-VERIFIED_WARNING = "on real cached runs: "  # begins one that belongs to the verified thresholds
+VERIFIED_WARNING = (
+    "on real cached runs: "  # begins one that belongs to the verified thresholds
+)
 SAME = 1e-9  # relative: what two versions of numpy may make of the same pairs
 # What a user writes into an entry by hand, and no fit knows.
 BY_HAND = ("title", "notes", "max_skips", "start", "end")
 # Besides the polynomials, what a gate's decisions depend on.
-GATE = ("signal", "target", "forecast", "forecast_of", "sign_rule", "max_skips", "start", "end")
+GATE = (
+    "signal",
+    "target",
+    "forecast",
+    "forecast_of",
+    "sign_rule",
+    "max_skips",
+    "start",
+    "end",
+)
 
 
 def update_entry(path: str | os.PathLike, change: Callable[[Entry | None], Entry]) -> Entry:

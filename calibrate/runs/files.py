@@ -75,7 +75,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
+        message = (
+            f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
+        )
         raise RunFolderError(message) from None
 
 

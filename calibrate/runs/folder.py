@@ -70,7 +70,11 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike, identity: Mapping[str, Any], prompts: PromptSet, **notes: Any
+        cls,
+        path: str | os.PathLike,
+        identity: Mapping[str, Any],
+        prompts: PromptSet,
+        **notes: Any,
     ) -> "RunFolder":
         """Start a run, or continue the one in ``path`` when identity and prompt set are the same.
 
@@ -92,7 +96,10 @@ class RunFolder:
                 )
             content = {"prompts_sha256": prompts.sha256, "prompts": rows, **notes}
             run = cls(path, {"format": FORMAT, **identity, **content})
-            for name in ("pairs", "timing"):  # before the manifest, whose writing syncs them too
+            for name in (
+                "pairs",
+                "timing",
+            ):  # before the manifest, whose writing syncs them too
                 (path / name).mkdir(parents=True, exist_ok=True)
         run._write(prompts)
         return run
@@ -252,7 +259,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path}: {reason}") from None
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise RunFolderError(f"{path}: not a manifest ({reason}); put the original back") from None
+        raise RunFolderError(
+            f"{path}: not a manifest ({reason}); put the original back"
+        ) from None
     if newer:
         raise RunFolderError(
             f"{path}: format {number!r}, and this version of teacal reads up to {FORMAT}; update teacal, or choose "

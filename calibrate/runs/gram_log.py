@@ -92,11 +92,15 @@ def load_grams(source: str | os.PathLike) -> list[GramLog]:
         )
     lacking = len(run.finished() - run.with_gram())
     if lacking:
-        logger.warning("%s: %d prompts have no Gram matrices and are left out", run.path, lacking)
+        logger.warning(
+            "%s: %d prompts have no Gram matrices and are left out", run.path, lacking
+        )
     samples = [read_gram(path) for path in files]
     for path, sample in zip(files, samples, strict=True):
         if _form(sample) != _form(samples[0]):
-            raise NoPlan(f"{path}: other branches or another number of steps than {files[0].name}")
+            raise NoPlan(
+                f"{path}: other branches or another number of steps than {files[0].name}"
+            )
     samples = [sample for sample in samples if _finite(sample)]
     if not samples:
         raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
@@ -104,7 +108,9 @@ def load_grams(source: str | os.PathLike) -> list[GramLog]:
     scale = protocol.get("guidance_scale")
     logs: list[GramLog] = []
     begin = 0
-    for expert in sorted(samples[0], key=lambda name: int(samples[0][name].get("first_step", 0))):
+    for expert in sorted(
+        samples[0], key=lambda name: int(samples[0][name].get("first_step", 0))
+    ):
         log = _log_of(expert, [sample[expert] for sample in samples], scale)
         if log.first_step != begin:
             raise NoPlan(
@@ -137,7 +143,11 @@ def _log_of(expert: str, parts: list[dict[str, Any]], scale: float | None) -> Gr
 def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
     """What all samples of a run must have in common."""
     return {
-        expert: (part["branches"].tolist(), part["output"].shape, int(part.get("first_step", 0)))
+        expert: (
+            part["branches"].tolist(),
+            part["output"].shape,
+            int(part.get("first_step", 0)),
+        )
         for expert, part in sample.items()
     }
 

@@ -14,13 +14,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import coeffs
 from calibrate.errors import RunFolderError, RunInUse
 from calibrate.runs.files import make_folder
+from coeffs import Entry
 
 logger = logging.getLogger(__name__)
+
+Source = str | os.PathLike | Entry
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Of this process, whose own locks never conflict with each other.
 held: dict[Path, "RunLock"] = {}
@@ -44,7 +51,9 @@ def hold(
     folder = Path(folder)
     make_folder(folder)
     if folder.resolve() in {other.resolve() for other in held}:
-        raise RunInUse(f"{folder}: this process is recording into this run already, or using it")
+        raise RunInUse(
+            f"{folder}: this process is recording into this run already, or using it"
+        )
     with ExitStack() as stack:
         try:
             file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -101,7 +110,8 @@ class RunLock:
             time.sleep(0.05)
         if not self.supported:
             logger.warning(
-                "%s: no file locks here; see to it that only one job uses the run", self.folder
+                "%s: no file locks here; see to it that only one job uses the run",
+                self.folder,
             )
             return
         holder = {"job": self.job, "pid": os.getpid(), "host": socket.gethostname()}
@@ -125,3 +135,35 @@ class RunLock:
             return json.loads(os.pread(self._file, 4096, 0))
         except ValueError:
             return {}
+
+
+def folder_of(
+    source: Source, registry: str | Path | None, out: str | os.PathLike | None
+) -> Path:
+    """Where the work on a run, or on an entry without one, goes."""
+    if not isinstance(source, Entry):
+        if (Path(source) / "run.yaml").exists():
+            return Path(source)
+        source = coeffs.load(os.fspath(source), registry)
+    return Path(out or f"runs/verify-{source.label.replace('/', '-')}")
+
+
+def alone(work: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates what runs a model for a run or an entry: no other process works in its folder meanwhile.
+
+    With ``runs=False`` nothing is run and nothing written, also where nothing can be.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def holding(*args: P.args, **options: P.kwargs) -> R:
+            given: dict[str, Any] = {"registry": None, "out": None, "runs": True, **options}
+            source: Any = args[0] if args else given["source"]
+            if not given["runs"]:
+                return function(*args, **options)
+            with hold(folder_of(source, given["registry"], given["out"]), work):
+                return function(*args, **options)
+
+        return holding
+
+    return decorate

@@ -101,7 +101,9 @@ class Run:
                 digest.update("".join(f"{len(text)}:{text}" for text in values).encode())
             elif kind == "float64":
                 # One bit pattern for all NaN, and -0.0 as 0.0.
-                digest.update(np.where(values.isna(), np.nan, values + 0.0).astype("<f8").tobytes())
+                digest.update(
+                    np.where(values.isna(), np.nan, values + 0.0).astype("<f8").tobytes()
+                )
             else:
                 digest.update(values.to_numpy("<i8").tobytes())
         return digest.hexdigest()
@@ -125,7 +127,9 @@ def load_run(source: str | os.PathLike | pd.DataFrame | Iterable[str | os.PathLi
     for other in folders[1:]:
         _require_same_protocol(first, other)
     rows = [_checked(read_pairs(file).to_pandas(), str(file)) for file in _shards(folders)]
-    return _run(pd.concat(rows, ignore_index=True), first.manifest, first.path, _timing(folders))
+    return _run(
+        pd.concat(rows, ignore_index=True), first.manifest, first.path, _timing(folders)
+    )
 
 
 def column_of(name: str, columns: Mapping[str, str], kind: str) -> str:
@@ -161,7 +165,9 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
             problem = f"column {column} should hold {expected} ({one_line(error)})"
             raise InvalidRun(f"{name}: {problem}") from None
     if (table["step"] < 1).any():
-        raise InvalidRun(f"{name}: step {table['step'].min()} in the log; pairs start at step 1")
+        raise InvalidRun(
+            f"{name}: step {table['step'].min()} in the log; pairs start at step 1"
+        )
     return table
 
 
@@ -223,11 +229,15 @@ def _timing(folders: list[RunFolder]) -> dict[str, tuple[float, float]]:
 def _timings(folders: list[RunFolder]) -> pd.DataFrame:
     """Calls and seconds of each group and expert. It is a convenience: what cannot be read is left out, not fatal."""
     rows = []
-    for file in (file for folder in folders for file in sorted(folder.path.glob("timing/*.json"))):
+    for file in (
+        file for folder in folders for file in sorted(folder.path.glob("timing/*.json"))
+    ):
         try:
             for expert, timing in json.loads(file.read_text(encoding="utf-8")).items():
                 calls = float(timing["calls"])
-                rows.append((file.stem, expert, calls, *(timing[name] * calls for name in _TIMES)))
+                rows.append(
+                    (file.stem, expert, calls, *(timing[name] * calls for name in _TIMES))
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return pd.DataFrame(rows, columns=["group", "expert", "calls", *_TIMES])

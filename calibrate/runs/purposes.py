@@ -49,7 +49,9 @@ def for_choosing(known: dict[str, str], prompts: Sequence[str], count: int) -> l
     return sorted(free, key=lambda prompt: order.get(known.get(prompt, ""), 1))[:count]
 
 
-def held_out_prompts(known: dict[str, str], sets: Sequence[PromptSet], count: int) -> PromptSet:
+def held_out_prompts(
+    known: dict[str, str], sets: Sequence[PromptSet], count: int
+) -> PromptSet:
     """Up to ``count`` prompts to judge by, of the first set that has some, whatever their seed."""
     return divided_prompts(known, sets, 0, count)[1]
 

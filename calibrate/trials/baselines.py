@@ -14,7 +14,9 @@ import numpy as np
 from calibrate.errors import CalibrateError
 
 DEFAULT_FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)
-LARGEST_THRESHOLD = 1e9  # rules that still compute more here are not driven by their threshold
+LARGEST_THRESHOLD = (
+    1e9  # rules that still compute more here are not driven by their threshold
+)
 
 
 class InvalidBudget(CalibrateError, ValueError):
@@ -29,7 +31,9 @@ def default_budgets(num_steps: int) -> list[int]:
 
 def check_budget(computed: int, num_steps: int) -> None:
     if not 1 <= computed <= num_steps:
-        raise InvalidBudget(f"{computed} computed steps of {num_steps}: expected 1 to {num_steps}")
+        raise InvalidBudget(
+            f"{computed} computed steps of {num_steps}: expected 1 to {num_steps}"
+        )
 
 
 def _schedule(chosen: Container[int], num_steps: int) -> str:
@@ -54,7 +58,12 @@ def threshold_for(count: Callable[[float], float], budget: float) -> float:
 
 
 def magcache(
-    ratios: Sequence[float], num_steps: int, threshold: float, *, max_skips: int, retention: float
+    ratios: Sequence[float],
+    num_steps: int,
+    threshold: float,
+    *,
+    max_skips: int,
+    retention: float,
 ) -> str:
     """MagCache's rule (arXiv 2506.09045; diffusers' ``MagCacheConfig``) as a plan: it looks at recorded ratios only.
 
@@ -102,12 +111,30 @@ CACHE_DIT_MASKS = {
     "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
 }
 _FEW_STEPS = {
-    "slow": {15: ((4, 2, 2, 2, 1), (1, 1, 1, 1)), 9: ((5, 2, 1), (1,)), 8: ((5, 1, 1), (1,))},
-    "medium": {15: ((4, 2, 1, 1, 1), (1, 1, 2, 2)), 9: ((5, 1, 1), (1, 1)), 8: ((4, 1, 1), (1, 1))},
-    "fast": {15: ((3, 1, 1, 1, 1), (1, 2, 2, 3)), 9: ((4, 1, 1), (1, 2)), 8: ((3, 1, 1), (1, 2))},
-    "ultra": {15: ((2, 1, 1, 1, 1), (1, 2, 3, 3)), 9: ((3, 1, 1), (2, 2)), 8: ((2, 1, 1), (2, 2))},
+    "slow": {
+        15: ((4, 2, 2, 2, 1), (1, 1, 1, 1)),
+        9: ((5, 2, 1), (1,)),
+        8: ((5, 1, 1), (1,)),
+    },
+    "medium": {
+        15: ((4, 2, 1, 1, 1), (1, 1, 2, 2)),
+        9: ((5, 1, 1), (1, 1)),
+        8: ((4, 1, 1), (1, 1)),
+    },
+    "fast": {
+        15: ((3, 1, 1, 1, 1), (1, 2, 2, 3)),
+        9: ((4, 1, 1), (1, 2)),
+        8: ((3, 1, 1), (1, 2)),
+    },
+    "ultra": {
+        15: ((2, 1, 1, 1, 1), (1, 2, 3, 3)),
+        9: ((3, 1, 1), (2, 2)),
+        8: ((2, 1, 1), (2, 2)),
+    },
 }
-MFLUX_PROTECTED = 0.1  # mflux 0.24.0, `StepCache`: this share of first and of last steps computes
+MFLUX_PROTECTED = (
+    0.1  # mflux 0.24.0, `StepCache`: this share of first and of last steps computes
+)
 MFLUX_MIN_STEPS = 10
 
 
@@ -172,7 +199,9 @@ HOT, COLD = 0.05, 1e-5
 NEAR = 3
 
 
-def budcache(num_steps: int, computed: int, error: Callable[[str], float], seed: int = 0) -> str:
+def budcache(
+    num_steps: int, computed: int, error: Callable[[str], float], seed: int = 0
+) -> str:
     """BudCache's search: of all schedules with a budget, one whose real result has little ``error``.
 
     The first quarter of the budget stays at the beginning; of the other computed steps one or two move at a time.

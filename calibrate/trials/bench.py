@@ -34,7 +34,9 @@ from calibrate.trials.sampler import Reference, Sample, Sampler
 from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed
 
 WAIT_SECONDS = 0.2  # between looks at what other ranks are at
-MEASURING_THREADS = 4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
+MEASURING_THREADS = (
+    4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
+)
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
 
@@ -70,7 +72,9 @@ class Bench:
     def expect(self, runs: int) -> None:
         """One bar for so many generations, until results are all there; more are added as tuning asks for them."""
         if self._bar is None:
-            self._bar = tqdm(desc="running", unit="run", disable=not self._progress, smoothing=0.1)
+            self._bar = tqdm(
+                desc="running", unit="run", disable=not self._progress, smoothing=0.1
+            )
         self._bar.total = self._bar.n + runs
         self._bar.refresh()
 
@@ -133,7 +137,9 @@ class Bench:
 
     def floor(self) -> dict[str, Any]:
         """The noise floor in dB, mean over the prompts and the lowest; identical where noise changes nothing."""
-        floors = pd.DataFrame([self.reference(prompt).floor for prompt in self.prompts.prompts])
+        floors = pd.DataFrame(
+            [self.reference(prompt).floor for prompt in self.prompts.prompts]
+        )
         name = main_measure(floors)
         mean, lowest = float(floors[name].mean()), float(floors[name].min())
         return {"identical": lowest >= HIGHEST_DB, name: mean, f"worst_{name}": lowest}
@@ -196,7 +202,9 @@ class Bench:
                 self._append(key, done[key])
 
         def run(prompt: Prompt, pool: ThreadPoolExecutor) -> None:
-            done.update(self._read_lines())  # a rank that was lost may have begun with the prompt
+            done.update(
+                self._read_lines()
+            )  # a rank that was lost may have begun with the prompt
             for key, setting in keys[prompt].items():
                 if setting.policy in refused or key in done:
                     continue
@@ -207,7 +215,10 @@ class Bench:
                     refused[setting.policy] = str(error)
                     continue
                 if setting.budget == shown and setting.policy in SHOWN and sample.is_drawable:
-                    row |= {"sample": f"{key[:16]}.npz", "reference": f"{self._name(prompt)}.npz"}
+                    row |= {
+                        "sample": f"{key[:16]}.npz",
+                        "reference": f"{self._name(prompt)}.npz",
+                    }
                     sample.write_picture(self.folder / "samples" / row["sample"])
                 waiting.append((key, row, pool.submit(self._measure, sample, reference)))
                 keep_measured(self._most_waiting)
@@ -250,7 +261,9 @@ class Bench:
         if not sample.is_finite:
             return {"identical": False, "broken": True, "at_floor": False}
         figures = compare_all(sample, reference, self._perceptual)
-        floor = {name: reference.floor[name] for name in figures if MEASURES[name].unit == "dB"}
+        floor = {
+            name: reference.floor[name] for name in figures if MEASURES[name].unit == "dB"
+        }
         at_floor = all(figures[name] >= lowest for name, lowest in floor.items())
         figures |= {name: min(figures[name], lowest) for name, lowest in floor.items()}
         identical = all(map(np.array_equal, sample.media, reference.media))

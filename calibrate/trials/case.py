@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import coeffs
 from calibrate.errors import InvalidOption, ModelNotFound
@@ -18,17 +18,20 @@ from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_promp
 from calibrate.model.session import STEPS, Session, callable_session, load_session
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
-from calibrate.runs.lock import hold
+from calibrate.runs.lock import Source, folder_of
 from calibrate.runs.pairs import Run, load_run
 from calibrate.runs.purposes import RECORDED, purposes
 from coeffs import Entry
 
 MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
-PROTOCOL_OF_OWN = ("num_steps", "guidance_scale", "height", "width", "num_frames", "call_arguments")
-
-Source = str | os.PathLike | Entry
-P = ParamSpec("P")
-R = TypeVar("R")
+PROTOCOL_OF_OWN = (
+    "num_steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "call_arguments",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,12 @@ class Case:
             )
         first = next(parameter for module in modules for parameter in module.parameters())
         dtype, device = str(first.dtype), str(first.device.type)
-        return {"classes": classes, "weights": self.weights, "dtype": dtype, "device": device}
+        return {
+            "classes": classes,
+            "weights": self.weights,
+            "dtype": dtype,
+            "device": device,
+        }
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -116,7 +124,9 @@ class Case:
         own = self.prompt_source
         sources = [own, HELD_OUT_SETS.get(own)] if prompts is None else [prompts]
         images = list(images)
-        return [load_prompts(source, seed=seed, images=images) for source in sources if source]
+        return [
+            load_prompts(source, seed=seed, images=images) for source in sources if source
+        ]
 
     @property
     def recorded_images(self) -> dict[str, Path]:
@@ -163,7 +173,10 @@ def open_case(
     weights = dict(manifest.get("checkpoint") or {"repository": entry.checkpoint.repository})
     protocol = manifest.get("protocol") or vars(entry.protocol)
     loading = {"device": pick_device(device), "cpu_offload": cpu_offload}
-    loading |= {"dtype": dtype or protocol.get("dtype") or "bfloat16", "allow_pickle": allow_pickle}
+    loading |= {
+        "dtype": dtype or protocol.get("dtype") or "bfloat16",
+        "allow_pickle": allow_pickle,
+    }
     own = checkpoint = None
     if generate is not None:
         settings = {name: protocol.get(name) for name in PROTOCOL_OF_OWN}
@@ -187,36 +200,6 @@ def open_case(
             f"{case.num_steps!r} denoising steps: a verification needs at least {MIN_STEPS} to have something to skip"
         )
     return case
-
-
-def folder_of(source: Source, registry: str | Path | None, out: str | os.PathLike | None) -> Path:
-    """Where the work on a run, or on an entry without one, goes."""
-    if not isinstance(source, Entry):
-        if (Path(source) / "run.yaml").exists():
-            return Path(source)
-        source = coeffs.load(os.fspath(source), registry)
-    return Path(out or f"runs/verify-{source.label.replace('/', '-')}")
-
-
-def alone(work: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates what runs a model for a run or an entry: no other process works in its folder meanwhile.
-
-    With ``runs=False`` nothing is run and nothing written, also where nothing can be.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def holding(*args: P.args, **options: P.kwargs) -> R:
-            given: dict[str, Any] = {"registry": None, "out": None, "runs": True, **options}
-            source: Any = args[0] if args else given["source"]
-            if not given["runs"]:
-                return function(*args, **options)
-            with hold(folder_of(source, given["registry"], given["out"]), work):
-                return function(*args, **options)
-
-        return holding
-
-    return decorate
 
 
 def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Entry:
@@ -263,7 +246,9 @@ def _checkpoint(
                 f"{name}: other weights than the run was recorded on ({key} {here[:12]} instead of "
                 f"{there[:12]}); give the same checkpoint with --model, or record these"
             )
-    return replace(checkpoint, spec=known or class_defaults(checkpoint.pipeline_class)), weights
+    return replace(
+        checkpoint, spec=known or class_defaults(checkpoint.pipeline_class)
+    ), weights
 
 
 def _call(

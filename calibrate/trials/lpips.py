@@ -55,7 +55,9 @@ class Lpips:
             # Stored as (height, width, in, out); torch wants (out, in, height, width).
             kernel = self._tensor(trunk["kernel"].transpose(3, 2, 0, 1).copy())
             head = weights[f"NetLinLayer_{index}"]["Conv_0"]["kernel"].reshape(1, -1, 1, 1)
-            self._layers.append((kernel, self._tensor(trunk["bias"]), self._tensor(head), *layer))
+            self._layers.append(
+                (kernel, self._tensor(trunk["bias"]), self._tensor(head), *layer)
+            )
 
     @torch.inference_mode()
     def __call__(self, candidate: ArrayLike, reference: ArrayLike) -> float:
@@ -93,7 +95,9 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] != "numpy" or name not in self.ALLOWED:
-            raise MetricError(f"LPIPS weights hold {module}.{name}; expected numpy arrays only")
+            raise MetricError(
+                f"LPIPS weights hold {module}.{name}; expected numpy arrays only"
+            )
         return super().find_class(module, name)
 
 

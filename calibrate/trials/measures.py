@@ -19,7 +19,9 @@ from calibrate.errors import CalibrateError
 SSIM_TAPS = 11  # window, sigma and K of Wang et al. 2004
 SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-LOWEST_DB = -100.0  # noise against silence has no ratio; this is below any limit that somebody sets
+LOWEST_DB = (
+    -100.0
+)  # noise against silence has no ratio; this is below any limit that somebody sets
 HIGHEST_DB = 100.0  # of identical samples where no noise floor was measured
 KINDS = {2: "audio", 3: "image", 4: "video"}  # by the number of axes
 

@@ -105,8 +105,12 @@ def _check(scheduler: Any) -> None:
     if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
         order = max(getattr(scheduler, "order", 1), config.get("solver_order", 1))
         if order > 1:
-            raise Refused(f"{name} is of order {order} already: fewer-steps is the comparison")
-        raise Refused(f"{name}: only FlowMatchEulerDiscreteScheduler has a second-order stand-in")
+            raise Refused(
+                f"{name} is of order {order} already: fewer-steps is the comparison"
+            )
+        raise Refused(
+            f"{name}: only FlowMatchEulerDiscreteScheduler has a second-order stand-in"
+        )
     if config.stochastic_sampling:
         raise Refused(
             f"{name} adds noise at every step (stochastic_sampling): a solver's order means nothing"
@@ -170,7 +174,8 @@ def counted(modules: Modules) -> Iterator[Callable[[], dict[str, str]]]:
     """Watch the last block of every denoiser; the function tells which calls computed it, branch by branch."""
     with ExitStack() as stack:
         letters = {
-            expert: stack.enter_context(_letters(module)) for expert, module in modules.items()
+            expert: stack.enter_context(_letters(module))
+            for expert, module in modules.items()
         }
         yield lambda: {
             f"{expert}/branch {index}": "".join(branch)
@@ -188,7 +193,9 @@ def _letters(module: torch.nn.Module) -> Iterator[Mapping[float, str]]:
     letters: dict[float, str] = defaultdict(str)
     ran: list[bool] = []
 
-    def after(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def after(
+        module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
         time: Any = kwargs.get("timestep")
         known = isinstance(time, torch.Tensor)
         letters[float(time.flatten()[0]) if known else len(letters)] += "C" if ran else "S"

@@ -124,14 +124,18 @@ class Sampler:
         ``perturbed`` moves all that the denoisers receive by one unit in the last place, as other kernels would.
         """
         session = self.session
-        overrides: dict[str, Any] = {"output_type": "np"} if session.accepts("output_type") else {}
+        overrides: dict[str, Any] = (
+            {"output_type": "np"} if session.accepts("output_type") else {}
+        )
         if num_steps is not None:
             if {"sigmas", "timesteps"} & set(session.arguments):
                 raise Refused(
                     "the schedule is given step by step (sigmas or timesteps) and cannot be shortened"
                 )
             if not session.accepts(STEPS):
-                raise Refused("generate(prompt, seed) takes no num_steps; let it, to compare with")
+                raise Refused(
+                    "generate(prompt, seed) takes no num_steps; let it, to compare with"
+                )
             overrides[STEPS] = num_steps
         noise = _last_place_noise(session.modules) if perturbed else nullcontext()
         with torch.inference_mode(), noise, _captured_latents(session.pipeline) as latents:
@@ -146,7 +150,9 @@ class Sampler:
         """One generation under ``setting``; the pipeline is as before afterwards."""
         shorter = setting.budget if setting.kind == "fewer_steps" else None
         foreign = setting.kind in (*DIFFUSERS_CACHES, THROUGH)
-        failing = refusing(f"{setting.policy} fails on this model") if foreign else nullcontext()
+        failing = (
+            refusing(f"{setting.policy} fails on this model") if foreign else nullcontext()
+        )
         with _applied(self.session, setting) as patterns_of:
             with failing:
                 sample = self(prompt, num_steps=shorter)
@@ -172,7 +178,9 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
         if session.driver is None:  # nothing else tells how long the schedule is
             options["num_steps"] = session.num_steps
         target = session.target
-        with apply_tea_cache(target, setting.entry, schedule=setting.plan, **options) as cache:
+        with apply_tea_cache(
+            target, setting.entry, schedule=setting.plan, **options
+        ) as cache:
             yield lambda: {
                 "/".join(key): seen.pattern for key, seen in cache.stats.branches.items()
             }
@@ -206,7 +214,9 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
         return tuple(given.pop(index) for index in range(len(args))), given
 
     denoisers = modules.values()
-    with taken_off([m.register_forward_pre_hook(before, with_kwargs=True) for m in denoisers]):
+    with taken_off(
+        [m.register_forward_pre_hook(before, with_kwargs=True) for m in denoisers]
+    ):
         yield
 
 

@@ -128,7 +128,9 @@ def _content_of_plan(plan: Plan) -> dict[str, Any]:
     if plan.forecast_of not in (None, "residual"):
         content["forecast_of"] = plan.forecast_of
     if plan.weights_by_step:
-        content["weights"] = {str(step): list(row) for step, row in plan.weights_by_step.items()}
+        content["weights"] = {
+            str(step): list(row) for step, row in plan.weights_by_step.items()
+        }
     return content
 
 
@@ -146,7 +148,9 @@ def replayed(setting: Setting, pairs: pd.DataFrame, real: Patterns) -> dict[str,
     run, mode = load_run(pairs), setting.options["branches"]
     of_branch = polynomials(entry, run)
     table = replay(run, of_branch, [threshold], gate_config(entry), entry.signal, mode)
-    patterns = dict(zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True))
+    patterns = dict(
+        zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True)
+    )
     wrong = [
         sum(a != b for a, b in zip(patterns[name], pattern, strict=True))
         for name, pattern in real.items()

@@ -64,7 +64,11 @@ def advise(results: pd.DataFrame) -> Advice:
     usable = table[known & (table["speedup"] > 1)]
     if usable.empty:
         return Advice(
-            None, 0, {}, "Use none of these policies: each is slower than no cache or breaks.", ""
+            None,
+            0,
+            {},
+            "Use none of these policies: each is slower than no cache or breaks.",
+            "",
         )
     budget = _operating_point(usable)
     at_budget = usable[usable["budget"] == budget]
@@ -76,9 +80,13 @@ def advise(results: pd.DataFrame) -> Advice:
         for one in judge(results, policy)
         if (one.baseline, one.budget) == (base, budget)
     }
-    gains = {policy: rows[policy][measure] - rows[base][measure] for policy in (base, *others)}
+    gains = {
+        policy: rows[policy][measure] - rows[base][measure] for policy in (base, *others)
+    }
     gains |= {policy: one.difference for policy, one in compared.items()}
-    best, *rest = sorted(gains, key=lambda policy: -gains[policy])  # of equal ones the simplest
+    best, *rest = sorted(
+        gains, key=lambda policy: -gains[policy]
+    )  # of equal ones the simplest
     row = rows[best]
     unit = "dB" if measure == "psnr_db" else "dB SNR"
     worth = f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
@@ -117,7 +125,9 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
     plan = _plan(advice, entry)
     if plan is not None:
         reuses = plan.forecast in (None, "reuse")
-        note = "" if reuses else "# The engine reuses instead of forecasting: less than above.\n"
+        note = (
+            "" if reuses else "# The engine reuses instead of forecasting: less than above.\n"
+        )
         return f"{note}{command} cache-dit-mask --schedule {plan.schedule}"
     if advice.policy == GATE:
         threshold = float(f"{advice.figures['threshold']:.6g}")
@@ -146,7 +156,9 @@ def _certainty(name: str, prompts: int, compared: Comparison | None, sign: int) 
     if compared is None:
         return f"Not compared with {name} at equal steps."
     low, high = sorted((sign * compared.low, sign * compared.high))
-    interval = f"{sign * compared.difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}"
+    interval = (
+        f"{sign * compared.difference:+.1f} dB, 95 % interval {low:+.1f} to {high:+.1f}"
+    )
     return f"{HOW_SURE[compared.outcome]} {name}: {interval}, {prompts} prompts."
 
 

@@ -84,7 +84,9 @@ class Comparison:
     @property
     def figures(self) -> str:
         """Both means, their difference and its interval."""
-        means = f"{self.value:.1f} against {self.baseline_value:.1f} dB, {self.difference:+.1f}"
+        means = (
+            f"{self.value:.1f} against {self.baseline_value:.1f} dB, {self.difference:+.1f}"
+        )
         if not np.isfinite(self.low):
             return means
         return f"{means}, 95 % interval {self.low:+.1f} to {self.high:+.1f}"
@@ -132,7 +134,9 @@ def judge_plan(results: pd.DataFrame) -> list[Comparison]:
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """One sentence for every baseline: at which budgets the policy is better, as good or worse, with figures."""
     baselines = dict.fromkeys(one.baseline for one in comparisons)
-    return [_sentence([one for one in comparisons if one.baseline == name]) for name in baselines]
+    return [
+        _sentence([one for one in comparisons if one.baseline == name]) for name in baselines
+    ]
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
@@ -188,7 +192,8 @@ def _paired(results: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
     ours, theirs = (results[results["policy"] == name] for name in (policy, baseline))
     unit = ["prompt_id", "seed"]
     curves = {
-        key: rows.groupby("computed_steps")["value"].mean() for key, rows in theirs.groupby(unit)
+        key: rows.groupby("computed_steps")["value"].mean()
+        for key, rows in theirs.groupby(unit)
     }
 
     def there(prompt: str, seed: int, steps: float) -> float:
@@ -207,7 +212,8 @@ def _paired(results: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
 def _sentence(comparisons: list[Comparison]) -> str:
     """A policy against one baseline over all budgets, grouped by outcome, the most computed steps first."""
     first = comparisons[0]
-    few = f"too few prompts for a verdict ({first.prompts}; at least {ENOUGH_PROMPTS})"
+    compared = [one.prompts for one in comparisons if one.outcome == "unknown"]
+    few = f"too few prompts for a verdict ({min(compared, default=0)}; at least {ENOUGH_PROMPTS})"
     words = {**WORDS, "unknown": few}
     parts: dict[str, list[str]] = {outcome: [] for outcome in words}
     for one in sorted(comparisons, key=lambda one: -one.computed_steps):

@@ -45,7 +45,12 @@ from coeffs import Entry, Plan
 from coeffs.errors import CoeffsError
 from runtime.errors import RuntimeCacheError
 
-USUAL = ("gate", "plan", "uniform", "fewer-steps")  # what is deployed, and what it must beat
+USUAL = (
+    "gate",
+    "plan",
+    "uniform",
+    "fewer-steps",
+)  # what is deployed, and what it must beat
 ALL = "all"
 # Real runs per budget that a policy takes to make its settings, as a rule; a search took 524 for 15 and 7 of 50 steps.
 TUNED = 2 * TUNING_PROMPTS
@@ -146,7 +151,9 @@ def uniform_rule(lineup: Lineup, label: str) -> list[Setting]:
     """Every so-many-th step, with the label's forecast of the others."""
     forecast = FORECASTS[label]
     steps = lineup.num_steps
-    return lineup.planned(label, lambda budget: Plan(schedule=uniform(steps, budget), **forecast))
+    return lineup.planned(
+        label, lambda budget: Plan(schedule=uniform(steps, budget), **forecast)
+    )
 
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
@@ -159,7 +166,9 @@ def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
 
 def fewer_steps(lineup: Lineup, label: str, **options: Any) -> list[Setting]:
     """A shorter schedule of the model itself, nothing cached."""
-    return [Setting(label, "fewer_steps", budget, options=options) for budget in lineup.budgets]
+    return [
+        Setting(label, "fewer_steps", budget, options=options) for budget in lineup.budgets
+    ]
 
 
 def magcache_rule(lineup: Lineup, label: str) -> list[Setting]:
@@ -176,7 +185,9 @@ def cache_dit_masks(lineup: Lineup, label: str) -> list[Setting]:
 
 def mflux_rule(lineup: Lineup, label: str) -> list[Setting]:
     if lineup.run.path is None:
-        raise InvalidOption("no run, and so no recorded noise levels; verify the folder of a run")
+        raise InvalidOption(
+            "no run, and so no recorded noise levels; verify the folder of a run"
+        )
     logs = load_grams(lineup.run.path)
     sigmas = np.concatenate([log.sigmas[:-1] for log in logs])
     if len(sigmas) != lineup.num_steps or not np.isfinite(sigmas).all():
@@ -227,7 +238,9 @@ POLICIES: dict[str, Policy] = {
     "cache-dit-masks": Policy("cache-dit's masks", cache_dit_masks),
     "mflux": Policy("mflux's rule", mflux_rule),
     "budcache": Policy("BudCache's search", budcache_search, tuning=SEARCHED, default=False),
-    "published": Policy("published sets", gate, tuning=TUNED),  # one policy a set, see _entrants
+    "published": Policy(
+        "published sets", gate, tuning=TUNED
+    ),  # one policy a set, see _entrants
     "first-block-cache": Policy(
         "FirstBlockCache", partial(diffusers_cache, cache="FirstBlockCache"), tuning=TUNED
     ),
@@ -274,7 +287,9 @@ def _entrants(lineup: Lineup, names: Sequence[str]) -> Iterator[Policy]:
     for name in names:
         policy = POLICIES[name]
         if name == "published":  # each set is a policy of its own
-            for entry in published_entries(lineup.known, lineup.transformer_class, lineup.entry):
+            for entry in published_entries(
+                lineup.known, lineup.transformer_class, lineup.entry
+            ):
                 yield Policy(f"{entry.model}'s gate", partial(gate, entry=entry))
         elif policy.enters(lineup.entry):
             yield policy

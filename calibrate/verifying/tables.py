@@ -15,7 +15,11 @@ def verdict_table(summary: pd.DataFrame) -> str:
     heads += ["95 % interval", "of mean error", "lowest 10 %", "lose 3 dB"]
     rows = []
     for row in summary.to_dict("records"):
-        threshold, low, high = row["threshold"], row[f"{main.name}_low"], row[f"{main.name}_high"]
+        threshold, low, high = (
+            row["threshold"],
+            row[f"{main.name}_low"],
+            row[f"{main.name}_high"],
+        )
         cells = [
             row["policy"],
             "-" if pd.isna(threshold) else f"{threshold:.4g}",

@@ -20,7 +20,14 @@ from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import threshold_for
 from calibrate.trials.bench import Bench
 from calibrate.trials.measures import compare_all
-from calibrate.trials.setting import GATE, Refused, Setting, branches_of, gate_config, gate_setting
+from calibrate.trials.setting import (
+    GATE,
+    Refused,
+    Setting,
+    branches_of,
+    gate_config,
+    gate_setting,
+)
 from coeffs import Entry
 
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
@@ -61,7 +68,9 @@ class TuningRuns:
             figures = compare_all(sample, self._bench.reference(prompt))
             relative = figures.get("latent_rel_l2", figures.get("rel_l2"))
             if relative is None:
-                raise Refused("needs latents or a series to search by, and the model makes neither")
+                raise Refused(
+                    "needs latents or a series to search by, and the model makes neither"
+                )
             return relative**2 if sample.is_finite else math.inf
 
         return self._kept(f"error of {self._bench.key(setting, prompt)}", error)
@@ -123,7 +132,9 @@ def tuned_gate(
 
         def measured(threshold: float, budget: int = budget) -> float:
             steps = replayed(threshold)
-            left = runs.steps(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
+            left = (
+                runs.steps(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
+            )
             return float(steps.mean() + left)
 
         threshold, computed = tune_threshold(lambda t: replayed(t).mean(), measured, budget)
@@ -144,7 +155,9 @@ def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Sett
     replayed, _ = _replayed(GATE, entry, run)
     means = replayed(thresholds).mean(axis=-1)
     budgets = np.maximum(1, means.round().astype(int)).tolist()
-    return [gate_setting(GATE, entry, *each) for each in zip(budgets, thresholds, strict=True)]
+    return [
+        gate_setting(GATE, entry, *each) for each in zip(budgets, thresholds, strict=True)
+    ]
 
 
 def unsteady(entry: Entry, run: Run, settings: Sequence[Setting]) -> str:
@@ -186,7 +199,11 @@ def _replayed(
 
 
 def tuned_diffusers(
-    policy: str, cache: str, budgets: Sequence[int], options: Mapping[str, Any], runs: TuningRuns
+    policy: str,
+    cache: str,
+    budgets: Sequence[int],
+    options: Mapping[str, Any],
+    runs: TuningRuns,
 ) -> list[Setting]:
     """One of diffusers' caches at thresholds found by halving on real runs; every run serves all budgets."""
     counts: dict[float, float] = {}

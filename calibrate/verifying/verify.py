@@ -22,13 +22,13 @@ from calibrate.model.prompts import PromptSet
 from calibrate.recording.launch import rank
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.runs.folder import RunFolder
-from calibrate.runs.lock import held
+from calibrate.runs.lock import alone, held
 from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import JUDGED, held_out_prompts, note
 from calibrate.text import duration
 from calibrate.trials.baselines import DEFAULT_FRACTIONS, check_budget, default_budgets
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, alone, open_case
+from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import MEASURES, measured
 from calibrate.trials.setting import GATE
@@ -40,7 +40,9 @@ from calibrate.verifying.tuning import TuningRuns, given_gate, unsteady
 from coeffs import Entry
 
 NUM_PROMPTS = 10
-AVERAGE_SHARE = float(np.mean(DEFAULT_FRACTIONS))  # of an uncached run that a cached one takes
+AVERAGE_SHARE = float(
+    np.mean(DEFAULT_FRACTIONS)
+)  # of an uncached run that a cached one takes
 Say = Callable[[str], None]
 
 
@@ -100,7 +102,9 @@ def verify(
         budgets = budgets or [plan.schedule.count("C") for plan in plans if not thresholds]
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
-    held_out = held_out_prompts(case.purposes, case.offered(prompts, seed, images), num_prompts)
+    held_out = held_out_prompts(
+        case.purposes, case.offered(prompts, seed, images), num_prompts
+    )
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(case, chosen, steps, thresholds, held_out, say)
     bench = Bench(case, held_out, perceptual, progress, held[case.folder])

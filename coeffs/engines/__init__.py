@@ -81,11 +81,17 @@ def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys([*experts, *coefficients, *ratios]) or ["transformer"]
     changed: dict[str, Any] = {
         "experts": {
-            name: _expert(experts.get(name, Expert()), coefficients.get(name), ratios.get(name))
+            name: _expert(
+                experts.get(name, Expert()), coefficients.get(name), ratios.get(name)
+            )
             for name in names
         }
     }
-    threshold, schedule, plans = carried.threshold, carried.schedule, known.get("plans") or ()
+    threshold, schedule, plans = (
+        carried.threshold,
+        carried.schedule,
+        known.get("plans") or (),
+    )
     if threshold not in (None, *(row.threshold for row in known.get("thresholds", ()))):
         changed["thresholds"] = ({"threshold": threshold, "kind": "reported"},)
     if schedule not in (None, *(plan.schedule for plan in plans)):

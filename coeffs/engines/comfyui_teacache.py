@@ -28,7 +28,9 @@ _INPUTS = re.compile("(rel_l1_thresh|start_percent|end_percent)=([0-9.e+-]+)")
 
 def write(request: Request) -> str:
     entry = request.entry
-    family = FAMILIES.get(entry.transformer_class or "", "flux")  # unknown ones only with --force
+    family = FAMILIES.get(
+        entry.transformer_class or "", "flux"
+    )  # unknown ones only with --force
     chosen = setting(request, _sign_rule(family))
     key = _model_type(entry, family)
     start, end = _window(entry)
@@ -38,7 +40,10 @@ def write(request: Request) -> str:
         "start_percent": start,
         "end_percent": end,
     }
-    notes = [*chosen.notes, "append to nodes.py, and add the key to the node's model_type list"]
+    notes = [
+        *chosen.notes,
+        "append to nodes.py, and add the key to the node's model_type list",
+    ]
     node = ", ".join(f"{name}={value}" for name, value in inputs.items())
     return f'{comment(notes)}{TABLE}["{key}"] = {chosen.only}\n# node inputs: {node}\n'
 
@@ -49,7 +54,9 @@ def read(text: str) -> Carried:
         raise EngineError(f'no {TABLE}["..."] = [...]: expected it as the export writes it')
     form = {name: literal(value) for name, value in _INPUTS.findall(text)}
     form["coefficients"] = literal(line[2])
-    start, end = (value_of(form, f"{edge}_percent", float | None) for edge in ("start", "end"))
+    start, end = (
+        value_of(form, f"{edge}_percent", float | None) for edge in ("start", "end")
+    )
     return Carried(
         coefficients={"transformer": value_of(form, "coefficients", Numbers)},
         sign_rule=_sign_rule(line[1]),

@@ -22,7 +22,11 @@ def write(request: Request) -> str:
         branch, ratios = next(iter(branches.items()))
         if not form.crafted:
             form.notes.append(f"{name}: the ratios of branch {branch}, used for every branch")
-        arguments = {"num_inference_steps": len(ratios), **settings, "mag_ratios": list(ratios)}
+        arguments = {
+            "num_inference_steps": len(ratios),
+            **settings,
+            "mag_ratios": list(ratios),
+        }
         words = ", ".join(f"{word}={value}" for word, value in arguments.items())
         lines.append(f"{name}{SUFFIX} = MagCacheConfig({words})\n")
     if not form.crafted:

@@ -25,7 +25,11 @@ def write(request: Request) -> str:
         settings["magcache_K"] = form.cap
     ratios = form.only
     first = next(iter(ratios.values()))
-    head = {"infer_steps": len(first), "feature_caching": "Mag", "magcache_calibration": False}
+    head = {
+        "infer_steps": len(first),
+        "feature_caching": "Mag",
+        "magcache_calibration": False,
+    }
     pair = [list(ratios.get(branch, first)) for branch in ("cond", "uncond")]
     return json_text(form.notes, head | settings | {"magcache_ratios": pair})
 

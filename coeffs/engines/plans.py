@@ -39,7 +39,9 @@ class Planned:
     @property
     def taylorseer(self) -> Form:
         """cache-dit's settings for the forecast; none for reuse."""
-        return {"enable_taylorseer": True, "taylorseer_order": self.order} if self.order else {}
+        return (
+            {"enable_taylorseer": True, "taylorseer_order": self.order} if self.order else {}
+        )
 
     def runs(self, letter: str) -> list[int]:
         """Lengths of the runs of one letter, in order."""
@@ -171,5 +173,7 @@ def read_ratios(experts: dict[str, dict[str, Numbers]], cap: int | None) -> Carr
     """Ratios read from a form: the plan that crafted ones execute, or recorded ones."""
     lists = [ratios for branches in experts.values() for ratios in branches.values()]
     if len(lists) == 1 and COMPUTE in lists[0] and set(lists[0]) <= {SKIP, COMPUTE}:
-        return Carried(schedule="".join("C" if ratio == COMPUTE else "S" for ratio in lists[0]))
+        return Carried(
+            schedule="".join("C" if ratio == COMPUTE else "S" for ratio in lists[0])
+        )
     return Carried(mag_ratios=experts, max_skips=cap)

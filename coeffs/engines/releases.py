@@ -97,7 +97,9 @@ def _instead(engine: str, name: str) -> str:
     others = [
         other
         for other, release in releases().items()
-        if other != engine and name in release.known and (other in of_plans) == (engine in of_plans)
+        if other != engine
+        and name in release.known
+        and (other in of_plans) == (engine in of_plans)
     ]
     return f"; export it to {' or '.join(others)}" if others else ""
 
@@ -109,7 +111,9 @@ def _signal(engine: str, entry: Entry, compared: str | None) -> Iterator[str]:
         return
     said = f"the {compared} there: fit the run again with `calibrate fit RUN --signal {compared}`"
     if compared == "other":
-        said = f"a signal of its own for {entry.transformer_class}: take that engine's own set"
+        said = (
+            f"a signal of its own for {entry.transformer_class}: take that engine's own set"
+        )
     yield f"{entry.label} was fitted on the {entry.signal}, {engine} compares {said}"
 
 

@@ -32,7 +32,9 @@ def read(text: str) -> Carried:
     if others:
         raise EngineError(f"{len(others) + 1} calls of TeaCacheParams: expected one")
     form = {"start_skipping": 5, "end_skipping": -1} | given
-    start, end = (value_of(form, key, int | float) for key in ("start_skipping", "end_skipping"))
+    start, end = (
+        value_of(form, key, int | float) for key in ("start_skipping", "end_skipping")
+    )
     if start < 0 or (isinstance(end, int) and end >= 0):
         raise EngineError(
             f"start_skipping {start}, end_skipping {end}: expected the start counted from the start and the end "

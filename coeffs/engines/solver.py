@@ -23,7 +23,11 @@ def write(request: Request) -> str:
             "steps is a solver; `calibrate plan` makes one where it can watch the pipeline's scheduler"
         )
     levels = [sigmas[step] for step in range(steps) if plan.schedule[step] == "C"]
-    form = {"schedule": plan.schedule, "levels": [*levels, sigmas[steps]], "steps": multistep(plan)}
+    form = {
+        "schedule": plan.schedule,
+        "levels": [*levels, sigmas[steps]],
+        "steps": multistep(plan),
+    }
     return json_text([f"{request.entry.label}, teacal registry"], form)
 
 
@@ -32,7 +36,9 @@ def multistep(plan: Plan) -> list[list[float]]:
     levels = plan.sigmas or ()
     computed = [step for step, letter in enumerate(plan.schedule) if letter == "C"]
     rows = []
-    for count, (first, after) in enumerate(pairwise([*computed, len(plan.schedule)]), start=1):
+    for count, (first, after) in enumerate(
+        pairwise([*computed, len(plan.schedule)]), start=1
+    ):
         row = [levels[first + 1] - levels[first], *[0.0] * (count - 1)]
         for step in range(first + 1, after):
             moved = levels[step + 1] - levels[step]

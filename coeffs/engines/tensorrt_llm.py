@@ -41,4 +41,6 @@ def read(text: str) -> Carried:
     start, end = releases()[ENGINE].windows["true" if form.get("use_ret_steps") else "false"]
     lists = {name: value_of(form, key, Numbers) for name, key in KEYS.items() if key in form}
     threshold = value_of(form, "teacache_thresh")
-    return Carried(coefficients=lists, threshold=threshold, start=start, end=end, sign_rule="abs")
+    return Carried(
+        coefficients=lists, threshold=threshold, start=start, end=end, sign_rule="abs"
+    )

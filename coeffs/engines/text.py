@@ -31,7 +31,9 @@ def yaml_text(notes: Iterable[str], section: str, form: Form) -> str:
     """One section in a block, lists in one line; floats as YAML 1.1 reads them."""
     import yaml  # here, so that `import coeffs` stays cheap
 
-    text = yaml.safe_dump({section: form}, sort_keys=False, default_flow_style=None, width=10_000)
+    text = yaml.safe_dump(
+        {section: form}, sort_keys=False, default_flow_style=None, width=10_000
+    )
     return f"{comment(notes)}{text}"
 
 

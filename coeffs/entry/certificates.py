@@ -84,7 +84,9 @@ class Certificate(Record):
     @property
     def promise(self) -> str:
         """The promise, the policy that keeps it, and what that rests on, in words."""
-        promised = f"{limits_text(self.limits)} for {100 - 100 * self.risk:.4g} % of all prompts"
+        promised = (
+            f"{limits_text(self.limits)} for {100 - 100 * self.risk:.4g} % of all prompts"
+        )
         proof = f"confidence {self.confidence:g}, {self.missed} of {self.prompts} prompts missed it"
         return f"{self.tier}: {promised} by {self.how} ({proof})"
 

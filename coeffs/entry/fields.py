@@ -100,7 +100,9 @@ def plain(value: Any) -> Any:
 def _defaults(cls: Any) -> dict[str, Any]:
     """Every field with its default, ``MISSING`` where it has none; for comparison only."""
     return {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        field.name: field.default
+        if field.default_factory is MISSING
+        else field.default_factory()
         for field in fields(cls)
     }
 

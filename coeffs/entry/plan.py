@@ -28,7 +28,8 @@ class Plan(Record):
         computed = self.schedule.count("C")
         if self.computed_steps not in (None, computed):
             raise EntryError(
-                f"{self.computed_steps}, but the schedule computes {computed}", "computed_steps"
+                f"{self.computed_steps}, but the schedule computes {computed}",
+                "computed_steps",
             )
         object.__setattr__(self, "computed_steps", computed)
         if (self.forecast == "fitted") != (self.weights is not None):
@@ -36,9 +37,12 @@ class Plan(Record):
                 f"forecast {self.forecast!r}: only fitted has weights, and must", "weights"
             )
         skipped = len(self.schedule) - computed
-        if self.weights is not None and (len(self.weights) != skipped or not all(self.weights)):
+        if self.weights is not None and (
+            len(self.weights) != skipped or not all(self.weights)
+        ):
             raise EntryError(
-                f"{len(self.weights)} rows: expected one per skipped step ({skipped})", "weights"
+                f"{len(self.weights)} rows: expected one per skipped step ({skipped})",
+                "weights",
             )
 
     @property

@@ -104,7 +104,9 @@ def negative_ranges(polynomial: Polynomial, domain: Interval) -> list[Interval]:
 
     Rounding at a double root of a constrained fit does not count as negative.
     """
-    edges = sorted([*domain, *_roots(polynomial.slope(), domain), *_roots(polynomial, domain)])
+    edges = sorted(
+        [*domain, *_roots(polynomial.slope(), domain), *_roots(polynomial, domain)]
+    )
     floor = -1e-9 * max(1e-12, *(abs(polynomial.raw(x)) for x in edges))
 
     def negative(piece: Interval) -> bool:

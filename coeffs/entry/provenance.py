@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass, field
 
-from coeffs.entry.fields import Count, Name, Number, Pixels, Record, Scalar, Sha256, Steps, Text
+from coeffs.entry.fields import (
+    Count,
+    Name,
+    Number,
+    Pixels,
+    Record,
+    Scalar,
+    Sha256,
+    Steps,
+    Text,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

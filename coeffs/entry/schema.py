@@ -213,8 +213,13 @@ class Entry(Record):
         """
         if expert not in self.experts:
             known = ", ".join(self.experts)
-            raise EntryError(f"{self.label} has no expert {expert!r}: expected one of {known}")
-        branches, recommended = self.experts[expert].branches, self.experts[expert].recommended
+            raise EntryError(
+                f"{self.label} has no expert {expert!r}: expected one of {known}"
+            )
+        branches, recommended = (
+            self.experts[expert].branches,
+            self.experts[expert].recommended,
+        )
         if recommended is None:
             raise EntryError(
                 f"{self.label} has no coefficients for {expert}, only mag_ratios or plans"

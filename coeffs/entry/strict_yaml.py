@@ -107,7 +107,9 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
         _refuse(event, "an anchor or alias (&, *): write the value out", path)
     if event.tag is not None:
         shown = event.tag[:60]
-        _refuse(event, f"the tag {shown!r}: tags are never followed, write a plain value", path)
+        _refuse(
+            event, f"the tag {shown!r}: tags are never followed, write a plain value", path
+        )
     if len(path) > MAX_DEPTH:
         _refuse(event, f"nested deeper than {MAX_DEPTH} levels")
     if len(lines) > MAX_VALUES:
@@ -116,7 +118,9 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
         return _scalar(event, path)
     parts = takewhile(lambda part: not isinstance(part, yaml.CollectionEndEvent), events)
     if isinstance(event, yaml.SequenceStartEvent):
-        return [_value(events, (*path, place), lines, part) for place, part in enumerate(parts)]
+        return [
+            _value(events, (*path, place), lines, part) for place, part in enumerate(parts)
+        ]
     items: dict[str, Any] = {}
     for part in parts:
         key = _value(events, (*path, "?"), lines, part)
@@ -129,7 +133,9 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
         inner = (*path, key)
         if key in items:
             _refuse(
-                part, f"duplicate key {key!r}: the later value would win silently; keep one", inner
+                part,
+                f"duplicate key {key!r}: the later value would win silently; keep one",
+                inner,
             )
         lines[inner] = part.start_mark.line + 1
         items[key] = _value(events, inner, lines)
@@ -165,9 +171,15 @@ def _refuse(event: Any, problem: str, path: Path = ()) -> NoReturn:
 
 def number_hint(text: str) -> str:
     """Advice for text that a person meant as a number, e.g. ``4.98e02``; empty for other text."""
-    if not _NUMBER_AS_TEXT.fullmatch(text) or len(text) > 60 or not math.isfinite(float(text)):
+    if (
+        not _NUMBER_AS_TEXT.fullmatch(text)
+        or len(text) > 60
+        or not math.isfinite(float(text))
+    ):
         return ""
-    return f" (YAML 1.1 reads {text} as text; write {format_float(float(text))} without quotes)"
+    return (
+        f" (YAML 1.1 reads {text} as text; write {format_float(float(text))} without quotes)"
+    )
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -228,7 +240,11 @@ def _wrapped(items: list[Any], indent: str) -> list[str]:
 
 def _flow(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str):

@@ -83,7 +83,10 @@ def _innermost(module: Module) -> tuple[Any, str]:
     if not hooks:
         return module, "forward"
     reference = next(iter(hooks.values())).fn_ref
-    return reference, "forward" if reference.original_forward is None else "original_forward"
+    return (
+        reference,
+        "forward" if reference.original_forward is None else "original_forward",
+    )
 
 
 def unwrapped(module: Module) -> Module:

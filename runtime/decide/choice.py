@@ -87,7 +87,9 @@ def _fidelity(plan: "coeffs.Plan") -> float:
     return next((value for value in values if value is not None), -math.inf)
 
 
-def certified_for(entry: "coeffs.Entry", quality: str) -> tuple["coeffs.Certificate", str | None]:
+def certified_for(
+    entry: "coeffs.Entry", quality: str
+) -> tuple["coeffs.Certificate", str | None]:
     """The fastest certified cache of a tier, and what keeps the same promise faster, if anything does.
 
     Raises:
@@ -95,7 +97,9 @@ def certified_for(entry: "coeffs.Entry", quality: str) -> tuple["coeffs.Certific
     """
     certificates = of_tier(entry.certificates, quality)
     if not certificates:
-        known = ", ".join(dict.fromkeys(one.tier for one in entry.certificates)) or "no quality"
+        known = (
+            ", ".join(dict.fromkeys(one.tier for one in entry.certificates)) or "no quality"
+        )
         raise InvalidSetting(
             f"{entry.label} is certified for {known}, not for {quality!r}: run `calibrate certify` on its run, or use "
             f"quality={EXACT!r}"

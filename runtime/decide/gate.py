@@ -74,7 +74,9 @@ class GateConfig:
                 raise InvalidSetting(
                     f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)"
                 )
-        if self.max_skips is not None and (type(self.max_skips) is not int or self.max_skips < 1):
+        if self.max_skips is not None and (
+            type(self.max_skips) is not int or self.max_skips < 1
+        ):
             raise InvalidSetting(
                 f"max_skips {self.max_skips!r}: expected a count >= 1, or None for no cap"
             )
@@ -179,7 +181,9 @@ class FixedSchedule:
                 f"schedule of {length} steps on a run of {num_steps}: plan again for this number of steps"
             )
         if step >= length:
-            raise InvalidSetting(f"step {step + 1} of a schedule of {length}: plan for more steps")
+            raise InvalidSetting(
+                f"step {step + 1} of a schedule of {length}: plan for more steps"
+            )
         planned = "skipped" if self.schedule[step] == "S" else "computed"
         kind = planned if self._started else "first"
         self._started = True

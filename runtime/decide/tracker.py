@@ -126,7 +126,9 @@ class Tracker:
         """The branches that were called at this step."""
         return [branch for branch in self._branches if branch.ordinal == self._ordinal]
 
-    def _event(self, info: CallInfo, index: int | None, time: tuple[float, float] | None) -> str:
+    def _event(
+        self, info: CallInfo, index: int | None, time: tuple[float, float] | None
+    ) -> str:
         """What begins with this call: a ``generation``, a ``step``, or only another ``branch``."""
         before = self._index
         if not self._branches or info.schedule != self._schedule:
@@ -173,7 +175,9 @@ class Tracker:
     def _find(self, info: CallInfo) -> _Branch | None:
         now = info.conditioning
         if info.context is not None:
-            return next((branch for branch in self._branches if branch.name == info.context), None)
+            return next(
+                (branch for branch in self._branches if branch.name == info.context), None
+            )
         # All that stayed the same in a branch so far must be there again (one call alone proves nothing).
         free = [
             branch

@@ -41,7 +41,9 @@ def find_blocks(root: Module, blocks: Blocks | None = None) -> list[tuple[str, M
     stack: list[tuple[str, Module]] = []
     for module in chosen:
         if isinstance(module, _LISTS):
-            stack += [(f"{paths[module]}.{name}", child) for name, child in module.named_children()]
+            stack += [
+                (f"{paths[module]}.{name}", child) for name, child in module.named_children()
+            ]
         else:
             stack.append((paths[module], module))
     if not stack:
@@ -77,7 +79,9 @@ def _named_by_hand(root: Module, paths: dict[Module, str], blocks: Blocks) -> li
 
 def _listed(paths: dict[Module, str]) -> str:
     """Paths of the lists that there are, for messages."""
-    lists = [path for module, path in paths.items() if isinstance(module, nn.ModuleList) and path]
+    lists = [
+        path for module, path in paths.items() if isinstance(module, nn.ModuleList) and path
+    ]
     return ", ".join(lists)[:200] or "none"
 
 

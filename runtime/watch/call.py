@@ -190,7 +190,9 @@ def _modulated_input(call: Call) -> Tensor:
         seen.append(_hidden_states(call, inputs, named))
         raise _StopForward
 
-    handles = [module.register_forward_pre_hook(stop, with_kwargs=True) for module in attention]
+    handles = [
+        module.register_forward_pre_hook(stop, with_kwargs=True) for module in attention
+    ]
     try:
         # Without the graph that compile_blocks() made of it: a graph knows no hooks that come and go.
         getattr(original, "uncompiled", original)(*args, **kwargs)
@@ -212,7 +214,9 @@ def _hidden_states(call: Call, args: tuple, kwargs: dict) -> Tensor:
         return value
     generated = at(call.wiring.primary, *call.head)
     received = [tensor for _, tensor in call_tensors(args, kwargs)]
-    return next((tensor for tensor in received if tensor.shape == generated.shape), received[0])
+    return next(
+        (tensor for tensor in received if tensor.shape == generated.shape), received[0]
+    )
 
 
 def _time_embedding(call: Call) -> Tensor | None:

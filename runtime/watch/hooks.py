@@ -48,7 +48,8 @@ class Watch:
         self._pipeline, self._on_step = clock.pipeline, on_step
         self.stacks: list[StackHooks] = []
         for expert, module in modules.items():
-            self.stacks.append(StackHooks(module, new_handler(expert), clock, self.stacks, blocks))
+            hooks = StackHooks(module, new_handler(expert), clock, self.stacks, blocks)
+            self.stacks.append(hooks)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -183,7 +184,6 @@ class StackHooks(HookSet):
     def _drop_call(self) -> None:
         if self.call is not None and self.call.observation is not None:
             self.call.observation.abort()
-            self.call.observation = None
         self.call = None
         if self._lock.locked():
             self._lock.release()
@@ -214,8 +214,6 @@ class StackHooks(HookSet):
         else:
             trajectory.restart()  # another path than before: learn again
 
-    # -- blocks ---------------------------------------------------------------------------------------------------
-
     @stays_python
     def run_block(self, block: Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         """A block is called: decide at the first one, stand in or run."""
@@ -232,7 +230,9 @@ class StackHooks(HookSet):
             if call.skip and (block, number) in call.wiring.outputs:
                 return call.wiring.placeholder(block, number, call.stand_ins)
             run = partial(compiled_by, compiler or call.compiler, original, args, kwargs)
-            return run() if call.observation is None else call.observation.block(block, number, run)
+            if call.observation is None:
+                return run()
+            return call.observation.block(block, number, run)
         finally:
             resume(compiler)
 
@@ -259,8 +259,6 @@ class StackHooks(HookSet):
             base = None if exit.base is None else exit.selected(at(exit.base, *call.head))
             call.overrides[index] = self.handler.enter(call, index, base)
 
-    # -- exits ----------------------------------------------------------------------------------------------------
-
     def _observe(self, call: Call) -> None:
         blocks = [block for _, block in self.blocks]
         call.observation = Observation(self.root, blocks, partial(self._leave, call))
@@ -274,10 +272,12 @@ class StackHooks(HookSet):
         for exit in exits:
             if exit.module not in self._exit_modules:
                 self._exit_modules[exit.module] = None
-                handle = exit.module.register_forward_pre_hook(self._at_exit, with_kwargs=True)
-                self.undo.enter_context(handle)
+                register = exit.module.register_forward_pre_hook
+                self.undo.enter_context(register(self._at_exit, with_kwargs=True))
 
-    def _at_exit(self, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _at_exit(
+        self, module: Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None or not call.decided or call.observation is not None:
             return None

@@ -18,9 +18,20 @@ from torch.nn import Module
 from runtime.errors import UnsupportedModel
 from runtime.watch.places import Place, mapped, streams, tensors
 from runtime.watch.scheduler import is_time
-from runtime.watch.wiring import Carried, Exit, Follow, Mark, Marked, Selection, Spec, Wiring
+from runtime.watch.wiring import (
+    Carried,
+    Exit,
+    Follow,
+    Mark,
+    Marked,
+    Selection,
+    Spec,
+    Wiring,
+)
 
-_LATENTS = re.compile(r"^(x|sample)$|^(audio_|video_|vision_)?hidden_states$|latents$|_tokens$")
+_LATENTS = re.compile(
+    r"^(x|sample)$|^(audio_|video_|vision_)?hidden_states$|latents$|_tokens$"
+)
 
 
 class Observation:
@@ -54,7 +65,10 @@ class Observation:
             if source == "time" or _LATENTS.search(name):
                 for _, tensor in tensors(value):
                     self._follow.marks[tensor] = Mark(sources=frozenset({source}))
-        inside = {self.root, *(module for block in self.blocks for module in block.modules())}
+        inside = {
+            self.root,
+            *(module for block in self.blocks for module in block.modules()),
+        }
         for module in self.root.modules():
             if module not in inside:
                 before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -122,7 +136,9 @@ class Observation:
             )
         # What is generated comes first: some models send their text stream through an exit before it.
         wiring = self.wiring
-        order = sorted(needed, key=lambda index: (self._exits[index].base != wiring.primary, index))
+        order = sorted(
+            needed, key=lambda index: (self._exits[index].base != wiring.primary, index)
+        )
         wiring.exits = tuple(self._exits[index] for index in order)
         if wiring.time_embedding in [exit.base for exit in wiring.exits]:
             # A stream that carries the time along is no embedding of it.
@@ -161,12 +177,16 @@ class Observation:
         for _, tensor in tensors(output):
             self._follow.marks[tensor] = Mark(exits=exits)
 
-    def _base(self, value: Tensor, carried: Carried) -> tuple[Place | None, tuple[Selection, ...]]:
+    def _base(
+        self, value: Tensor, carried: Carried
+    ) -> tuple[Place | None, tuple[Selection, ...]]:
         """Where the stream that leaves as ``value`` entered, and what was selected of it since."""
         entering = self._streams or {}
         taken = {base for source, base in self._bases.items() if source != carried.source}
         same = [place for place, tensor in entering.items() if tensor.shape == value.shape]
-        before = [place for place, tensor in entering.items() if tensor.shape == carried.origin]
+        before = [
+            place for place, tensor in entering.items() if tensor.shape == carried.origin
+        ]
         selections = () if same else carried.selections or ()
         places = same or (before if selections else [])
         # One that no other exit has, by its usual name, else the first.

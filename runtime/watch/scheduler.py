@@ -97,7 +97,9 @@ class SchedulerClock:
         if sigmas is not self._sigmas:
             # They may lie on the device: read once per schedule, not once per step.
             self._sigmas = sigmas
-            self._levels = [] if sigmas is None else [float(level) for level in sigmas.tolist()]
+            self._levels = (
+                [] if sigmas is None else [float(level) for level in sigmas.tolist()]
+            )
         return self._levels[step] if step < len(self._levels) else None
 
     def level(self, step: int) -> float:
@@ -125,7 +127,11 @@ def hooked_steps(pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> I
                 prediction = on_step(prediction)
             return own.step(scheduler, prediction, *others, **kwargs)
 
-        names = {"step": step, "__module__": own.__module__, "__qualname__": own.__qualname__}
+        names = {
+            "step": step,
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+        }
         return type(own.__name__, (own,), names)
 
     components = getattr(pipeline, "components", None) or {}

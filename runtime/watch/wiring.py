@@ -188,7 +188,9 @@ def _carried(
     marked: list[Marked], shape: torch.Size, selection: Selection | None
 ) -> Carried | None:
     """Which block's result a new tensor of ``shape`` carries, and how its elements were selected since."""
-    carriers = [(place, tensor, mark.carried) for place, tensor, mark in marked if mark.carried]
+    carriers = [
+        (place, tensor, mark.carried) for place, tensor, mark in marked if mark.carried
+    ]
     if not carriers:
         return None
     place, _, carried = carriers[0]

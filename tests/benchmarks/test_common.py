@@ -27,13 +27,17 @@ def clone(tmp_path):
 def test_the_commit_of_a_clone_of_anybody_is_known(clone, monkeypatch):
     folder, commit = clone
     assert len(commit) == 40 and commit_of(folder / "below") == commit
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to test its refusal
+    monkeypatch.setenv(
+        "GIT_TEST_ASSUME_DIFFERENT_OWNER", "1"
+    )  # git's own way to test its refusal
     refusal = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True)
     assert b"dubious ownership" in refusal.stderr
     assert commit_of(folder) == commit
 
 
-def test_the_commit_is_that_of_the_folder_within_another_repository_s_hook(clone, monkeypatch):
+def test_the_commit_is_that_of_the_folder_within_another_repository_s_hook(
+    clone, monkeypatch
+):
     folder, commit = clone
     monkeypatch.setenv("GIT_DIR", str(folder.parent / "origin" / "elsewhere"))
     assert commit_of(folder) == commit

@@ -38,5 +38,7 @@ def test_levels_and_paired_differences_from_fewer_steps():
     # Mean 2 with a standard error of 0.577; Student's t with two degrees of freedom is 4.30 there.
     assert "| plan | +2.0 (-0.5 to +4.5) |" in differences
     assert "| fitted gate |  |" in differences, "two steps off its budget"
-    assert "| computed of 10 | 5 |" in differences and "| cache-dit's masks |  |" in differences
+    assert (
+        "| computed of 10 | 5 |" in differences and "| cache-dit's masks |  |" in differences
+    )
     assert "| fewer steps |" not in differences

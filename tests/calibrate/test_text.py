@@ -6,7 +6,9 @@ from calibrate.text import WIDTH, aligned, block, did_you_mean, duration, siblin
 
 
 def test_columns_line_up_and_the_first_is_flush_left():
-    assert aligned(("a", "bb"), [("xyz", "1"), ("x", "100")]) == "a     bb\nxyz    1\nx    100"
+    assert (
+        aligned(("a", "bb"), [("xyz", "1"), ("x", "100")]) == "a     bb\nxyz    1\nx    100"
+    )
 
 
 def test_table_wider_than_the_output_goes_on_below_with_its_labels():

@@ -43,7 +43,12 @@ def test_a_certificate_that_claims_too_much_is_refused(changed, problem):
 
 
 def test_the_chance_is_the_binomial_one():
-    for missed, prompts, share in ((0, 59, 0.05), (3, 200, 0.05), (40, 1000, 0.05), (9, 9, 0.5)):
+    for missed, prompts, share in (
+        (0, 59, 0.05),
+        (3, 200, 0.05),
+        (40, 1000, 0.05),
+        (9, 9, 0.5),
+    ):
         assert chance(missed, prompts, share) == pytest.approx(
             stats.binom.cdf(missed, prompts, share)
         )
@@ -54,7 +59,12 @@ def test_caches_come_first_and_the_fastest_of_them_by_time_or_else_by_steps():
     untimed = certificate(speedup=None, computed_steps=14.0, num_steps=28)
     other = certificate(tier="lossless", speedup=9.0)
     fewer = certificate(policy="fewer_steps", threshold=None, speedup=3.0)
-    assert of_tier([slow, fewer, other, fast, untimed], "high") == [fast, untimed, slow, fewer]
+    assert of_tier([slow, fewer, other, fast, untimed], "high") == [
+        fast,
+        untimed,
+        slow,
+        fewer,
+    ]
 
 
 def test_the_promise_is_said_in_words():
@@ -67,7 +77,10 @@ def test_the_promise_is_said_in_words():
 @pytest.mark.parametrize(
     ("engine", "names"),
     [
-        ("sglang-cache-dit", "quality='high' asks for this tier, quality='lossless' for no cache"),
+        (
+            "sglang-cache-dit",
+            "quality='high' asks for this tier, quality='lossless' for no cache",
+        ),
         ("vllm-omni", "quality='high' asks for this tier"),
         ("cache-dit-mask", None),
         ("tensorrt-llm", None),

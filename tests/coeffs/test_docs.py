@@ -14,7 +14,8 @@ from coeffs.entry.strict_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
 PAGE = Path(__file__).parents[2] / "docs" / "registry.md"
 BLOCK = re.compile(
-    r"(?<=<!-- entries: generated, do not edit -->\n).*?(?=<!-- end of entries -->)", re.DOTALL
+    r"(?<=<!-- entries: generated, do not edit -->\n).*?(?=<!-- end of entries -->)",
+    re.DOTALL,
 )
 
 
@@ -52,9 +53,13 @@ def test_every_field_is_explained():
         coeffs.Certificate,
     )
     names = {
-        field.name for record in (*records, schema.Source) for field in dataclasses.fields(record)
+        field.name
+        for record in (*records, schema.Source)
+        for field in dataclasses.fields(record)
     }
-    assert {name for name in names if f"`{name}`" not in text and f"{name}:" not in text} == set()
+    assert {
+        name for name in names if f"`{name}`" not in text and f"{name}:" not in text
+    } == set()
 
 
 def test_commands_engines_and_limits_are_the_real_ones():
@@ -62,6 +67,7 @@ def test_commands_engines_and_limits_are_the_real_ones():
     assert all(f"calibrate {command.name}" in text for command in COMMANDS)
     assert tuple(ENGINES.choices) == tuple(engines.ENGINES)
     assert all(f"| `{engine}` |" in text for engine in engines.ENGINES)
-    assert f"{MAX_BYTES // 1024} KiB, {MAX_VALUES:,} values or {MAX_DEPTH} levels" in text.replace(
-        "\n", " "
+    assert (
+        f"{MAX_BYTES // 1024} KiB, {MAX_VALUES:,} values or {MAX_DEPTH} levels"
+        in text.replace("\n", " ")
     )

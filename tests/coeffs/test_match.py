@@ -29,7 +29,11 @@ def registry(tmp_path):
 
 def test_a_pipeline_as_measured_matches_without_remark(registry):
     match = coeffs.find(FACTS, registry)
-    assert (match.entry.label, match.mismatches, match.unknown) == ("longcat-image@v1", (), ())
+    assert (match.entry.label, match.mismatches, match.unknown) == (
+        "longcat-image@v1",
+        (),
+        (),
+    )
     assert "vllm-omni/longcat-image@v1" in match.others
     assert coeffs.find(FACTS, registry, strict=True).entry is not None
 
@@ -64,7 +68,9 @@ def test_every_difference_is_listed_and_strict_refuses_it(registry, changed, sai
 
 
 def test_what_is_not_known_of_the_pipeline_is_no_difference(registry):
-    coeffs.publish(sample_entry(model="only-one", transformer_class="OnlyOneTransformer"), registry)
+    coeffs.publish(
+        sample_entry(model="only-one", transformer_class="OnlyOneTransformer"), registry
+    )
     match = coeffs.find({"transformer_class": "OnlyOneTransformer"}, registry)
     assert match.entry.label == "only-one@v1"
     assert match.mismatches == ()
@@ -134,7 +140,9 @@ def test_a_published_set_is_served_where_it_is_the_only_one():
     assert (match.entry.label, match.unknown) == ("alivilab/mochi-1@v1", ("num_steps",))
 
 
-def test_an_own_measurement_comes_before_published_sets_and_the_newest_version_first(registry):
+def test_an_own_measurement_comes_before_published_sets_and_the_newest_version_first(
+    registry,
+):
     coeffs.publish(sample_entry(notes="again"), registry)
     assert coeffs.find(FACTS | {"steps": 50}, registry).entry.label == "longcat-image@v2"
 

@@ -24,7 +24,8 @@ def test_a_set_states_its_origin(entry):
     assert entry.engine and entry.title and entry.transformer_class
     assert entry.source.reference and entry.source.url.startswith("https://github.com/")
     assert (
-        "Numbers: checked against" in entry.notes or "Numbers: could not be checked" in entry.notes
+        "Numbers: checked against" in entry.notes
+        or "Numbers: could not be checked" in entry.notes
     )
     assert entry.signal != "other" or entry.signal_note
     assert all(row.kind == "reported" for row in entry.thresholds)
@@ -46,20 +47,28 @@ def test_a_copy_has_the_numbers_of_what_it_was_copied_from(entry):
     assert entry.fit().coefficients_high_to_low == pytest.approx(
         original.fit().coefficients_high_to_low, rel=1e-9
     )
-    if original.title != entry.title and original.transformer_class != entry.transformer_class:
+    if (
+        original.title != entry.title
+        and original.transformer_class != entry.transformer_class
+    ):
         assert any("another model" in warning for warning in entry.warnings)
 
 
 def test_the_digits_that_one_copy_has_too_many_are_kept():
     """mlx-teacache writes 498.651651244 where upstream has 498.651651: a fact, not ours to mend."""
-    assert coeffs.load("mlx-teacache/flux1-dev").fit().coefficients_high_to_low[0] == 498.651651244
+    assert (
+        coeffs.load("mlx-teacache/flux1-dev").fit().coefficients_high_to_low[0]
+        == 498.651651244
+    )
     assert coeffs.load("alivilab/flux1-dev").fit().coefficients_high_to_low[0] == 498.651651
 
 
 @pytest.mark.parametrize("entry", FITTED, ids=lambda entry: entry.label)
 def test_the_sign_rule_is_the_one_of_the_engine(entry):
     expected = (
-        "abs" if entry.model == "comfyui/flux-kontext" else ENGINE_RULES.get(entry.engine, "signed")
+        "abs"
+        if entry.model == "comfyui/flux-kontext"
+        else ENGINE_RULES.get(entry.engine, "signed")
     )
     assert entry.sign_rule == expected
 
@@ -67,7 +76,9 @@ def test_the_sign_rule_is_the_one_of_the_engine(entry):
 def test_a_new_version_keeps_or_replaces_the_numbers():
     """v1 of Qwen-Image had the threshold of a later fit beside the coefficients of an earlier one."""
     for name in ("flux2-klein-base-4b", "z-image-base"):
-        first, second = (coeffs.load(f"mlx-teacache/{name}@v{version}").fit() for version in (1, 2))
+        first, second = (
+            coeffs.load(f"mlx-teacache/{name}@v{version}").fit() for version in (1, 2)
+        )
         assert first.coefficients_high_to_low == second.coefficients_high_to_low
         assert first.domain is None and second.domain is not None
     first, second = (coeffs.load(f"mlx-teacache/qwen-image@v{version}") for version in (1, 2))
@@ -85,7 +96,9 @@ def test_ratios_are_one_per_step_from_1(entry):
 
 
 def test_two_engines_contradict_each_other_on_flux():
-    ours, theirs = (coeffs.load(f"{engine}/flux1-mag") for engine in ("diffusers", "vllm-omni"))
+    ours, theirs = (
+        coeffs.load(f"{engine}/flux1-mag") for engine in ("diffusers", "vllm-omni")
+    )
     assert ours.experts["transformer"].mag_ratios != theirs.experts["transformer"].mag_ratios
     assert all("different ratios" in entry.warnings[0] for entry in (ours, theirs))
 
@@ -111,7 +124,13 @@ def test_a_set_keeps_the_signal_it_was_fitted_on(model, signal):
 
 def test_facts_that_everybody_quotes():
     longcat = coeffs.load("vllm-omni/longcat-image").fit()
-    assert longcat.coefficients_high_to_low == (652.598, -424.1615, 84.5526, -4.5923, 0.1694)
+    assert longcat.coefficients_high_to_low == (
+        652.598,
+        -424.1615,
+        84.5526,
+        -4.5923,
+        0.1694,
+    )
     flux = coeffs.load("alivilab/flux1-dev")
     assert [(row.threshold, row.speedup) for row in flux.thresholds] == [
         (0.25, 1.5),

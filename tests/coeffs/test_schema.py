@@ -19,9 +19,13 @@ def test_fits_are_found_by_expert_and_branch():
     assert entry.fit(branch="uncond").coefficients_high_to_low == (0.25, 0.0625)
     assert entry.fit() is entry.fit(branch="cond") is entry.fit(branch="positive")
     assert two_experts().fit("transformer_2").degree == 2
-    with pytest.raises(EntryError, match="no expert 'transformer_2': expected one of transformer"):
+    with pytest.raises(
+        EntryError, match="no expert 'transformer_2': expected one of transformer"
+    ):
         entry.fit("transformer_2")
-    ratios_only = dataclasses.replace(entry.experts["transformer"], branches={}, recommended=None)
+    ratios_only = dataclasses.replace(
+        entry.experts["transformer"], branches={}, recommended=None
+    )
     with pytest.raises(EntryError, match="only mag_ratios or plans"):
         sample_entry(experts={"transformer": ratios_only}).fit()
 
@@ -39,7 +43,8 @@ def test_numbers_of_other_libraries_become_plain_ones():
         counts={"pairs": np.int64(3)},
     )
     assert [
-        type(value) for value in (*fit.coefficients_high_to_low, *fit.domain, fit.counts.pairs)
+        type(value)
+        for value in (*fit.coefficients_high_to_low, *fit.domain, fit.counts.pairs)
     ] == [float] * 4 + [int]
 
 
@@ -68,10 +73,19 @@ def test_numbers_of_other_libraries_become_plain_ones():
         ),
         ({"thresholds": [{"threshold": 0.1}]}, r"thresholds\[0\]: missing key kind"),
         ({"thresholds": {"threshold": 0.1}}, "thresholds: a mapping: expected a list"),
-        ({"plans": [{"schedule": "CCSC", "computed_steps": 2}]}, "2, but the schedule computes 3"),
-        ({"protocol": {"num_steps": True}}, "protocol.num_steps: True: expected a whole number"),
+        (
+            {"plans": [{"schedule": "CCSC", "computed_steps": 2}]},
+            "2, but the schedule computes 3",
+        ),
+        (
+            {"protocol": {"num_steps": True}},
+            "protocol.num_steps: True: expected a whole number",
+        ),
         ({"protocol": {"shift": [1]}}, "protocol.shift: a list: expected a number or text"),
-        ({"protocol": {"call_arguments": {"f": object()}}}, "protocol.call_arguments.f: <object"),
+        (
+            {"protocol": {"call_arguments": {"f": object()}}},
+            "protocol.call_arguments.f: <object",
+        ),
         (
             {"source": {"log_sha256": "abc"}},
             "source.log_sha256: the text 'abc': expected 64 hexadecimal digits",
@@ -154,7 +168,8 @@ def test_a_reversed_list_without_a_stored_value_is_refused_where_it_is_implausib
     for fit in every:
         try:
             coeffs.Fit(
-                coefficients_high_to_low=fit.coefficients_high_to_low[::-1], domain=fit.domain
+                coefficients_high_to_low=fit.coefficients_high_to_low[::-1],
+                domain=fit.domain,
             )
         except EntryError as error:
             assert "looks lowest power first" in str(error)

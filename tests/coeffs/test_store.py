@@ -95,7 +95,12 @@ def test_names_that_mean_nothing(name, message):
 
 def test_files_and_run_folders_are_loaded_by_path(tmp_path):
     path = coeffs.save(sample_entry(), tmp_path / "run" / "entry.yaml")
-    assert coeffs.load(path) == coeffs.load(str(path)) == coeffs.load(path.parent) == sample_entry()
+    assert (
+        coeffs.load(path)
+        == coeffs.load(str(path))
+        == coeffs.load(path.parent)
+        == sample_entry()
+    )
     with pytest.raises(EntryNotFound):
         coeffs.load(tmp_path)
 
@@ -110,7 +115,9 @@ def test_layers_are_asked_in_order(tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
     for folder, text in ((user, "user"), (environment, "environment"), (named, "named")):
-        coeffs.save(sample_entry(model="mine", version=1, notes=text), folder / "mine" / "v1.yaml")
+        coeffs.save(
+            sample_entry(model="mine", version=1, notes=text), folder / "mine" / "v1.yaml"
+        )
     assert coeffs.load("mine").notes == "user"
     monkeypatch.setenv(store.ENVIRONMENT, os.pathsep.join([str(environment), str(empty)]))
     assert coeffs.load("mine").notes == "environment"
@@ -275,7 +282,15 @@ def test_eight_processes_publish_and_draft_at_once(registry, tmp_path):
     processes, each = 8, 50
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PUBLISHER, str(draft), str(registry), str(mine), str(each)],
+            [
+                sys.executable,
+                "-c",
+                PUBLISHER,
+                str(draft),
+                str(registry),
+                str(mine),
+                str(each),
+            ],
             cwd=ROOT,
         )
         for mine in range(processes)
@@ -285,7 +300,9 @@ def test_eight_processes_publish_and_draft_at_once(registry, tmp_path):
     assert sorted(item.version for item in released) == list(range(1, processes * each + 1))
     notes = {item.entry().notes for item in released}
     assert notes == {
-        f"process {mine}, number {number}" for mine in range(processes) for number in range(each)
+        f"process {mine}, number {number}"
+        for mine in range(processes)
+        for number in range(each)
     }
     assert release.problems(registry) == []
     assert not list(registry.rglob("*.tmp"))
@@ -297,7 +314,11 @@ def test_eight_processes_publish_and_draft_at_once(registry, tmp_path):
 def in_subprocess(code: str) -> str:
     environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

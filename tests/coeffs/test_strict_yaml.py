@@ -31,10 +31,25 @@ def error_of(text: str | bytes) -> EntryError:
 @pytest.mark.parametrize(
     ("old", "new", "line_of", "expected"),
     [
-        ("num_steps: 28\n", "num_steps: 28\n  num_steps: 28\n", None, "duplicate key 'num_steps'"),
-        ("status: measured", "statu: measured", "statu", "unknown key: did you mean status?"),
+        (
+            "num_steps: 28\n",
+            "num_steps: 28\n  num_steps: 28\n",
+            None,
+            "duplicate key 'num_steps'",
+        ),
+        (
+            "status: measured",
+            "statu: measured",
+            "statu",
+            "unknown key: did you mean status?",
+        ),
         ("status: measured", "status: yes", "status", "YAML reads yes as a boolean"),
-        ("status: measured", "status: Measured", "status", "expected measured, published, copied"),
+        (
+            "status: measured",
+            "status: Measured",
+            "status",
+            "expected measured, published, copied",
+        ),
         (
             "guidance_scale: 4.5",
             "guidance_scale: 4.98e02",
@@ -83,7 +98,12 @@ def error_of(text: str | bytes) -> EntryError:
             "guidance_scale",
             "expected finite decimals",
         ),
-        ("num_steps: 28\n  g", "num_steps: 0x1c\n  g", "num_steps", "expected finite decimals"),
+        (
+            "num_steps: 28\n  g",
+            "num_steps: 0x1c\n  g",
+            "num_steps",
+            "expected finite decimals",
+        ),
         (
             "num_steps: 28\n  g",
             "num_steps: 28.0\n  g",
@@ -97,10 +117,25 @@ def error_of(text: str | bytes) -> EntryError:
             "True: expected a whole number",
         ),
         ("num_steps: 28\n  g", "num_steps: 0\n  g", "num_steps", "0: expected 1 to 10000"),
-        ("revision: abc123", "revision: 2026-11-21", "revision", "YAML reads 2026-11-21 as a date"),
-        ("revision: abc123", "revision: 1.10", "revision", "1.1: expected text; put it in quotes"),
+        (
+            "revision: abc123",
+            "revision: 2026-11-21",
+            "revision",
+            "YAML reads 2026-11-21 as a date",
+        ),
+        (
+            "revision: abc123",
+            "revision: 1.10",
+            "revision",
+            "1.1: expected text; put it in quotes",
+        ),
         ("revision: abc123", "revision: &a abc", "revision", "an anchor or alias"),
-        ("revision: abc123", "revision: !!str abc", "revision", "the tag 'tag:yaml.org,2002:str'"),
+        (
+            "revision: abc123",
+            "revision: !!str abc",
+            "revision",
+            "the tag 'tag:yaml.org,2002:str'",
+        ),
         (
             "revision: abc123",
             "revision: !!python/object/apply:os.system [id]",
@@ -135,14 +170,24 @@ def error_of(text: str | bytes) -> EntryError:
         ("degree: 3", "degree: 4", "degree", "but 4 coefficients have degree 3"),
         ("domain: [0.01, 0.4]", "domain: [0.4, 0.01]", None, "expected [x_min, x_max]"),
         ("domain: [0.01, 0.4]", "domain: [0.01]", "domain", "1 values: expected 2"),
-        ("schedule: CCSC", "schedule: CCXC", "schedule", "letters C (compute) and S (skip)"),
+        (
+            "schedule: CCSC",
+            "schedule: CCXC",
+            "schedule",
+            "letters C (compute) and S (skip)",
+        ),
         (
             "coefficients_high_to_low:",
             "coefficients:",
             None,
             "highest power first (numpy.polyfit's order)",
         ),
-        ("max_skips: 4", "start: 1.5", "start", "a fraction of the schedule from 0.0 to 1.0"),
+        (
+            "max_skips: 4",
+            "start: 1.5",
+            "start",
+            "a fraction of the schedule from 0.0 to 1.0",
+        ),
         (
             "status: measured",
             "status: copied",
@@ -379,18 +424,29 @@ SNIPPETS = st.sampled_from(
     ]
 )
 MUTATED = st.lists(
-    st.tuples(st.integers(0, len(TEXT)), st.integers(0, 40), SNIPPETS), min_size=1, max_size=6
+    st.tuples(st.integers(0, len(TEXT)), st.integers(0, 40), SNIPPETS),
+    min_size=1,
+    max_size=6,
 ).map(lambda edits: _edited(TEXT, edits))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.dates(),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["schema", "model", "status", "experts", "x"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["schema", "model", "status", "experts", "x"]), inner
+        )
     ),
     max_leaves=12,
 )
 REPLACED = st.tuples(st.sampled_from(sorted(strict_yaml.parse(TEXT))), VALUES).map(
-    lambda change: yaml.dump({**strict_yaml.parse(TEXT), change[0]: change[1]}, allow_unicode=True)
+    lambda change: yaml.dump(
+        {**strict_yaml.parse(TEXT), change[0]: change[1]}, allow_unicode=True
+    )
 )
 DOCUMENTS = st.one_of(
     MUTATED,
@@ -409,7 +465,9 @@ def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
 
 
 @pytest.mark.slow
-@settings(max_examples=HOSTILE_DOCUMENTS, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=HOSTILE_DOCUMENTS, deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(DOCUMENTS)
 def test_a_hostile_document_is_an_entry_or_the_typed_error(document):
     """Any other exception, code that runs or more than a second of CPU would be a way into whoever loads an entry."""

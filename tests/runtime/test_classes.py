@@ -66,7 +66,9 @@ TRUTH = {
     "ltx2_tokens": Truth(second=Truth("audio_norm_out", "audio_hidden_states")),
     "kandinsky5": Truth("out_layer", select="moved"),
     "kandinsky6": Truth("out_layer", select="moved"),
-    "kandinsky6_audio": Truth("out_layer", select="moved", second=Truth("audio_out_layer", 1)),
+    "kandinsky6_audio": Truth(
+        "out_layer", select="moved", second=Truth("audio_out_layer", 1)
+    ),
     "kandinsky6_sr": Truth("out_layer", select="moved"),
     "cosmos3": Truth("norm_moe_gen", 1, second=Truth("norm", 0)),
     "cosmos3_sound": Truth("norm_moe_gen", 1, second=Truth("norm", 0)),
@@ -118,7 +120,11 @@ class Naive:
         modules = dict(model.named_modules())
         lists = [modules[path] for path in zoo.TINY[name].blocks]
         used = [
-            [b for i, b in enumerate(blocks) if len(lists) > 1 or i not in zoo.TINY[name].idle]
+            [
+                b
+                for i, b in enumerate(blocks)
+                if len(lists) > 1 or i not in zoo.TINY[name].idle
+            ]
             for blocks in lists
         ]
         self.head, self.tail = used[0][0], used[-1][-1]
@@ -136,7 +142,9 @@ class Naive:
     def watching(self) -> Iterator["Naive"]:
         handles = [self.head.register_forward_pre_hook(self._at_head, with_kwargs=True)]
         for module in self.attention:
-            handles.append(module.register_forward_pre_hook(self._at_attention, with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(self._at_attention, with_kwargs=True)
+            )
         for index, module in enumerate(self.exits):
             hook = lambda m, args, index=index: self._at_exit(index, args)  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook))
@@ -149,14 +157,20 @@ class Naive:
     def _at_head(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         self.entered = []
         for truth in self.truths:
-            named = kwargs.get("hidden_states" if isinstance(truth.stream, int) else truth.stream)
+            named = kwargs.get(
+                "hidden_states" if isinstance(truth.stream, int) else truth.stream
+            )
             self.entered.append(
                 (named if isinstance(named, torch.Tensor) else args[truth.stream]).clone()
             )
 
     def _at_attention(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        stream = self.truths[0].stream if args and isinstance(self.truths[0].stream, int) else 0
-        self.signals.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[stream])
+        stream = (
+            self.truths[0].stream if args and isinstance(self.truths[0].stream, int) else 0
+        )
+        self.signals.append(
+            kwargs["hidden_states"] if "hidden_states" in kwargs else args[stream]
+        )
 
     def _at_exit(self, index: int, args: tuple) -> tuple | None:
         self.left.setdefault(index, args[0].clone())
@@ -168,7 +182,9 @@ class Naive:
         """The stream at the stack's entry, moved as the model moves it between the last block and the exit."""
         stream = self.entered[index]
         if self.truths[index].select == "moved":
-            return stream.flatten()[self.order[index].flatten()].reshape(self.order[index].shape)
+            return stream.flatten()[self.order[index].flatten()].reshape(
+                self.order[index].shape
+            )
         return stream
 
     def learn_order(self, kwargs: dict) -> None:
@@ -220,7 +236,9 @@ def reference(
                     joined or left.shape == naive.entry(index).shape
                 ):  # else a first call of another layout
                     residuals[index] = (
-                        left if joined else left.to(naive.entered[index].dtype) - naive.entry(index)
+                        left
+                        if joined
+                        else left.to(naive.entered[index].dtype) - naive.entry(index)
                     )
             continue
         put: dict[int, torch.Tensor] = {}
@@ -284,7 +302,9 @@ def test_class_is_exact(name: str, dtype: torch.dtype) -> None:
         "nothing was skipped"
     )
     assert_identical(outputs_of(name, model, dtype, STEPS), plain)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("name", zoo.TINY)
@@ -293,7 +313,8 @@ def test_pairs_equal_a_naive_recomputation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["longcat_image", "flux", "qwen_image_zero_cond_t", "wan21", "krea2", "kandinsky5"]
+    "name",
+    ["longcat_image", "flux", "qwen_image_zero_cond_t", "wan21", "krea2", "kandinsky5"],
 )
 def test_pairs_of_bfloat16_models_too(name: str) -> None:
     check_pairs(name, torch.bfloat16, relative=2e-3)
@@ -316,7 +337,9 @@ def check_pairs(name: str, dtype: torch.dtype, relative: float) -> None:
             hidden if naive.truths[0].select == "joined" else hidden - naive.entry(0).double()
         )
         now = (naive.signals[0].double(), output[0].double(), hidden, residual)
-        if before is not None and all(a.shape == b.shape for a, b in zip(now, before, strict=True)):
+        if before is not None and all(
+            a.shape == b.shape for a, b in zip(now, before, strict=True)
+        ):
             expected.append([distance(a, b) for a, b in zip(now, before, strict=True)])
         before = now
     with Recorder({"transformer": model}) as recorder:
@@ -330,7 +353,9 @@ def check_pairs(name: str, dtype: torch.dtype, relative: float) -> None:
     ):  # the protein model's attention is handed several tensors: its x is only known to move
         found, expected = ([row[1:] for row in rows] for rows in (found, expected))
     assert len(found) == len(expected) >= STEPS - 2
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=relative, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(found), torch.tensor(expected), rtol=relative, atol=0
+    )
     assert all(row["x"] > 0 for row in rows), "the signal does not move"
 
 

@@ -46,7 +46,8 @@ def test_a_branch_name_reaches_the_receiver() -> None:
 
 def test_attention_classes_are_listed() -> None:
     assert (
-        torch.nn.Linear not in _common._ATTENTION_CLASSES and len(_common._ATTENTION_CLASSES) >= 2
+        torch.nn.Linear not in _common._ATTENTION_CLASSES
+        and len(_common._ATTENTION_CLASSES) >= 2
     )
     block = zoo.build("flux").transformer_blocks[0]
     assert compat.is_attention(block.attn) and not compat.is_attention(block.ff)
@@ -103,7 +104,10 @@ def test_sharded_models_say_who_shares_them() -> None:
 
 def test_the_wrapper_of_a_compiled_module_is_taken_off() -> None:
     module = torch.nn.Linear(2, 2)
-    assert compat.unwrapped(torch.compile(module)) is module and compat.unwrapped(module) is module
+    assert (
+        compat.unwrapped(torch.compile(module)) is module
+        and compat.unwrapped(module) is module
+    )
     assert module._compiled_call_impl is None
     module.compile()
     assert module._compiled_call_impl is not None

@@ -27,7 +27,13 @@ DEEP = {
     "qwen_image_zero_cond_t": {"num_layers": 10},
 }
 # Graphs per class of blocks; single-stream blocks have a second one, for the first of them gets another layout.
-GRAPHS = {"flux": 3, "longcat_image": 3, "wan21": 1, "qwen_image": 1, "qwen_image_zero_cond_t": 1}
+GRAPHS = {
+    "flux": 3,
+    "longcat_image": 3,
+    "wan21": 1,
+    "qwen_image": 1,
+    "qwen_image_zero_cond_t": 1,
+}
 ATTENTION = {"wan21": 2}  # attention calls per block
 
 
@@ -109,7 +115,9 @@ def ours(model: torch.nn.Module, backend: Backend) -> torch.nn.Module:
 GATE = {"coefficients": [1.0, 0.0], "threshold": 0.3}
 STEPS = 8
 CASES = [
-    ("flux", way, first) for way in (whole, method, regional) for first in ("compile", "apply")
+    ("flux", way, first)
+    for way in (whole, method, regional)
+    for first in ("compile", "apply")
 ]
 CASES += [(name, whole, "compile") for name in DEEP if name != "flux"]
 CASES += [(name, ours, first) for name in DEEP for first in ("compile", "apply")]
@@ -138,7 +146,9 @@ def test_blocks_run_in_graphs_and_nothing_is_compiled_again(
         assert backend.attention == generation * pattern.count("C") * blocks_of(
             name
         ) * ATTENTION.get(name, 1)
-    if way is not regional:  # which compiles the hooks along with the blocks, and breaks at them
+    if (
+        way is not regional
+    ):  # which compiles the hooks along with the blocks, and breaks at them
         assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 
@@ -155,7 +165,9 @@ KINDS = (
 def test_skips_with_forecasts_compile_nothing(name: str, way: Callable) -> None:
     """Every forecast of residuals and outputs, one after the other on one compiled model: no graph after the first."""
     settings = [
-        {"forecast": kind, "forecast_of": of} for kind in KINDS for of in ("residual", "output")
+        {"forecast": kind, "forecast_of": of}
+        for kind in KINDS
+        for of in ("residual", "output")
     ]
     model, backend = zoo.build(name, **DEEP[name]), Backend()
     wanted = []
@@ -170,9 +182,9 @@ def test_skips_with_forecasts_compile_nothing(name: str, way: Callable) -> None:
                 assert cache.stats.pattern == PLAN
                 assert backend.graphs == GRAPHS[name]
     generations = 2 * len(settings)
-    assert backend.attention == generations * PLAN.count("C") * blocks_of(name) * ATTENTION.get(
-        name, 1
-    )
+    assert backend.attention == generations * PLAN.count("C") * blocks_of(
+        name
+    ) * ATTENTION.get(name, 1)
     assert not counters["graph_break"] and not counters["recompile_limit"]
 
 
@@ -261,7 +273,9 @@ def test_a_cached_model_leaves_other_models_to_the_compiler() -> None:
     other = torch.compile(torch.nn.Linear(4, 4), backend=backend)
     with apply_tea_cache(cached, schedule=SCHEDULE):
         with pytest.raises(Exception, match=r"mat1|shape|size"):
-            called(**{**zoo.inputs("wan21", 0), "encoder_hidden_states": torch.zeros(1, 2, 3)})
+            called(
+                **{**zoo.inputs("wan21", 0), "encoder_hidden_states": torch.zeros(1, 2, 3)}
+            )
         other(torch.ones(1, 4))
         assert backend.calls["linear"] > 0
         generate("wan21", called)
@@ -293,7 +307,10 @@ def _has_cpp_compiler() -> bool:
 
 def test_refusals_say_what_to_do() -> None:
     model = zoo.build("flux")
-    with compile_blocks(model, backend="eager"), pytest.raises(ApplyError, match="already; remove"):
+    with (
+        compile_blocks(model, backend="eager"),
+        pytest.raises(ApplyError, match="already; remove"),
+    ):
         compile_blocks(model)
     regional(model, Backend())
     with pytest.raises(ApplyError, match=r"compile_repeated_blocks.*load the model again"):

@@ -17,7 +17,9 @@ SCHEDULE = "CCCSSCSS"
 
 def test_weights_by_hand():
     assert Forecast().at(5, level=0.1, anchors=[0.3]) == [1.0]
-    assert Forecast("linear").at(2, level=0.4, anchors=[0.6, 0.8]) == pytest.approx([2.0, -1.0])
+    assert Forecast("linear").at(2, level=0.4, anchors=[0.6, 0.8]) == pytest.approx(
+        [2.0, -1.0]
+    )
     assert Forecast("quadratic").at(3, level=0.0, anchors=[1.0, 2.0, 3.0]) == pytest.approx(
         [3.0, -3.0, 1.0]
     )
@@ -27,20 +29,28 @@ def test_weights_by_hand():
     fitted = Forecast("fitted", {3: (1.5, -0.5)})
     assert fitted.kept_from(0) == 2
     assert fitted.at(3, level=0.0, anchors=[0.6, 0.8]) == [1.5, -0.5]
-    assert fitted.at(4, level=0.0, anchors=[0.6, 0.8]) == [1.0]  # a step without weights is reused
+    assert fitted.at(4, level=0.0, anchors=[0.6, 0.8]) == [
+        1.0
+    ]  # a step without weights is reused
 
 
 def test_fitted_weights_belong_to_the_planned_anchors():
     """Planned at step 4: computed at 1 and 0. Weights are for these alone; for others the newest is reused."""
     weights = {2: (1.5, -0.5), 3: (1.2,), 4: (1.6, -0.6)}
-    fitted, bare = Forecast("fitted", weights, schedule="CCSSSC"), Forecast("fitted", weights)
+    fitted, bare = (
+        Forecast("fitted", weights, schedule="CCSSSC"),
+        Forecast("fitted", weights),
+    )
     levels = [0.6, 0.8]
     assert (
         fitted.at(4, 0.0, levels, steps=[1, 0])
         == bare.at(4, 0.0, levels, steps=[1, 0])
         == [1.6, -0.6]
     )
-    assert fitted.at(4, 0.0, levels, steps=[3, 1]) == [1.0, 0.0]  # step 3 was computed as well
+    assert fitted.at(4, 0.0, levels, steps=[3, 1]) == [
+        1.0,
+        0.0,
+    ]  # step 3 was computed as well
     assert bare.at(4, 0.0, levels, steps=[3, 1]) == [1.6, -0.6]
     assert fitted.at(4, 0.0, levels, steps=[1, -1]) == [1.0, 0.0]
     assert fitted.at(4, 0.0, levels[:1], steps=[1]) == [1.0]
@@ -56,7 +66,9 @@ def test_solvers_that_visit_a_level_twice_lower_the_order():
 
 
 @given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=4, unique=True), st.integers(0, 60), st.data()
+    st.lists(st.integers(1, 50), min_size=1, max_size=4, unique=True),
+    st.integers(0, 60),
+    st.data(),
 )
 def test_polynomials_of_the_order_are_forecast_exactly(levels, target, data):
     coefficients = data.draw(
@@ -67,7 +79,9 @@ def test_polynomials_of_the_order_are_forecast_exactly(levels, target, data):
         return sum(c * (level / 50) ** power for power, c in enumerate(coefficients))
 
     weights = extrapolation(target / 50, [level / 50 for level in levels])
-    forecast = sum(weight * curve(level) for weight, level in zip(weights, levels, strict=True))
+    forecast = sum(
+        weight * curve(level) for weight, level in zip(weights, levels, strict=True)
+    )
     scale = max(1.0, sum(abs(weight) for weight in weights))
     assert forecast == pytest.approx(curve(target), abs=1e-9 * scale * 50)
 

@@ -14,7 +14,9 @@ IDENTITY = Polynomial((1.0, 0.0))
 
 
 def kinds(gate: Gate, xs: list[float | None], num_steps: int | None = None) -> list[str]:
-    return [gate.step(x, step=t, num_steps=num_steps or len(xs)).kind for t, x in enumerate(xs)]
+    return [
+        gate.step(x, step=t, num_steps=num_steps or len(xs)).kind for t, x in enumerate(xs)
+    ]
 
 
 def letters(gate: Gate, xs: list[float | None]) -> str:
@@ -71,7 +73,10 @@ def test_forced_steps_clear_the_sum() -> None:
 
 def test_cap_on_skips_in_a_row() -> None:
     gate = Gate(IDENTITY, GateConfig(threshold=9.0, max_skips=2, end=0))
-    assert kinds(gate, [None] + [0.1] * 6) == ["first"] + ["skipped", "skipped", "streak_cap"] * 2
+    assert (
+        kinds(gate, [None] + [0.1] * 6)
+        == ["first"] + ["skipped", "skipped", "streak_cap"] * 2
+    )
 
 
 def test_domain_is_clamped_below_and_refused_above() -> None:
@@ -85,7 +90,12 @@ def test_domain_is_clamped_below_and_refused_above() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_change_computes(bad: float) -> None:
     gate = Gate(IDENTITY, GateConfig(threshold=9.0, end=0))
-    assert kinds(gate, [None, 0.1, bad, 0.1]) == ["first", "skipped", "non_finite", "skipped"]
+    assert kinds(gate, [None, 0.1, bad, 0.1]) == [
+        "first",
+        "skipped",
+        "non_finite",
+        "skipped",
+    ]
 
 
 def test_overflowing_prediction_computes() -> None:
@@ -95,7 +105,12 @@ def test_overflowing_prediction_computes() -> None:
 
 def test_nothing_to_compare_with_computes() -> None:
     gate = Gate(IDENTITY, GateConfig(threshold=9.0, end=0))
-    assert kinds(gate, [None, 0.1, None, 0.1]) == ["first", "skipped", "shape_changed", "skipped"]
+    assert kinds(gate, [None, 0.1, None, 0.1]) == [
+        "first",
+        "skipped",
+        "shape_changed",
+        "skipped",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +133,9 @@ def test_reset_forgets_sum_and_streak() -> None:
 def test_window_needs_the_length_of_the_schedule() -> None:
     gate = Gate(IDENTITY, GateConfig(threshold=0.5))
     gate.step(None, step=0, num_steps=None)
-    with pytest.raises(InvalidSetting, match=r"num_steps=\.\.\., or start as a count and end=0"):
+    with pytest.raises(
+        InvalidSetting, match=r"num_steps=\.\.\., or start as a count and end=0"
+    ):
         gate.step(0.1, step=1, num_steps=None)
 
 
@@ -193,7 +210,9 @@ def test_what_never_happens(
         decision = gate.step(x, step=step, num_steps=total)
         assert decision.kind in KINDS
         assert (
-            decision.kind == known.kind if known is not None else not decision.skip or x is not None
+            decision.kind == known.kind
+            if known is not None
+            else not decision.skip or x is not None
         )
         streak = streak + 1 if decision.skip else 0
         if not decision.skip:
@@ -212,7 +231,9 @@ def test_what_never_happens(
 
 @settings(deadline=None)
 @given(polynomials, st.lists(changes, min_size=1, max_size=30))
-def test_threshold_zero_computes_every_step(polynomial: Polynomial, xs: list[float | None]) -> None:
+def test_threshold_zero_computes_every_step(
+    polynomial: Polynomial, xs: list[float | None]
+) -> None:
     for compat in (False, True):
         assert letters(
             Gate(polynomial, GateConfig(threshold=0, end=0, compat=compat)), xs
@@ -285,7 +306,8 @@ def test_compatibility_decides_as_published(
     """A window, a cap and a domain beside it do not count."""
     polynomial = Polynomial(tuple(own), (0.1, 0.2), rule)
     gate = Gate(
-        polynomial, GateConfig(threshold=threshold, start=4, end=3, max_skips=1, compat=True)
+        polynomial,
+        GateConfig(threshold=threshold, start=4, end=3, max_skips=1, compat=True),
     )
     near = {published(own, threshold * (1 + edge), xs) for edge in (-1e-9, 0, 1e-9)}
     assume(len(near) == 1)  # on the very edge the order of summation decides
@@ -295,7 +317,9 @@ def test_compatibility_decides_as_published(
 def test_compatibility_on_a_trajectory_of_the_published_polynomial() -> None:
     """28 changes that fall and rise as FLUX's do, at the threshold that its authors recommend for a speed-up of 2."""
     xs = [0.03 + 0.12 * abs(math.cos(3 * step / 28)) for step in range(28)]
-    gate = Gate(Polynomial(tuple(FLUX), sign_rule="signed"), GateConfig(threshold=0.6, compat=True))
+    gate = Gate(
+        Polynomial(tuple(FLUX), sign_rule="signed"), GateConfig(threshold=0.6, compat=True)
+    )
     found = letters(gate, xs)
     assert found == ali_vilab(FLUX, 0.6, xs)
     assert found[0] == found[-1] == "C"

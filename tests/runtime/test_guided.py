@@ -63,7 +63,9 @@ def referred(pipe, run, pattern: str, weights):
 
 
 def linear_in(levels):
-    return lambda step, anchors: extrapolation(levels[step], [levels[at] for at in anchors[:2]])
+    return lambda step, anchors: extrapolation(
+        levels[step], [levels[at] for at in anchors[:2]]
+    )
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.CASES)
@@ -138,7 +140,10 @@ def test_a_plan_brings_weights_of_all_computed_steps():
         found = generate(pipe)
     assert cache.settings["forecast_of"] == "guided" and cache.settings["policy"] == "plan"
     expected = referred(
-        pipe, lambda: generate(pipe), PLAN.schedule, lambda step, _: PLAN.weights_by_step[step]
+        pipe,
+        lambda: generate(pipe),
+        PLAN.schedule,
+        lambda step, _: PLAN.weights_by_step[step],
     )
     assert torch.equal(found, expected)
 
@@ -165,7 +170,11 @@ def test_the_second_expert_starts_anew_but_for_weights():
 def test_a_gate_may_forecast_it_too():
     pipe = TinyPipeline()
     with apply_tea_cache(
-        pipe, coefficients=[1.0, 0.0], threshold=0.6, forecast="linear", forecast_of="guided"
+        pipe,
+        coefficients=[1.0, 0.0],
+        threshold=0.6,
+        forecast="linear",
+        forecast_of="guided",
     ) as cache:
         found = generate(pipe)
     assert "S" in cache.stats.pattern
@@ -196,7 +205,9 @@ def test_a_model_output_given_by_name_is_replaced_as_well():
                     return getattr(own, name)
 
                 def step(self, value, time, sample, **options):
-                    return own.step(sample=sample, model_output=value, timestep=time, **options)
+                    return own.step(
+                        sample=sample, model_output=value, timestep=time, **options
+                    )
 
             self.scheduler = ByName()
             try:
@@ -250,7 +261,11 @@ def test_a_copy_of_the_scheduler_is_forecast_as_itself():
 
 def test_removal_gives_the_scheduler_its_own_step_back():
     pipe = TinyPipeline()
-    own, step, state = type(pipe.scheduler), pipe.scheduler.step, set(pipe.scheduler.__dict__)
+    own, step, state = (
+        type(pipe.scheduler),
+        pipe.scheduler.step,
+        set(pipe.scheduler.__dict__),
+    )
     cache = apply_tea_cache(pipe, schedule=PLAN)
     assert type(pipe.scheduler) is not own and isinstance(pipe.scheduler, own)
     assert type(pipe.scheduler).__name__ == own.__name__
@@ -353,7 +368,9 @@ def test_only_what_later_rows_use_is_kept(monkeypatch):
         return result
 
     monkeypatch.setattr(Guided, "step", counted)
-    with apply_tea_cache(pipe, schedule=schedule, forecast=forecast, forecast_of="guided") as cache:
+    with apply_tea_cache(
+        pipe, schedule=schedule, forecast=forecast, forecast_of="guided"
+    ) as cache:
         generate(pipe)
         assert held == [1, 2, 3, 4, 4, 2, 2, 2]
         assert not cache._watch.stacks[0].handler._guided._anchors  # the generation is over

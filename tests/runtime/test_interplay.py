@@ -60,7 +60,9 @@ def hooks_of(model: nn.Module) -> list[str]:
             len(module._forward_hooks) + len(module._forward_pre_hooks)
         )
         registry = getattr(module, "_diffusers_hook", None)
-        found += [f"{path}: {name}" for name in (registry.hooks if registry is not None else ())]
+        found += [
+            f"{path}: {name}" for name in (registry.hooks if registry is not None else ())
+        ]
     return found
 
 
@@ -75,7 +77,10 @@ def test_second_apply_is_refused() -> None:
             ApplyError, match=r"already carries a cache or recorder of teacal; remove\(\)"
         ):
             apply_tea_cache(model, schedule=PLAN)
-        with pytest.raises(ApplyError, match="already carries"), Recorder({"transformer": model}):
+        with (
+            pytest.raises(ApplyError, match="already carries"),
+            Recorder({"transformer": model}),
+        ):
             pass
         assert hooks_of(model) == before
         outputs("flux", model)
@@ -156,14 +161,18 @@ def test_named_blocks_without_attention_are_refused() -> None:
     model = zoo.build("flux")
     with pytest.raises(UnsupportedModel, match="has no attention layer"):
         apply_tea_cache(model, schedule=PLAN, blocks=["norm_out"])
-    with pytest.raises(UnsupportedModel, match="no such module; its lists are transformer_blocks"):
+    with pytest.raises(
+        UnsupportedModel, match="no such module; its lists are transformer_blocks"
+    ):
         apply_tea_cache(model, schedule=PLAN, blocks=["blocks"])
     assert hooks_of(model) == []
 
 
 def test_pipeline_without_denoiser_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="none of its components"):
-        apply_tea_cache(diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()), schedule=PLAN)
+        apply_tea_cache(
+            diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()), schedule=PLAN
+        )
     with pytest.raises(UnsupportedModel, match="expected a diffusers pipeline"):
         apply_tea_cache("a pipeline", schedule=PLAN)
 
@@ -183,7 +192,8 @@ def test_failure_at_the_second_expert_leaves_the_first_as_it_was() -> None:
 def test_entry_of_another_class_is_refused() -> None:
     model = zoo.build("wan21")
     with pytest.raises(
-        InvalidSetting, match="is for FluxTransformer2DModel, this model is WanTransformer3DModel"
+        InvalidSetting,
+        match="is for FluxTransformer2DModel, this model is WanTransformer3DModel",
     ):
         apply_tea_cache(model, "alivilab/flux1-dev", threshold=0.1)
     assert hooks_of(model) == []
@@ -311,7 +321,9 @@ class OwnAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(
+            functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
 
 
 class Own(nn.Module):
@@ -336,10 +348,14 @@ def own(fused: bool) -> tuple[Own, list[tuple[torch.Tensor, torch.Tensor]]]:
         torch.manual_seed(0)
         model = Own(fused).eval()
         noise, image = torch.randn(2, 1, 6, 4)
-    return model, [(torch.lerp(noise, image, i / 5), torch.tensor([1 - i / 5])) for i in range(5)]
+    return model, [
+        (torch.lerp(noise, image, i / 5), torch.tensor([1 - i / 5])) for i in range(5)
+    ]
 
 
-@pytest.mark.parametrize("blocks", [None, ["layers"], "modules"], ids=["found", "named", "given"])
+@pytest.mark.parametrize(
+    "blocks", [None, ["layers"], "modules"], ids=["found", "named", "given"]
+)
 @pytest.mark.parametrize("fused", [True, False], ids=["multihead", "scaled_dot_product"])
 @torch.no_grad()
 def test_model_of_ones_own(fused: bool, blocks: list | str | None) -> None:
@@ -446,7 +462,9 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def casted(model: nn.Module) -> nn.Module:
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    model.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     return model
 
 
@@ -593,7 +611,9 @@ def test_ratios_are_those_of_diffusers_own_calibration(
         outputs(name, model)
     printed = capsys.readouterr()
     text = printed.out + printed.err + caplog.text
-    theirs = [float(number) for number in re.findall(r"\[([-\d., e]+)\]", text)[-1].split(",")]
+    theirs = [
+        float(number) for number in re.findall(r"\[([-\d., e]+)\]", text)[-1].split(",")
+    ]
     assert theirs[1:] == pytest.approx(ours, rel=2e-5)
 
 
@@ -630,7 +650,8 @@ def test_two_threads_on_one_pipeline() -> None:
         assert inside.wait(20)
         kwargs = zoo.inputs("flux", 0) | {"hidden_states": torch.zeros(1, 16, 16)}
         with pytest.raises(
-            WiringError, match="called from two threads at once; one pipeline serves one request"
+            WiringError,
+            match="called from two threads at once; one pipeline serves one request",
         ):
             case.transformer(**kwargs)
         handle.remove()

@@ -29,7 +29,9 @@ def ten_steps(tmp_path, monkeypatch):
     """The shipped entry as a version 2 that was measured at 10 steps."""
     entry = coeffs.load(SHIPPED)
     protocol = dataclasses.replace(entry.protocol, num_steps=10)
-    published = coeffs.publish(dataclasses.replace(entry, protocol=protocol), tmp_path / "registry")
+    published = coeffs.publish(
+        dataclasses.replace(entry, protocol=protocol), tmp_path / "registry"
+    )
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "registry"))
     return coeffs.load(published).label
 

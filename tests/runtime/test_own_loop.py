@@ -16,7 +16,9 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
-        self.layers = nn.ModuleList([layer, nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+        self.layers = nn.ModuleList(
+            [layer, nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
+        )
         self.head = nn.Linear(8, 8)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,9 @@ def test_its_steps_and_noise_levels_are_recorded(own):
         recorder.start()
         generate(own)
         rows = recorder.finish().rows
-    assert [row["sigma"] for row in rows] == pytest.approx(own.scheduler.sigmas[1:-1].tolist())
+    assert [row["sigma"] for row in rows] == pytest.approx(
+        own.scheduler.sigmas[1:-1].tolist()
+    )
     assert {row["num_steps"] for row in rows} == {STEPS}
 
 

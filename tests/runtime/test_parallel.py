@@ -96,7 +96,9 @@ def pairs_of(
 def own_cache(
     model: torch.nn.Module, threshold: float, coefficients: tuple[float, ...] = (1.0, 0.0)
 ) -> Any:
-    return apply_tea_cache(model, coefficients=coefficients, threshold=threshold, start=1, end=0)
+    return apply_tea_cache(
+        model, coefficients=coefficients, threshold=threshold, start=1, end=0
+    )
 
 
 def measured_of(name: str, model: torch.nn.Module) -> list[float | None]:
@@ -121,7 +123,9 @@ def cached_of(
         return cache.stats.pattern, outputs
 
 
-def forced_of(name: str, model: torch.nn.Module, **settings: Any) -> tuple[str, list[torch.Tensor]]:
+def forced_of(
+    name: str, model: torch.nn.Module, **settings: Any
+) -> tuple[str, list[torch.Tensor]]:
     with apply_tea_cache(model, schedule=SCHEDULE, **settings) as cache:
         outputs = outputs_of(name, model)
         return cache.stats.pattern, outputs
@@ -218,7 +222,10 @@ def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
         if world == 2:  # the other order: the cache first, then the split
             for settings, results in (
                 ({"schedule": SCHEDULE}, forced),
-                ({"coefficients": [1.0, 0.0], "threshold": some_threshold(xs), "end": 0}, cached),
+                (
+                    {"coefficients": [1.0, 0.0], "threshold": some_threshold(xs), "end": 0},
+                    cached,
+                ),
             ):
                 later = build(name)
                 with apply_tea_cache(later, **settings) as cache:
@@ -248,7 +255,10 @@ def planned(rank: int, world: int) -> dict[str, Any]:
     for name in PLANNED_MODELS:
         model = split_over(build(name), world)
         found[name] = planned_of(name, model)
-        with counted_reductions() as asked, apply_tea_cache(model, schedule=PLAN, forecast=FITTED):
+        with (
+            counted_reductions() as asked,
+            apply_tea_cache(model, schedule=PLAN, forecast=FITTED),
+        ):
             outputs_of(name, model)
         found[name + " asked"] = len(asked)
     return found
@@ -342,7 +352,9 @@ def parameters_sharded(rank: int, world: int) -> dict[str, Any]:
     inner, wrapped = build("flux"), build("flux")
     fully_shard(inner.transformer_blocks[1].ff, mesh=mesh)
     wrapped.transformer_blocks[1] = FullyShardedDataParallel(
-        wrapped.transformer_blocks[1], device_id=torch.device("cpu"), process_group=mesh.get_group()
+        wrapped.transformer_blocks[1],
+        device_id=torch.device("cpu"),
+        process_group=mesh.get_group(),
     )
     found["refused"] = []
     for model in (inner, wrapped):
@@ -379,9 +391,15 @@ def rank_main(rank: int, world: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
-    with mock.patch.object(torch.accelerator, "device_count", lambda: 1):  # diffusers divides by it
+    with mock.patch.object(
+        torch.accelerator, "device_count", lambda: 1
+    ):  # diffusers divides by it
         for scenario in SCENARIOS[world]:
             torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}-{rank}.pt")
     distributed.barrier()
@@ -451,7 +469,9 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 def figures(rows: list[dict[str, Any]]) -> torch.Tensor:
-    return torch.tensor([[row[name] for name in FIGURES] for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [[row[name] for name in FIGURES] for row in rows], dtype=torch.float64
+    )
 
 
 # -- what must hold ---------------------------------------------------------------------------------------------------
@@ -467,17 +487,24 @@ def test_pairs_of_a_split_sequence_are_those_of_the_whole(
     for part in parts:
         assert_close(part["plain"], alone[name]["plain"])
         torch.testing.assert_close(
-            figures(part["rows"]), figures(alone[name]["rows"]), rtol=0, atol=1e-6, equal_nan=True
+            figures(part["rows"]),
+            figures(alone[name]["rows"]),
+            rtol=0,
+            atol=1e-6,
+            equal_nan=True,
         )
         assert [row["step"] for row in part["rows"]] == list(range(1, STEPS))
     own = [figures(part["own_rows"]) for part in parts]
     assert any(
-        (other - figures(alone[name]["rows"])).nan_to_num().abs().max() > 1e-3 for other in own
+        (other - figures(alone[name]["rows"])).nan_to_num().abs().max() > 1e-3
+        for other in own
     )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_ranks_decide_alike_at_every_threshold(name: str, ranks: dict, alone: dict) -> None:
+def test_all_ranks_decide_alike_at_every_threshold(
+    name: str, ranks: dict, alone: dict
+) -> None:
     parts = [rank[name] for rank in ranks["sequence_parallel"]]
     whole = alone[name]["xs"]
     for part in parts:
@@ -590,7 +617,9 @@ def test_figures_of_parts_are_those_of_the_whole() -> None:
     hidden, entry, before, entry_before = (
         torch.randn(1, 23, 8, generator=generator) for _ in range(4)
     )
-    replicated = l1_sums(torch.randn(5, generator=generator), torch.randn(5, generator=generator))
+    replicated = l1_sums(
+        torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    )
 
     def row(piece: slice) -> torch.Tensor:
         found = exit_figures(
@@ -598,11 +627,20 @@ def test_figures_of_parts_are_those_of_the_whole() -> None:
         )
         x = l1_sums(hidden[:, piece], before[:, piece])
         return torch.cat(
-            [x, replicated, replicated, found["y_hidden"], found["y_residual"], found["ratios"]]
+            [
+                x,
+                replicated,
+                replicated,
+                found["y_hidden"],
+                found["y_residual"],
+                found["ratios"],
+            ]
         )[None]
 
     cuts = [slice(0, 3), slice(3, 10), slice(10, 23)]
-    pooled = over_parts(torch.stack([row(cut) for cut in cuts]), torch.tensor([[3], [7], [13]]))[0]
+    pooled = over_parts(
+        torch.stack([row(cut) for cut in cuts]), torch.tensor([[3], [7], [13]])
+    )[0]
     whole = row(slice(0, 23))[0].double()
     names = range(0, 10, 2)
     torch.testing.assert_close(

@@ -93,7 +93,8 @@ def test_plan_is_followed_in_every_branch(case: Case) -> None:
         wanted = "C" + plan[first_step(case) + 1 :]
         for branch in case.branches:
             parts = {
-                expert: cache.stats.branches[expert, branch].pattern for expert in case.experts
+                expert: cache.stats.branches[expert, branch].pattern
+                for expert in case.experts
             }
             begins = 0
             for pattern in parts.values():
@@ -161,7 +162,9 @@ def test_recorder_measures_every_branch_apart(case: Case) -> None:
         assert [row["num_steps"] for row in rows] == [len(schedule_for(case))] * len(rows)
         assert [row["timestep"] for row in rows] == times[expert, number][1:]
         if sigmas is not None:
-            assert [row["sigma"] for row in rows] == [float(sigmas[row["step"]]) for row in rows]
+            assert [row["sigma"] for row in rows] == [
+                float(sigmas[row["step"]]) for row in rows
+            ]
         for index, row in enumerate(rows):
             assert row["y_output"] == pytest.approx(
                 distance(outputs[index + 1], outputs[index]), rel=1e-5
@@ -181,7 +184,9 @@ def distance(now: torch.Tensor, before: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "name", ["flux", "flux_img2img", "wan22", "lumina2", "dit", "stable_audio"]
 )
-def test_generation_after_an_interrupted_one_is_fresh(name: str, call: int, inside: bool) -> None:
+def test_generation_after_an_interrupted_one_is_fresh(
+    name: str, call: int, inside: bool
+) -> None:
     """An error in the middle of a generation leaves nothing that the next one could see."""
     case = CASES[name]()
     with apply_tea_cache(case.pipe, **GATED) as cache:
@@ -211,7 +216,9 @@ def interrupt(case: Case, call: int, inside: bool) -> None:
     for module in case.experts.values():
         handles.append(module.register_forward_pre_hook(count))
         if inside:
-            handles.append(dict(module.named_modules())[case.exit].register_forward_hook(fail))
+            handles.append(
+                dict(module.named_modules())[case.exit].register_forward_hook(fail)
+            )
         else:
             handles.append(module.register_forward_hook(fail))
 
@@ -252,7 +259,13 @@ def test_guidance_that_stops_and_starts_midway(name: str) -> None:
         recorder.start()
         case.run(callback_on_step_end=callback)
         rows = recorder.finish().rows
-    assert [row["step"] for row in rows if row["branch"] == case.branches[0]] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if row["branch"] == case.branches[0]] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert [row["step"] for row in rows if row["branch"] == case.branches[1]] == [1, 5]
 
 
@@ -277,7 +290,9 @@ def test_skip_layer_guidance_is_a_branch_of_its_own() -> None:
     """A further call of half the batch that leaves a block out, in the middle steps only."""
     case = CASES["sd3"]()
     extra = dict(
-        skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.8
+        skip_guidance_layers=[1],
+        skip_layer_guidance_start=0.1,
+        skip_layer_guidance_stop=0.8,
     )
     cache = assert_follows(case, {"schedule": "CSCSSC"}, **extra)
     patterns = [stats.pattern for stats in cache.stats.branches.values()]
@@ -291,7 +306,11 @@ def test_skip_layer_guidance_is_a_branch_of_its_own() -> None:
 
 
 def doubled(case: Case) -> dict[str, torch.Tensor]:
-    return {k: torch.cat([v] * 2) for k, v in case.arguments.items() if isinstance(v, torch.Tensor)}
+    return {
+        k: torch.cat([v] * 2)
+        for k, v in case.arguments.items()
+        if isinstance(v, torch.Tensor)
+    }
 
 
 @pytest.mark.parametrize("name", ["flux", "wan22", "chroma", "sd3"])
@@ -316,7 +335,9 @@ def test_shape_that_changes_within_a_generation_computes() -> None:
 
     def double(pipe: object, step: int, timestep: object, kwargs: dict) -> dict:
         return (
-            {name: torch.cat([tensor] * 2) for name, tensor in kwargs.items()} if step == 2 else {}
+            {name: torch.cat([tensor] * 2) for name, tensor in kwargs.items()}
+            if step == 2
+            else {}
         )
 
     changes = dict(
@@ -349,7 +370,9 @@ def img2img_of(one: Case, own_scheduler: bool) -> Case:
     return flux_img2img(one, **({"scheduler": flow_match()} if own_scheduler else {}))
 
 
-@pytest.mark.parametrize("own_scheduler", [False, True], ids=["shared_scheduler", "own_scheduler"])
+@pytest.mark.parametrize(
+    "own_scheduler", [False, True], ids=["shared_scheduler", "own_scheduler"]
+)
 def test_two_pipelines_may_share_a_denoiser(own_scheduler: bool) -> None:
     """The cache is applied to the first; whichever runs, every skip uses a residual of the same generation."""
     one = CASES["flux"]()
@@ -378,7 +401,10 @@ def test_plan_in_a_second_pipeline_after_the_first_has_finished() -> None:
     with apply_tea_cache(one.pipe, schedule="CSCSSC") as cache:
         one.run()
         other.run()
-        assert [stats.pattern for stats in cache.stats.branches.values()] == ["CSCSS", "CSCSS"]
+        assert [stats.pattern for stats in cache.stats.branches.values()] == [
+            "CSCSS",
+            "CSCSS",
+        ]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ SCHEDULERS = {
 
 def run(pipe, steps=8):
     torch.manual_seed(0)  # of a stochastic scheduler
-    return pipe("a fish", num_inference_steps=steps, generator=torch.Generator().manual_seed(1))
+    return pipe(
+        "a fish", num_inference_steps=steps, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("forecast", FORECASTS)

@@ -22,7 +22,9 @@ FITTED = coeffs.Plan(
 def an_entry(plans=(FITTED,), gate=((1.5, 44.0), (2.5, 35.0))):
     fit = coeffs.Fit(coefficients_high_to_low=(1.0, 0.0), domain=(0.0, 1.0))
     thresholds = [
-        coeffs.Threshold(threshold=0.1 * (i + 1), speedup=speedup, psnr_db=psnr, kind="verified")
+        coeffs.Threshold(
+            threshold=0.1 * (i + 1), speedup=speedup, psnr_db=psnr, kind="verified"
+        )
         for i, (speedup, psnr) in enumerate(gate)
     ]
     return coeffs.Entry(
@@ -33,7 +35,9 @@ def an_entry(plans=(FITTED,), gate=((1.5, 44.0), (2.5, 35.0))):
 
 
 def test_the_better_of_gate_and_plan_is_taken():
-    assert best_for(an_entry(), 1.8) is FITTED  # the gate that reaches 1.8 was verified at 35 dB
+    assert (
+        best_for(an_entry(), 1.8) is FITTED
+    )  # the gate that reaches 1.8 was verified at 35 dB
     assert best_for(an_entry(), 1.4) == pytest.approx(
         0.08
     )  # the gate, at 44 dB, beats the plan's 40
@@ -48,8 +52,12 @@ def test_speedup_runs_the_plan_with_its_forecast_and_says_so():
     pipe = TinyPipeline()
     with apply_tea_cache(pipe, an_entry(), speedup=1.8) as cache:
         images = pipe("a fish", generator=torch.Generator().manual_seed(0)).images
-    assert cache.settings["policy"] == "plan" and cache.settings["schedule"] == FITTED.schedule
-    assert cache.settings["forecast"] == "fitted" and cache.settings["forecast_of"] == "output"
+    assert (
+        cache.settings["policy"] == "plan" and cache.settings["schedule"] == FITTED.schedule
+    )
+    assert (
+        cache.settings["forecast"] == "fitted" and cache.settings["forecast_of"] == "output"
+    )
     assert cache.settings["entry"] == "tiny@v0" and cache.settings["threshold"] is None
     assert {found.pattern for found in cache.stats.branches.values()} == {FITTED.schedule}
     with apply_tea_cache(pipe, an_entry(), schedule=FITTED) as same:
@@ -64,7 +72,9 @@ def test_speedup_takes_the_gate_where_its_settings_are_given():
     pipe = TinyPipeline()
     with apply_tea_cache(pipe, an_entry(), speedup=1.8, start=2) as cache:
         pass
-    assert cache.settings["policy"] == "gate" and cache.settings["threshold"] == pytest.approx(0.13)
+    assert cache.settings["policy"] == "gate" and cache.settings[
+        "threshold"
+    ] == pytest.approx(0.13)
 
 
 def test_a_plan_of_another_number_of_steps_is_refused():
@@ -140,14 +150,20 @@ def test_weights_wait_in_the_second_expert_as_well():
     """It takes over at step 3, which it computes against the plan: step 5 has 4 and 3 before it, planned 4 and 1."""
 
     class Experts:
-        components = {"transformer": zoo.build("flux"), "transformer_2": zoo.build("flux", seed=1)}
+        components = {
+            "transformer": zoo.build("flux"),
+            "transformer_2": zoo.build("flux", seed=1),
+        }
         scheduler = FlowMatchEulerDiscreteScheduler()
 
     target, outputs = Experts(), []
     target.scheduler.set_timesteps(7)
     weights = {step: (1.5, -0.5) for step in (2, 3, 5, 6)}
     with apply_tea_cache(
-        target, schedule="CCSSCSS", forecast=Forecast("fitted", weights), forecast_of="output"
+        target,
+        schedule="CCSSCSS",
+        forecast=Forecast("fitted", weights),
+        forecast_of="output",
     ) as cache:
         for step, kwargs in enumerate(zoo.trajectory("flux", total=7)):
             target.scheduler._step_index = step
@@ -184,7 +200,9 @@ def test_fewer_steps_are_advised_where_they_were_measured_better(caplog):
     worse = dataclasses.replace(FITTED, figures=figures)
     with apply_tea_cache(TinyPipeline(), an_entry((worse,)), speedup=1.8) as cache:
         advice = cache.settings["advice"]
-    assert "num_inference_steps=4 and DPM-Solver++ of order 2" in advice and "43.0 dB" in advice
+    assert (
+        "num_inference_steps=4 and DPM-Solver++ of order 2" in advice and "43.0 dB" in advice
+    )
     assert advice in caplog.text
     figures = figures | {"fewer_steps_second_order_solver_psnr_db": 40.1}
     alike = dataclasses.replace(FITTED, figures=figures)

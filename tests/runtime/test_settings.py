@@ -16,7 +16,9 @@ from runtime.decide.forecast import Forecast
 from runtime.settings import resolve
 
 FACTS = {"transformer_class": "FluxTransformer2DModel"}
-PIPELINE = Model(facts=FACTS, classes={"transformer": "FluxTransformer2DModel"}, has_scheduler=True)
+PIPELINE = Model(
+    facts=FACTS, classes={"transformer": "FluxTransformer2DModel"}, has_scheduler=True
+)
 BARE = dataclasses.replace(PIPELINE, has_scheduler=False)
 
 
@@ -45,7 +47,9 @@ def test_a_gate_takes_the_entrys_window_unless_another_is_given():
     )
     assert dataclasses.astuple(settings.gate) == (0.2, 3, 2, 4, False)
     assert settings.num_steps == 50 and settings.branches == "together"
-    own = resolve(Asked(entry=measured, threshold=0.2, start=0, end=1, max_skips=None), PIPELINE)
+    own = resolve(
+        Asked(entry=measured, threshold=0.2, start=0, end=1, max_skips=None), PIPELINE
+    )
     assert dataclasses.astuple(own.gate) == (0.2, 0, 1, None, False)
     compat = resolve(Asked(entry=measured, threshold=0.2, compat=True), PIPELINE)
     assert compat.branches == "apart" and compat.gate.compat
@@ -60,7 +64,10 @@ def test_a_bare_denoiser_has_no_last_steps_unless_their_number_is_known():
 
 def test_a_plan_brings_its_forecast_and_the_caller_may_bring_another():
     plan = coeffs.Plan(
-        schedule="CCSS", forecast="fitted", forecast_of="guided", weights=((1.5, -0.5), (2.0, -1.0))
+        schedule="CCSS",
+        forecast="fitted",
+        forecast_of="guided",
+        weights=((1.5, -0.5), (2.0, -1.0)),
     )
     settings = resolve(Asked(schedule=plan), PIPELINE)
     assert settings.policy == "plan" and settings.forecast_of == "guided"
@@ -81,11 +88,23 @@ def test_a_plan_brings_its_forecast_and_the_caller_may_bring_another():
         ({"schedule": "CCSS", "strict": True}, "strict= has no meaning"),
         ({"schedule": "CCSS", "coefficients": [1.0]}, "coefficients= has no meaning"),
         ({"threshold": 0.1, "entry": entry(), "domain": (0, 1)}, "domain= belongs to"),
-        ({"threshold": 0.1, "entry": entry(), "coefficients": [1.0]}, "expected one of them"),
+        (
+            {"threshold": 0.1, "entry": entry(), "coefficients": [1.0]},
+            "expected one of them",
+        ),
         ({"threshold": 0.1, "coefficients": [1.0], "num_steps": 9}, "for a bare denoiser"),
-        ({"threshold": 0.1, "coefficients": [1.0], "signal": "sound"}, "can watch modulated_input"),
-        ({"threshold": 0.1, "coefficients": [1.0], "compat": True, "end": 2}, "beside compat"),
-        ({"threshold": 0.1, "coefficients": [1.0], "branches": "alone"}, "expected together"),
+        (
+            {"threshold": 0.1, "coefficients": [1.0], "signal": "sound"},
+            "can watch modulated_input",
+        ),
+        (
+            {"threshold": 0.1, "coefficients": [1.0], "compat": True, "end": 2},
+            "beside compat",
+        ),
+        (
+            {"threshold": 0.1, "coefficients": [1.0], "branches": "alone"},
+            "expected together",
+        ),
         ({"speedup": 2.0, "coefficients": [1.0]}, "needs a registry entry"),
     ],
     ids=str,

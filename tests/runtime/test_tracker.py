@@ -62,7 +62,15 @@ def test_guidance_that_stops_and_starts_midway() -> None:
         (3, "uncond"),
     ]
     found = short(follow(*(call(step, context=name) for step, name in steps)))
-    assert found == ["cond:0*!", "uncond:0!", "cond:1", "cond:2", "uncond:2!", "cond:3", "uncond:3"]
+    assert found == [
+        "cond:0*!",
+        "uncond:0!",
+        "cond:1",
+        "cond:2",
+        "uncond:2!",
+        "cond:3",
+        "uncond:3",
+    ]
 
 
 def test_timestep_is_not_read_where_the_scheduler_counts() -> None:
@@ -80,7 +88,9 @@ def test_timestep_is_read_once_a_call_where_nothing_counts_the_steps() -> None:
         reads.append(time)
         return time, time
 
-    follow(*(CallInfo(timestep=lambda time=time: read(time)) for time in (900.0, 600.0, 300.0)))
+    follow(
+        *(CallInfo(timestep=lambda time=time: read(time)) for time in (900.0, 600.0, 300.0))
+    )
     assert reads == [900.0, 600.0, 300.0]
 
 
@@ -158,7 +168,10 @@ def test_new_schedule_is_a_new_generation() -> None:
 
 
 def test_step_that_falls_back_is_a_new_generation() -> None:
-    assert short(follow(call(0), call(1), call(0), call(1)))[2:] == ["branch0:0*!", "branch0:1"]
+    assert short(follow(call(0), call(1), call(0), call(1)))[2:] == [
+        "branch0:0*!",
+        "branch0:1",
+    ]
 
 
 def test_new_schedule_without_step_counter_is_a_new_generation() -> None:
@@ -215,22 +228,36 @@ def test_scheduler_at_its_end_does_not_drive() -> None:
         for t in (900.0, 600.0, 300.0)
         for c in (COND, UNCOND)
     ]
-    expected = ["branch0:0*!", "branch1:0!", "branch0:1", "branch1:1", "branch0:2", "branch1:2"]
+    expected = [
+        "branch0:0*!",
+        "branch1:0!",
+        "branch0:1",
+        "branch1:1",
+        "branch0:2",
+        "branch1:2",
+    ]
     assert short(follow(*calls)) == expected
 
 
 def test_scheduler_that_stands_still_does_not_drive() -> None:
-    calls = [call(2, context="cond", timestep=lambda t=t: (t, t)) for t in (900.0, 600.0, 300.0)]
+    calls = [
+        call(2, context="cond", timestep=lambda t=t: (t, t)) for t in (900.0, 600.0, 300.0)
+    ]
     assert short(follow(*calls))[1:] == ["cond:0*!", "cond:1"]
 
 
 def test_scheduler_that_moves_again_drives() -> None:
     tracker = Tracker()
     follow(
-        *(call(2, context="cond", timestep=lambda t=t: (t, t)) for t in (900.0, 600.0, 300.0)),
+        *(
+            call(2, context="cond", timestep=lambda t=t: (t, t))
+            for t in (900.0, 600.0, 300.0)
+        ),
         tracker=tracker,
     )
-    found = follow(*(call(step, schedule=2, context="cond") for step in (0, 1)), tracker=tracker)
+    found = follow(
+        *(call(step, schedule=2, context="cond") for step in (0, 1)), tracker=tracker
+    )
     assert short(found) == ["cond:0*!", "cond:1"]
 
 

@@ -66,7 +66,10 @@ def pipe():
 def generate(pipe) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return pipe(
-        "a handwritten digit seven", enable_prompt_rewrite=False, generator=generator, **CALL
+        "a handwritten digit seven",
+        enable_prompt_rewrite=False,
+        generator=generator,
+        **CALL,
     ).images
 
 
@@ -185,7 +188,13 @@ def test_a_refused_apply_leaves_the_applied_one_alone(pipe):
         {"schedule": "CS", "compat": True},
         {"schedule": "CS", "strict": True},
         {"schedule": "CS", "domain": (0.0, 1.0)},
-        {"coefficients": [1.0, 0.0], "threshold": 0.1, "compat": True, "start": 2, "num_steps": 8},
+        {
+            "coefficients": [1.0, 0.0],
+            "threshold": 0.1,
+            "compat": True,
+            "start": 2,
+            "num_steps": 8,
+        },
         {
             "coefficients": [1.0, 0.0],
             "threshold": 0.1,

@@ -34,7 +34,12 @@ def test_shapes_grow_with_the_frame_and_stay_inside_it(side):
     background = clips[..., :1, :1]
     covered = (clips != background).any(1)
     assert covered.flatten(2).any(-1).all(), "the shape is seen in every frame"
-    edges = [covered[..., 0, :], covered[..., -1, :], covered[..., :, 0], covered[..., :, -1]]
+    edges = [
+        covered[..., 0, :],
+        covered[..., -1, :],
+        covered[..., :, 0],
+        covered[..., :, -1],
+    ]
     assert not any(edge.any() for edge in edges)
     share = covered.float().mean()
     torch.manual_seed(0)
@@ -74,7 +79,9 @@ def test_a_batch_of_clips_is_made_on_the_device_of_the_recipe(monkeypatch):
         transformer = wan.build_transformer(recipe.transformer, 64, vae.config.z_dim)
         model = wan.Denoiser(transformer, torch.nn.Identity()).to("meta")
         # transformers reads the mask's values, of which this device has none.
-        monkeypatch.setattr(model, "encode", lambda tokens: torch.zeros(*tokens.shape[:2], 64))
+        monkeypatch.setattr(
+            model, "encode", lambda tokens: torch.zeros(*tokens.shape[:2], 64)
+        )
         loss = wan.random_batch_loss(model, data, recipe)
         loss.backward()
     assert data.latents.shape == (2, 3, 16, 5, 16, 16)

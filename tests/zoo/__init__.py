@@ -49,7 +49,9 @@ _FAMILIES = (
 TINY: dict[str, TinyModel] = {
     name: model for family in _FAMILIES for name, model in family.MODELS.items()
 }
-assert len(TINY) == sum(len(family.MODELS) for family in _FAMILIES), "two families share a name"
+assert len(TINY) == sum(len(family.MODELS) for family in _FAMILIES), (
+    "two families share a name"
+)
 
 _shared: dict[tuple, dict[str, Any]] = {}
 

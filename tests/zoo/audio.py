@@ -168,13 +168,22 @@ MODELS = table(
         remarks="memory tokens in front of the sequence, cut off after the stack",
     ),
     TinyModel(
-        "stable_audio3_inpaint", "StableAudio3DiTModel", _STABLE_AUDIO3, _stable_audio3_inpaint
+        "stable_audio3_inpaint",
+        "StableAudio3DiTModel",
+        _STABLE_AUDIO3,
+        _stable_audio3_inpaint,
     ),
     TinyModel(
         "t5_film",
         "T5FilmDecoder",
         dict(
-            input_dims=4, targets_length=8, d_model=16, num_layers=3, num_heads=2, d_kv=8, d_ff=32
+            input_dims=4,
+            targets_length=8,
+            d_model=16,
+            num_layers=3,
+            num_heads=2,
+            d_kv=8,
+            d_ff=32,
         ),
         _t5_film,
         ("decoders",),

@@ -69,7 +69,9 @@ def _kontext(step: Step) -> dict:
     return kwargs
 
 
-def _residuals(step: Step, tokens: int, dim: int, salt: int, count: int = 2) -> list[torch.Tensor]:
+def _residuals(
+    step: Step, tokens: int, dim: int, salt: int, count: int = 2
+) -> list[torch.Tensor]:
     """What a ControlNet hands over; it moves with the step, as the real one does."""
     return [0.3 * step.latents(step.batch, tokens, dim, salt=salt + i) for i in range(count)]
 
@@ -162,7 +164,11 @@ _FLUX3 = dict(
     axes_dims_rope=(4, 4, 4, 4),
 )
 _CHROMA = dict(
-    _INIT, **_ROPE, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1
+    _INIT,
+    **_ROPE,
+    approximator_num_channels=8,
+    approximator_hidden_dim=16,
+    approximator_layers=1,
 )
 _BRIA = dict(_INIT, **_ROPE, pooled_projection_dim=None)
 _FLUX_PIPELINES = (
@@ -172,7 +178,9 @@ _CLASS = "FluxTransformer2DModel"
 
 MODELS = table(
     TinyModel("flux", _CLASS, _FLUX, _flux, _DUAL, pipelines=_FLUX_PIPELINES),
-    TinyModel("flux_guidance", _CLASS, dict(_FLUX, guidance_embeds=True), _flux_guided, _DUAL),
+    TinyModel(
+        "flux_guidance", _CLASS, dict(_FLUX, guidance_embeds=True), _flux_guided, _DUAL
+    ),
     TinyModel(
         "flux_kontext",
         _CLASS,
@@ -250,7 +258,9 @@ MODELS = table(
         pipelines="cache_context",
     ),
     TinyModel("chroma", "ChromaTransformer2DModel", _CHROMA, _base, _DUAL),
-    TinyModel("chroma_controlnet", "ChromaTransformer2DModel", _CHROMA, _chroma_controlnet, _DUAL),
+    TinyModel(
+        "chroma_controlnet", "ChromaTransformer2DModel", _CHROMA, _chroma_controlnet, _DUAL
+    ),
     TinyModel(
         "bria",
         "BriaTransformer2DModel",

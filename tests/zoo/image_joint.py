@@ -128,7 +128,9 @@ _JOYIMAGE = dict(
     rope_dim_list=[4, 6, 6],
 )
 _SD3_CLASS = "SD3Transformer2DModel"
-_SD3_PIPELINES = "no cache_context; guidance is batched, skip-layer guidance is a further call"
+_SD3_PIPELINES = (
+    "no cache_context; guidance is batched, skip-layer guidance is a further call"
+)
 _DUAL = ("transformer_blocks", "single_transformer_blocks")
 
 MODELS = table(
@@ -254,7 +256,11 @@ MODELS = table(
         remarks="editing calls the model once per reference image (time 0, empty text) before the first step",
     ),
     TinyModel(
-        "joyimage_edit", "JoyImageEditTransformer3DModel", _JOYIMAGE, _joyimage, ("double_blocks",)
+        "joyimage_edit",
+        "JoyImageEditTransformer3DModel",
+        _JOYIMAGE,
+        _joyimage,
+        ("double_blocks",),
     ),
     TinyModel(
         "joyimage_edit_plus",

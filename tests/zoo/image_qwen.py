@@ -57,9 +57,9 @@ def _qwen21_edit(step: Step) -> dict:
         encoder_hidden_states=step.fixed(step.batch, 6, 16, salt=1),
         encoder_hidden_states_mask=torch.ones(step.batch, 6, dtype=torch.bool),
         img_shapes=[[(1, 2, 2), (1, 4, 4)]] * step.batch,
-        img_mask=torch.tensor([[False, False, True, False, False, False] + [True] * 4]).expand(
-            step.batch, -1
-        ),
+        img_mask=torch.tensor(
+            [[False, False, True, False, False, False] + [True] * 4]
+        ).expand(step.batch, -1),
     )
 
 
@@ -97,7 +97,11 @@ _QWEN21 = dict(
     axes_dims_rope=(4, 6, 6),
 )
 _NUCLEUS = dict(
-    _QWEN, axes_dims_rope=(8, 4, 4), capacity_factors=2.0, num_experts=4, moe_intermediate_dim=16
+    _QWEN,
+    axes_dims_rope=(8, 4, 4),
+    capacity_factors=2.0,
+    num_experts=4,
+    moe_intermediate_dim=16,
 )
 _QWEN_CLASS = "QwenImageTransformer2DModel"
 _QWEN_PIPELINES = "cache_context in all 9"
@@ -136,7 +140,9 @@ MODELS = table(
         pipelines="cache_context",
         remarks="one sequence of text and image; the output keeps the text tokens, the pipeline cuts them off",
     ),
-    TinyModel("qwen_image21_edit", _QWEN21_CLASS, _QWEN21, _qwen21_edit, pipelines="cache_context"),
+    TinyModel(
+        "qwen_image21_edit", _QWEN21_CLASS, _QWEN21, _qwen21_edit, pipelines="cache_context"
+    ),
     TinyModel(
         "qwen_image21_kv",
         _QWEN21_CLASS,

@@ -39,7 +39,8 @@ def _z_image_omni(step: Step) -> dict:
             for i in samples
         ],
         cap_feats=[
-            [step.fixed(16, 16, salt=50 + i), step.fixed(16, 16, salt=60 + i)] for i in samples
+            [step.fixed(16, 16, salt=50 + i), step.fixed(16, 16, salt=60 + i)]
+            for i in samples
         ],
         siglip_feats=[[step.fixed(4, 4, 12, salt=70 + i), None] for i in samples],
         image_noise_mask=[[0, 1]] * step.batch,
@@ -183,7 +184,9 @@ _OMNIGEN = dict(
     pos_embed_max_size=16,
     rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
 )
-_Z_PIPELINES = "no cache_context; guidance is batched and can be switched off late (batch 2 to 1)"
+_Z_PIPELINES = (
+    "no cache_context; guidance is batched and can be switched off late (batch 2 to 1)"
+)
 
 MODELS = table(
     TinyModel(
@@ -251,7 +254,12 @@ MODELS = table(
         remarks="time is a token of the sequence [text, time, image] and modulates the output only",
     ),
     TinyModel(
-        "omnigen_edit", "OmniGenTransformer2DModel", _OMNIGEN, _omnigen_edit, _LAYERS, rises=True
+        "omnigen_edit",
+        "OmniGenTransformer2DModel",
+        _OMNIGEN,
+        _omnigen_edit,
+        _LAYERS,
+        rises=True,
     ),
     TinyModel(
         "ernie_image",

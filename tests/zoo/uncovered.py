@@ -1,6 +1,8 @@
 """Classes of diffusers.models.transformers without a tiny model, and why: nothing is left out silently."""
 
-_UNET_PART = "a part of a UNet, not a denoiser: its few blocks are one of many attention levels"
+_UNET_PART = (
+    "a part of a UNet, not a denoiser: its few blocks are one of many attention levels"
+)
 
 UNCOVERED: dict[str, str] = {
     "DreamLiteTransformer2DModel": _UNET_PART + " (DreamLite)",

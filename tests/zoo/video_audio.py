@@ -32,7 +32,9 @@ def _ltx2_tokens(step: Step) -> dict:
     """Image-to-video: a time per video token, 0 on the given frame; the audio has its own."""
     times = step.falling()[:, None].repeat(1, 32)
     times[:, :16] = 0
-    return dict(_ltx2(step), timestep=times, audio_timestep=step.falling(), sigma=step.falling())
+    return dict(
+        _ltx2(step), timestep=times, audio_timestep=step.falling(), sigma=step.falling()
+    )
 
 
 def _kandinsky5(step: Step) -> dict:

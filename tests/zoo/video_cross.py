@@ -45,7 +45,9 @@ def _cosmos_frames(step: Step) -> dict:
 
 def _cosmos_controlnet(step: Step) -> dict:
     residuals = [0.3 * step.latents(step.batch, 1, 4, 4, 24, salt=10 + i) for i in range(2)]
-    return dict(_cosmos(step), block_controlnet_hidden_states=[r.flatten(1, 3) for r in residuals])
+    return dict(
+        _cosmos(step), block_controlnet_hidden_states=[r.flatten(1, 3) for r in residuals]
+    )
 
 
 def _latte(step: Step) -> dict:
@@ -257,7 +259,10 @@ MODELS = table(
         remarks="timestep is (batch, 1, frames, rows, columns) of tokens",
     ),
     TinyModel(
-        "sana_video_controlnet", "SanaVideoTransformer3DModel", _SANA_VIDEO, _sana_video_controlnet
+        "sana_video_controlnet",
+        "SanaVideoTransformer3DModel",
+        _SANA_VIDEO,
+        _sana_video_controlnet,
     ),
     TinyModel(
         "sana_wm",

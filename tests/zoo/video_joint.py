@@ -84,7 +84,9 @@ def _cogvideox(step: Step) -> dict:
 
 
 def _cogvideox_rotary(step: Step) -> dict:
-    angles = torch.arange(16)[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat_interleave(2)
+    angles = torch.arange(16)[:, None] * torch.tensor(
+        [1.0, 0.5, 0.25, 0.125]
+    ).repeat_interleave(2)
     return dict(_cogvideox(step), image_rotary_emb=(angles.cos(), angles.sin()))
 
 
@@ -196,7 +198,12 @@ _COGVIDEOX_PIPELINES = 'cache_context("cond_uncond") in all 4, guidance is batch
 
 MODELS = table(
     TinyModel(
-        "hunyuan_video", _HUNYUAN_CLASS, _HUNYUAN, _hunyuan, _DUAL, pipelines=_HUNYUAN_PIPELINES
+        "hunyuan_video",
+        _HUNYUAN_CLASS,
+        _HUNYUAN,
+        _hunyuan,
+        _DUAL,
+        pipelines=_HUNYUAN_PIPELINES,
     ),
     TinyModel(
         "hunyuan_video_token_replace",
@@ -210,7 +217,12 @@ MODELS = table(
     TinyModel(
         "hunyuan_video_latent_concat",
         _HUNYUAN_CLASS,
-        dict(_HUNYUAN, in_channels=9, image_condition_type="latent_concat", guidance_embeds=False),
+        dict(
+            _HUNYUAN,
+            in_channels=9,
+            image_condition_type="latent_concat",
+            guidance_embeds=False,
+        ),
         _hunyuan_latent_concat,
         _DUAL,
         pipelines=_HUNYUAN_PIPELINES,
@@ -247,7 +259,9 @@ MODELS = table(
         "motif_video",
         "MotifVideoTransformer3DModel",
         dict(
-            _MOTIF, enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True
+            _MOTIF,
+            enable_text_cross_attention_dual=True,
+            enable_text_cross_attention_single=True,
         ),
         _motif,
         _DUAL,

@@ -100,7 +100,9 @@ def _animate_2(step: Step) -> dict:
 
 def _skyreels_df(step: Step) -> dict:
     """Diffusion forcing: a time per latent frame; the second one lags behind the first."""
-    times = torch.stack([step.falling(), torch.clamp(step.falling() + 200.0, max=999.0)], dim=1)
+    times = torch.stack(
+        [step.falling(), torch.clamp(step.falling() + 200.0, max=999.0)], dim=1
+    )
     return dict(_wan(step), timestep=times, enable_diffusion_forcing=True, fps=[1])
 
 
@@ -182,14 +184,25 @@ _ANIMATE_2 = dict(
     use_img_emb=False,
 )
 _SKYREELS = dict(_INIT, freq_dim=16)
-_HELIOS = dict({k: v for k, v in _INIT.items() if k != "rope_max_seq_len"}, rope_dim=(4, 4, 4))
+_HELIOS = dict(
+    {k: v for k, v in _INIT.items() if k != "rope_max_seq_len"}, rope_dim=(4, 4, 4)
+)
 _WAN_PIPELINES = "cache_context in wan, wan_i2v and lucy_edit; not in wan_video2video"
 
 MODELS = table(
-    TinyModel("wan21", "WanTransformer3DModel", _INIT, _wan, _BLOCKS, pipelines=_WAN_PIPELINES),
-    TinyModel("wan_one_block", "WanTransformer3DModel", dict(_INIT, num_layers=1), _wan, _BLOCKS),
     TinyModel(
-        "wan21_i2v", "WanTransformer3DModel", _I2V, _wan_i2v, _BLOCKS, pipelines=_WAN_PIPELINES
+        "wan21", "WanTransformer3DModel", _INIT, _wan, _BLOCKS, pipelines=_WAN_PIPELINES
+    ),
+    TinyModel(
+        "wan_one_block", "WanTransformer3DModel", dict(_INIT, num_layers=1), _wan, _BLOCKS
+    ),
+    TinyModel(
+        "wan21_i2v",
+        "WanTransformer3DModel",
+        _I2V,
+        _wan_i2v,
+        _BLOCKS,
+        pipelines=_WAN_PIPELINES,
     ),
     TinyModel(
         "wan22_ti2v",

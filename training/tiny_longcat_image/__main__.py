@@ -48,7 +48,9 @@ def make_autoencoder(work: Path, recipe: Recipe, seed: int) -> None:
     """The autoencoder, unless a previous run has finished it."""
     if (work / "vae.done").exists():
         return
-    train_autoencoder(recipe.autoencoder, seed).to(SHIPPED_DTYPE).save_pretrained(work / "vae")
+    train_autoencoder(recipe.autoencoder, seed).to(SHIPPED_DTYPE).save_pretrained(
+        work / "vae"
+    )
     (work / "vae.done").touch()
 
 
@@ -79,7 +81,9 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     make_autoencoder(work, recipe, seed)
     # The parts are stored in bf16: the transformer is trained on what the shipped parts produce.
     data = prepare_data(load_pipeline(work, None, torch.float32))
-    transformer = train_denoiser(data, recipe, seed, work / "transformer.pt").to(SHIPPED_DTYPE)
+    transformer = train_denoiser(data, recipe, seed, work / "transformer.pt").to(
+        SHIPPED_DTYPE
+    )
     load_pipeline(work, transformer, SHIPPED_DTYPE).save_pretrained(out)
     strip_local_origin(out)
 

@@ -36,7 +36,10 @@ def random_pictures(masks: torch.Tensor, count: int) -> torch.Tensor:
     digits = torch.randint(len(masks), (count,)).tolist()
     colourings = torch.randint(len(COLOURINGS), (count,)).tolist()
     return torch.cat(
-        [paint(masks[d : d + 1], COLOURINGS[c]) for d, c in zip(digits, colourings, strict=True)]
+        [
+            paint(masks[d : d + 1], COLOURINGS[c])
+            for d, c in zip(digits, colourings, strict=True)
+        ]
     )
 
 
@@ -75,7 +78,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, masks: torch.Tensor) -> None:
     """Measure the latents' mean and deviation and write them into the config, where the pipeline looks."""
-    latents = torch.cat([vae.encode(paint(masks[:200], c)).latent_dist.mode() for c in COLOURINGS])
+    latents = torch.cat(
+        [vae.encode(paint(masks[:200], c)).latent_dist.mode() for c in COLOURINGS]
+    )
     vae.register_to_config(
         scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
     )

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 IMAGE_SIZE = 32
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+)
 INK_RGB = {
     "red": (0.85, 0.10, 0.10),
     "green": (0.10, 0.65, 0.15),
@@ -90,7 +101,9 @@ def digit_masks(side: int = IMAGE_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
     coverage = torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None]
     margin = side // 16
     inner = side - 2 * margin
-    coverage = F.interpolate(coverage, size=(inner, inner), mode="bicubic", align_corners=False)
+    coverage = F.interpolate(
+        coverage, size=(inner, inner), mode="bicubic", align_corners=False
+    )
     # Enlarging 8x8 pixels leaves wide grey borders; a steeper ramp gives strokes with clear edges.
     coverage = ((coverage.clamp(0, 1) - 0.15) / 0.7).clamp(0, 1)
     return F.pad(coverage, (margin,) * 4), torch.tensor(source.target)

@@ -19,7 +19,14 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos
 
 from training.loop import LoopRecipe, Training, draw_sigmas, drop_captions, run_training
 
-from .data import COLOURINGS, PHRASINGS_PER_SUBJECT, all_captions, caption_index, digit_masks, paint
+from .data import (
+    COLOURINGS,
+    PHRASINGS_PER_SUBJECT,
+    all_captions,
+    caption_index,
+    digit_masks,
+    paint,
+)
 from .recipe import Recipe, TransformerRecipe
 
 TEXT_SLOTS = 512
@@ -55,7 +62,9 @@ def build_transformer(recipe: TransformerRecipe, text_size: int) -> Transformer:
         longcat.AdaLayerNormZeroSingle,
         longcat.AdaLayerNormContinuous,
     )
-    zeroed = [module.linear for module in transformer.modules() if isinstance(module, modulations)]
+    zeroed = [
+        module.linear for module in transformer.modules() if isinstance(module, modulations)
+    ]
     for linear in [*zeroed, transformer.proj_out]:
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
@@ -69,14 +78,18 @@ class TrainingData:
     latents: torch.Tensor  # [colouring, digit picture, image token, 64]
     labels: torch.Tensor  # [digit picture]
     text_states: torch.Tensor  # [caption, 512, text size]; the last row is the empty prompt
-    leading_slots: int  # slots that differ from caption to caption; all later ones are always pads
+    leading_slots: (
+        int  # slots that differ from caption to caption; all later ones are always pads
+    )
 
 
 @torch.no_grad()
 def prepare_data(pipeline: LongCatImagePipeline) -> TrainingData:
     """Encode every digit in every colouring and every caption with the pipeline's own code."""
     masks, labels = digit_masks()
-    latents = torch.stack([encode_pictures(pipeline.vae, paint(masks, c)) for c in COLOURINGS])
+    latents = torch.stack(
+        [encode_pictures(pipeline.vae, paint(masks, c)) for c in COLOURINGS]
+    )
     texts = [caption.text for caption in all_captions()] + [""]
     chunks = [texts[start : start + 20] for start in range(0, len(texts), 20)]
     text_states = torch.cat([pipeline.encode_prompt(chunk)[0] for chunk in chunks])
@@ -86,7 +99,9 @@ def prepare_data(pipeline: LongCatImagePipeline) -> TrainingData:
 
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Pictures to normalised latents, packed into image tokens as the pipeline packs them."""
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(256)])
+    latents = torch.cat(
+        [vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(256)]
+    )
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     count, channels, height, width = latents.shape
     return LongCatImagePipeline._pack_latents(latents, count, channels, height, width)
@@ -135,7 +150,9 @@ class PadSampling:
         return torch.cat([torch.arange(self.leading_slots), pads.sort().values])
 
 
-def set_attention(transformer: Transformer, processor: longcat.LongCatImageAttnProcessor) -> None:
+def set_attention(
+    transformer: Transformer, processor: longcat.LongCatImageAttnProcessor
+) -> None:
     for module in transformer.modules():
         if isinstance(module, longcat.LongCatImageAttention):
             module.set_processor(processor)
@@ -145,7 +162,9 @@ def position_ids(image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and image positions as the pipeline numbers them."""
     side = math.isqrt(image_tokens)
     text = prepare_pos_ids(0, "text", num_token=TEXT_SLOTS)
-    image = prepare_pos_ids(1, "image", start=(TEXT_SLOTS, TEXT_SLOTS), height=side, width=side)
+    image = prepare_pos_ids(
+        1, "image", start=(TEXT_SLOTS, TEXT_SLOTS), height=side, width=side
+    )
     return text, image
 
 
@@ -225,7 +244,9 @@ def caption_losses(
         "right": loss(right, model, sampled),
         "wrong digit": loss(wrong, model, sampled),
         "empty": loss(empty, model, sampled),
-        "right, 512 slots": loss(right, with_stock_attention(model), torch.arange(TEXT_SLOTS)),
+        "right, 512 slots": loss(
+            right, with_stock_attention(model), torch.arange(TEXT_SLOTS)
+        ),
     }
 
 
@@ -236,7 +257,9 @@ def with_stock_attention(model: Transformer) -> Transformer:
     return model
 
 
-def train_denoiser(data: TrainingData, recipe: Recipe, seed: int, checkpoint: Path) -> Transformer:
+def train_denoiser(
+    data: TrainingData, recipe: Recipe, seed: int, checkpoint: Path
+) -> Transformer:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights with the stock attention."""
     torch.manual_seed(seed)
     sampling = PadSampling(
@@ -247,7 +270,9 @@ def train_denoiser(data: TrainingData, recipe: Recipe, seed: int, checkpoint: Pa
     training = Training(model, recipe.loop)
     run_training(
         training,
-        lambda model: flow_loss(model, data, draw_batch(data, recipe.loop), sampling.draw_slots()),
+        lambda model: flow_loss(
+            model, data, draw_batch(data, recipe.loop), sampling.draw_slots()
+        ),
         lambda average: caption_losses(average, data, sampling),
         checkpoint,
     )

@@ -39,7 +39,8 @@ class Reading:
 def nearest_name(colour: np.ndarray) -> str:
     """The named colour with the smallest Euclidean distance in RGB."""
     return min(
-        NAMED_RGB, key=lambda name: float(np.linalg.norm(colour - np.array(NAMED_RGB[name])))
+        NAMED_RGB,
+        key=lambda name: float(np.linalg.norm(colour - np.array(NAMED_RGB[name]))),
     )
 
 
@@ -105,7 +106,9 @@ class DigitReader:
     def accuracy_on_real_digits(self) -> float:
         """Cross-validated accuracy: what a perfect model could at most expect to score."""
         return float(
-            cross_val_score(clone(self._classifier), self._features, self._labels, cv=5).mean()
+            cross_val_score(
+                clone(self._classifier), self._features, self._labels, cv=5
+            ).mean()
         )
 
     def read(self, pictures: np.ndarray) -> list[Reading]:

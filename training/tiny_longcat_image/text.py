@@ -11,7 +11,11 @@ import logging
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from .data import DIGIT_WORDS, INK_RGB, PAPER_RGB, Caption, all_captions
@@ -98,7 +102,9 @@ def build_text_encoder(
             bos_token_id=token_id("<|endoftext|>"),
             eos_token_id=token_id("<|im_end|>"),
             pad_token_id=token_id("<|endoftext|>"),
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]
+            ),
         ),
         vision_config=dict(
             depth=1,
@@ -126,7 +132,10 @@ def pad_states(
     slots: int,
 ) -> torch.Tensor:
     """Hidden states of the last pad of each prompt, laid out as the pipeline does: prefix, padded prompt, suffix."""
-    prefix, suffix = tokenizer(PROMPT_PREFIX)["input_ids"], tokenizer(PROMPT_SUFFIX)["input_ids"]
+    prefix, suffix = (
+        tokenizer(PROMPT_PREFIX)["input_ids"],
+        tokenizer(PROMPT_SUFFIX)["input_ids"],
+    )
     padded = tokenizer.pad(
         {"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]},
         max_length=slots,
@@ -197,7 +206,8 @@ def train_text_encoder(
 
     for step in range(recipe.steps):
         batch = [
-            captions[index] for index in torch.randint(len(captions), (recipe.batch,)).tolist()
+            captions[index]
+            for index in torch.randint(len(captions), (recipe.batch,)).tolist()
         ]
         states = pad_states(
             encoder, tokenizer, [c.text if c else "" for c in batch], TRAINING_SLOTS

@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 SHIPPED_DTYPE = torch.bfloat16
 VAE_FOLDER = (
-    Path(__file__).resolve().parents[2] / "calibrate" / "embedded" / "tiny-longcat-image" / "vae"
+    Path(__file__).resolve().parents[2]
+    / "calibrate"
+    / "embedded"
+    / "tiny-longcat-image"
+    / "vae"
 )
 
 
@@ -39,7 +43,11 @@ def train(out: Path, seed: int, recipe: Recipe) -> None:
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.text_encoder.slots)
-    vae = AutoencoderKL.from_pretrained(VAE_FOLDER, dtype=torch.float32).eval().to(recipe.device)
+    vae = (
+        AutoencoderKL.from_pretrained(VAE_FOLDER, dtype=torch.float32)
+        .eval()
+        .to(recipe.device)
+    )
     with torch.device(recipe.device):
         model = train_denoiser(vae, tokenizer, recipe, seed, work / "transformer.pt")
     model.to(SHIPPED_DTYPE)

@@ -62,7 +62,9 @@ def build_transformer(
         qk_norm="rms_norm",
     )
     modulations = (AdaLayerNormZero, AdaLayerNormContinuous)
-    zeroed = [module.linear for module in transformer.modules() if isinstance(module, modulations)]
+    zeroed = [
+        module.linear for module in transformer.modules() if isinstance(module, modulations)
+    ]
     for linear in [*zeroed, transformer.proj_out]:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -92,7 +94,9 @@ class Denoiser(nn.Module):
             for encoder in (self.text_encoder, self.text_encoder_2)
         ]
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        states = F.pad(states, (0, self.transformer.config.joint_attention_dim - states.shape[-1]))
+        states = F.pad(
+            states, (0, self.transformer.config.joint_attention_dim - states.shape[-1])
+        )
         states = F.pad(states, (0, 0, 0, absent_t5_slots))
         return states, torch.cat([output.text_embeds for output in outputs], -1)
 
@@ -175,7 +179,9 @@ class TrainingData:
 
 
 @torch.no_grad()
-def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe) -> TrainingData:
+def prepare_data(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe
+) -> TrainingData:
     """Encode every digit in every colouring and tokenize every caption as the pipeline does."""
     masks, labels = (part[: recipe.pictures] for part in digit_masks(recipe.side))
     latents = torch.stack(
@@ -194,7 +200,9 @@ def prepare_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe) -
 
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Pictures to normalised latents."""
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(256)])
+    latents = torch.cat(
+        [vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(256)]
+    )
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -220,7 +228,9 @@ def random_batch_loss(model: Denoiser, data: TrainingData, recipe: Recipe) -> to
     colouring = torch.randint(colourings, size)
     phrasing = torch.randint(PHRASINGS_PER_SUBJECT, size)
     captions = caption_index(data.labels[picture], colouring, phrasing)
-    captions = drop_captions(captions, len(data.input_ids) - 1, recipe.loop.empty_caption_rate)
+    captions = drop_captions(
+        captions, len(data.input_ids) - 1, recipe.loop.empty_caption_rate
+    )
     clean = data.latents[colouring, picture]
     return flow_loss(
         model,
@@ -267,7 +277,11 @@ def caption_losses(
 
 
 def train_denoiser(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe, seed: int, checkpoint: Path
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path,
 ) -> Denoiser:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights with the stock attention."""
     data = prepare_data(vae, tokenizer, recipe)

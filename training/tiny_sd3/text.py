@@ -20,7 +20,10 @@ def train_tokenizer(slots: int) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     bpe.normalizer, bpe.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=1000,
+        min_frequency=1,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
     )
     bpe.train_from_iterator([caption.text for caption in all_captions()], trainer)
     learnt = json.loads(bpe.to_str())["model"]

@@ -48,7 +48,9 @@ def shape_weight(clips: torch.Tensor, weight: float) -> torch.Tensor:
 
     Shapes cover a twentieth of the picture: unweighted, the background is all that is learnt for a long time.
     """
-    return torch.where((clips - clips[..., :1, :1]).abs().amax(1, keepdim=True) > 0.05, weight, 1.0)
+    return torch.where(
+        (clips - clips[..., :1, :1]).abs().amax(1, keepdim=True) > 0.05, weight, 1.0
+    )
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,10 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
         chunk = latents[:, :, index : index + 1]
         frames.append(
             vae.decoder(
-                chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0
+                chunk,
+                feat_cache=vae._feat_map,
+                feat_idx=vae._conv_idx,
+                first_chunk=index == 0,
             )
         )
     vae.clear_cache()
@@ -74,7 +79,8 @@ def reconstruction_loss(
     """Squared and absolute error, with most of the weight on the shapes."""
     error = decoded - clips
     return (
-        shape_weight(clips, recipe.shape_weight) * (error.square() + recipe.l1_weight * error.abs())
+        shape_weight(clips, recipe.shape_weight)
+        * (error.square() + recipe.l1_weight * error.abs())
     ).mean()
 
 

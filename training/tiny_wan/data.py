@@ -76,7 +76,9 @@ def evenly_ordered_captions() -> list[Caption]:
     return captions
 
 
-def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+def coverage(
+    shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor
+) -> torch.Tensor:
     """How much of each pixel a shape around the origin covers, with edges one pixel wide; y points down."""
     if shape == "circle":
         outside = torch.hypot(x, y) - radius
@@ -93,7 +95,9 @@ def unit_vector(direction: str) -> tuple[float, float]:
     return math.cos(angle), -math.sin(angle)
 
 
-def uniform(low: torch.Tensor | float, high: torch.Tensor | float, count: int) -> torch.Tensor:
+def uniform(
+    low: torch.Tensor | float, high: torch.Tensor | float, count: int
+) -> torch.Tensor:
     return low + (high - low) * torch.rand(count)
 
 

@@ -93,7 +93,9 @@ def tokenize(tokenizer: T5TokenizerFast, texts: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prepare_data(vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, recipe: Recipe) -> TrainingData:
+def prepare_data(
+    vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, recipe: Recipe
+) -> TrainingData:
     """Render and encode clips of every caption and tokenize the captions as the pipeline does."""
     captions = all_captions()
     latents = torch.stack(
@@ -127,7 +129,11 @@ def random_batch_loss(model: Denoiser, data: TrainingData, recipe: Recipe) -> to
     clean = data.latents[caption, torch.randint(clips, size)]
     shown = drop_captions(caption, captions, recipe.loop.empty_caption_rate)
     return flow_loss(
-        model, clean, draw_sigmas(recipe.loop.batch), torch.randn_like(clean), data.tokens[shown]
+        model,
+        clean,
+        draw_sigmas(recipe.loop.batch),
+        torch.randn_like(clean),
+        data.tokens[shown],
     )
 
 
@@ -142,7 +148,9 @@ PROBES = {
 
 
 @torch.no_grad()
-def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9) -> dict[str, float]:
+def caption_losses(
+    model: Denoiser, data: TrainingData, sigma: float = 0.9
+) -> dict[str, float]:
     """Loss of the clips of one caption at one noise level for the right caption, wrong ones and the empty one.
 
     The gaps say whether the words are obeyed long before the loss itself does.
@@ -163,7 +171,11 @@ def caption_losses(model: Denoiser, data: TrainingData, sigma: float = 0.9) -> d
 
 
 def train_denoiser(
-    vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, recipe: Recipe, seed: int, checkpoint: Path
+    vae: AutoencoderKLWan,
+    tokenizer: T5TokenizerFast,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path,
 ) -> Denoiser:
     """Train to the end, going on from `checkpoint` where it exists; the averaged weights."""
     torch.manual_seed(seed)

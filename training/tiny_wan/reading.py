@@ -12,7 +12,14 @@ import torch
 
 from training.tiny_longcat_image.reading import estimate_colours, nearest_name
 
-from .data import DIRECTIONS, FRAME_SIZE, SHAPES, SQUARE_HALF_SIDE, TRIANGLE_INRADIUS, coverage
+from .data import (
+    DIRECTIONS,
+    FRAME_SIZE,
+    SHAPES,
+    SQUARE_HALF_SIDE,
+    TRIANGLE_INRADIUS,
+    coverage,
+)
 
 # Less movement than this from first to last frame, in pixels, is none.
 LEAST_TRAVEL = 3.0
@@ -33,7 +40,9 @@ class Reading:
     background: str
 
 
-def shape_coverage(frame: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
+def shape_coverage(
+    frame: np.ndarray, colour: np.ndarray, background: np.ndarray
+) -> np.ndarray:
     """How far each pixel lies on the way from the background colour (0) to the shape's (1)."""
     axis = colour - background
     return np.clip((frame - background) @ axis / max(float(axis @ axis), 1e-6), 0, 1)
@@ -67,12 +76,15 @@ def misfit(shape: str, covered: np.ndarray, middle: tuple[float, float]) -> floa
 def read_clip(clip: np.ndarray) -> Reading:
     """Read a clip [9, 32, 32, 3] in 0..1."""
     colours = [estimate_colours(frame) for frame in clip]
-    colour, background = (np.median([pair[index] for pair in colours], axis=0) for index in (0, 1))
+    colour, background = (
+        np.median([pair[index] for pair in colours], axis=0) for index in (0, 1)
+    )
     covered = [shape_coverage(frame, colour, background) for frame in clip]
     centres = [centre(frame) for frame in covered]
     misfits = {
         shape: sum(
-            misfit(shape, frame, middle) for frame, middle in zip(covered, centres, strict=True)
+            misfit(shape, frame, middle)
+            for frame, middle in zip(covered, centres, strict=True)
         )
         for shape in SHAPES
     }

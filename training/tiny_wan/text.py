@@ -22,7 +22,9 @@ def build_tokenizer(slots: int) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=slots)
 
 
-def build_text_encoder(tokenizer: T5TokenizerFast, recipe: TextEncoderRecipe) -> UMT5EncoderModel:
+def build_text_encoder(
+    tokenizer: T5TokenizerFast, recipe: TextEncoderRecipe
+) -> UMT5EncoderModel:
     """An untrained text encoder of minimal size."""
     config = UMT5Config(
         vocab_size=-(-len(tokenizer) // 8) * 8,

@@ -50,8 +50,19 @@ def untrainable(name: str) -> planning.Kind:
 
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path):
     path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--rounds", "1", "--out", str(path)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--toy",
+        "--rounds",
+        "1",
+        "--out",
+        str(path),
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 120
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -81,7 +92,9 @@ def test_a_failure_is_a_row_and_is_tried_again(tmp_path, monkeypatch):
     assert not store.Store(path).is_done("measures/flux1-dev")
     monkeypatch.setattr(
         "benchmarks.gpu.__main__.all_cases",
-        lambda toy: [Case("measures", "flux1-dev", lambda *_: {"milliseconds": {"PSNR": 1.0}})],
+        lambda toy: [
+            Case("measures", "flux1-dev", lambda *_: {"milliseconds": {"PSNR": 1.0}})
+        ],
     )
     assert "| PSNR | 1.0 |" in run("--out", path)
     assert store.Store(path).is_done("measures/flux1-dev")
@@ -96,7 +109,9 @@ def test_no_case_begins_when_time_is_up(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are trained")
 def test_models_are_not_trained_at_full_size_on_a_cpu(tmp_path):
-    result = CliRunner().invoke(main, ["--minutes", "0", "--out", str(tmp_path / "rows.json")])
+    result = CliRunner().invoke(
+        main, ["--minutes", "0", "--out", str(tmp_path / "rows.json")]
+    )
     assert "planning/ is left out: its models take hours to train on a CPU" in result.stderr
     assert "planning" not in {case.kind for case in all_cases(toy=False)}
 
@@ -105,7 +120,12 @@ def test_configurations_are_of_published_sizes():
     """Parameters in billions, counted without memory for them, as the models' cards give them."""
     import diffusers
 
-    billions = {"longcat-image": 6.3, "wan2.1-1.3b": 1.4, "flux1-dev": 11.9, "qwen-image": 20.4}
+    billions = {
+        "longcat-image": 6.3,
+        "wan2.1-1.3b": 1.4,
+        "flux1-dev": 11.9,
+        "qwen-image": 20.4,
+    }
     assert (
         set(billions)
         == set(names(toy=True))

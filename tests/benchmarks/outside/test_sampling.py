@@ -24,11 +24,15 @@ def test_the_sampler_is_ddim_without_noise(num_steps):
     ours = DdimScheduler(betas)
     ours.set_timesteps(num_steps)
     alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
-    sample = torch.randn(1, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(
+        1, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     expected = sample / (1 + ours.sigmas[0] ** 2).sqrt()
     steps = [*ours.timesteps.tolist(), -1]
     for now, following in pairwise(steps):
-        prediction = torch.sin(expected.double() + now)  # any function of what the denoiser sees
+        prediction = torch.sin(
+            expected.double() + now
+        )  # any function of what the denoiser sees
         (sample,) = ours.step(prediction, now, sample)
         clean = (expected - (1 - alpha_bar[now]).sqrt() * prediction) / alpha_bar[now].sqrt()
         left = alpha_bar[following] if following >= 0 else torch.ones(())
@@ -61,7 +65,9 @@ def test_dynamic_thresholding_leaves_what_lies_within_the_bound():
 @pytest.mark.parametrize("model", [LoadDenoiser(), WindDenoiser()])
 def test_a_generation_depends_on_prompt_and_seed_alone(model):
     texts = prompts(model, count=4, seed=0)
-    generate = Generator("a", model.eval(), DdimScheduler(cosine_betas(200), True), guidance=2.0)
+    generate = Generator(
+        "a", model.eval(), DdimScheduler(cosine_betas(200), True), guidance=2.0
+    )
     first = generate(texts[0], 0, num_steps=3)
     assert first.shape == (model.channels, model.length)
     assert np.array_equal(first, generate(texts[0], 0, num_steps=3))

@@ -10,7 +10,9 @@ from calibrate.certifying.candidates import first_of, offered, sequences, settin
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import load_prompts
 
-PLANS = tuple(coeffs.Plan(schedule=schedule) for schedule in ("CSSS" * 7, "CS" * 14, "CS" * 4))
+PLANS = tuple(
+    coeffs.Plan(schedule=schedule) for schedule in ("CSSS" * 7, "CS" * 14, "CS" * 4)
+)
 
 
 def case(**fields):
@@ -26,7 +28,8 @@ def test_settings_go_from_the_most_computed_steps_to_the_fewest():
 
 def test_without_verified_thresholds_those_of_the_replay_that_are_nearest_to_the_usual_budgets():
     rows = [
-        {"threshold": t / 100, "computed_steps": 28 - t, "kind": "replay"} for t in range(1, 27)
+        {"threshold": t / 100, "computed_steps": 28 - t, "kind": "replay"}
+        for t in range(1, 27)
     ]
     (gates,) = sequences(case(thresholds=tuple(rows)), ["gate"])
     assert [setting.budget for setting in gates] == [21, 17, 14, 11, 8]
@@ -63,7 +66,10 @@ def test_prompts_keep_all_their_seeds_and_serve_one_purpose(tmp_path):
     fresh = unseen({ids[0]: "recorded", ids[1]: "certifying 1"}, [prompts], "certifying 1")
     assert list(fresh) == ids[1:]
     chosen = first_of(fresh, 1, [prompts])
-    assert [(prompt.prompt, prompt.seed) for prompt in chosen.prompts] == [("b", 1), ("b", 2)]
+    assert [(prompt.prompt, prompt.seed) for prompt in chosen.prompts] == [
+        ("b", 1),
+        ("b", 2),
+    ]
     assert chosen.sha256 != first_of(fresh, 2, [prompts]).sha256
 
 

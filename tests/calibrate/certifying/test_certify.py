@@ -22,7 +22,9 @@ RECORDED = [f"a thing number {number}" for number in range(4)]
 UNSEEN = [f"another thing {number}" for number in range(40)]
 TIERS = (Tier("lossless", {"psnr_db": 90.0}), Tier("high", {"psnr_db": 46.5}))
 OPTIONS = {"risk": 0.3, "confidence": 0.9, "prompts": UNSEEN, "progress": False}
-PLANS = tuple(coeffs.Plan(schedule=schedule) for schedule in ("CCCCCCSC", "CCCSCSCC", "CSSSSSSS"))
+PLANS = tuple(
+    coeffs.Plan(schedule=schedule) for schedule in ("CCCCCCSC", "CCCSCSCC", "CSSSSSSS")
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,9 @@ def test_the_prompts_served_nothing_else_and_serve_nothing_else_afterwards(
     assert len(second) == 7, "another question takes other prompts"
     note(folder, list(first)[:3], CHOOSING)
     note(folder, list(second), JUDGED)
-    with pytest.raises(InvalidOption, match=r"impossible with 21 prompts that served nothing else"):
+    with pytest.raises(
+        InvalidOption, match=r"impossible with 21 prompts that served nothing else"
+    ):
         certify(folder, model=pipe, tiers=TIERS, num_prompts=30, **OPTIONS)
 
 
@@ -115,10 +119,16 @@ def test_the_same_question_runs_nothing_again(pipe, fitted, certified):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_prompts": 11}, "impossible with 11 prompts .* needs 12; .* or for --risk 0.311"),
+        (
+            {"num_prompts": 11},
+            "impossible with 11 prompts .* needs 12; .* or for --risk 0.311",
+        ),
         ({"prompts": RECORDED}, "impossible with 0 prompts"),
         ({"risk": 0.0}, "expected numbers between 0 and 1"),
-        ({"policies": ["magic"]}, "policies magic: expected some of plan, gate, fewer-steps"),
+        (
+            {"policies": ["magic"]},
+            "policies magic: expected some of plan, gate, fewer-steps",
+        ),
         ({"tiers": [TIERS[0], TIERS[0]]}, "each with a name of its own"),
         (
             {"tiers": [Tier("high", {"snr_db": 30.0})]},
@@ -215,6 +225,8 @@ def test_a_shift_is_caught_where_it_breaks_the_promise_and_only_there(
     assert found.verdict.startswith("yes, proven anew" if holds else "no: ")
 
 
-def test_results_of_other_weights_are_not_taken_for_those_of_the_certified_ones(pipe, promised):
+def test_results_of_other_weights_are_not_taken_for_those_of_the_certified_ones(
+    pipe, promised
+):
     assert audited(promised, pipe).missed == 0
     assert audited(promised, quantised(4)).missed > 0

@@ -38,12 +38,16 @@ def test_broken_samples_and_samples_without_a_figure_miss_and_identical_ones_do_
 
 
 def test_a_limit_on_what_was_not_measured_is_refused():
-    with pytest.raises(InvalidOption, match="a limit on ssim, but these samples have psnr_db"):
+    with pytest.raises(
+        InvalidOption, match="a limit on ssim, but these samples have psnr_db"
+    ):
         Tier("high", {"ssim": 0.9}).missed(results(prompt_id=["a"], psnr_db=[30.0]))
 
 
 def test_what_is_within_reach_leaves_the_allowed_misses_out():
-    rows = results(prompt_id=list("abcd"), psnr_db=[20.0, 30, 31, 32], lpips=[0.4, 0.1, 0.2, 0.1])
+    rows = results(
+        prompt_id=list("abcd"), psnr_db=[20.0, 30, 31, 32], lpips=[0.4, 0.1, 0.2, 0.1]
+    )
     assert Tier("x", {"psnr_db": 99}).within_reach(rows, 0) == 20
     assert Tier("x", {"psnr_db": 99}).within_reach(rows, 1) == 30
     assert Tier("x", {"lpips": 0.01}).within_reach(rows, 1) == 0.2
@@ -92,7 +96,9 @@ def test_the_prompts_needed_are_the_fewest_that_can_prove_the_risk(risk, confide
         )
 
 
-@pytest.mark.parametrize(("risk", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.1, 1.0), (0.1, 0.0)])
+@pytest.mark.parametrize(
+    ("risk", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.1, 1.0), (0.1, 0.0)]
+)
 def test_no_risk_and_no_doubt_are_refused(risk, confidence):
     with pytest.raises(InvalidOption, match="between 0 and 1"):
         Demand(risk, confidence, 1)
@@ -122,10 +128,17 @@ def test_the_promise_is_broken_in_no_more_draws_than_stated(risk):
     assert found.false <= stats.binom.ppf(0.99, 200, 0.1)
     assert min(found.certified) > 0.5, "a method that certifies nothing is never wrong"
     assert all(
-        steps >= oracle - 1e-9 for steps, oracle in zip(found.steps, found.oracle, strict=True)
+        steps >= oracle - 1e-9
+        for steps, oracle in zip(found.steps, found.oracle, strict=True)
     )
     # The same draws with the bare share of misses, as one would judge without a guarantee.
     bare = simulate(
-        *population(), limits, demand, prompts, draws=200, num_steps=28, allowed=int(risk * prompts)
+        *population(),
+        limits,
+        demand,
+        prompts,
+        draws=200,
+        num_steps=28,
+        allowed=int(risk * prompts),
     )
     assert bare.false > 60

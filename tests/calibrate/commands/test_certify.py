@@ -55,12 +55,25 @@ def test_certificates_are_shown_and_a_tier_that_is_not_reached_is_exit_code_1(
     assert [str(tier) for tier in calls[0]["tiers"]] == [
         "lossless (PSNR >= 40 dB)", "high (PSNR >= 25 dB)"
     ]  # fmt: skip
-    assert calls[0]["risk"] == 0.1 and calls[0]["policies"] == ["plan", "gate", "fewer-steps"]
+    assert calls[0]["risk"] == 0.1 and calls[0]["policies"] == [
+        "plan",
+        "gate",
+        "fewer-steps",
+    ]
 
 
 def test_tiers_of_ones_own_stand_beside_the_limits_on_the_command_line(run, monkeypatch):
     calls = called(monkeypatch, certifying, Certification((), (), {}, run))
-    options = ["--tier", "preview:psnr=22", "--psnr", "35", "--ssim", "0.95", "--quality", "print"]
+    options = [
+        "--tier",
+        "preview:psnr=22",
+        "--psnr",
+        "35",
+        "--ssim",
+        "0.95",
+        "--quality",
+        "print",
+    ]
     assert invoke("certify", run, *options).exit_code == 0
     assert [str(tier) for tier in calls[0]["tiers"]] == [
         "preview (PSNR >= 22 dB)", "print (PSNR >= 35 dB and SSIM >= 0.95)"
@@ -78,7 +91,9 @@ def test_tiers_of_ones_own_stand_beside_the_limits_on_the_command_line(run, monk
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, said):
     result = invoke("certify", run, *arguments)
-    assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+    )
 
 
 def test_an_entry_cannot_be_certified_because_it_does_not_tell_its_prompts(run):
@@ -92,9 +107,13 @@ def test_an_audit_says_whether_the_promise_holds_and_exits_1_where_it_does_not(
 ):
     found = Audited(certificate(), 4, 20, p, 0.05, False, pd.DataFrame())
     calls = called(monkeypatch, auditing, [found])
-    result = invoke("audit", run, "--tier", "high", "--dtype", "float16", "--num-prompts", "20")
+    result = invoke(
+        "audit", run, "--tier", "high", "--dtype", "float16", "--num-prompts", "20"
+    )
     assert result.exit_code == code and certificate().promise in result.stdout
-    verdict = "no: 4 of 20 prompts missed it" if code else "yes, as far as so few prompts tell"
+    verdict = (
+        "no: 4 of 20 prompts missed it" if code else "yes, as far as so few prompts tell"
+    )
     assert f"holds here: {verdict}" in result.stdout
     assert ("high: broken here" in result.stderr) == bool(code)
     assert calls[0]["tiers"] == ("high",) and calls[0]["dtype"] == "float16"

@@ -51,7 +51,11 @@ def test_start_needs_neither_torch_nor_numpy():
     heavy = "{'torch','numpy','diffusers','pandas'}"
     script = f"import sys; import calibrate.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
     )
     assert done.stdout == "[]\n"
 
@@ -78,7 +82,9 @@ def test_every_command_explains_itself_with_an_example(name):
     command = cli.commands[name]
     assert command.help and "Example:" in command.help, "one sentence and an example"
     options = [p for p in command.params if isinstance(p, click.Option)]
-    undocumented = [p.name for p in options if not p.help and not isinstance(p.type, click.Choice)]
+    undocumented = [
+        p.name for p in options if not p.help and not isinstance(p.type, click.Choice)
+    ]
     assert not undocumented
     assert invoke(name, "--help").exit_code == 0
 
@@ -92,7 +98,10 @@ def test_version_and_unknown_command():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model", "no-such-model"], "tried the embedded models, a folder here, and a hub id"),
+        (
+            ["--model", "no-such-model"],
+            "tried the embedded models, a folder here, and a hub id",
+        ),
         (["--model", "someone/no-such-model"], "Check the name and the connection"),
         (["--steps", "1"], "--steps 1: expected a whole number from 2"),
         (["--steps", "many"], "'many' is not a valid integer"),
@@ -117,7 +126,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command, options, said, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("", "no prompt in it"), ('{"prompt": "a"}\n{', "p.jsonl:2: not JSON")]
+    ("content", "said"),
+    [("", "no prompt in it"), ('{"prompt": "a"}\n{', "p.jsonl:2: not JSON")],
 )
 def test_broken_prompt_file_is_named_with_its_line(tmp_path, content, said):
     (tmp_path / "p.jsonl").write_text(content)
@@ -160,7 +170,9 @@ def test_error_of_the_operating_system_names_the_file(recording):
         raise OSError(28, "No space left on device", "/data/entry.yaml")
 
     recording(fail)
-    assert refused("record").startswith("Error: /data/entry.yaml: No space left on device; check")
+    assert refused("record").startswith(
+        "Error: /data/entry.yaml: No space left on device; check"
+    )
 
 
 def test_failed_prompts_end_with_exit_code_3_and_are_named(recording, tmp_path):
@@ -204,7 +216,9 @@ def test_whole_job_on_the_embedded_model(tmp_path):
         manifest["command"]
         == "calibrate record --model tiny-longcat-image --num-prompts 2 --steps 4"
     )
-    assert manifest["protocol"]["num_steps"] == 4 and manifest["protocol"]["dtype"] == "bfloat16"
+    assert (
+        manifest["protocol"]["num_steps"] == 4 and manifest["protocol"]["dtype"] == "bfloat16"
+    )
     assert str(tmp_path) not in (run / "run.yaml").read_text()
 
 
@@ -220,7 +234,10 @@ main()
 
 def test_scheduler_that_ends_a_job_is_treated_like_ctrl_c():
     done = subprocess.run(
-        [sys.executable, "-c", SENDS_SIGTERM], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", SENDS_SIGTERM],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 3, done.stderr
     assert "some/folder: interrupted; what is finished is kept" in done.stderr.strip()
@@ -246,12 +263,16 @@ main()
 )
 def test_signal_before_the_words_are_parsed_names_the_folder_too(words, folder, tmp_path):
     words = [word.format(tmp_path) for word in words]
-    script = f"import sys, calibrate.__main__ as m; sys.argv[1:] = {words!r}; m._end(15, None)"
+    script = (
+        f"import sys, calibrate.__main__ as m; sys.argv[1:] = {words!r}; m._end(15, None)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
     )
     where = f"{folder.format(tmp_path)}: " if folder else ""
-    assert done.returncode == 3 and done.stderr.startswith(f"\nError: {where}interrupted; what")
+    assert done.returncode == 3 and done.stderr.startswith(
+        f"\nError: {where}interrupted; what"
+    )
 
 
 @pytest.mark.parametrize("program", ["calibrate", "teacal"])
@@ -259,7 +280,10 @@ def test_program_answers_to_both_names(program):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["scripts"][program] == "teacal:main"
     done = subprocess.run(
-        [sys.executable, "-c", CALLED_AS, program], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", CALLED_AS, program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.startswith(f"Usage: {program} ")
 
@@ -301,7 +325,8 @@ def test_help_names_the_model_and_the_order_of_work():
     for flag in ("-h", "--help"):
         text = invoke(flag).output
         places = [
-            text.index(f"calibrate {word}") for word in ("--model", "plan", "verify", "report")
+            text.index(f"calibrate {word}")
+            for word in ("--model", "plan", "verify", "report")
         ]
         assert places == sorted(places) and "calibrate models" in text
         assert max(map(len, text.splitlines())) <= 100
@@ -345,7 +370,9 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not (tmp_path / "run.yaml").exists():
             assert process.poll() is None
             time.sleep(0.02)
@@ -369,4 +396,6 @@ def test_every_policy_is_listed_with_what_it_is():
     assert listed.exit_code == 0
     lines = listed.stdout.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(POLICIES)
-    assert all(policy.label in line for policy, line in zip(POLICIES.values(), lines, strict=True))
+    assert all(
+        policy.label in line for policy, line in zip(POLICIES.values(), lines, strict=True)
+    )

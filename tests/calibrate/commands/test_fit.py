@@ -25,8 +25,16 @@ def test_tables_warnings_and_the_path_of_the_entry(run):
     result = invoke(run)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "Fit of some-model@v0: modulated_input -> output, 6 prompts (* recommended)"
-    assert [line.split()[0] for line in lines[1:5]] == ["branch", "cond", "uncond", "pooled"]
+    assert (
+        lines[0]
+        == "Fit of some-model@v0: modulated_input -> output, 6 prompts (* recommended)"
+    )
+    assert [line.split()[0] for line in lines[1:5]] == [
+        "branch",
+        "cond",
+        "uncond",
+        "pooled",
+    ]
     assert (
         "Held-out R² by signal and target" in result.stdout
         and "Prompts needed: cond " in result.stdout
@@ -53,10 +61,15 @@ def test_options(run, tmp_path):
                     "--speedup", 1.5, "--score", FLUX)  # fmt: skip
     assert result.exit_code == 0, result.output
     entry = coeffs.load(tmp_path / "entry.yaml")
-    assert (entry.fit().degree, entry.fit().method, entry.target) == (2, "constrained", "residual")
+    assert (entry.fit().degree, entry.fit().method, entry.target) == (
+        2,
+        "constrained",
+        "residual",
+    )
     assert "1.5" in next(line for line in result.stdout.splitlines() if " < " in line)
     assert any(
-        line.startswith("coefficients transformer/cond") for line in result.stdout.splitlines()
+        line.startswith("coefficients transformer/cond")
+        for line in result.stdout.splitlines()
     )
 
 
@@ -83,7 +96,9 @@ def test_the_default_command_passes_what_it_has(run):
     (["nowhere"], CalibrateError), (["--score", "no-such-entry"], CoeffsError), (["--score", "1,nan"], CoeffsError),
     (["--score", "1,2,3,4,5,6,7,8"], CoeffsError), (["--speedup", "40"], CalibrateError),
 ])  # fmt: skip
-def test_expected_errors_are_one_line_and_leave_the_entry_alone(run, tmp_path, arguments, error):
+def test_expected_errors_are_one_line_and_leave_the_entry_alone(
+    run, tmp_path, arguments, error
+):
     out = tmp_path / "entry.yaml"
     result = invoke(*([] if arguments == ["nowhere"] else [run]), *arguments, "--out", out)
     assert isinstance(result.exception, error)
@@ -107,6 +122,8 @@ def test_a_read_only_place_is_one_line(run):
     )
 
 
-@pytest.mark.parametrize("wrong", [["--degree", "7"], ["--degree", "0"], ["--target", "vibes"], []])
+@pytest.mark.parametrize(
+    "wrong", [["--degree", "7"], ["--degree", "0"], ["--target", "vibes"], []]
+)
 def test_wrong_usage(run, wrong):
     assert invoke(*([run, *wrong] if wrong else [])).exit_code == 2

@@ -60,7 +60,11 @@ def test_list_filters_and_prints_a_table():
     assert lines[1].split()[:2] == ["sglang/longcat-image-borrowed@v1", "copied"]
     assert len(calibrate("list", "--status", "copied").stdout.splitlines()) == 1 + 16
     assert (
-        len(calibrate("list", "--engine", "lightx2v", "--status", "published").stdout.splitlines())
+        len(
+            calibrate(
+                "list", "--engine", "lightx2v", "--status", "published"
+            ).stdout.splitlines()
+        )
         == 1 + 8
     )
     assert len(calibrate("list", "--model", "no such model").stdout.splitlines()) == 1
@@ -102,7 +106,9 @@ def test_show_is_readable_and_as_yaml_exact(run_folder):
     ):
         assert expected in text
     assert coeffs.loads(calibrate("show", run_folder, "--yaml").stdout) == sample_entry()
-    assert "copied from alivilab/cogvideox-5b" in calibrate("show", "alivilab/consisid").stdout
+    assert (
+        "copied from alivilab/cogvideox-5b" in calibrate("show", "alivilab/consisid").stdout
+    )
 
 
 def test_diff_shows_numbers_domains_and_curves_side_by_side():
@@ -126,7 +132,9 @@ def test_diff_stays_on_the_common_domain(tmp_path):
     paths = []
     for name, domain in (("a", (0.0, 0.2)), ("b", (0.1, 0.4)), ("c", (0.3, 0.4))):
         fit = {"coefficients_high_to_low": [1.0, 0.0], "domain": domain}
-        entry = sample_entry(experts={"transformer": {"recommended": "p", "branches": {"p": fit}}})
+        entry = sample_entry(
+            experts={"transformer": {"recommended": "p", "branches": {"p": fit}}}
+        )
         paths.append(coeffs.save(entry, tmp_path / f"{name}.yaml"))
     assert (
         "x from 0.1 to 0.2: apart by more than 25% at 0 of 11 points"
@@ -151,7 +159,9 @@ def test_check_names_each_problem_and_exits_with_1(tmp_path, run_folder):
         experts={
             "transformer": {
                 "recommended": "p",
-                "branches": {"p": {"coefficients_high_to_low": [1.0, -0.1], "domain": [0, 1]}},
+                "branches": {
+                    "p": {"coefficients_high_to_low": [1.0, -0.1], "domain": [0, 1]}
+                },
             }
         },
     )
@@ -175,13 +185,16 @@ def test_export_writes_to_stdout_or_a_file(tmp_path):
     wan = ["export", "alivilab/wan2.1-t2v-1.3b", "--to", "sglang"]
     text = calibrate(*wan, "--threshold", "0.08").stdout
     assert (
-        text.startswith("# alivilab/wan2.1-t2v-1.3b@v1 (published)") and "TeaCacheParams(" in text
+        text.startswith("# alivilab/wan2.1-t2v-1.3b@v1 (published)")
+        and "TeaCacheParams(" in text
     )
     calibrate(*wan, "--threshold", "0.08", "--out", tmp_path / "x.py")
     assert (tmp_path / "x.py").read_text() == text
     result = calibrate(*wan, code=2)
     assert "choose with --threshold" in result.stderr and result.stdout == ""
-    mask = calibrate("export", "mochi-1", "--to", "cache-dit-mask", "--schedule", "CCS").stdout
+    mask = calibrate(
+        "export", "mochi-1", "--to", "cache-dit-mask", "--schedule", "CCS"
+    ).stdout
     assert "steps_computation_mask: [1, 1, 0]" in mask
 
 
@@ -233,7 +246,8 @@ def test_import_reads_a_form_from_a_file_or_stdin(tmp_path):
         "vllm-omni/longcat-image"
     )
     assert (
-        "give --model" in calibrate("import", "-", "--from", "vllm-omni", given=form, code=2).stderr
+        "give --model"
+        in calibrate("import", "-", "--from", "vllm-omni", given=form, code=2).stderr
     )
 
 
@@ -243,7 +257,9 @@ def test_publish_releases_the_next_version(tmp_path, run_folder):
     assert first.rstrip().endswith("v1.yaml")
     assert (
         "already says exactly this"
-        in calibrate("publish", run_folder, "--registry", tmp_path / "registry", code=1).stderr
+        in calibrate(
+            "publish", run_folder, "--registry", tmp_path / "registry", code=1
+        ).stderr
     )
     calibrate("publish", run_folder)
     assert (tmp_path / "data" / "teacal" / "registry" / "longcat-image" / "v1.yaml").exists()
@@ -252,7 +268,9 @@ def test_publish_releases_the_next_version(tmp_path, run_folder):
 
 def test_publish_refuses_an_unfit_draft_and_publishes_nothing(tmp_path):
     coeffs.save(sample_entry(thresholds=()), tmp_path / "run" / "entry.yaml")
-    result = calibrate("publish", tmp_path / "run", "--registry", tmp_path / "registry", code=1)
+    result = calibrate(
+        "publish", tmp_path / "run", "--registry", tmp_path / "registry", code=1
+    )
     assert "error: no thresholds" in result.stderr and "not fit for release" in result.stderr
     assert not (tmp_path / "registry").exists()
 
@@ -278,7 +296,12 @@ def test_tables_fit_the_terminal_or_100_columns(width, monkeypatch, tmp_path):
 def test_show_has_every_measure_of_a_threshold(tmp_path):
     measured = {"psnr_db": 31.5, "snr_db": 12.5, "ssim": 0.875, "lpips": 0.0625}
     measured |= {"worst_psnr_db": 21.5, "latent_rel_l2": 0.125, "speedup": 1.75}
-    row = {"threshold": 0.2, "kind": "verified", "computed_steps": 14.5, "num_steps": 28} | measured
+    row = {
+        "threshold": 0.2,
+        "kind": "verified",
+        "computed_steps": 14.5,
+        "num_steps": 28,
+    } | measured
     path = coeffs.save(sample_entry(thresholds=[row]), tmp_path / "entry.yaml")
     lines = calibrate("show", path).stdout.splitlines()
     shown = next(line for line in lines if "verified" in line).split()
@@ -321,7 +344,8 @@ def test_an_entry_of_no_worth_is_released_only_by_force(entry, reason, tmp_path)
     assert not (tmp_path / "registry").exists()
     assert reason in calibrate("check", tmp_path / "run", code=1).stdout
     assert (
-        "fit for release" in calibrate("publish", tmp_path / "run", "--force", "--dry-run").stdout
+        "fit for release"
+        in calibrate("publish", tmp_path / "run", "--force", "--dry-run").stdout
     )
     forced = calibrate("publish", tmp_path / "run", "--force", *registry)
     assert reason in forced.stderr and "v1.yaml" in forced.stdout
@@ -367,18 +391,25 @@ def test_publish_says_where_its_name_would_not_find_it(tmp_path, monkeypatch, ru
 
 
 def test_the_rounded_threshold_that_show_prints_is_the_entrys(tmp_path):
-    rows = [{"threshold": 0.0270799123, "kind": "verified"}, {"threshold": 0.3, "kind": "replay"}]
+    rows = [
+        {"threshold": 0.0270799123, "kind": "verified"},
+        {"threshold": 0.3, "kind": "replay"},
+    ]
     path = coeffs.save(sample_entry(thresholds=rows), tmp_path / "entry.yaml")
     printed = next(
         line for line in calibrate("show", path).stdout.splitlines() if "verified" in line
     )
     rounded = printed.split()[0]
     assert rounded == "0.02708"
-    text = calibrate("export", path, "--to", "vllm-omni", "--threshold", rounded, "--force").stdout
+    text = calibrate(
+        "export", path, "--to", "vllm-omni", "--threshold", rounded, "--force"
+    ).stdout
     assert "0.0270799123" in text and "not one that the entry reports on" not in text
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is played by /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="a full disk is played by /dev/full"
+)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -390,7 +421,9 @@ def test_the_rounded_threshold_that_show_prints_is_the_entrys(tmp_path):
 def test_a_full_disk_is_one_line_and_exit_2(arguments):
     command = [sys.executable, "-m", "calibrate", *arguments]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     assert done.returncode == 2
     assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(calibrate.__file__).parents[1]
 MOMENTS = int(os.environ.get("SIGNAL_MOMENTS", 0))
-QUICK = ("record", "plan", "verify")  # the suite interrupts those that run for long, once each
+QUICK = (
+    "record",
+    "plan",
+    "verify",
+)  # the suite interrupts those that run for long, once each
 # "RUN" stands for the folder that each command works on.
 COMMANDS = {
     "record": "record --num-prompts 4 --steps 5 --device cpu --out RUN",
@@ -40,14 +44,19 @@ PROGRAM = [sys.executable, "-m", "calibrate"]
 
 
 def arguments_of(command, folder):
-    return [*PROGRAM, *(word.replace("RUN", str(folder)) for word in COMMANDS[command].split())]
+    return [
+        *PROGRAM,
+        *(word.replace("RUN", str(folder)) for word in COMMANDS[command].split()),
+    ]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """A small run with its entry, which every command gets a copy of."""
     folder = tmp_path_factory.mktemp("signals") / "run"
-    subprocess.run(arguments_of("run", folder), cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(
+        arguments_of("run", folder), cwd=REPOSITORY, check=True, capture_output=True
+    )
     return folder
 
 
@@ -81,7 +90,9 @@ def interrupt(command, folder, number, after):
 
 
 @pytest.mark.parametrize("command", COMMANDS if MOMENTS else QUICK)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for the handler")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="asks /proc for the handler"
+)
 def test_every_command_ends_cleanly_at_any_moment(command, recorded, tmp_path):
     folder = tmp_path / "run"
     if command not in ("record", "run"):
@@ -110,5 +121,7 @@ def test_every_command_ends_cleanly_at_any_moment(command, recorded, tmp_path):
         if (folder / "entry.yaml").exists():
             coeffs.load(folder / "entry.yaml")
     print(*outcomes, sep="\n")  # noqa: T201 - shown with -s
-    subprocess.run(arguments_of(command, folder), cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(
+        arguments_of(command, folder), cwd=REPOSITORY, check=True, capture_output=True
+    )
     assert pairs_of(folder) == pairs_of(undisturbed)

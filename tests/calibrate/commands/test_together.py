@@ -55,7 +55,9 @@ def calls(monkeypatch):
 def holder(run):
     """Another process that verifies the run."""
     command = [sys.executable, "-c", HOLDER, str(run)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         yield other
         other.kill()
@@ -66,7 +68,10 @@ def test_second_command_on_a_run_is_refused_and_names_the_first(command, run, ho
     """Bug: two verifications in one folder did everything twice and spoiled each other's timings."""
     result = CliRunner().invoke(cli, [command, str(run), *COMMANDS[command]])
     assert result.exit_code == 2
-    assert f"process {holder.pid} on" in result.stderr and "is verifying this run" in result.stderr
+    assert (
+        f"process {holder.pid} on" in result.stderr
+        and "is verifying this run" in result.stderr
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -79,7 +84,9 @@ def test_functions_hold_the_run_like_the_commands(name, run, holder):
 
 def test_run_without_an_entry_says_what_makes_one_in_python_too(tmp_path):
     run = make_run(tmp_path / "run", make_frame(prompts=2))
-    with pytest.raises(InvalidOption, match=r"in Python coeffs\.save\(calibrate\.fit\(") as caught:
+    with pytest.raises(
+        InvalidOption, match=r"in Python coeffs\.save\(calibrate\.fit\("
+    ) as caught:
         calibrate.verify(run)
     assert "\n" not in str(caught.value)
 
@@ -88,7 +95,9 @@ def test_planning_is_left_to_rank_0_and_the_others_say_so(run, calls, monkeypatc
     monkeypatch.setenv("RANK", "1")
     result = CliRunner().invoke(cli, ["plan", str(run), *COMMANDS["plan"]])
     assert (result.exit_code, calls, result.stdout) == (0, [], "")
-    assert result.stderr == "rank 1: `calibrate plan` works in one process; rank 0 does it all\n"
+    assert (
+        result.stderr == "rank 1: `calibrate plan` works in one process; rank 0 does it all\n"
+    )
 
 
 def test_rank_1_of_a_verification_does_its_share_and_leaves_the_end_to_rank_0(
@@ -98,7 +107,9 @@ def test_rank_1_of_a_verification_does_its_share_and_leaves_the_end_to_rank_0(
     monkeypatch.setenv("RANK", "1")
     result = CliRunner().invoke(cli, ["verify", str(run)])
     assert (result.exit_code, calls, result.stdout) == (0, ["verify"], "")
-    assert result.stderr.endswith("rank 1: its share of the prompts is done; rank 0 concludes\n")
+    assert result.stderr.endswith(
+        "rank 1: its share of the prompts is done; rank 0 concludes\n"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

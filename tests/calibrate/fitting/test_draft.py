@@ -44,7 +44,11 @@ def entry(run):
 def test_the_entry_says_everything_and_survives_its_file(entry, run):
     assert coeffs.loads(coeffs.dump(entry)) == entry
     assert (entry.model, entry.version, entry.status) == ("some-model", 0, "measured")
-    assert (entry.signal, entry.target, entry.sign_rule) == ("modulated_input", "output", "clamp")
+    assert (entry.signal, entry.target, entry.sign_rule) == (
+        "modulated_input",
+        "output",
+        "clamp",
+    )
     assert (
         entry.transformer_class == "SomeTransformer2DModel"
         and entry.checkpoint.repository == "some/model"
@@ -76,7 +80,9 @@ def test_polyfit_over_the_files_gives_the_entry(entry, run):
         own = rows if branch == "pooled" else rows[rows["branch"] == branch]
         plain = next(one for one in (fit, *fit.alternatives) if one.method == "polyfit")
         np.testing.assert_allclose(
-            plain.coefficients_high_to_low, np.polyfit(own["x"], own["y_output"], 4), rtol=1e-9
+            plain.coefficients_high_to_low,
+            np.polyfit(own["x"], own["y_output"], 4),
+            rtol=1e-9,
         )
 
 
@@ -128,13 +134,16 @@ def test_one_slot_gets_the_pooled_fit_only_where_pooling_is_cheap():
     entry = draft_entry(load_run(make_frame(prompts=8, noise=0.003)))
     assert entry.experts["transformer"].recommended == "cond"
     assert any(
-        "one polynomial for all branches costs held-out RMSE" in text for text in entry.warnings
+        "one polynomial for all branches costs held-out RMSE" in text
+        for text in entry.warnings
     )
 
 
 def shaped(shape, **arguments):
     frame, random = make_frame(branches=("cond",), **arguments), np.random.default_rng(0)
-    return load_run(frame.assign(y_output=shape(frame["x"]) + random.normal(0, 0.002, len(frame))))
+    return load_run(
+        frame.assign(y_output=shape(frame["x"]) + random.normal(0, 0.002, len(frame)))
+    )
 
 
 def test_the_recommendation_follows_the_shape_and_the_held_out_error():
@@ -145,7 +154,8 @@ def test_the_recommendation_follows_the_shape_and_the_held_out_error():
     assert falling.results[1].method == "constrained"
     (negative,) = fit_branches(shaped(lambda x: 4 * (x - 0.15) ** 2 - 0.01))
     assert (
-        negative.chosen.method == "constrained" and "negative on part of its domain" in negative.why
+        negative.chosen.method == "constrained"
+        and "negative on part of its domain" in negative.why
     )
     (forced,) = fit_branches(shaped(lambda x: 4 * (x - 0.15) ** 2 - 0.01), method="polyfit")
     assert forced.chosen.method == "polyfit" and forced.why == "chosen by hand"
@@ -175,7 +185,9 @@ def test_every_doubt_is_a_warning():
     )
     assert "x adds nothing measurable beyond the schedule" in warned(trend)
     assert "the mean of each step predicts better than this polynomial" in warned(trend)
-    assert "x is the same for all prompts at each step" in warned(frame, signal="time_embedding")
+    assert "x is the same for all prompts at each step" in warned(
+        frame, signal="time_embedding"
+    )
     informative = make_frame(prompts=16, branches=("cond",), noise=0.002)
     assert (
         warned(informative, degree=3)
@@ -203,7 +215,9 @@ def test_the_embedded_model_and_an_unfinished_run_are_named(run):
     more = [*run.manifest["prompts"], {"prompt_id": "late", "seed": 0}]
     manifest = run.manifest | {"model": "tiny-longcat-image", "prompts": more}
     text = " | ".join(draft_entry(dataclasses.replace(run, manifest=manifest)).warnings)
-    assert "measured on the embedded tiny model" in text and "12 of 13 prompts recorded" in text
+    assert (
+        "measured on the embedded tiny model" in text and "12 of 13 prompts recorded" in text
+    )
 
 
 def test_what_the_log_lacks_is_refused():
@@ -242,7 +256,9 @@ def test_a_stranger_by_hand(run):
     assert found["r2"] == pytest.approx(
         1 - np.sum((predicted - y) ** 2) / np.sum((y - y.mean()) ** 2)
     )
-    assert found["below_domain"] == np.mean(x < 0.1) and found["above_domain"] == np.mean(x > 0.15)
+    assert found["below_domain"] == np.mean(x < 0.1) and found["above_domain"] == np.mean(
+        x > 0.15
+    )
     assert found["negative"] == np.mean(x < 0.2)
 
 
@@ -264,7 +280,10 @@ def test_entries_are_scored_on_what_they_were_made_for(entry, run):
     table = score([entry, foreign, [498.65, -283.78, 55.86, -3.82, 0.264]], run)
     assert len(table) == 6 and table["pairs"].eq(12 * 29).all()
     own, other, bare = (table.iloc[row] for row in (0, 2, 4))
-    assert own["r2"] == pytest.approx(entry.fit(branch="cond").figures["r2"]) and own["note"] == ""
+    assert (
+        own["r2"] == pytest.approx(entry.fit(branch="cond").figures["r2"])
+        and own["note"] == ""
+    )
     assert (
         other["signal"] == "time_embedding"
         and "made for Other" in other["note"]

@@ -47,7 +47,9 @@ def test_figures_by_hand():
 
 
 def test_a_prompt_is_never_split_over_folds():
-    pairs = pairs_of(make_frame(prompts=23, seeds=2, experts=("transformer", "transformer_2")))
+    pairs = pairs_of(
+        make_frame(prompts=23, seeds=2, experts=("transformer", "transformer_2"))
+    )
     folds = prompt_folds(pairs["prompt_id"].to_numpy())
     assert set(folds) == set(range(10))
     assert pairs.assign(fold=folds).groupby("prompt_id")["fold"].nunique().max() == 1
@@ -137,7 +139,9 @@ def test_x_that_knows_more_than_the_schedule_is_seen():
 def test_within_step_correlation_by_the_long_way_with_a_pair_missing():
     pairs = pairs_of(make_frame(prompts=5, seeds=2), branch="cond").drop(index=[3, 40])
     a, b = (
-        pairs.groupby("step")[column].transform(lambda values: values.rank() - values.rank().mean())
+        pairs.groupby("step")[column].transform(
+            lambda values: values.rank() - values.rank().mean()
+        )
         for column in "xy"
     )
     value, low, high = spearman_within_step(pairs)

@@ -132,7 +132,9 @@ def test_refits_are_those_of_the_drawn_prompts():
                 t = scale_to_unit(drawn["x"].to_numpy(), result.domain)
                 q, r = np.linalg.qr(np.vander(t, 4, increasing=True))
                 again = np.polyval(shaped_solution(r, q.T @ drawn["y"])[::-1], t)
-            np.testing.assert_allclose(np.polyval(found, drawn["x"]), again, rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(
+                np.polyval(found, drawn["x"]), again, rtol=1e-6, atol=1e-9
+            )
 
 
 def test_no_interval_from_fewer_than_three_prompts():

@@ -113,7 +113,9 @@ def test_polyfit_over_the_files_gives_the_coefficients(tmp_path):
         pairs = load_run(run).pairs(branch=branch)
         result = fit_polynomial(pairs["x"].to_numpy(), pairs["y"].to_numpy(), 4)
         np.testing.assert_allclose(
-            result.coefficients_high_to_low, np.polyfit(own["x"], own["y_output"], 4), rtol=1e-9
+            result.coefficients_high_to_low,
+            np.polyfit(own["x"], own["y_output"], 4),
+            rtol=1e-9,
         )
 
 
@@ -145,10 +147,14 @@ def test_the_example_run_gives_the_recorded_fits(
 def test_recovers_a_known_polynomial():
     x = np.linspace(0.02, 0.3, 400)
     np.testing.assert_allclose(
-        fit_polynomial(x, np.polyval(TRUTH, x), 3).coefficients_high_to_low, TRUTH, rtol=1e-9
+        fit_polynomial(x, np.polyval(TRUTH, x), 3).coefficients_high_to_low,
+        TRUTH,
+        rtol=1e-9,
     )
     np.testing.assert_allclose(
-        fit_constrained(x, np.polyval(TRUTH, x), 3).coefficients_high_to_low, TRUTH, rtol=1e-9
+        fit_constrained(x, np.polyval(TRUTH, x), 3).coefficients_high_to_low,
+        TRUTH,
+        rtol=1e-9,
     )
     noise = np.random.default_rng(0).normal(0, 1e-3, 400)
     curve = fit_polynomial(x, np.polyval(TRUTH, x) + noise, 3)(x)
@@ -193,7 +199,8 @@ def test_the_constrained_fit_is_polyfit_where_that_has_the_shape(cloud):
     values = plain(np.linspace(*plain.domain, 5000))
     if values.min() > 1e-6 and np.diff(values).min() > 1e-9:
         assert (
-            fit_constrained(x, y, degree).coefficients_high_to_low == plain.coefficients_high_to_low
+            fit_constrained(x, y, degree).coefficients_high_to_low
+            == plain.coefficients_high_to_low
         )
 
 
@@ -230,15 +237,19 @@ def test_constant_and_nearly_constant_x_lower_the_degree_and_say_so(fitter):
     assert constant.warnings[0] == "x is constant (0.1 to 0.1): degree 0 instead of 4"
     assert constant.polynomial().predict(0.1) == pytest.approx(3.5)
     two = fitter(np.repeat([0.1, 0.2], 4), y, 4)
-    assert "x is known at too few places (2)" in two.warnings[0] and two.coefficients_high_to_low[
-        :3
-    ] == (0, 0, 0)
+    assert "x is known at too few places (2)" in two.warnings[
+        0
+    ] and two.coefficients_high_to_low[:3] == (0, 0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         narrow = fitter(0.05 + 1e-5 * np.linspace(0, 1, 50), np.linspace(0.1, 0.2, 50), 4)
-    assert narrow.warnings[0] == "x is nearly constant (0.05 to 0.05001): degree 1 instead of 4"
+    assert (
+        narrow.warnings[0] == "x is nearly constant (0.05 to 0.05001): degree 1 instead of 4"
+    )
     np.testing.assert_allclose(narrow(np.array(narrow.domain)), [0.1, 0.2], rtol=1e-4)
-    assert fitter(np.zeros(5), np.full(5, 0.2), 2).polynomial().predict(0.0) == pytest.approx(0.2)
+    assert fitter(np.zeros(5), np.full(5, 0.2), 2).polynomial().predict(0.0) == pytest.approx(
+        0.2
+    )
 
 
 def test_doubtful_coefficients_are_named():

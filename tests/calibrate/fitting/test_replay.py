@@ -27,7 +27,9 @@ CURVE = Polynomial((2.0, 0.5, 0.01), (0.03, 0.2))
 
 def curves(run, polynomial=CURVE):
     return {
-        (expert, branch): polynomial for expert in run.experts for branch in run.branches(expert)
+        (expert, branch): polynomial
+        for expert in run.experts
+        for branch in run.branches(expert)
     }
 
 
@@ -68,7 +70,9 @@ def gated(run, polynomial, config):
     for x, num_steps in zip(search.x, search.num_steps, strict=True):
         gate, pattern = Gate(polynomial, config), ""
         for step, change in enumerate(x[:num_steps].tolist()):
-            decision = gate.step(change if step else None, step=step, num_steps=int(num_steps))
+            decision = gate.step(
+                change if step else None, step=step, num_steps=int(num_steps)
+            )
             pattern += "S" if decision.skip else "C"
         patterns.append(pattern)
     return patterns
@@ -93,7 +97,9 @@ def test_replay_gate_and_restatement_agree(run, threshold, start, end, max_skips
         assert pattern == restated(x[:num_steps], threshold, CURVE, *window, max_skips)
     wavy = Polynomial((30.0, -8.0, 0.3), (0.0, 0.2), sign_rule)
     for polynomial in (CURVE, wavy):
-        decisions = replay(run, curves(run, polynomial), [threshold], config, branches="apart")
+        decisions = replay(
+            run, curves(run, polynomial), [threshold], config, branches="apart"
+        )
         expected = gated(run, polynomial, replace(config, threshold=threshold))
         assert decisions["pattern"].tolist() == expected
         assert decisions["computed"].tolist() == [pattern.count("C") for pattern in expected]
@@ -170,7 +176,9 @@ def test_the_grid_covers_the_range_of_computed_steps():
     shares = search.summary(grid).eval("computed_steps / num_steps").to_numpy()
     assert grid[0] == 0 and shares[0] == 1 and shares[-1] <= 0.22 and len(grid) >= 10
     assert (np.diff(shares) < 0).all() and np.abs(np.diff(shares)).max() < 0.15
-    assert search.generation_means(search.computed(np.array(grid))) == pytest.approx(shares * 50)
+    assert search.generation_means(search.computed(np.array(grid))) == pytest.approx(
+        shares * 50
+    )
 
 
 def test_the_threshold_for_a_speedup_gives_it(tmp_path):

@@ -9,7 +9,9 @@ from calibrate.fitting import statistics
 def test_intervals_cover_the_true_mean_as_often_as_they_say():
     covered = []
     for seed in range(400):
-        _, low, high = statistics.mean_interval(np.random.default_rng(seed).normal(0.7, 1.0, 10))
+        _, low, high = statistics.mean_interval(
+            np.random.default_rng(seed).normal(0.7, 1.0, 10)
+        )
         covered.append(low <= 0.7 <= high)
     assert 0.92 <= np.mean(covered) <= 0.98
 
@@ -40,7 +42,8 @@ def test_equivalence_is_shown_by_enough_prompts_and_not_by_ignorance():
     assert statistics.p_not_equivalent(close) < 0.01 < 0.3 < statistics.p_not_equivalent(wide)
     assert statistics.p_not_equivalent(close + 2) > 0.9
     assert (
-        statistics.p_not_equivalent([0.4] * 8) == 0 and statistics.p_not_equivalent([1.4] * 8) == 1
+        statistics.p_not_equivalent([0.4] * 8) == 0
+        and statistics.p_not_equivalent([1.4] * 8) == 1
     )
 
 

@@ -60,7 +60,9 @@ def test_default_that_the_pipeline_does_not_take_is_left_out_and_an_option_refus
 def test_guidance_goes_to_the_argument_that_has_an_effect():
     """Qwen-Image ignores guidance_scale, which is there for distilled models only."""
     call = prepare_call(edit_call, None, guidance_scale=3.0)
-    assert call.arguments == {"true_cfg_scale": 3.0} and call.protocol["guidance_scale"] == 3.0
+    assert (
+        call.arguments == {"true_cfg_scale": 3.0} and call.protocol["guidance_scale"] == 3.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,10 @@ def test_guidance_goes_to_the_argument_that_has_an_effect():
     [
         ({"pipe_args": {"rewrit": True}}, "did you mean rewrite"),
         ({"pipe_args": {"prompt": "x"}}, "use --prompts"),
-        ({"pipe_args": {"height": 3}, "height": 4}, "--height and --pipe-arg height set the same"),
+        (
+            {"pipe_args": {"height": 3}, "height": 4},
+            "--height and --pipe-arg height set the same",
+        ),
         ({"steps": 1}, "a pair needs two steps"),
         ({"pipe_args": {"num_inference_steps": 2.5}}, "a pair needs two steps"),
     ],
@@ -83,7 +88,9 @@ def test_prompts_have_to_fit_the_pipeline(tmp_path):
     path.write_text('{"prompt": "a", "negative_prompt": "b"}')
     with pytest.raises(InvalidOption, match="the pipeline takes no negative_prompt"):
         prepare_call(image_call, SPEC).refuse_unfit(load_prompts(path).prompts)
-    with pytest.raises(InvalidOption, match="has no image, which the pipeline needs; give --image"):
+    with pytest.raises(
+        InvalidOption, match="has no image, which the pipeline needs; give --image"
+    ):
         prepare_call(edit_call, None).refuse_unfit(load_prompts(["a"]).prompts)
 
 

@@ -41,14 +41,18 @@ def folder(tmp_path):
     path = tmp_path / "My Model"
     write_index(path, INDEX)
     (path / "transformer").mkdir()
-    save_file({"w": torch.zeros(2)}, path / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {"w": torch.zeros(2)}, path / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     (path / "transformer" / "config.json").write_text("{}")
     return path
 
 
 def write_index(path, index):
     path.mkdir(exist_ok=True)
-    (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    (path / "model_index.json").write_text(
+        index if isinstance(index, str) else json.dumps(index)
+    )
 
 
 def test_embedded_model_is_found_by_name_and_loads():
@@ -76,12 +80,15 @@ def test_folder_is_found_and_named_without_its_path(folder):
 
 def test_other_weights_have_another_hash(folder):
     before = weights_sha256(folder)
-    save_file({"w": torch.ones(2)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {"w": torch.ones(2)}, folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     assert weights_sha256(folder) != before
 
 
 @pytest.mark.parametrize(
-    "name", ["no-such-model", "./nowhere", "a/b/c", "../x", "meituan-longcat/", "-x/y", "a b/c"]
+    "name",
+    ["no-such-model", "./nowhere", "a/b/c", "../x", "meituan-longcat/", "-x/y", "a b/c"],
 )
 def test_unknown_name_says_what_was_tried_and_what_there_is(name):
     with pytest.raises(
@@ -107,7 +114,11 @@ def test_unreachable_hub_is_one_line_with_the_next_step(name):
         (None, InvalidCheckpoint, "no model_index.json in it"),
         ("{", InvalidCheckpoint, "cannot be read"),
         ("[]", InvalidCheckpoint, "list found"),
-        ({**INDEX, "_class_name": ["pipeline", "Evil"]}, UnsafeCheckpoint, "from a Python file"),
+        (
+            {**INDEX, "_class_name": ["pipeline", "Evil"]},
+            UnsafeCheckpoint,
+            "from a Python file",
+        ),
         ({}, UnsafeCheckpoint, "from a Python file"),
         (
             {**INDEX, "transformer": ["evil", "Evil"]},
@@ -133,7 +144,9 @@ def test_folder_that_is_no_safe_checkpoint_is_refused(folder, index, error, said
 
 
 def test_code_beside_a_component_is_refused_and_not_run(folder):
-    (folder / "transformer" / "diffusers.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    (folder / "transformer" / "diffusers.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')"
+    )
     with pytest.raises(UnsafeCheckpoint, match="never run"):
         find_checkpoint(folder)
     assert not (folder / "ran").exists()
@@ -176,9 +189,12 @@ def test_incomplete_folder_is_one_line(folder):
 def test_components_that_were_saved_as_none_are_left_out(tmp_path):
     """Bug: Stable Diffusion 3 saved without its T5 is a whole checkpoint, but diffusers asks for the T5."""
     tiny_pipelines.sd3().pipe.save_pretrained(tmp_path / "sd3")
-    pipe = load_pipeline(find_checkpoint(str(tmp_path / "sd3")), dtype="float32", device="cpu")
+    pipe = load_pipeline(
+        find_checkpoint(str(tmp_path / "sd3")), dtype="float32", device="cpu"
+    )
     assert (
-        pipe.text_encoder_3 is None and type(pipe.transformer).__name__ == "SD3Transformer2DModel"
+        pipe.text_encoder_3 is None
+        and type(pipe.transformer).__name__ == "SD3Transformer2DModel"
     )
 
 
@@ -217,7 +233,8 @@ def test_every_rank_takes_its_own_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "slug"), [("My Model!", "my-model"), ("../..", "model"), ("FLUX.1-dev", "flux.1-dev")]
+    ("name", "slug"),
+    [("My Model!", "my-model"), ("../..", "model"), ("FLUX.1-dev", "flux.1-dev")],
 )
 def test_slug_is_a_safe_folder_name(name, slug):
     assert slug_of(name) == slug
@@ -268,7 +285,11 @@ def test_snapshot_of_the_hub_is_the_repository_itself(tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "configs"),
-    [("my-finetune", {}), ("FLUX.1-schnell", {}), ("x", {"transformer": {"num_layers": 30}})],
+    [
+        ("my-finetune", {}),
+        ("FLUX.1-schnell", {}),
+        ("x", {"transformer": {"num_layers": 30}}),
+    ],
 )
 def test_folder_of_another_model_is_not_taken_for_a_known_one(tmp_path, folder, configs):
     """A name counts only with its class, and a configuration only where all of it agrees."""
@@ -289,12 +310,17 @@ def calibrated_entry(checkpoint):
     weights = coeffs.Checkpoint(**checkpoint.as_dict())
     protocol = coeffs.Protocol(num_steps=9, guidance_scale=0.0, height=64)
     return coeffs_samples.sample_entry(
-        model="my-model", pipeline_class="WanPipeline", checkpoint=weights, protocol=protocol
+        model="my-model",
+        pipeline_class="WanPipeline",
+        checkpoint=weights,
+        protocol=protocol,
     )
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["published", "recorded here"])
-def test_folder_that_was_recorded_once_is_known_under_any_path(tmp_path, monkeypatch, published):
+def test_folder_that_was_recorded_once_is_known_under_any_path(
+    tmp_path, monkeypatch, published
+):
     """Bug: under another name it lost the steps and the guidance that it needs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEACAL_REGISTRY", str(tmp_path / "registry"))
@@ -311,7 +337,11 @@ def test_folder_that_was_recorded_once_is_known_under_any_path(tmp_path, monkeyp
     moved = find_checkpoint(path.rename(tmp_path / "elsewhere"))
     assert (moved.slug, moved.repository) == (first.slug, first.repository)
     assert "by the hash of its weights" in moved.recognised
-    assert (moved.spec.num_steps, moved.spec.guidance_scale, moved.spec.height) == (9, 0.0, 64)
+    assert (moved.spec.num_steps, moved.spec.guidance_scale, moved.spec.height) == (
+        9,
+        0.0,
+        64,
+    )
     save_file({"w": torch.ones(2)}, moved.folder / "transformer" / "model.safetensors")
     assert find_checkpoint(moved.folder).recognised == ""
 

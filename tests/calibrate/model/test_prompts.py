@@ -59,7 +59,13 @@ def test_same_content_has_the_same_id_wherever_it_stands():
     """Otherwise a held-out split has one prompt on both sides, and runs recorded apart clash."""
     first, second = load_prompts(["a", "b", "a"]), load_prompts(["b", "a"])
     ids = [p.prompt_id for p in first.prompts]
-    assert ids[0] == ids[2] == second.prompts[1].prompt_id != ids[1] == second.prompts[0].prompt_id
+    assert (
+        ids[0]
+        == ids[2]
+        == second.prompts[1].prompt_id
+        != ids[1]
+        == second.prompts[0].prompt_id
+    )
 
 
 def test_id_depends_on_everything_but_the_seed(tmp_path, image):
@@ -99,14 +105,22 @@ def test_images_go_round_the_prompts(tmp_path):
         ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: no text under 'prompt'"),
         ("p.jsonl", b'{"prompt": "a", "seed": -1}\n', "p.jsonl:1: the seed is -1"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}\n', "p.jsonl:1: the seed is True"),
-        ("p.jsonl", b'{"prompt": "a", "seed": 18446744073709551616}\n', "p.jsonl:1: the seed is"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "seed": 18446744073709551616}\n',
+            "p.jsonl:1: the seed is",
+        ),
         (
             "p.jsonl",
             b'{"prompt": "a", "negative_prompt": 1}\n',
             "p.jsonl:1: 'negative_prompt' is 1",
         ),
         ("p.jsonl", b'{"prompt": "a", "image": 1}\n', "p.jsonl:1: 'image' is 1"),
-        ("p.jsonl", b'{"prompt": "a", "image": "no.png"}\n', "p.jsonl:1: .*no.png: No such file"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "image": "no.png"}\n',
+            "p.jsonl:1: .*no.png: No such file",
+        ),
         ("p.jsonl", b'{"prompt": "a", "image": "p.jsonl"}\n', "p.jsonl:1: .*not an image"),
         (
             "p.jsonl",

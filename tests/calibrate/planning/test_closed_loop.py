@@ -81,7 +81,9 @@ class LinePipeline:
         )
         for time in self.scheduler.timesteps:
             prediction = self.transformer(latents, time)
-            latents = self.scheduler.step(prediction, time, latents, return_dict=False, **own)[0]
+            latents = self.scheduler.step(
+                prediction, time, latents, return_dict=False, **own
+            )[0]
         return SimpleNamespace(latents=latents)
 
 
@@ -99,7 +101,9 @@ def trajectories(pipeline, seeds, **options):
 
 
 def fitted(pipeline, seeds, schedule, steps=10, **options):
-    teachers = [torch.from_numpy(t.latents) for t in trajectories(pipeline, seeds, steps=steps)]
+    teachers = [
+        torch.from_numpy(t.latents) for t in trajectories(pipeline, seeds, steps=steps)
+    ]
     with running(pipeline, seeds, steps=steps) as side_by_side:
         return fit(side_by_side, teachers, schedule, **options)
 
@@ -168,7 +172,9 @@ def test_reused_outputs_are_a_coarser_solver(name):
     scheduler = SCHEDULERS[name]
     pipeline = LinePipeline(scheduler)
     cached = replayed(pipeline, 5, "CS" * 5, {})
-    latents = torch.randn(1, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    latents = torch.randn(
+        1, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     scheduler.set_timesteps(10)
     if name == "euler":
         sigmas = scheduler.sigmas.double()
@@ -180,10 +186,14 @@ def test_reused_outputs_are_a_coarser_solver(name):
         for step in range(0, 10, 2):
             noise = pipeline.transformer(latents, None)
             now = alphas[times[step]]
-            after = alphas[times[step + 2]] if step + 2 < 10 else scheduler.final_alpha_cumprod
+            after = (
+                alphas[times[step + 2]] if step + 2 < 10 else scheduler.final_alpha_cumprod
+            )
             clean = (latents - (1 - now).sqrt() * noise) / now.sqrt()
             latents = after.sqrt() * clean + (1 - after).sqrt() * noise
-    np.testing.assert_allclose(cached.detach(), latents.detach().float(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        cached.detach(), latents.detach().float(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_regression_is_the_dense_least_squares():
@@ -214,7 +224,9 @@ def test_a_span_is_fitted_as_by_hand(name):
                 start = generation.waiting
                 plain = start.advanced([first, first * 0, first * 0], start.latents)
                 for _ in range(3):
-                    generation.resume(None if generation.waiting.index == 0 else weight * first)
+                    generation.resume(
+                        None if generation.waiting.index == 0 else weight * first
+                    )
                 reached = generation.waiting.latents.float()
             goal = torch.from_numpy(teacher.latents[3])
             total += float((reached - goal).norm() ** 2 / (goal - plain).norm() ** 2)
@@ -336,16 +348,24 @@ def test_two_experts_share_no_predictions():
     modules = {"transformer": pipeline.transformer, "transformer_2": pipeline.transformer_2}
 
     def call(own):
-        return own("a thing", num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+        return own(
+            "a thing", num_inference_steps=10, generator=torch.Generator().manual_seed(0)
+        )
 
     with generations(pipeline, modules, [call]) as (generation,):
         trajectory = record_trajectory(generation)
     wall = trajectory.walls[1]
-    assert trajectory.experts[wall - 1 : wall + 1].tolist() == ["transformer", "transformer_2"]
+    assert trajectory.experts[wall - 1 : wall + 1].tolist() == [
+        "transformer",
+        "transformer_2",
+    ]
     schedule = "".join("C" if step in (0, 2, wall, wall + 1) else "S" for step in range(10))
     with generations(pipeline, modules, [call]) as side_by_side:
         own = fit(
-            side_by_side, [torch.from_numpy(trajectory.latents)], schedule, walls=trajectory.walls
+            side_by_side,
+            [torch.from_numpy(trajectory.latents)],
+            schedule,
+            walls=trajectory.walls,
         )
     assert [len(own.rows[step]) for step in (1, wall - 1, wall + 2)] == [1, 2, 2]
 
@@ -365,7 +385,9 @@ def test_the_runtime_makes_what_the_fit_saw():
         rows = fit(side_by_side, [teacher], schedule).rows
         seen = side_by_side[0].output
     weights = tuple(rows[step] for step in sorted(rows))
-    plan = coeffs.Plan(schedule=schedule, forecast="fitted", forecast_of="guided", weights=weights)
+    plan = coeffs.Plan(
+        schedule=schedule, forecast="fitted", forecast_of="guided", weights=weights
+    )
     with apply_tea_cache(pipeline, schedule=plan):
         np.testing.assert_allclose(call(pipeline), seen, atol=1e-6)
 
@@ -396,9 +418,15 @@ def test_an_exported_plan_is_a_solver_of_its_own(name, forecast):
             levels = [sigmas[anchor] for anchor in anchors[:2]]
             rows |= {} if letter == "C" else {step: extrapolation(sigmas[step], levels)}
             anchors = [step, *anchors] if letter == "C" else anchors
-    weights = tuple(tuple(rows[step]) for step in sorted(rows)) if forecast == "fitted" else None
+    weights = (
+        tuple(tuple(rows[step]) for step in sorted(rows)) if forecast == "fitted" else None
+    )
     plan = coeffs.Plan(
-        schedule=schedule, sigmas=sigmas, forecast=forecast, forecast_of="guided", weights=weights
+        schedule=schedule,
+        sigmas=sigmas,
+        forecast=forecast,
+        forecast_of="guided",
+        weights=weights,
     )
     entry = sample_entry(plans=(plan,), protocol={"num_steps": 10})
     form = json.loads(export_entry(entry, "solver"))
@@ -408,7 +436,9 @@ def test_an_exported_plan_is_a_solver_of_its_own(name, forecast):
         scale = 1 if name == "euler" else (1 + level**2) ** -0.5
         return pipeline.transformer(x * scale, None)
 
-    start = torch.randn(1, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    start = torch.randn(
+        1, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     grown = 1 if name == "euler" else (1 + sigmas[0] ** 2) ** 0.5
     with torch.no_grad():
         own = reference()(form, predict, start * grown)

@@ -28,7 +28,12 @@ from calibrate.planning.candidates import (
 )
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.problem import Problem
-from calibrate.planning.results import Planned, fewer_steps_verdict, planned_entry, scores_of
+from calibrate.planning.results import (
+    Planned,
+    fewer_steps_verdict,
+    planned_entry,
+    scores_of,
+)
 from calibrate.recording.record import record
 from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.pairs import load_run
@@ -40,7 +45,13 @@ UNSEEN = ["another thing", "one more", "yet another"]
 
 def recorded(pipeline, path):
     record(
-        pipeline, prompts=TEXTS, steps=10, guidance_scale=2.0, out=path, progress=False, gram=True
+        pipeline,
+        prompts=TEXTS,
+        steps=10,
+        guidance_scale=2.0,
+        out=path,
+        progress=False,
+        gram=True,
     )
     coeffs.save(draft_entry(load_run(path), degree=1), path / "entry.yaml")
     return path
@@ -103,7 +114,9 @@ def test_runs_alone_choose_the_winner():
     winner = planning._winner(entrants, scores)
     assert winner.name == "uniform, fitted guided"
     chosen = Planned(1, entrants, winner, scores=scores).chosen
-    assert chosen == "scores on choosing prompts, dB: uniform, fitted guided 33.2, planned 30.2"
+    assert (
+        chosen == "scores on choosing prompts, dB: uniform, fitted guided 33.2, planned 30.2"
+    )
 
 
 def test_a_third_of_the_prompts_says_what_the_worst_are():
@@ -117,9 +130,17 @@ def test_a_third_of_the_prompts_says_what_the_worst_are():
 def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
     values = (30.0, 34.0, 31.0, 33.0, 20.0)
     names = ("a", "b", "c", "d", "uniform, fitted guided")
-    fitted = [Candidate(name, 1, recorded_db=db) for name, db in zip(names, values, strict=True)]
+    fitted = [
+        Candidate(name, 1, recorded_db=db) for name, db in zip(names, values, strict=True)
+    ]
     names = [candidate.name for candidate in finalists([*fitted, *fewer_steps(1)])]
-    assert names == ["b", "c", "d", "uniform, fitted guided", *(c.name for c in fewer_steps(1))]
+    assert names == [
+        "b",
+        "c",
+        "d",
+        "uniform, fitted guided",
+        *(c.name for c in fewer_steps(1)),
+    ]
 
 
 def test_small_budgets_try_every_kind_of_schedule(folder):
@@ -150,7 +171,9 @@ def test_plans_without_runs_touch_nothing(folder):
 )
 def test_wrong_use_is_one_line(folder, arguments, said):
     result = CliRunner().invoke(cli, ["plan", str(folder), "--no-runs", *arguments])
-    assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+    )
 
 
 @pytest.mark.slow
@@ -171,7 +194,11 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
     found = entry.plans[0]
     assert found.computed_steps == 5 and found.schedule == first[0].plan.schedule
     figures = found.figures
-    rivals = ("uniform_reuse_psnr_db", "uniform_linear_guided_psnr_db", "fewer_steps_psnr_db")
+    rivals = (
+        "uniform_reuse_psnr_db",
+        "uniform_linear_guided_psnr_db",
+        "fewer_steps_psnr_db",
+    )
     assert {"psnr_db", "worst_psnr_db", "floor_psnr_db", "speedup", *rivals} <= set(figures)
     assert found.chosen == first[0].chosen and f"dB: {first[0].winner.name} " in found.chosen
     kept = json.loads((folder / "plan.json").read_text())
@@ -213,7 +240,10 @@ def test_an_unwatchable_solver_is_planned_by_its_outputs(folder, monkeypatch, tm
     options = {"prompts": UNSEEN, "choosing": 1, "num_prompts": 1, "progress": False}
     found = plan(copy, computed=[4], model=TinyPipeline(), say=said.append, **options)
     assert any("without fitted weights" in text for text in said)
-    assert {c.plan.forecast_of for c in found[0].candidates if c.plan} == {"residual", "output"}
+    assert {c.plan.forecast_of for c in found[0].candidates if c.plan} == {
+        "residual",
+        "output",
+    }
 
 
 def test_weights_that_only_the_recorder_knew_are_asked_for(folder):
@@ -241,7 +271,9 @@ def test_fewer_steps_are_advised_where_they_win():
     assert fewer_steps_verdict([won, lost]) == (
         "use fewer steps instead, without a cache, at 3 (25.0 against 20.0 dB) computed steps"
     )
-    assert fewer_steps_verdict([lost]).startswith("a cache is not worth it here: use fewer steps")
+    assert fewer_steps_verdict([lost]).startswith(
+        "a cache is not worth it here: use fewer steps"
+    )
     # A difference that prompts alone could make is none.
     assert fewer_steps_verdict([a_plan(6, psnr_db=30.0, fewer_steps_psnr_db=30.2)]) is None
 
@@ -282,7 +314,9 @@ def test_a_plan_for_two_experts_is_run_and_written_and_applied(experts):
     pipe = TinyExperts()
     with apply_tea_cache(pipe, schedule=found) as cache:
         pipe("a thing", num_inference_steps=10)
-    patterns = {expert: branch.pattern for (expert, _), branch in cache.stats.branches.items()}
+    patterns = {
+        expert: branch.pattern for (expert, _), branch in cache.stats.branches.items()
+    }
     assert patterns["transformer"] + patterns["transformer_2"] == found.schedule
 
 
@@ -306,7 +340,10 @@ def test_plans_of_the_entry_enter_a_verification(folder):
 
     found = settings(dataclasses.replace(entry, plans=plans), [5, 2])
     assert [setting.budget for setting in found] == [5, 2]
-    assert found[0].plan.weights_by_step[2] == (1.2, -0.2) and found[0].plan.forecast_of == "output"
+    assert (
+        found[0].plan.weights_by_step[2] == (1.2, -0.2)
+        and found[0].plan.forecast_of == "output"
+    )
     assert found[1].identity() == {"schedule": "CSSSCSSSSS"}
     with pytest.raises(InvalidOption, match="calibrate plan --computed 7"):
         settings(entry, [7])

@@ -23,7 +23,9 @@ def a_problem(num_steps, samples=3, size=40, seed=0, walls=(0,)):
     random = np.random.default_rng(seed)
     levels = np.sort(random.uniform(0.05, 1, num_steps))[::-1]
     tensors = np.einsum(
-        "tk,pkn->ptn", levels[:, None] ** np.arange(3), random.normal(size=(samples, 3, size))
+        "tk,pkn->ptn",
+        levels[:, None] ** np.arange(3),
+        random.normal(size=(samples, 3, size)),
     )
     tensors += 0.05 * random.normal(size=tensors.shape)
     gram = np.einsum("ptn,pun->ptu", tensors, tensors)
@@ -54,9 +56,13 @@ def test_program_equals_brute_force(num_steps, forecast, robust, wall, seed):
     assert all(cost == np.inf for _, cost in best[: len(walls) - 1])
     for computed in range(len(walls), num_steps + 1):
         schedule, cost = best[computed - 1]
-        assert schedule.count("C") == computed and all(schedule[wall] == "C" for wall in walls)
+        assert schedule.count("C") == computed and all(
+            schedule[wall] == "C" for wall in walls
+        )
         assert cost == pytest.approx(schedule_cost(costs, schedule), rel=1e-9, abs=1e-15)
-        least = min(schedule_cost(costs, s) for s in all_schedules(num_steps, computed, walls))
+        least = min(
+            schedule_cost(costs, s) for s in all_schedules(num_steps, computed, walls)
+        )
         assert cost == pytest.approx(least, rel=1e-9, abs=1e-15)
 
 
@@ -82,13 +88,17 @@ def test_a_span_costs_the_norm_of_its_summed_errors(forecast):
                 )
                 forecasted = forecasted + slope * (tensors[:, newest] - tensors[:, older])
             summed += problem.increments[step] * (tensors[:, step] - forecasted)
-        total += (np.linalg.norm(summed, axis=-1) / problem.path).mean() * problem.gains[after]
+        total += (np.linalg.norm(summed, axis=-1) / problem.path).mean() * problem.gains[
+            after
+        ]
     assert schedule_cost(problem.costs(forecast), schedule) == pytest.approx(total, rel=1e-6)
 
 
 def test_fitted_spans_cost_at_most_what_others_do():
     problem, _ = a_problem(9, samples=1)
-    fitted, linear, reuse = (problem.costs(forecast) for forecast in ("fitted", "linear", "reuse"))
+    fitted, linear, reuse = (
+        problem.costs(forecast) for forecast in ("fitted", "linear", "reuse")
+    )
     valid = np.isfinite(fitted)
     assert (fitted[valid] <= linear[valid] + 1e-3).all()
     assert (fitted[valid] <= reuse[valid] + 1e-3).all()
@@ -99,7 +109,10 @@ def test_an_error_counts_by_what_is_left_of_it():
     problem, _ = a_problem(10)
     flat = Problem(problem.gram, problem.levels, problem.increments, np.ones(11))
     fading = Problem(
-        problem.gram, problem.levels, problem.increments, np.where(np.arange(11) > 6, 1, 1e-6)
+        problem.gram,
+        problem.levels,
+        problem.increments,
+        np.where(np.arange(11) > 6, 1, 1e-6),
     )
     even, late = (best_schedules(p.costs("reuse"), 4)[3][0] for p in (flat, fading))
     assert late[5:].count("C") >= 3 > even[5:].count("C")

@@ -76,7 +76,9 @@ def test_errors_of_a_schedule_follow_from_the_log_as_from_the_tensors():
         guess = velocity[newest] + slope * (velocity[newest] - velocity[older])
         errors[newest] += (sigmas[step + 1] - sigmas[step]) * (velocity[step] - guess)
     expected = sum(float(error.norm() / path) for error in errors.values())
-    assert schedule_cost(problem.costs("linear"), schedule) == pytest.approx(expected, rel=1e-5)
+    assert schedule_cost(problem.costs("linear"), schedule) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_log_changes_neither_images_nor_pairs():
@@ -103,7 +105,10 @@ def test_outputs_beyond_the_budget_are_copies(monkeypatch):
         output = torch.ones(4)
         kept.add_output("cond", step, output)
         output.zero_()
-    assert kept.matrices("transformer")["transformer/output"].tolist() == [[4.0, 4.0], [4.0, 4.0]]
+    assert kept.matrices("transformer")["transformer/output"].tolist() == [
+        [4.0, 4.0],
+        [4.0, 4.0],
+    ]
 
 
 def test_held_bytes_stay_within_the_budget(monkeypatch):
@@ -120,7 +125,11 @@ def test_what_the_recorder_holds_counts_the_outputs_for_planning():
     for gram in (False, True):
         with torch.inference_mode(), Recorder(denoisers(pipe), pipe, gram=gram) as recorder:
             recorder.start()
-            pipe("a fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+            pipe(
+                "a fish",
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(0),
+            )
             held[gram] = recorder.held_bytes()
     outputs = [tensor for row in recorded(pipe)[1].values() for tensor in row]
     assert held[True] - held[False] >= sum(4 * tensor.numel() for tensor in outputs)
@@ -143,7 +152,9 @@ def a_log(steps=12, samples=2, noise=0.0):
     random = np.random.default_rng(0)
     sigmas = np.append(np.linspace(1, 0.1, steps), 0)
     tensors = np.einsum(
-        "tk,pkn->ptn", sigmas[:steps, None] ** np.arange(3), random.normal(size=(samples, 3, 20))
+        "tk,pkn->ptn",
+        sigmas[:steps, None] ** np.arange(3),
+        random.normal(size=(samples, 3, 20)),
     )
     tensors += noise * random.normal(size=tensors.shape)
     gram = np.einsum("ptn,pun->ptu", tensors, tensors)
@@ -176,7 +187,9 @@ def test_what_cannot_be_planned_anew_is_refused():
 
 def test_branches_that_are_no_guidance_add_up():
     gram = np.arange(16.0).reshape(4, 4)
-    np.testing.assert_allclose(guided(gram, ["first", "second"], 3.0), gram[:2, :2] + gram[2:, 2:])
+    np.testing.assert_allclose(
+        guided(gram, ["first", "second"], 3.0), gram[:2, :2] + gram[2:, 2:]
+    )
     np.testing.assert_allclose(guided(gram, ["cond"], 3.0), gram)
 
 

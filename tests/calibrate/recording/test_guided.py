@@ -55,7 +55,8 @@ def test_every_pipeline_logs_what_its_scheduler_receives(name):
 def test_experts_log_their_own_steps():
     pipe = TinyExperts()
     gram, rows = recorded(
-        pipe, lambda: pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0)).images
+        pipe,
+        lambda: pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0)).images,
     )
     first = gram["transformer/guided"].shape[0]
     assert first + gram["transformer_2/guided"].shape[0] == STEPS
@@ -85,7 +86,9 @@ def test_the_first_experts_buffers_are_freed_at_the_handover():
         rows = recorder.finish().rows
     both = [(bool(first), bool(second)) for first, second in held]
     assert both[-1] == (False, True) and both.count((True, True)) <= 2 + 2
-    steps = {row["expert"]: sum(other["expert"] == row["expert"] for other in rows) for row in rows}
+    steps = {
+        row["expert"]: sum(other["expert"] == row["expert"] for other in rows) for row in rows
+    }
     assert sum(steps.values()) == 2 * (STEPS - 2)
 
 
@@ -119,7 +122,8 @@ def test_what_a_copy_of_the_scheduler_receives_is_part_of_the_step():
         with_sound = recorder.finish().gram["transformer/guided"]
     pipe = TinyPipeline()
     _, rows = recorded(
-        pipe, lambda: pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0)).images
+        pipe,
+        lambda: pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0)).images,
     )
     rows = torch.cat([rows[:, :3], rows], dim=1)
     np.testing.assert_allclose(with_sound, (rows @ rows.T).numpy(), rtol=1e-9)

@@ -20,7 +20,10 @@ def recorded(case):
         halves.append([half.double().flatten() for half in value.chunk(2)])
 
     handle = case.transformer.register_forward_hook(keep)
-    with torch.inference_mode(), Recorder(denoisers(case.pipe), case.pipe, gram=True) as recorder:
+    with (
+        torch.inference_mode(),
+        Recorder(denoisers(case.pipe), case.pipe, gram=True) as recorder,
+    ):
         recorder.start()
         latents = case.run()
         found = recorder.finish().gram
@@ -32,7 +35,10 @@ def test_halves_of_the_batch_are_the_guidance_branches():
     """Bug: errors of both halves added up, where the image sees their guided combination."""
     case = tiny_pipelines.sd3()
     found, halves, _ = recorded(case)
-    assert list(found["branches"]) == ["cond", "uncond"] and str(found["joint"]) == case.branches[0]
+    assert (
+        list(found["branches"]) == ["cond", "uncond"]
+        and str(found["joint"]) == case.branches[0]
+    )
     scale = case.arguments["guidance_scale"]
     assert float(found["guidance"]) == pytest.approx(scale, rel=1e-5)
     uncond, cond = (torch.stack(rows) for rows in zip(*halves, strict=True))
@@ -59,9 +65,13 @@ def generated(order, guidance, steps=6, seed=0):
         kept.add_latents("branch0", torch.cat([latents, latents]))
         cond, uncond = torch.randn(2, 1, 8, 4, generator=random)
         kept.add_output(
-            "branch0", step, torch.cat([cond, uncond] if order == "cond first" else [uncond, cond])
+            "branch0",
+            step,
+            torch.cat([cond, uncond] if order == "cond first" else [uncond, cond]),
         )
-        kept.add_guided(step, 0.5 * (uncond + guidance * (cond - uncond)))  # rescaled, as some do
+        kept.add_guided(
+            step, 0.5 * (uncond + guidance * (cond - uncond))
+        )  # rescaled, as some do
     return kept.matrices("transformer"), cond
 
 

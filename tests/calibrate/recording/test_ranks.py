@@ -57,7 +57,8 @@ def said(folder, rank):
 
 def pairs(folder):
     return {
-        shard.name: shard.read_bytes() for shard in (folder / "run" / "pairs").glob("*.parquet")
+        shard.name: shard.read_bytes()
+        for shard in (folder / "run" / "pairs").glob("*.parquet")
     }
 
 
@@ -73,11 +74,15 @@ def alone(tmp_path_factory):
 def test_ranks_share_the_groups_and_give_the_same_bytes(tmp_path, alone, world):
     assert finish(start(tmp_path, world)) == [0] * world
     assert pairs(tmp_path) == alone and len(alone) == GROUPS - 1
-    recorded = [prompt for rank in range(world) for prompt in said(tmp_path, rank)["recorded"]]
+    recorded = [
+        prompt for rank in range(world) for prompt in said(tmp_path, rank)["recorded"]
+    ]
     assert len(recorded) == len(set(recorded)) == GROUPS, (
         "a group was recorded twice, or not at all"
     )
-    assert len(said(tmp_path, 0)["missing"]) == 1  # the bad prompt, which no other rank tried again
+    assert (
+        len(said(tmp_path, 0)["missing"]) == 1
+    )  # the bad prompt, which no other rank tried again
 
 
 def test_lost_rank_costs_only_what_it_was_at(tmp_path, alone):

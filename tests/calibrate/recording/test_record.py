@@ -42,7 +42,12 @@ def record_toy(path, generate=None, prompts=PROMPTS, **options):
     denoiser = Denoiser()
     generate = generate or generate_with
     return record(
-        "toy", generate=generate(denoiser), modules=denoiser, prompts=prompts, out=path, **options
+        "toy",
+        generate=generate(denoiser),
+        modules=denoiser,
+        prompts=prompts,
+        out=path,
+        **options,
     )
 
 
@@ -89,11 +94,19 @@ def test_same_command_records_nothing_again(tmp_path):
     )
 
 
-def test_default_folder_depends_on_protocol_and_prompts_but_not_on_how_many(tmp_path, monkeypatch):
+def test_default_folder_depends_on_protocol_and_prompts_but_not_on_how_many(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folders = [
         record_toy(None, **options).path.as_posix()
-        for options in ({"num_prompts": 1}, {}, {"steps": 7}, {"seed": 5}, {"prompts": ["x"]})
+        for options in (
+            {"num_prompts": 1},
+            {},
+            {"steps": 7},
+            {"seed": 5},
+            {"prompts": ["x"]},
+        )
     ]
     assert folders[0] == folders[1] and folders[0].startswith("runs/toy-")
     assert len(set(folders)) == 4
@@ -104,7 +117,10 @@ def test_default_folder_depends_on_protocol_and_prompts_but_not_on_how_many(tmp_
     [
         (RuntimeError("no luck"), "RuntimeError"),
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+            "out of memory",
+        ),
         (
             RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -140,7 +156,9 @@ def test_memory_that_really_runs_out_is_a_failure_of_that_prompt(tmp_path):
 
 def test_generation_without_pairs_is_a_failure(tmp_path):
     run = record_toy(
-        tmp_path / "run", lambda denoiser: generate_with(denoiser, steps=1), prompts=["a", "b"]
+        tmp_path / "run",
+        lambda denoiser: generate_with(denoiser, steps=1),
+        prompts=["a", "b"],
     )
     assert {failure["kind"] for failure in run.failures().values()} == {"no pairs"}
 
@@ -234,14 +252,19 @@ def test_shipped_set_gives_enough_prompts_and_a_list_all_of_its_own(tmp_path):
     assert len(run.groups) == DEFAULT_PROMPTS < 70
     texts = [str(i) for i in range(DEFAULT_PROMPTS + 5)]
     assert len(record_toy(tmp_path / "own", prompts=texts).groups) == len(texts)
-    more = record_toy(tmp_path / "shipped", prompts="default", num_prompts=DEFAULT_PROMPTS + 1)
+    more = record_toy(
+        tmp_path / "shipped", prompts="default", num_prompts=DEFAULT_PROMPTS + 1
+    )
     assert len(more.groups) == DEFAULT_PROMPTS + 1
 
 
 def test_what_is_going_to_be_recorded_is_said_first(tmp_path, capsys):
     record_toy(tmp_path / "run", num_prompts=2)
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'run'}: 2 of 2 prompts to record, how long is said after the first" in said
+    assert (
+        f"{tmp_path / 'run'}: 2 of 2 prompts to record, how long is said after the first"
+        in said
+    )
     assert re.search(
         r"first prompt: 1 s, about 1 s for the 1 left; .* of memory at most, 0 MiB", said
     )
@@ -289,12 +312,12 @@ def test_other_settings_refuse_to_mix(tmp_path):
         record_toy(tmp_path / "run", guidance_scale=3.0)
 
 
-def test_two_recordings_into_one_folder_are_refused_and_a_dead_one_does_not_matter(tmp_path):
+def test_two_recordings_into_one_folder_are_refused_and_a_dead_one_does_not_matter(
+    tmp_path,
+):
     folder = tmp_path / "run"
     folder.mkdir()
-    script = (
-        "import sys,time; sys.path.insert(0, sys.argv[1])\nfrom calibrate.runs.lock import hold\n"
-    )
+    script = "import sys,time; sys.path.insert(0, sys.argv[1])\nfrom calibrate.runs.lock import hold\n"
     script += "with hold(sys.argv[2]):\n"
     script += "    print('held', flush=True); time.sleep(60)"
     repository = os.path.dirname(os.path.dirname(calibrate.__file__))
@@ -324,7 +347,9 @@ def test_one_process_does_not_record_twice_into_one_folder_either(tmp_path):
     assert record_toy(tmp_path / "run").is_complete
 
 
-def test_file_system_without_locks_is_said_and_records_all_the_same(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_is_said_and_records_all_the_same(
+    tmp_path, monkeypatch, caplog
+):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -342,18 +367,20 @@ def test_full_disk_keeps_what_is_finished(tmp_path):
     """Files of this process may not grow past 3 kB: the first shards fit, the long one does not."""
 
     def make(denoiser):
-        return lambda prompt, seed: generate_with(denoiser, steps=60 if prompt == "a lake" else 4)(
-            prompt, seed
-        )
+        return lambda prompt, seed: generate_with(
+            denoiser, steps=60 if prompt == "a lake" else 4
+        )(prompt, seed)
 
     small = max(
-        len(content) for content in bytes_of(record_toy(tmp_path / "small", prompts=["a"])).values()
+        len(content)
+        for content in bytes_of(record_toy(tmp_path / "small", prompts=["a"])).values()
     )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (small + 200, limits[1]))
     try:
         with pytest.raises(
-            RunFolderError, match=r"cannot be written .File too large.; nothing finished is lost"
+            RunFolderError,
+            match=r"cannot be written .File too large.; nothing finished is lost",
         ):
             record_toy(tmp_path / "run", make)
     finally:
@@ -387,5 +414,7 @@ def test_callable_needs_to_know_what_to_watch(tmp_path):
 
 def test_callable_alone_is_a_model(tmp_path):
     denoiser = Denoiser()
-    run = record(generate_with(denoiser), modules=denoiser, prompts=["a"], out=tmp_path / "run")
+    run = record(
+        generate_with(denoiser), modules=denoiser, prompts=["a"], out=tmp_path / "run"
+    )
     assert run.manifest["model"] == "generate"

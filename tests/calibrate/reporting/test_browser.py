@@ -73,7 +73,9 @@ class Page:
         raise AssertionError(f"never true: {condition}")
 
     def mouse(self, kind, x, y):
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        self.send(
+            "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+        )
 
     def box(self, element):
         """Left, top, width and height of an element, after scrolling to it."""
@@ -111,7 +113,9 @@ def page(tmp_path_factory):
     try:
         listening = next(line for line in browser.stderr if "DevTools listening" in line)
         port = listening.split(":")[-1].split("/")[0]
-        yield Page(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{server.server_port}/report.html")
+        yield Page(
+            f"http://127.0.0.1:{port}", f"http://127.0.0.1:{server.server_port}/report.html"
+        )
     finally:
         browser.terminate()
         browser.wait()
@@ -148,7 +152,11 @@ def test_the_button_copies_what_stands_beside_it(page):
     page.wait_for(f"{button}.textContent != 'Copy'")
     assert page.value(f"{button}.textContent") == "Copied"
     copied = page.value("navigator.clipboard.readText()")
-    assert copied == page.value(f"{button}.parentElement.querySelector('code').textContent") != ""
+    assert (
+        copied
+        == page.value(f"{button}.parentElement.querySelector('code').textContent")
+        != ""
+    )
 
 
 def test_without_a_clipboard_the_text_is_selected(page):

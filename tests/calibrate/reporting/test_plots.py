@@ -44,7 +44,12 @@ REPLAY = pd.DataFrame(
     }
 )
 LEARNING = pd.DataFrame(
-    {"prompts": [1, 2, 4], "rmse": [0.3, 0.2, 0.1], "low": [0.2, 0.1, 0.1], "high": [0.4, 0.3, 0.2]}
+    {
+        "prompts": [1, 2, 4],
+        "rmse": [0.3, 0.2, 0.1],
+        "low": [0.2, 0.1, 0.1],
+        "high": [0.4, 0.3, 0.2],
+    }
 )
 CALLS = {
     "pairs_with_fit": lambda pairs, ax: plots.pairs_with_fit(
@@ -124,7 +129,9 @@ def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
         line, _, (bars,) = drawn[policy]
         assert (line.get_color(), line.get_marker()) == styles[policy][:2]
         low_high = np.array([segment[:, 1] for segment in bars.get_segments()])
-        expected = rows.sort_values("computed_steps")[["psnr_db_low", "psnr_db_high"]].to_numpy()
+        expected = rows.sort_values("computed_steps")[
+            ["psnr_db_low", "psnr_db_high"]
+        ].to_numpy()
         np.testing.assert_allclose(low_high, expected)
         np.testing.assert_allclose(
             line.get_xdata(orig=False), sorted(rows["computed_steps"]), atol=0.41
@@ -136,7 +143,8 @@ def test_the_pareto_plot_shows_every_policy_with_its_own_style_and_intervals():
 def test_plan_and_gate_stand_out_and_rules_of_others_are_grey():
     names, summary = many()
     drawn = {
-        container.get_label(): container[0] for container in run_plots.pareto(summary).containers
+        container.get_label(): container[0]
+        for container in run_plots.pareto(summary).containers
     }
     widths = {policy: line.get_linewidth() for policy, line in drawn.items()}
     assert {policy for policy in names if widths[policy] == max(widths.values())} == {
@@ -168,7 +176,11 @@ def test_svg_takes_the_pages_ink_and_is_reproducible(pairs):
         for _ in range(2)
     ]
     assert svg[0] == svg[1]
-    assert svg[0].startswith("<svg") and "currentColor" in svg[0] and plot_style.INK not in svg[0]
+    assert (
+        svg[0].startswith("<svg")
+        and "currentColor" in svg[0]
+        and plot_style.INK not in svg[0]
+    )
     assert "&lt;a &amp; b&gt;" in svg[0]
 
 

@@ -77,7 +77,9 @@ class _Balance(HTMLParser):
 
 def test_all_plots_are_written_as_png_and_svg(run, page):
     for suffix in ("png", "svg"):
-        assert {path.stem for path in (run / "report").glob(f"*.{suffix}")} >= FIGURES | {"samples"}
+        assert {path.stem for path in (run / "report").glob(f"*.{suffix}")} >= FIGURES | {
+            "samples"
+        }
 
 
 def words(page):
@@ -138,14 +140,18 @@ def beaten(planless, tmp_path_factory):
     plan = found.results[found.results["policy"] == FEWER_STEPS].assign(policy=PLAN)
     plan["psnr_db"] += np.where(plan["budget"] == plan["budget"].max(), -2.0, 3.0)
     write_verification(
-        dataclasses.replace(found, results=pd.concat([found.results, plan], ignore_index=True))
+        dataclasses.replace(
+            found, results=pd.concat([found.results, plan], ignore_index=True)
+        )
     )
     return folder
 
 
 def test_where_fewer_steps_is_better_the_advice_is_to_use_them(beaten):
     found = load_findings(beaten)
-    rows = found.verification.results.query("budget == 21").groupby("policy")["psnr_db"].mean()
+    rows = (
+        found.verification.results.query("budget == 21").groupby("policy")["psnr_db"].mean()
+    )
     assert rows[FEWER_STEPS] > rows[PLAN]
     plan = found.verification.results["policy"] == PLAN
     found.verification.results.loc[plan, "psnr_db"] -= 10
@@ -174,7 +180,9 @@ def test_without_a_plan_nothing_is_said_of_one(planless):
 def test_the_report_shows_each_plan_with_its_pattern_and_figures(planless):
     schedule = "CCSC" * 7
     figures = {"psnr_db": 43.21, "worst_psnr_db": 38.5, "speedup": 1.75, "prompts": 8.0}
-    plan = coeffs.Plan(schedule=schedule, forecast="linear", forecast_of="output", figures=figures)
+    plan = coeffs.Plan(
+        schedule=schedule, forecast="linear", forecast_of="output", figures=figures
+    )
     found = load_findings(planless)
     found = dataclasses.replace(found, entry=dataclasses.replace(found.entry, plans=(plan,)))
     page = render(found, NO_PICTURES)
@@ -188,7 +196,9 @@ def test_the_report_shows_each_plan_with_its_pattern_and_figures(planless):
 def test_pairs_of_images_have_a_slider_and_begin_with_the_worst_prompt(run, page):
     found = load_findings(run)
     samples = found.samples()
-    assert [sample.quality for sample in samples] == sorted(sample.quality for sample in samples)
+    assert [sample.quality for sample in samples] == sorted(
+        sample.quality for sample in samples
+    )
     policies = (PLAN, GATE, UNIFORM, FEWER_STEPS)
     count = sum(len(found.samples(policy, found.advice.budget)) for policy in policies)
     assert page.count('type="range"') == page.count('class="compare"') == count == 12
@@ -205,13 +215,17 @@ def test_every_prompt_has_its_row_the_worst_first(run, page):
     table = load_findings(run).by_prompt()
     assert len(table) == 8 and table.iloc[:, 0].is_monotonic_increasing
     rows = page[page.index("By prompt, at 14 of 28 steps") :]
-    assert [rows.index(prompt) for prompt in table.index] == sorted(map(rows.index, table.index))
+    assert [rows.index(prompt) for prompt in table.index] == sorted(
+        map(rows.index, table.index)
+    )
 
 
 def test_curves_that_lie_on_each_other_are_said_to(run):
     found = load_findings(run)
     assert found.coinciding("y") == ""
-    assert found.coinciding("x") == " cond and uncond coincide: uncond is drawn over the others."
+    assert (
+        found.coinciding("x") == " cond and uncond coincide: uncond is drawn over the others."
+    )
     assert "cond and uncond coincide" in render(found, report_figures(found))
 
 
@@ -285,6 +299,8 @@ def test_the_shipped_example_is_small_and_real():
     size = sum(path.stat().st_size for path in example_run().rglob("*") if path.is_file())
     assert size <= 300_000
     found = load_findings(example_run())
-    assert found.run.manifest["model"] == "tiny-longcat-image" and found.verification is not None
+    assert (
+        found.run.manifest["model"] == "tiny-longcat-image" and found.verification is not None
+    )
     assert found.run.log_sha256 == found.entry.source.log_sha256
     assert found.samples() and found.patterns()

@@ -10,7 +10,12 @@ from coeffs_samples import certificate
 
 import coeffs
 from calibrate.cli import cli
-from calibrate.runs.entry_file import PLAN_WARNING, VERIFIED_WARNING, carried_over, update_entry
+from calibrate.runs.entry_file import (
+    PLAN_WARNING,
+    VERIFIED_WARNING,
+    carried_over,
+    update_entry,
+)
 from coeffs.errors import CoeffsError
 
 PLANS = (coeffs.Plan(schedule="CS" * 10), coeffs.Plan(schedule="CSSS" * 5))
@@ -50,7 +55,9 @@ def test_a_fit_that_gives_the_same_coefficients_keeps_all_that_was_measured(run)
     entry, said = fit(run, "--score", "1,2,3")
     assert entry.plans == PLANS and entry.max_skips == 5
     assert kinds(entry) == ["verified", "verified"] and entry.thresholds == before.thresholds
-    assert set(WORDS) <= set(entry.warnings) and len(set(entry.warnings)) == len(entry.warnings)
+    assert set(WORDS) <= set(entry.warnings) and len(set(entry.warnings)) == len(
+        entry.warnings
+    )
     assert "kept 2 plans" in said
     assert "kept 2 verified thresholds: the coefficients are the same" in said
     assert fit(run)[0].thresholds == before.thresholds

@@ -16,7 +16,12 @@ from calibrate.runs.files import PAIR_COLUMNS, encode_pairs, read_pairs, write_a
 from calibrate.runs.folder import RunFolder, tidy
 from calibrate.runs.pairs import load_run
 
-IDENTITY = {"run_id": "0", "model": "toy", "protocol": {"num_steps": 5}, "protocol_sha256": "aa"}
+IDENTITY = {
+    "run_id": "0",
+    "model": "toy",
+    "protocol": {"num_steps": 5},
+    "protocol_sha256": "aa",
+}
 PROMPTS = load_prompts(["a", "b", "c"])
 TIMING = {"transformer": {"call_seconds": 0.5, "stack_seconds": 0.25, "calls": 3}}
 
@@ -25,7 +30,8 @@ def rows_of(count=3):
     texts = {"branch": "cond", "expert": "transformer"}
     numbers = dict.fromkeys(PAIR_COLUMNS[6:], 0.125)
     return [
-        {**numbers, **texts, "step": step, "num_steps": count + 1} for step in range(1, count + 1)
+        {**numbers, **texts, "step": step, "num_steps": count + 1}
+        for step in range(1, count + 1)
     ]
 
 
@@ -45,14 +51,18 @@ def test_finished_group_is_a_parquet_file_that_pandas_reads(run):
     run.write_group(run.groups[1], rows_of(), TIMING)
     frame = pd.read_parquet(run.path / "pairs")
     assert tuple(frame.columns) == PAIR_COLUMNS and len(frame) == 3
-    assert set(frame["prompt_id"]) == {PROMPTS.prompts[1].prompt_id} and set(frame["seed"]) == {1}
+    assert set(frame["prompt_id"]) == {PROMPTS.prompts[1].prompt_id} and set(
+        frame["seed"]
+    ) == {1}
     assert (
         frame["x"].dtype == "float64"
         and frame["step"].dtype == "int32"
         and frame["seed"].dtype == "int64"
     )
     assert run.finished() == {run.groups[1].name} and not run.is_complete
-    assert json.loads((run.path / "timing" / f"{run.groups[1].name}.json").read_text()) == TIMING
+    assert (
+        json.loads((run.path / "timing" / f"{run.groups[1].name}.json").read_text()) == TIMING
+    )
 
 
 def test_same_rows_give_the_same_bytes_in_any_order():
@@ -62,12 +72,14 @@ def test_same_rows_give_the_same_bytes_in_any_order():
 
 def test_non_finite_values_survive(run):
     run.write_group(
-        run.groups[0], [{**rows_of(1)[0], "x": float("nan"), "y_output": float("inf")}], TIMING
+        run.groups[0],
+        [{**rows_of(1)[0], "x": float("nan"), "y_output": float("inf")}],
+        TIMING,
     )
     table = read_pairs(run.shard(run.groups[0].name))
-    assert table["x"][0].as_py() != table["x"][0].as_py() and table["y_output"][0].as_py() == float(
-        "inf"
-    )
+    assert table["x"][0].as_py() != table["x"][0].as_py() and table["y_output"][
+        0
+    ].as_py() == float("inf")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "foreign"])
@@ -76,10 +88,14 @@ def test_damaged_shard_is_named_on_reading_and_set_aside_on_recording(run, damag
     run.write_group(group, rows_of(), TIMING)
     shard = run.shard(group.name)
     whole = shard.read_bytes()
-    if damage == "flip":  # one bit of a data page: the footer is fine, the page's checksum is not
+    if (
+        damage == "flip"
+    ):  # one bit of a data page: the footer is fine, the page's checksum is not
         column = pq.ParquetFile(shard).metadata.row_group(0).column(8)
         position = column.data_page_offset + column.total_compressed_size - 3
-        shard.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        shard.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+        )
     elif damage == "foreign":
         pd.DataFrame({"x": [1.0]}).to_parquet(shard)
     else:
@@ -99,7 +115,10 @@ def test_second_damaged_copy_does_not_replace_the_first(run):
         run.write_group(run.groups[0], rows_of(), TIMING)
         run.shard(run.groups[0].name).write_bytes(content)
         tidy(run.path)
-    assert sorted(path.read_bytes() for path in (run.path / "corrupt").iterdir()) == [b"1", b"2"]
+    assert sorted(path.read_bytes() for path in (run.path / "corrupt").iterdir()) == [
+        b"1",
+        b"2",
+    ]
 
 
 def test_more_prompts_of_the_same_set_extend_the_run_and_fewer_do_not_shrink_it(tmp_path):
@@ -137,7 +156,9 @@ def test_pairs_without_a_manifest_are_not_adopted(run):
         RunFolder.create(run.path, IDENTITY, PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["pairs", "run.yaml", "timing", "failures", "lock", "entry.yaml"])
+@pytest.mark.parametrize(
+    "name", ["pairs", "run.yaml", "timing", "failures", "lock", "entry.yaml"]
+)
 def test_links_in_a_run_folder_are_refused(tmp_path, name):
     """Otherwise a run folder from elsewhere could make us overwrite a file outside it."""
     folder = tmp_path / "run"
@@ -200,7 +221,9 @@ def test_shards_of_another_version_are_neither_moved_nor_recorded_again(run, old
     for group in run.groups:
         run.write_group(group, rows_of(), TIMING)
         if older:
-            _with_column(run.shard(group.name), lambda table: table.drop_columns(["cos_distance"]))
+            _with_column(
+                run.shard(group.name), lambda table: table.drop_columns(["cos_distance"])
+            )
         else:
             _with_column(
                 run.shard(group.name),

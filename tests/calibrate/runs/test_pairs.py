@@ -122,7 +122,9 @@ def test_runs_of_another_protocol_and_repeated_trajectories_are_refused(tmp_path
         frame.drop_duplicates(["prompt_id", "branch", "step"]) for frame in (first, second)
     )
     a = make_run(tmp_path / "a", first)
-    other = make_run(tmp_path / "b", second, protocol={"num_steps": 28}, protocol_sha256="1" * 64)
+    other = make_run(
+        tmp_path / "b", second, protocol={"num_steps": 28}, protocol_sha256="1" * 64
+    )
     assert isinstance(refused([a, other], a, other, "different protocol"), ValueError)
     other = make_run(tmp_path / "c", second, protocol={"num_steps": 28})
     refused([a, other], "different protocol (protocol.num_steps 20 -> 28")
@@ -134,7 +136,10 @@ def test_runs_of_another_protocol_and_repeated_trajectories_are_refused(tmp_path
 
 def test_unusable_timing_is_left_out(tmp_path):
     run = make_run(tmp_path / "run", make_frame(prompts=3))
-    for name, text in (("00000-p00-0", "{"), ("00001-p01-0", '{"transformer": {"calls": 3}}')):
+    for name, text in (
+        ("00000-p00-0", "{"),
+        ("00001-p01-0", '{"transformer": {"calls": 3}}'),
+    ):
         (run / "timing" / f"{name}.json").write_text(text)
     assert load_run(run).timing == {"transformer": pytest.approx((0.5, 0.4))}
     (run / "timing" / "00002-p02-0.json").write_text("[]")
@@ -143,7 +148,9 @@ def test_unusable_timing_is_left_out(tmp_path):
 
 def test_seconds_of_a_generation_come_from_the_recorded_timing(tmp_path):
     run = make_run(tmp_path / "run", make_frame(prompts=2))
-    calls = json.loads((run / "timing" / "00000-p00-0.json").read_text())["transformer"]["calls"]
+    calls = json.loads((run / "timing" / "00000-p00-0.json").read_text())["transformer"][
+        "calls"
+    ]
     assert seconds_per_prompt(RunFolder.open(run)) == pytest.approx(0.5 * calls)
     for file in (run / "timing").iterdir():
         file.write_text("{")

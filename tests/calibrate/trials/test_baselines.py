@@ -85,7 +85,9 @@ def test_magcache_at_a_budget_hits_it_or_comes_near(computed):
 
 
 @pytest.mark.parametrize("computed", [1, 4, 6, 9, 16])
-def test_budcache_finds_the_schedule_of_least_error_with_its_first_quarter_computed(computed):
+def test_budcache_finds_the_schedule_of_least_error_with_its_first_quarter_computed(
+    computed,
+):
     weights = [5, 4, 3, 1, 1, 1, 1, 1, 2, 6, 1, 1, 4, 1, 1, 2]
     tried = []
 

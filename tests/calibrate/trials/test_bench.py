@@ -36,7 +36,9 @@ def test_decibels_are_capped_at_the_noise_floor_and_identical_is_at_it(bench):
     """Bug: identical samples counted as 100 dB, where two uncached runs that differ in a bit are 51 dB apart."""
     same, near = measured(bench, IMAGE), measured(bench, IMAGE + 1e-4)
     assert same["identical"] and not near["identical"]
-    assert same["psnr_db"] == near["psnr_db"] == 40.0 and same["at_floor"] and near["at_floor"]
+    assert (
+        same["psnr_db"] == near["psnr_db"] == 40.0 and same["at_floor"] and near["at_floor"]
+    )
     far = measured(bench, IMAGE + 0.1)
     assert far["psnr_db"] == pytest.approx(20, abs=1e-3) and not far["at_floor"]
 
@@ -44,7 +46,11 @@ def test_decibels_are_capped_at_the_noise_floor_and_identical_is_at_it(bench):
 def test_a_sample_with_nan_is_broken(bench):
     broken = np.array(IMAGE)
     broken[0, 0, 0] = np.nan
-    assert measured(bench, broken) == {"identical": False, "broken": True, "at_floor": False}
+    assert measured(bench, broken) == {
+        "identical": False,
+        "broken": True,
+        "at_floor": False,
+    }
 
 
 def test_a_run_perturbed_in_the_last_place_is_near_and_leaves_nothing_behind():

@@ -23,7 +23,13 @@ def run(tmp_path_factory):
 
 
 def opened(run, **options):
-    settings = {"model": None, "registry": None, "out": None, "dtype": None, "device": "cpu"}
+    settings = {
+        "model": None,
+        "registry": None,
+        "out": None,
+        "dtype": None,
+        "device": "cpu",
+    }
     return open_case(run, **{**settings, **options})
 
 
@@ -45,12 +51,16 @@ def without_loading(monkeypatch):
         ({"model": "no-such-model"}, "no model of that name"),
     ],
 )
-def test_every_setting_is_checked_before_weights_are_loaded(run, without_loading, options, said):
+def test_every_setting_is_checked_before_weights_are_loaded(
+    run, without_loading, options, said
+):
     with pytest.raises(CalibrateError, match=said):
         verify(run, progress=False, **options)
 
 
-def test_recorded_prompts_of_a_set_are_refused_before_weights_are_loaded(run, without_loading):
+def test_recorded_prompts_of_a_set_are_refused_before_weights_are_loaded(
+    run, without_loading
+):
     """Bug: a run that had recorded all of its set was loaded first, and refused then."""
     texts = [group.prompt.prompt for group in RunFolder.open(run).groups]
     with pytest.raises(CalibrateError, match="every prompt of it was recorded"):
@@ -77,11 +87,17 @@ def test_prompts_that_are_kept_back_are_in_no_other_set(name):
 
 
 def test_options_of_the_session_reach_it(run):
-    case = opened(run, cpu_offload=True, allow_pickle=True, pipe_args={"output_type": "latent"})
+    case = opened(
+        run, cpu_offload=True, allow_pickle=True, pipe_args={"output_type": "latent"}
+    )
     assert case.loading["cpu_offload"] and case.loading["allow_pickle"]
     assert case.call.arguments["output_type"] == "latent"
     assert case.call.arguments["num_inference_steps"] == 4
-    assert case.at_steps(3).call.arguments["num_inference_steps"] == case.at_steps(3).num_steps == 3
+    assert (
+        case.at_steps(3).call.arguments["num_inference_steps"]
+        == case.at_steps(3).num_steps
+        == 3
+    )
 
 
 @pytest.mark.parametrize("command", ["record", "plan", "verify"])

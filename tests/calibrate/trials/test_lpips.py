@@ -73,7 +73,8 @@ def test_images_without_three_channels_or_too_small_are_refused(measure):
 def test_without_the_extra_one_line_names_it(monkeypatch):
     monkeypatch.setattr(lpips, "find_spec", lambda name: None)
     with pytest.raises(
-        MetricError, match=r"^LPIPS needs the extra lpips; run `pip install 'teacal\[lpips\]'`$"
+        MetricError,
+        match=r"^LPIPS needs the extra lpips; run `pip install 'teacal\[lpips\]'`$",
     ):
         Lpips()
 

@@ -31,8 +31,12 @@ def test_uint8_images_do_not_wrap():
     reference = np.zeros((16, 16, 3), np.uint8)
     candidate = np.full_like(reference, 40)
     expected = 20 * np.log10(255 / 40)
-    assert metrics.psnr(candidate, reference, data_range=255) == pytest.approx(expected, abs=1e-6)
-    assert metrics.psnr(reference, candidate, data_range=255) == pytest.approx(expected, abs=1e-6)
+    assert metrics.psnr(candidate, reference, data_range=255) == pytest.approx(
+        expected, abs=1e-6
+    )
+    assert metrics.psnr(reference, candidate, data_range=255) == pytest.approx(
+        expected, abs=1e-6
+    )
     wrapped = 10 * np.log10(255**2 / np.mean((reference - candidate) ** 2))
     assert abs(wrapped - expected) > 3
 
@@ -42,7 +46,8 @@ def test_uint8_images_do_not_wrap():
 def test_psnr_and_ssim_agree_with_scikit_image(seed, noise):
     candidate, reference = _images(seed, noise=noise)
     assert metrics.psnr(candidate, reference, data_range=1.0) == pytest.approx(
-        skimage_metrics.peak_signal_noise_ratio(reference, candidate, data_range=1.0), abs=1e-9
+        skimage_metrics.peak_signal_noise_ratio(reference, candidate, data_range=1.0),
+        abs=1e-9,
     )
     expected = skimage_metrics.structural_similarity(
         reference,
@@ -104,7 +109,10 @@ def test_relative_l2_of_a_known_error():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: metrics.psnr(np.ones((2, 2)), np.ones((2, 3)), data_range=1.0), "shapes differ"),
+        (
+            lambda: metrics.psnr(np.ones((2, 2)), np.ones((2, 3)), data_range=1.0),
+            "shapes differ",
+        ),
         (
             lambda: metrics.ssim(np.ones((8, 8)), np.ones((8, 8))),
             "at least 11 pixels",

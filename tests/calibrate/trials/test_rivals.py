@@ -20,19 +20,28 @@ from calibrate.trials.setting import Refused, Setting
 pytestmark = pytest.mark.slow
 
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
-CAPTION = "a handwritten digit seven in red ink on white paper"  # one that the model was trained on
+CAPTION = (
+    "a handwritten digit seven in red ink on white paper"  # one that the model was trained on
+)
 FEWER, FEWER_2 = (
-    Setting("fewer steps", "fewer_steps", 10, options=more) for more in ({}, {"solver_order": 2})
+    Setting("fewer steps", "fewer_steps", 10, options=more)
+    for more in ({}, {"solver_order": 2})
 )
 # Configurations as shipped with the checkpoints, and how their pipelines set the steps.
 SCHEDULES = {
     "SD3 with levels": ({"shift": 3.0}, {"sigmas": np.linspace(1, 1 / 9, 9)}),
-    "Flux": ({"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}, {"mu": 0.8}),
+    "Flux": (
+        {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+        {"mu": 0.8},
+    ),
     "Qwen-Image": (
         {"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02},
         {"mu": 0.7},
     ),
-    "linear time shift": ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 1.3}),
+    "linear time shift": (
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"mu": 1.3},
+    ),
     "Karras levels": ({"use_karras_sigmas": True}, {"num_inference_steps": 9}),
 }
 
@@ -109,14 +118,20 @@ def test_the_order_is_two_where_the_solution_is_known():
 
 
 def test_it_comes_nearer_to_a_very_fine_solution_than_euler_at_equal_steps(longcat):
-    arguments = {"guidance_scale": 4.5, "height": 32, "width": 32, "enable_prompt_rewrite": False}
+    arguments = {
+        "guidance_scale": 4.5,
+        "height": 32,
+        "width": 32,
+        "enable_prompt_rewrite": False,
+    }
     sampler, prompt = (
         Sampler(tiny_session(longcat, **arguments)),
         load_prompts([CAPTION]).prompts[0],
     )
     fine = sampler(prompt, num_steps=120).latents
     euler, better = (
-        np.linalg.norm(sampler.run(setting, prompt).latents - fine) for setting in (FEWER, FEWER_2)
+        np.linalg.norm(sampler.run(setting, prompt).latents - fine)
+        for setting in (FEWER, FEWER_2)
     )
     assert better < 0.75 * euler
     assert type(longcat.scheduler) is Euler
@@ -160,7 +175,10 @@ def test_the_scheduler_is_put_back_whatever_happens():
 def test_a_diffusers_pipeline_has_its_scheduler_and_config_back(longcat):
     own, config = longcat.scheduler, dict(longcat.config)
     with second_order(longcat):
-        assert longcat.scheduler is not own and longcat.components["scheduler"] is longcat.scheduler
+        assert (
+            longcat.scheduler is not own
+            and longcat.components["scheduler"] is longcat.scheduler
+        )
     assert longcat.scheduler is own and dict(longcat.config) == config
 
 
@@ -203,7 +221,11 @@ def test_times_of_single_tokens_are_refused():
 def test_magcache_plan_agrees_with_diffusers_decisions():
     pipe, rng = TinyPipeline(), np.random.default_rng(0)
     curve = [1.0, *(1 - 0.2 * rng.random(9))]
-    options = {"mag_ratios": torch.tensor(curve), "num_inference_steps": 10, "threshold": 0.15}
+    options = {
+        "mag_ratios": torch.tensor(curve),
+        "num_inference_steps": 10,
+        "threshold": 0.15,
+    }
     assert diffusers.MagCacheConfig(**options).max_skip_steps == 3
     with diffusers_cache({"transformer": pipe.transformer}, "MagCache", options) as patterns:
         pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,11 @@ FORECAST = {"forecast": "linear", "forecast_of": "output"}
 
 def flux_without_guidance() -> Case:
     case = tiny_pipelines.flux()
-    for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "true_cfg_scale"):
+    for name in (
+        "negative_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "true_cfg_scale",
+    ):
         del case.arguments[name]
     case.branches = ("cond",)
     return case
@@ -58,7 +62,9 @@ def run(case: Case, engine: str, entry: coeffs.Entry) -> dict[str, str]:
     if engine == "cache-dit":
         pytest.importorskip("cache_dit")
     session = SimpleNamespace(modules=case.experts, pipeline=case.pipe)
-    with run_through(session, through_setting("plan", engine, entry, entry.plans[0])) as executed:
+    with run_through(
+        session, through_setting("plan", engine, entry, entry.plans[0])
+    ) as executed:
         case.run()
         return executed()
 
@@ -88,7 +94,9 @@ def test_a_mask_that_is_eaten_by_the_second_branch_is_found_out():
     """An entry that says one call a step, on a pipeline that makes two."""
     case = tiny_pipelines.flux()
     case.branches = ("cond",)
-    with pytest.raises(CheckFailed, match=r"cache-dit executed \w+ in .*, exported was CCSCSS"):
+    with pytest.raises(
+        CheckFailed, match=r"cache-dit executed \w+ in .*, exported was CCSCSS"
+    ):
         run(case, "cache-dit", entry_of(case))
 
 
@@ -104,7 +112,9 @@ def test_two_denoisers_are_refused():
 def test_a_class_that_diffusers_does_not_know_is_refused_by_the_engine_too():
     """Our table says the same as the engine: forced past it, the engine raises."""
     case = tiny_pipelines.longcat_image()
-    flux = coeffs.Entry(**{**vars(entry_of(case)), "transformer_class": "FluxTransformer2DModel"})
+    flux = coeffs.Entry(
+        **{**vars(entry_of(case)), "transformer_class": "FluxTransformer2DModel"}
+    )
     with pytest.raises(
         Refused, match=r"MagCache on LongCatImageTransformer2DModel: .* not registered"
     ):

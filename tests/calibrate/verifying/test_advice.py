@@ -16,7 +16,9 @@ from calibrate.verifying.advice import advise, export_line, python_lines
 LINEAR = "uniform skipping, linear outputs"
 
 
-def results(quality, prompts=10, budgets=(14, 10), speedup=1.8, measure="psnr_db", spread=0.2):
+def results(
+    quality, prompts=10, budgets=(14, 10), speedup=1.8, measure="psnr_db", spread=0.2
+):
     """Runs of every policy whose dB at 14 steps are ``quality``, 3 dB less at 10, and alike but for noise."""
     random = np.random.default_rng(0)
     rows = []
@@ -42,7 +44,9 @@ def test_the_best_is_advised_with_its_figures_and_how_sure_that_is():
     assert (advice.policy, advice.budget) == (PLAN, 14)
     figures = f"1.80x, {own.mean():.1f} dB, worst {own.min():.1f}"
     assert advice.use == f"Use the plan at 14 of 28 steps: {figures}."
-    assert advice.certainty.startswith("Significantly better than 14 plain steps without a cache (")
+    assert advice.certainty.startswith(
+        "Significantly better than 14 plain steps without a cache ("
+    )
     assert ": +4." in str(advice) and advice.certainty.endswith(", 10 prompts.")
 
 
@@ -98,7 +102,10 @@ def test_the_lines_to_copy_do_what_was_advised(tmp_path):
     plans = (coeffs.Plan(schedule=uniform(28, 10)), coeffs.Plan(schedule=uniform(28, 14)))
     entry = dataclasses.replace(entry, plans=plans)
     coeffs.save(entry, tmp_path / "entry.yaml")
-    of = {policy: advise(results({policy: 40.0})) for policy in (PLAN, GATE, UNIFORM, FEWER_STEPS)}
+    of = {
+        policy: advise(results({policy: 40.0}))
+        for policy in (PLAN, GATE, UNIFORM, FEWER_STEPS)
+    }
     assert "entry.plans[1]" in python_lines(of[PLAN], entry, tmp_path)
     assert "threshold=0.0555)" in python_lines(of[GATE], entry, tmp_path)
     assert "num_inference_steps=14" in python_lines(of[FEWER_STEPS], entry, tmp_path)

@@ -27,7 +27,10 @@ def results(policy, offset, prompts=8, seed=0, budgets=(7, 14), noise=0.3):
 
 
 def against_uniform(offset, prompts=8, noise=0.3, **by_budget):
-    ours, theirs = results(GATE, offset, prompts, 1, noise=noise), results(UNIFORM, 0.0, prompts, 2)
+    ours, theirs = (
+        results(GATE, offset, prompts, 1, noise=noise),
+        results(UNIFORM, 0.0, prompts, 2),
+    )
     return verdict.judge(pd.concat([ours, theirs], ignore_index=True), GATE, [UNIFORM])
 
 
@@ -45,7 +48,9 @@ def test_verdict_in_words(offset, outcome, words):
     assert all(one.low < one.difference < one.high for one in compared)
     assert [one.difference for one in compared] == pytest.approx([offset] * 2, abs=0.4)
     (sentence,) = verdict.sentences(compared)
-    assert sentence.startswith(f"the fitted gate against uniform skipping: {words} 14 of 28 steps")
+    assert sentence.startswith(
+        f"the fitted gate against uniform skipping: {words} 14 of 28 steps"
+    )
     assert "95 % interval" in sentence and "7 of 28 steps" in sentence
 
 
@@ -59,7 +64,9 @@ def test_budgets_are_judged_apart():
     """Bug: +2 dB at one budget and -2 at another were one verdict of no difference."""
     ours = results(GATE, 0.0, seed=1)
     ours["psnr_db"] += ours["budget"].map({7: -2.5, 14: 2.5})
-    compared = verdict.judge(pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE, [UNIFORM])
+    compared = verdict.judge(
+        pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE, [UNIFORM]
+    )
     assert {one.budget: one.outcome for one in compared} == {7: "worse", 14: "better"}
 
 
@@ -113,7 +120,10 @@ def test_a_broken_sample_counts_as_nothing_left_and_below_any_limit():
 
 
 def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
-    ours, theirs = results(GATE, 0.0, budgets=(7,)), results(UNIFORM, 0.0, seed=2, budgets=(7,))
+    ours, theirs = (
+        results(GATE, 0.0, budgets=(7,)),
+        results(UNIFORM, 0.0, seed=2, budgets=(7,)),
+    )
     ours.loc[:3, ["broken", "psnr_db"]] = [True, None]
     (compared,) = verdict.judge(pd.concat([ours, theirs]), GATE, [UNIFORM])
     assert compared.difference < -10
@@ -122,7 +132,10 @@ def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
 
 
 def test_the_share_of_prompts_that_lose_has_an_exact_interval():
-    fewer, plan = results(FEWER_STEPS, 0.0, 10, noise=0.0), results(PLAN, 0.0, 10, noise=0.0)
+    fewer, plan = (
+        results(FEWER_STEPS, 0.0, 10, noise=0.0),
+        results(PLAN, 0.0, 10, noise=0.0),
+    )
     plan.loc[plan["prompt_id"].isin(["p0", "p1"]) & (plan["budget"] == 7), "psnr_db"] -= 3.1
     summary = verdict.summarize(pd.concat([plan, fewer], ignore_index=True))
     row = summary[(summary["policy"] == PLAN) & (summary["budget"] == 7)].iloc[0]

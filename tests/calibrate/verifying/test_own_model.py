@@ -62,7 +62,9 @@ def own():
 
 def generator(loop):
     @torch.inference_mode()
-    def generate(prompt: str, seed: int, num_steps: int = STEPS, scheduler=None) -> np.ndarray:
+    def generate(
+        prompt: str, seed: int, num_steps: int = STEPS, scheduler=None
+    ) -> np.ndarray:
         scheduler = scheduler or loop.scheduler
         scheduler.set_timesteps(num_steps)
         random = torch.Generator().manual_seed(1000 * seed + len(prompt) + ord(prompt[-1]))
@@ -104,7 +106,13 @@ def test_the_schedulers_name_and_the_dtype_are_in_the_protocol(run):
 def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     options = {"generate": generator(own), "modules": own, "progress": False}
     plan(
-        run, computed=[5], prompts=PROMPTS[4:7], num_prompts=2, choosing=1, candidates=1, **options
+        run,
+        computed=[5],
+        prompts=PROMPTS[4:7],
+        num_prompts=2,
+        choosing=1,
+        candidates=1,
+        **options,
     )
     policies = ["gate", "plan", "uniform", "fewer-steps", "fewer-steps-2"]
     found = verify(run, prompts=PROMPTS[7:], budgets=[5], policies=policies, **options)
@@ -117,7 +125,9 @@ def test_it_is_planned_and_verified_by_the_noise_in_its_series(own, run):
     assert (rows.loc[rows["policy"] == "fewer steps", "computed_steps"] == 5).all()
     entry = coeffs.load(run / "entry.yaml")
     assert entry.plans
-    assert list((run / "trajectories").glob("*/fit-*.json")), "weights are fitted where it runs"
+    assert list((run / "trajectories").glob("*/fit-*.json")), (
+        "weights are fitted where it runs"
+    )
     verified = [row for row in entry.thresholds if row.kind == "verified"]
     assert [row.snr_db for row in verified] == pytest.approx(
         found.summary.loc[found.summary["policy"] == GATE, "snr_db"].tolist()
@@ -130,7 +140,9 @@ def test_budcache_searches_by_real_runs_of_a_recorded_prompt(own, run, tmp_path)
     options = {"generate": generate, "modules": own, "progress": False}
     copy = shutil.copytree(run, tmp_path / "run")
     prompts = PROMPTS[7:]
-    verification = verify(copy, prompts=prompts, budgets=[3], policies=["budcache"], **options)
+    verification = verify(
+        copy, prompts=prompts, budgets=[3], policies=["budcache"], **options
+    )
     rows = verification.results.query('policy == "BudCache\'s search"')
     (found,) = {pattern for patterns in rows["patterns"] for pattern in patterns.values()}
     uncached = generate(PROMPTS[0], 0)
@@ -140,7 +152,9 @@ def test_budcache_searches_by_real_runs_of_a_recorded_prompt(own, run, tmp_path)
             return float(np.linalg.norm(generate(PROMPTS[0], 0) - uncached))
 
     pairs = combinations(range(1, STEPS), 2)
-    possible = ["".join("C" if s in (0, *pair) else "S" for s in range(STEPS)) for pair in pairs]
+    possible = [
+        "".join("C" if s in (0, *pair) else "S" for s in range(STEPS)) for pair in pairs
+    ]
     assert len(possible) == 21 and error(found) == pytest.approx(min(map(error, possible)))
 
 

@@ -83,7 +83,10 @@ SECOND_ORDER = "UniPCMultistepScheduler is of order 2 already"
 
 def video(tmp_path) -> Kind:
     return Kind(
-        with_video_decoder(tiny_pipelines.wan21()), VIDEO, (5, 64, 64, 3), refused=SECOND_ORDER
+        with_video_decoder(tiny_pipelines.wan21()),
+        VIDEO,
+        (5, 64, 64, 3),
+        refused=SECOND_ORDER,
     )
 
 
@@ -113,7 +116,9 @@ def edit(tmp_path) -> Kind:
         None,
     )
     Image.new("RGB", (32, 32), (200, 30, 90)).save(tmp_path / "red.png")
-    options = dict(height=16, width=16, guidance_scale=3.0, pipe_args={"negative_prompt": " "})
+    options = dict(
+        height=16, width=16, guidance_scale=3.0, pipe_args={"negative_prompt": " "}
+    )
     return Kind(pipe, options, (16, 16, 3), images=[tmp_path / "red.png"])
 
 
@@ -145,11 +150,15 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
         and not rows["broken"].any()
         and rows["prompt_id"].nunique() == 2
     )
-    assert set(found.summary["measure"]) == {kind.measure} and np.isfinite(rows[kind.measure]).all()
+    assert (
+        set(found.summary["measure"]) == {kind.measure}
+        and np.isfinite(rows[kind.measure]).all()
+    )
     with np.load(next((folder / "verify" / "reference").glob("*.npz"))) as kept:
         assert kept["media0"].shape == kind.media and kept["latents"].size
     assert (
-        np.isfinite(rows["latent_rel_l2"]).all() and (rows.loc[cached, "latent_rel_l2"] > 0).all()
+        np.isfinite(rows["latent_rel_l2"]).all()
+        and (rows.loc[cached, "latent_rel_l2"] > 0).all()
     )
     for row in rows[cached].itertuples():
         patterns = [row.patterns[f"{expert}/{kind.branch}"] for expert in kind.experts]

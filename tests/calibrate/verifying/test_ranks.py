@@ -48,7 +48,14 @@ def verified(run: Path, ranks: int) -> list[str]:
     environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_PORT": "29555"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(run), str(ranks), str(run.parent / f"ready-{rank}")],
+            [
+                sys.executable,
+                "-c",
+                RANK,
+                str(run),
+                str(ranks),
+                str(run.parent / f"ready-{rank}"),
+            ],
             cwd=Path(calibrate.__file__).parents[1],
             env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -77,6 +84,8 @@ def test_two_ranks_give_the_rows_of_one_process(recorded, tmp_path):
         one.difference for one in alone.comparisons
     ]
     # Both ran prompts, and none was run twice.
-    first, second = (keys(two / "verify" / name) for name in ("results.jsonl", "results-1.jsonl"))
+    first, second = (
+        keys(two / "verify" / name) for name in ("results.jsonl", "results-1.jsonl")
+    )
     assert first and second
     assert sorted(first + second) == sorted(keys(recorded / "verify" / "results.jsonl"))

@@ -25,7 +25,9 @@ def test_tuning_corrects_what_replay_gets_wrong():
 
     def measured(threshold):
         calls.append(threshold)
-        return 20 / (1 + threshold) + 2  # real runs compute two steps more than the replay says
+        return (
+            20 / (1 + threshold) + 2
+        )  # real runs compute two steps more than the replay says
 
     threshold, computed = tune_threshold(lambda t: 20 / (1 + t), measured, 10)
     assert computed == pytest.approx(10, abs=0.5) and threshold == pytest.approx(1.5, abs=0.2)
@@ -76,7 +78,9 @@ def test_two_prompts_do_not_decide_what_all_recorded_ones_are_tuned_to(monkeypat
     monkeypatch.setattr("calibrate.verifying.tuning._replayed", replayed)
 
     def tuned(half, prompts):
-        def counted(setting):  # of a and b; real runs compute half a step more than the replay says
+        def counted(
+            setting,
+        ):  # of a and b; real runs compute half a step more than the replay says
             return 20 / (1 + setting.threshold) + np.mean(halves[half][:2]) + 0.5
 
         ran = [SimpleNamespace(prompt_id=prompt) for prompt in prompts]
@@ -93,6 +97,8 @@ def test_too_few_prompts_are_said_with_how_many_more_it_takes():
     few, enough = (gate_setting(GATE, entry, *each) for each in ((23, 0.0275), (16, 0.0459)))
     # Single prompts spread by about 1.3 steps at the first threshold (26 prompts needed), not at all at the second.
     text = unsteady(entry, run, [few, enough])
-    assert text.startswith("two halves of the 10 recorded prompts may tune to numbers of steps")
+    assert text.startswith(
+        "two halves of the 10 recorded prompts may tune to numbers of steps"
+    )
     assert text.endswith("apart at 23 steps; record 16 more")
     assert unsteady(entry, run, [enough]) == ""

@@ -64,7 +64,9 @@ def fitted(pipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verified(pipe, fitted):
-    return verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    return verify(
+        fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+    )
 
 
 def test_every_policy_runs_or_says_why_not(verified):
@@ -85,10 +87,17 @@ def test_every_policy_runs_or_says_why_not(verified):
 def test_lpips_stands_beside_psnr_and_ssim(pipe, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "calibrate.verifying.verify.Lpips",
-        lambda: type("Distance", (), {"checksum": "x", "__call__": lambda self, a, b: 0.25})(),
+        lambda: type(
+            "Distance", (), {"checksum": "x", "__call__": lambda self, a, b: 0.25}
+        )(),
     )
     folder = shutil.copytree(fitted, tmp_path / "run")
-    options = {"prompts": UNSEEN[:1], "budgets": [4], "policies": ["uniform"], "progress": False}
+    options = {
+        "prompts": UNSEEN[:1],
+        "budgets": [4],
+        "policies": ["uniform"],
+        "progress": False,
+    }
     found = verify(folder, model=pipe, lpips=True, **options)
     assert (found.results["lpips"] == 0.25).all()
     assert "LPIPS" in found.facts["measures"]["lpips"]
@@ -120,7 +129,9 @@ def test_measures_are_those_of_the_samples(verified, pipe):
     ).images[0]
     with apply_tea_cache(pipe, schedule="CSCSCSCS"):
         cached = pipe(
-            row["prompt"], generator=torch.Generator().manual_seed(int(row["seed"])), **settings
+            row["prompt"],
+            generator=torch.Generator().manual_seed(int(row["seed"])),
+            **settings,
         ).images[0]
     error = np.mean((cached.astype(float) - uncached.astype(float)) ** 2)
     assert row["psnr_db"] == pytest.approx(-10 * np.log10(error), abs=1e-6)
@@ -130,7 +141,11 @@ def test_measures_are_those_of_the_samples(verified, pipe):
 def test_replayed_and_real_patterns_are_both_kept(verified):
     rows = verified.results[verified.results["policy"] == GATE]
     for row in rows.itertuples():
-        assert set(row.replayed) == set(row.patterns) == {"transformer/cond", "transformer/uncond"}
+        assert (
+            set(row.replayed)
+            == set(row.patterns)
+            == {"transformer/cond", "transformer/uncond"}
+        )
         wrong = [
             sum(a != b for a, b in zip(row.replayed[k], row.patterns[k], strict=True))
             for k in row.patterns
@@ -138,7 +153,9 @@ def test_replayed_and_real_patterns_are_both_kept(verified):
         assert row.disagreement == np.mean(wrong)
 
 
-def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(verified, fitted, pipe):
+def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(
+    verified, fitted, pipe
+):
     from runtime import apply_tea_cache
 
     entry = coeffs.load(fitted / "entry.yaml")
@@ -153,7 +170,9 @@ def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(verifie
 
 def test_a_second_verification_runs_nothing_again(verified, fitted, pipe):
     lines = (fitted / "verify" / "results.jsonl").read_text()
-    again = verify(fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    again = verify(
+        fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+    )
     assert (fitted / "verify" / "results.jsonl").read_text() == lines
     assert again.headline == verified.headline
     kept = load_verification(fitted)
@@ -167,11 +186,15 @@ def test_an_interrupted_verification_continues(verified, fitted, pipe, tmp_path)
     """Half the results and a line cut short: only what is missing is run, and the finding is the same."""
     copy = tmp_path / "tiny"
     shutil.copytree(fitted, copy)
-    lines = [line for line in (copy / "verify" / "results.jsonl").read_text().split("\n") if line]
+    lines = [
+        line for line in (copy / "verify" / "results.jsonl").read_text().split("\n") if line
+    ]
     (copy / "verify" / "results.jsonl").write_text(
         "\n".join(lines[: len(lines) // 2]) + '\n{"key": "ab'
     )
-    again = verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False)
+    again = verify(
+        copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+    )
     pd.testing.assert_series_equal(again.results["psnr_db"], verified.results["psnr_db"])
     keys = [
         json.loads(line)["key"]
@@ -222,7 +245,9 @@ def test_an_entry_without_a_run_is_verified_from_its_references(fitted, pipe, tm
         out=tmp_path / "v",
         progress=False,
     )
-    assert (tmp_path / "v" / "entry.yaml").exists() and set(found.results["policy"]) >= {UNIFORM}
+    assert (tmp_path / "v" / "entry.yaml").exists() and set(found.results["policy"]) >= {
+        UNIFORM
+    }
 
 
 def test_a_gate_that_cannot_reach_any_budget_is_said_to_be_so(fitted, pipe, tmp_path):
@@ -233,7 +258,12 @@ def test_a_gate_that_cannot_reach_any_budget_is_said_to_be_so(fitted, pipe, tmp_
     experts = {"transformer": coeffs.Expert(recommended="pooled", branches={"pooled": never})}
     coeffs.save(dataclasses.replace(entry, experts=experts), copy / "entry.yaml")
     found = verify(
-        copy, model=pipe, prompts=UNSEEN, budgets=[6], policies=["gate", "uniform"], progress=False
+        copy,
+        model=pipe,
+        prompts=UNSEEN,
+        budgets=[6],
+        policies=["gate", "uniform"],
+        progress=False,
     )
     assert found.headline.startswith("The fitted gate could not be run: no threshold gives")
     assert set(found.results["policy"]) == {UNIFORM} and found.facts["drift"] is None
@@ -250,7 +280,10 @@ def test_prompts_that_chose_plans_are_never_judged(fitted, pipe, tmp_path):
     chose = {prompt for prompt, purpose in noted.items() if purpose == "choosing"}
     assert len(chose) == 2 and sorted(noted.values()) == ["choosing"] * 2 + ["judged"] * 2
     found = verify(copy, budgets=[4], policies=["plan", "uniform"], **options)
-    assert len(set(found.results["prompt_id"])) == 2 and not set(found.results["prompt_id"]) & chose
+    assert (
+        len(set(found.results["prompt_id"])) == 2
+        and not set(found.results["prompt_id"]) & chose
+    )
 
 
 def test_the_usual_policies_run_and_their_number_is_said_before_anything_is_loaded(
@@ -271,9 +304,7 @@ def test_the_usual_policies_run_and_their_number_is_said_before_anything_is_load
     with pytest.raises(Loading):
         verify(fitted, model=TinyPipeline(), prompts=UNSEEN, progress=False, say=said.append)
     # 4 policies at 5 budgets on 4 prompts; the gate tuned at each by 2 prompts, about twice.
-    start = (
-        "4 prompts, 5 budgets: 8 uncached runs, 80 cached ones, up to about 20 to tune by; about "
-    )
+    start = "4 prompts, 5 budgets: 8 uncached runs, 80 cached ones, up to about 20 to tune by; about "
     assert said[0].startswith(start)
 
 
@@ -288,7 +319,9 @@ def test_a_model_that_makes_nan_is_named(fitted, tmp_path):
     broken = TinyPipeline()
     broken.corrupt = True
     with pytest.raises(InvalidOption, match="uncached model itself makes NaN"):
-        verify(copy, model=broken, prompts=UNSEEN, budgets=[4], policies=QUICK, progress=False)
+        verify(
+            copy, model=broken, prompts=UNSEEN, budgets=[4], policies=QUICK, progress=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -311,7 +344,9 @@ def test_an_entry_for_another_class_is_refused(pipe, tmp_path):
         InvalidOption,
         match=r"is for QwenImageTransformer2DModel, but the pipeline has FluxTransformer",
     ):
-        verify("vllm-omni/qwen-image", model=pipe, prompts=UNSEEN, out=tmp_path, progress=False)
+        verify(
+            "vllm-omni/qwen-image", model=pipe, prompts=UNSEEN, out=tmp_path, progress=False
+        )
 
 
 def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
@@ -341,7 +376,9 @@ def uniform_setting(fitted, key, budget, num_steps=8, **other):
     return setting
 
 
-def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_anyway(fitted):
+def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_anyway(
+    fitted,
+):
     described = {key: uniform_setting(fitted, key, 4).identity() for key in UNIFORM_KEYS}
     assert described["uniform"] == {"schedule": "CSCSCSCS"}
     assert described["uniform-linear"] == {"schedule": "CSCSCSCS", "forecast": "linear"}
@@ -413,7 +450,9 @@ def test_the_help_names_every_policy():
 
 
 def test_the_command_opens_with_advice_and_never_says_nan(verified, fitted, monkeypatch):
-    monkeypatch.setattr("calibrate.verifying.verify.verify", lambda *args, **options: verified)
+    monkeypatch.setattr(
+        "calibrate.verifying.verify.verify", lambda *args, **options: verified
+    )
     output = CliRunner().invoke(cli, ["verify", str(fitted)]).stdout
     first, *_ = output.splitlines()
     assert first.startswith("Use ")
@@ -422,7 +461,9 @@ def test_the_command_opens_with_advice_and_never_says_nan(verified, fitted, monk
     assert words in output
 
 
-def test_what_was_verified_of_other_coefficients_is_not_written(verified, fitted, tmp_path, pipe):
+def test_what_was_verified_of_other_coefficients_is_not_written(
+    verified, fitted, tmp_path, pipe
+):
     """A fit that ends while a verification runs is not overwritten by it."""
     folder = tmp_path / "run"
     shutil.copytree(fitted, folder)

@@ -65,7 +65,8 @@ def test_sglang_and_tensorrt_llm_take_the_projected_embedding_from_the_entry():
 def test_a_window_does_not_select_another_signal():
     """use_ret_steps computes the first five steps, but also compares the projected embedding."""
     with pytest.raises(
-        EngineError, match="computes the first 5 and the last 0 steps, tensorrt-llm only 1 and 1"
+        EngineError,
+        match="computes the first 5 and the last 0 steps, tensorrt-llm only 1 and 1",
     ):
         export_entry(entry_for("tensorrt-llm", start=5), "tensorrt-llm", threshold=0.2)
 
@@ -110,7 +111,10 @@ def test_lightx2v_reads_the_entry(transformer_class, signal, note, window):
     entry = sample_entry(transformer_class=transformer_class, signal=signal, signal_note=note)
     text = export_entry(entry, "lightx2v", threshold=0.2)
     used = lightx2v_reads(text, wan=transformer_class.startswith("Wan"))
-    assert agrees(used, entry) and (used.threshold, (used.first, used.last)) == (0.2, window)
+    assert agrees(used, entry) and (used.threshold, (used.first, used.last)) == (
+        0.2,
+        window,
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,9 @@ def test_every_published_set_is_exported_faithfully_or_refused():
                 assert entry.label in str(error) and "\n" not in str(error)
                 continue
             wan = entry.transformer_class == "WanTransformer3DModel"
-            used = lightx2v_reads(text, wan) if engine == "lightx2v" else READERS[engine](text)
+            used = (
+                lightx2v_reads(text, wan) if engine == "lightx2v" else READERS[engine](text)
+            )
             assert agrees(used, entry), (entry.label, engine)
             exported[engine] += 1
     assert min(exported.values()) >= 10
@@ -188,11 +194,15 @@ def forced(entry: coeffs.Entry, engine: str) -> str:
 
 
 def degree_five() -> coeffs.Fit:
-    return coeffs.Fit(coefficients_high_to_low=(1.0, 0.0, 0.0, 0.0, 0.5, 0.1), domain=(0.0, 0.4))
+    return coeffs.Fit(
+        coefficients_high_to_low=(1.0, 0.0, 0.0, 0.0, 0.5, 0.1), domain=(0.0, 0.4)
+    )
 
 
 def test_a_degree_above_four_is_refused_by_vllm_omni_or_replaced_by_the_alternative():
-    with pytest.raises(EngineError, match=r"degree 5, vllm-omni takes at most 4: .*--degree 4"):
+    with pytest.raises(
+        EngineError, match=r"degree 5, vllm-omni takes at most 4: .*--degree 4"
+    ):
         export_entry(
             one_fit(
                 "vllm-omni",
@@ -206,10 +216,15 @@ def test_a_degree_above_four_is_refused_by_vllm_omni_or_replaced_by_the_alternat
     other = coeffs.Candidate(coefficients_high_to_low=(0.75, 0.0, 0.125), domain=(0.0, 0.4))
     fit = replace(degree_five(), alternatives=(other,))
     entry = one_fit(
-        "vllm-omni", fit, transformer_class="FluxTransformer2DModel", signal="modulated_input"
+        "vllm-omni",
+        fit,
+        transformer_class="FluxTransformer2DModel",
+        signal="modulated_input",
     )
     text = export_entry(entry, "vllm-omni", threshold=0.2)
-    assert "alternative of degree 2, since degree 5 is too much" in json.loads(text)["_comment"]
+    assert (
+        "alternative of degree 2, since degree 5 is too much" in json.loads(text)["_comment"]
+    )
     assert json.loads(text)["coefficients"] == [0.0, 0.0, 0.75, 0.0, 0.125]
 
 
@@ -231,7 +246,9 @@ def test_a_polynomial_that_another_sign_rule_reads_differently_is_refused():
         ):
             export_entry(entry, engine, threshold=0.2)
         assert export_entry(replace(entry, sign_rule=rule), engine, threshold=0.2)
-    assert export_entry(one_fit("sglang", replace(fit, domain=(0.2, 0.4))), "sglang", threshold=1)
+    assert export_entry(
+        one_fit("sglang", replace(fit, domain=(0.2, 0.4))), "sglang", threshold=1
+    )
 
 
 def test_a_double_root_of_a_constrained_fit_is_not_negative():
@@ -248,7 +265,9 @@ def test_a_narrow_dip_below_zero_is_not_stepped_over():
 
 def test_a_threshold_always_travels_along():
     entry = entry_for("sglang")
-    with pytest.raises(EngineError, match=r"has thresholds 0.2, 0.3: choose with --threshold"):
+    with pytest.raises(
+        EngineError, match=r"has thresholds 0.2, 0.3: choose with --threshold"
+    ):
         export_entry(entry, "sglang")
     with pytest.raises(EngineError, match="has no threshold: choose"):
         export_entry(replace(entry, thresholds=()), "sglang")
@@ -276,7 +295,8 @@ def test_a_window_that_an_engine_does_not_have_is_refused():
 def test_another_signal_than_the_engines_is_refused(engine):
     entry = sample_entry(transformer_class="WanTransformer3DModel")
     with pytest.raises(
-        EngineError, match=rf"{engine} compares the time_embedding there.*--signal time_embedding"
+        EngineError,
+        match=rf"{engine} compares the time_embedding there.*--signal time_embedding",
     ):
         export_entry(entry, engine, threshold=0.2)
     text = export_entry(entry, engine, threshold=0.2, force=True)
@@ -296,14 +316,18 @@ def test_a_signal_without_a_name_goes_back_to_its_own_engine_only():
     entry = coeffs.load("mlx-teacache/z-image-base@v1")
     assert export_entry(entry, "mlx-teacache")
     with pytest.raises(EngineError, match="compares a signal of its own"):
-        export_entry(replace(coeffs.load("sglang/z-image"), sign_rule="clamp"), "mlx-teacache")
+        export_entry(
+            replace(coeffs.load("sglang/z-image"), sign_rule="clamp"), "mlx-teacache"
+        )
     with pytest.raises(EngineError, match="raises ValueError for Ref2VA"):
         export_entry(coeffs.load("vllm-omni/minimax-h3-ref2va"), "vllm-omni")
 
 
 def test_a_release_that_is_not_known_is_refused():
     for release in ("0.5.22", "latest", ""):
-        with pytest.raises(EngineError, match=r"of sglang: what it does is known for 0.5.23 only"):
+        with pytest.raises(
+            EngineError, match=r"of sglang: what it does is known for 0.5.23 only"
+        ):
             export_entry(entry_for("sglang"), "sglang", threshold=0.2, release=release)
     assert export_entry(entry_for("sglang"), "sglang", threshold=0.2, release="0.5.23")
     with pytest.raises(EngineError, match="engine 'nope': expected one of vllm-omni"):

@@ -21,7 +21,11 @@ CHANGES = {
     "lightx2v-magcache": {"max_skips": 6},
     "solver": {
         "plans": (
-            {"schedule": "CCSC", "sigmas": (1.0, 0.7, 0.4, 0.2, 0.0), "forecast_of": "guided"},
+            {
+                "schedule": "CCSC",
+                "sigmas": (1.0, 0.7, 0.4, 0.2, 0.0),
+                "forecast_of": "guided",
+            },
         )
     },
 }
@@ -69,7 +73,9 @@ def test_numbers_that_changed_on_the_way_replace_the_fit():
     )
     changed = import_entry(text, "sglang", like=entry)
     assert changed.fit().coefficients_high_to_low == (0.5, -0.75, 1.0 / 3.0, 0.125)
-    assert changed.fit().domain is None and [row.threshold for row in changed.thresholds] == [0.9]
+    assert changed.fit().domain is None and [row.threshold for row in changed.thresholds] == [
+        0.9
+    ]
 
 
 def test_json_carries_the_whole_entry():

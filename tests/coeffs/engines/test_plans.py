@@ -95,7 +95,9 @@ def test_cache_dit_and_sglang_switch_taylorseer_on_for_a_forecast():
     assert "enable_taylorseer" not in plain["cache_config"]
 
 
-def with_branches(*names: str, engine: str = "cache-dit-mask", **changes: object) -> coeffs.Entry:
+def with_branches(
+    *names: str, engine: str = "cache-dit-mask", **changes: object
+) -> coeffs.Entry:
     ratios = {name: (1.0, 0.9, 0.9, 0.9) for name in names}
     expert = coeffs.Expert(mag_ratios=ratios)
     return bare(engine, "CCSC", experts={"transformer": expert}, **changes)
@@ -121,9 +123,13 @@ def test_two_calls_a_step_are_refused_where_the_engine_has_no_setting_for_them()
         with pytest.raises(EngineError, match="has two calls of the denoiser a step"):
             export_entry(entry, engine, schedule="CCSC")
         assert FORCED in export_entry(entry, engine, schedule="CCSC", force=True)
-        assert export_entry(with_branches("cond", engine=engine, **flux), engine, schedule="CCSC")
+        assert export_entry(
+            with_branches("cond", engine=engine, **flux), engine, schedule="CCSC"
+        )
     one = with_branches("cond", engine="sglang-cache-dit")  # Wan: counted as two calls there
-    with pytest.raises(EngineError, match=r"has one call of the denoiser a step, .* expects two"):
+    with pytest.raises(
+        EngineError, match=r"has one call of the denoiser a step, .* expects two"
+    ):
         export_entry(one, "sglang-cache-dit", schedule="CCSC")
 
 
@@ -132,7 +138,9 @@ def test_two_calls_a_step_are_refused_where_the_engine_has_no_setting_for_them()
 
 def test_diffusers_reads_the_ratios():
     entry = entry_for("diffusers-magcache")
-    config = magcache_reads(export_entry(entry, "diffusers-magcache"))["transformer_mag_cache"]
+    config = magcache_reads(export_entry(entry, "diffusers-magcache"))[
+        "transformer_mag_cache"
+    ]
     assert tuple(config["mag_ratios"]) == entry.experts["transformer"].mag_ratios["cond"]
     assert config["max_skip_steps"] == 4
 
