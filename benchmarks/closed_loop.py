@@ -1,6 +1,6 @@
 """Plans against their rivals on prompts that were used for nothing else: the table of docs/planning.md.
 
-    calibrate record --model MODEL --steps 50 --dtype float32 --num-prompts 20 --prompts A --gram --out runs/x
+    calibrate record --model MODEL --steps 50 --dtype float32 --num-prompts 20 --prompts A --out runs/x
     calibrate fit runs/x
     python -m benchmarks.closed_loop runs/x --choosing-prompts B --prompts C --computed 25,19,15,12,9,7,5
 

@@ -116,8 +116,8 @@ recording_options = _group(
     option(
         "--gram/--no-gram",
         default=None,
-        help="Keep the inner products of all steps, which `calibrate plan` needs, or not [default: keep; a run "
-        "begun without stays without]. --gram also records anew what lacks them.",
+        help="Keep the inner products of all steps, which `calibrate plan --no-runs` needs, or not [default: "
+        "keep; a run begun without stays without]. --gram also records anew what lacks them.",
     ),
     _session,
 )

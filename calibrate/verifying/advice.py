@@ -124,11 +124,10 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
     command = f"calibrate export {fspath(path)} --to"
     plan = _plan(advice, entry)
     if plan is not None:
-        reuses = plan.forecast in (None, "reuse")
-        note = (
-            "" if reuses else "# The engine reuses instead of forecasting: less than above.\n"
-        )
-        return f"{note}{command} cache-dit-mask --schedule {plan.schedule}"
+        line = f"{command} cache-dit-mask --schedule {plan.schedule}"
+        if plan.forecast in (None, "reuse"):
+            return line
+        return f"# The engine forecasts differently, or reuses: other figures than above.\n{line}"
     if advice.policy == GATE:
         threshold = float(f"{advice.figures['threshold']:.6g}")
         for engine in GATE_ENGINES:

@@ -76,7 +76,7 @@ def test_a_stronger_rule_without_a_fit_is_advised_too():
     lines = python_lines(advice, entry, "runs/x")
     schedule = uniform(28, 14)
     assert f'schedule="{schedule}", forecast="linear", forecast_of="output")' in lines
-    assert "reuses instead of forecasting" in export_line(advice, entry, "runs/x")
+    assert "forecasts differently, or reuses" in export_line(advice, entry, "runs/x")
 
 
 def test_what_is_not_faster_or_breaks_is_not_advised():
