@@ -120,6 +120,11 @@ def check(asked: Asked, model: Model) -> None:
             raise InvalidSetting(f"{refused[0]}= {reason}")
     if own and asked.entry is not None:
         raise InvalidSetting("entry and coefficients given: expected one of them")
+    if asked.quality is not None and not model.has_scheduler and asked.num_steps is None:
+        raise InvalidSetting(
+            "quality= is certified for a number of steps, and a bare denoiser does not tell its own: give num_steps=, "
+            "or apply it to the pipeline"
+        )
     for name, values in _VALUES.items():
         value = getattr(asked, name)
         if value not in (None, *values):

@@ -9,7 +9,13 @@ from coeffs.entry.signals import MODULATED_INPUT, SIGNALS
 from coeffs.errors import CoeffsError, EntryMismatch
 from coeffs.match import compare, find
 from runtime.asked import OF_GATE, Asked, Model, check
-from runtime.decide.choice import best_for, certified_for, fewer_steps_advice, threshold_for
+from runtime.decide.choice import (
+    best_for,
+    certified_for,
+    fewer_steps_advice,
+    other_schedule,
+    threshold_for,
+)
 from runtime.decide.forecast import Forecast
 from runtime.decide.gate import FixedSchedule, Gate, GateConfig, Policy
 from runtime.errors import InvalidSetting
@@ -219,6 +225,8 @@ def _sourced(settings: Settings, model: Model) -> Settings:
             entry, protocol=certificate.protocol, status="measured", copied_from=None
         )
     mismatches = tuple(map(str, compare(entry, model.facts)[0]))
+    if settings.certificate is not None:
+        mismatches = (*mismatches, *other_schedule(settings.certificate, model.facts))
     if asked.strict and mismatches:
         raise EntryMismatch(
             f"{entry.label} was not measured like this: {'; '.join(mismatches)}; calibrate at these settings, "

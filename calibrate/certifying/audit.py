@@ -12,9 +12,10 @@ import pandas as pd
 
 from calibrate.certifying.candidates import first_of, offered, setting_of, unseen
 from calibrate.certifying.tiers import Demand, Tier
-from calibrate.errors import InvalidOption
+from calibrate.errors import InvalidOption, one_line
 from calibrate.fitting.statistics import share_interval
 from calibrate.runs.lock import alone
+from calibrate.runs.purposes import AUDITED, note
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, open_case
 from calibrate.trials.lpips import Lpips
@@ -22,9 +23,8 @@ from calibrate.trials.setting import Entered
 from coeffs import Certificate, Entry
 from coeffs.entry.certificates import chance, of_tier
 
-AUDITED = (
-    20  # prompts: four misses refute a risk of 5 %, as 27 % of misses give four times in five
-)
+# Four misses among so many refute a risk of 5 %, as 27 % of misses give four times in five.
+NUM_PROMPTS = 20
 Say = Callable[[str], None]
 
 
@@ -69,7 +69,7 @@ def audit(
     source: str | os.PathLike,
     *,
     tiers: Sequence[str] = (),
-    num_prompts: int = AUDITED,
+    num_prompts: int = NUM_PROMPTS,
     prompts: str | os.PathLike | Sequence[str] | None = None,
     seed: int = 0,
     images: Iterable[str | os.PathLike] = (),
@@ -90,12 +90,14 @@ def audit(
     case = open_case(source, **loading)
     certificates = _in_force(case.entry, tiers)
     sets = offered(case, prompts, seed, images)
-    fresh = unseen(case.purposes, sets)
+    fresh = unseen(case.purposes, sets, AUDITED)
     if len(fresh) < num_prompts:
         raise InvalidOption(
             f"--num-prompts {num_prompts}: only {len(fresh)} that served nothing else; give others with --prompts"
         )
     chosen = first_of(fresh, num_prompts, sets)
+    # Their figures will be seen: no certificate rests on them afterwards.
+    note(case.folder, list(fresh)[:num_prompts], AUDITED)
     samples = len(chosen.prompts)
     say(f"{2 * samples} uncached runs, {samples * len(certificates)} cached ones")
     _prepare(case, lora)
@@ -118,7 +120,12 @@ def _prepare(case: Case, lora: str | os.PathLike | None) -> None:
     """Load the LoRA, and keep apart the results of different weights that go by one name."""
     pipeline, modules = case.session.pipeline, case.session.modules.values()
     if lora is not None:
-        pipeline.load_lora_weights(os.fspath(lora))
+        try:
+            pipeline.load_lora_weights(os.fspath(lora))
+        except Exception as error:  # diffusers, peft and safetensors each raise their own
+            raise InvalidOption(
+                f"--lora {lora}: cannot be loaded ({one_line(error)})"
+            ) from error
     parameters = (parameter for module in modules for parameter in module.parameters())
     case.weights["sum"] = sum(
         parameter.double().abs().sum().item() for parameter in parameters

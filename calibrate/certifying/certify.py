@@ -106,7 +106,16 @@ def certify(
     candidates = sequences(case, policies)
     demand = Demand(risk, confidence, len(candidates) * len(tiers))
     count = num_prompts or demand.prompts_needed
-    question = [[str(tier) for tier in tiers], risk, confidence, *policies, count]
+    tried = [[one.policy, one.identity()] for settings in candidates for one in settings]
+    question = [
+        [str(tier) for tier in tiers],
+        risk,
+        confidence,
+        *policies,
+        count,
+        seed,
+        tried,
+    ]
     purpose = f"certifying {canonical_sha256(question)[:12]}"
     sets = offered(case, prompts, seed, images)
     fresh = unseen(case.purposes, sets, purpose)

@@ -9,6 +9,7 @@ prompts: Learn then Test, Angelopoulos et al., arXiv 2110.01052.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from calibrate.trials.measures import MEASURES, capped
 from coeffs.entry.certificates import EXACT, LIMITS, chance, limits_text
 
 # Name on the command line -> measure.
+# As entries and exports take names.
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 OPTIONS = {name.removesuffix("_db"): name for name in LIMITS}
 
 
@@ -29,23 +32,33 @@ class Tier:
     name: str
     limits: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name) or self.name == EXACT:
+            raise InvalidOption(
+                f"tier {self.name!r}: expected a name of letters, digits and _.-, and not {EXACT}, which is the tier "
+                "without a cache"
+            )
+
     def __str__(self) -> str:
         return f"{self.name} ({limits_text(self.limits)})"
 
     def missed(self, results: pd.DataFrame) -> pd.Series:
         """Prompt -> whether any of its samples is broken or misses a limit; identical samples miss none."""
+        broken = results["broken"].astype(bool)
         missed = pd.Series(False, index=results.index)
-        for name, limit in self.limits.items():
+        for name, limit in self.limits.items() if not broken.all() else ():
             values = capped(results, _measured(name, results))
             kept = values >= limit if MEASURES[name].higher_is_better else values <= limit
             missed |= ~kept  # also where a sample has no figure
         missed &= ~results["identical"].astype(bool)
-        missed |= results["broken"].astype(bool)
+        missed |= broken
         return missed.groupby(results["prompt_id"]).any()
 
     def within_reach(self, results: pd.DataFrame, misses: int) -> float:
         """The strictest limit on its first measure that all but ``misses`` prompts keep."""
         name = next(iter(self.limits))
+        if results["broken"].all():
+            return MEASURES[name].broken
         sign = 1 if MEASURES[name].higher_is_better else -1
         worst = (sign * capped(results, name)).groupby(results["prompt_id"]).min()
         return sign * float(worst.sort_values().iloc[misses])
@@ -74,11 +87,9 @@ def parse_tier(text: str) -> Tier:
         given = {OPTIONS[measure.strip()]: float(limit) for measure, limit in pairs}
     except (KeyError, ValueError):
         given = {}
-    named = name.replace("-", "_").isidentifier() and name != EXACT
-    if not named or not given or not all(map(math.isfinite, given.values())):
+    if not given or not all(map(math.isfinite, given.values())):
         raise InvalidOption(
-            f"tier {text!r}: expected name:psnr=35,ssim=0.95 with limits on {', '.join(OPTIONS)}, and not {EXACT}, "
-            "which is the tier without a cache"
+            f"tier {text!r}: expected name:psnr=35,ssim=0.95 with limits on {', '.join(OPTIONS)}"
         )
     return Tier(name, given)
 
@@ -111,7 +122,9 @@ class Demand:
     @property
     def prompts_needed(self) -> int:
         """The fewest prompts that can prove it, if none of them misses."""
-        return math.ceil(math.log(self.level) / math.log1p(-self.risk))
+        count = math.ceil(math.log(self.level) / math.log1p(-self.risk))
+        # Rounding can put the logarithms on the other side of a whole number than the test.
+        return count if self.most_missed(count) >= 0 else count + 1
 
     def lowest_risk(self, prompts: int) -> float:
         """The lowest risk that so many prompts can prove, rounded up."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import coeffs
+from calibrate.model.call import parse_pipe_args
 from calibrate.model.table import EMBEDDED_MODEL, ModelSpec
 from coeffs import Entry
 from coeffs.errors import CoeffsError
@@ -39,9 +40,16 @@ def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
     entries: list[Entry] = []
     with suppress(CoeffsError):  # a registry that is not there is no reason not to record
         entries = coeffs.entries()
-    for file in Path("runs").glob("*/entry.yaml"):
+    drafts: list[Entry] = []
+    for file in sorted(
+        Path("runs").glob("*/entry.yaml"), key=lambda file: file.stat().st_mtime
+    ):
         with suppress(CoeffsError):
-            entries.append(coeffs.load(file))
+            drafts.append(coeffs.load(file))
+    entries = [
+        *drafts,
+        *entries,
+    ]  # the last one counts: what was released, else the newest run
     # Other weights of the class are not read for nothing: the embedded model's are known by their configuration.
     hashed = {
         entry.checkpoint.sha256: entry
@@ -57,5 +65,6 @@ def as_recorded(entry: Entry, spec: ModelSpec | None) -> ModelSpec:
     """What the class needs, with the protocol that the entry was recorded at."""
     spec = spec or ModelSpec(alias=entry.model, pipeline_class=entry.pipeline_class or "")
     protocol: dict[str, Any] = {name: getattr(entry.protocol, name) for name in PROTOCOL}
-    arguments = {**spec.call_arguments, **entry.protocol.call_arguments}
+    stated = [f"{name}={value}" for name, value in entry.protocol.call_arguments.items()]
+    arguments = {**spec.call_arguments, **parse_pipe_args(stated)}
     return replace(spec, **protocol, call_arguments=arguments)

@@ -4,10 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-
-def rank() -> int:
-    """This process's number under torchrun or accelerate, else 0."""
-    return int(os.environ.get("RANK", 0))
+from calibrate.runs.lock import rank as rank
 
 
 def world_size() -> int:

@@ -130,7 +130,9 @@ class Findings:
         if budget is None and budgets:
             budget = budgets[len(budgets) // 2]
         rows = rows[rows["budget"] == budget]
-        rows = rows.assign(quality=capped(rows, main_measure(rows))).sort_values("quality")
+        rows = rows.assign(
+            quality=capped(rows, main_measure(self.verification.results))
+        ).sort_values("quality")
         return [self._sample(row) for row in rows.head(count).itertuples()]
 
     def _sample(self, row: Any) -> Sample:
@@ -159,7 +161,7 @@ class Findings:
         if self.verification is None or self.advice is None or self.advice.policy is None:
             return pd.DataFrame()
         rows = self.verification.results[lambda rows: rows["budget"] == self.advice.budget]
-        rows = rows.assign(value=capped(rows, main_measure(rows)))
+        rows = rows.assign(value=capped(rows, main_measure(self.verification.results)))
         table = rows.pivot_table("value", "prompt", "policy", sort=False)
         shown = dict.fromkeys((self.advice.policy, *SHOWN))
         return table[[name for name in shown if name in table]].sort_values(

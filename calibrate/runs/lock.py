@@ -148,9 +148,15 @@ def folder_of(
     return Path(out or f"runs/verify-{source.label.replace('/', '-')}")
 
 
-def alone(work: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def rank() -> int:
+    """This process's number under torchrun or accelerate, else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def alone(work: str, shared: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates what runs a model for a run or an entry: no other process works in its folder meanwhile.
 
+    ``shared`` work is for all ranks of a launch, other work for rank 0 alone.
     With ``runs=False`` nothing is run and nothing written, also where nothing can be.
     """
 
@@ -161,6 +167,8 @@ def alone(work: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             source: Any = args[0] if args else given["source"]
             if not given["runs"]:
                 return function(*args, **options)
+            if not shared and rank() != 0:
+                raise RunInUse(f"{work} a run is done by one process: call it on rank 0 only")
             with hold(folder_of(source, given["registry"], given["out"]), work):
                 return function(*args, **options)
 

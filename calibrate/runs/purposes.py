@@ -12,7 +12,7 @@ from calibrate.errors import InvalidPrompts, RunFolderError
 from calibrate.model.prompts import PromptSet
 from calibrate.runs.files import write_json
 
-RECORDED, CHOOSING, JUDGED = "recorded", "choosing", "judged"
+RECORDED, CHOOSING, JUDGED, AUDITED = "recorded", "choosing", "judged", "audited"
 
 
 def purposes(run: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ import pandas as pd
 import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
-from calibrate.recording.launch import rank
+from calibrate.recording.launch import rank, world_size
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.lock import alone, held
@@ -38,15 +38,15 @@ from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_t
 from calibrate.verifying.results import Verification, write_verification
 from calibrate.verifying.tuning import TuningRuns, given_gate, unsteady
 from coeffs import Entry
+from runtime.compat.diffusers_private import lockstep_group
 
 NUM_PROMPTS = 10
-AVERAGE_SHARE = float(
-    np.mean(DEFAULT_FRACTIONS)
-)  # of an uncached run that a cached one takes
+# Of an uncached run that a cached one takes.
+AVERAGE_SHARE = float(np.mean(DEFAULT_FRACTIONS))
 Say = Callable[[str], None]
 
 
-@alone("verifying")
+@alone("verifying", shared=True)
 def verify(
     source: str | os.PathLike | Entry,
     *,
@@ -107,6 +107,7 @@ def verify(
     )
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
     expected = _announce(case, chosen, steps, thresholds, held_out, say)
+    _check_ranks(case)
     bench = Bench(case, held_out, perceptual, progress, held[case.folder])
     with closing(bench), bench.alone():
         bench.expect(expected)
@@ -137,6 +138,17 @@ def verify(
     note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
     _write_verified(case, verification, say)
     return verification
+
+
+def _check_ranks(case: Case) -> None:
+    """Refuse ranks that run every forward together: one that took a prompt of its own would wait for ever."""
+    if world_size() == 1:
+        return
+    for name, module in case.session.modules.items():
+        if lockstep_group(module) is not None:
+            raise InvalidOption(
+                f"{name}: ranks that hold one model together cannot share prompts; verify in one process"
+            )
 
 
 def _announce(

@@ -1,7 +1,9 @@
 """What of an entry is taken for a wanted speed-up or quality: a threshold of its gate, or a plan. Pure: no torch."""
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import coeffs
 from coeffs.entry.certificates import EXACT, of_tier
@@ -113,3 +115,13 @@ def certified_for(
         times = f"{last.factor:.2f} times as fast, this cache {chosen.factor:.2f} times"
         return chosen, f"{last.how} keeps the same promise and is {times}"
     return chosen, None
+
+
+def other_schedule(certificate: "coeffs.Certificate", facts: Mapping[str, Any]) -> list[str]:
+    """A shift on one side only, under one class of scheduler: other noise levels than were certified."""
+    certified, here = certificate.protocol.shift, facts.get("shift")
+    if facts.get("scheduler") != certificate.protocol.scheduler or (certified is None) == (
+        here is None
+    ):
+        return []
+    return [f"shift: {certified or 'none'} in the certificate, {here or 'none'} here"]

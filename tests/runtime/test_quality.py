@@ -183,3 +183,19 @@ def test_quantised_weights_and_adapters_of_any_denoiser_are_seen():
     pipe = TinyExperts()
     pipe.transformer_2.peft_config = {"style": object()}
     assert facts(pipe)["lora"] == "style"
+
+
+def test_a_bare_denoiser_has_to_tell_its_number_of_steps():
+    bare = dataclasses.replace(MODEL, has_scheduler=False)
+    with pytest.raises(InvalidSetting, match="does not tell its own"):
+        resolve(Asked(entry=entry(of()), quality="high"), bare)
+    resolve(Asked(entry=entry(of()), quality="high", num_steps=8, strict=False), bare)
+
+
+def test_a_shift_that_the_certified_runs_did_not_have_is_seen():
+    dynamic = dataclasses.replace(PROTOCOL, shift=None)
+    facts = {**MODEL.facts, "scheduler": PROTOCOL.scheduler, "shift": 3.0}
+    fixed = dataclasses.replace(MODEL, facts=facts)
+    known = entry(certificate(num_steps=8, protocol=dynamic, computed_steps=4.0))
+    with pytest.raises(EntryMismatch, match="shift"):
+        resolve(Asked(entry=known, quality="high"), fixed)

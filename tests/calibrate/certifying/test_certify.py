@@ -116,6 +116,24 @@ def test_the_same_question_runs_nothing_again(pipe, fitted, certified):
     ]
 
 
+def test_other_candidates_and_other_seeds_are_asked_with_other_prompts(
+    pipe, fitted, tmp_path
+):
+    """Otherwise one could ask the same prompts until the answer is yes."""
+    folder = copied(fitted, tmp_path)
+    before = set(purposes(folder))
+    options = OPTIONS | {"model": pipe, "tiers": TIERS[1:], "policies": ["plan"]}
+    certify(folder, **options)
+    first = set(purposes(folder)) - before
+    entry = coeffs.load(folder / "entry.yaml")
+    coeffs.save(dataclasses.replace(entry, plans=PLANS[:1]), folder / "entry.yaml")
+    certify(folder, **options)
+    second = set(purposes(folder)) - before - first
+    certify(folder, seed=1000, **options)
+    third = set(purposes(folder)) - before - first - second
+    assert len(first) == len(second) == len(third) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -202,6 +220,13 @@ def test_an_audit_where_nothing_changed_says_yes(pipe, promised):
     few = audited(promised, pipe, num_prompts=3)
     assert few.holds and not few.proven
     assert few.verdict.endswith("0 of 3 prompts missed it, a share of 0 to 0.71")
+    seen = [prompt for prompt, purpose in purposes(promised).items() if purpose == "audited"]
+    assert len(seen) == 8, "what an audit has shown is no longer unseen"
+
+
+def test_a_lora_that_cannot_be_loaded_is_one_line(pipe, promised):
+    with pytest.raises(InvalidOption, match="cannot be loaded"):
+        audited(promised, pipe, lora="there-is-none")
 
 
 @pytest.mark.parametrize(

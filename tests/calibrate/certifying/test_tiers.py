@@ -74,7 +74,7 @@ def test_a_tier_is_read_from_its_text():
     ],
 )
 def test_a_text_that_is_no_tier_is_refused(text):
-    with pytest.raises(InvalidOption, match="expected name:psnr=35"):
+    with pytest.raises(InvalidOption, match=r"expected (name:psnr=35|a name of letters)"):
         parse_tier(text)
 
 
@@ -142,3 +142,25 @@ def test_the_promise_is_broken_in_no_more_draws_than_stated(risk):
         allowed=int(risk * prompts),
     )
     assert bare.false > 60
+
+
+def test_where_every_sample_is_broken_every_prompt_misses():
+    """Such results have no column of figures at all."""
+    broken = pd.DataFrame({"prompt_id": ["a", "b"], "broken": True, "identical": False})
+    tier = Tier("high", {"psnr_db": 25.0})
+    assert tier.missed(broken).tolist() == [True, True]
+    assert tier.within_reach(broken, 0) == 0.0
+
+
+@pytest.mark.parametrize("name", ["größe", "-x", "my tier", "a" * 65, "exact", ""])
+def test_a_name_that_no_entry_takes_is_refused_before_anything_runs(name):
+    with pytest.raises(InvalidOption, match="expected a name of letters"):
+        Tier(name, {"psnr_db": 30.0})
+
+
+@pytest.mark.parametrize(
+    ("risk", "confidence", "tests"), [(0.5, 0.75, 2), (0.5, 0.875, 1), (0.8, 0.8, 1)]
+)
+def test_rounding_asks_for_no_prompt_too_few(risk, confidence, tests):
+    demand = Demand(risk, confidence, tests)
+    assert demand.most_missed(demand.prompts_needed) >= 0

@@ -82,6 +82,15 @@ def test_functions_hold_the_run_like_the_commands(name, run, holder):
         function(run)
 
 
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"verify"}))
+def test_functions_for_one_process_are_refused_on_other_ranks(name, run, monkeypatch):
+    """Bug: in a script under torchrun every rank did all of it, in one folder at once."""
+    monkeypatch.setenv("RANK", "1")
+    function = getattr(importlib.import_module(FUNCTIONS[name]), name)
+    with pytest.raises(RunInUse, match="call it on rank 0 only"):
+        function(run)
+
+
 def test_run_without_an_entry_says_what_makes_one_in_python_too(tmp_path):
     run = make_run(tmp_path / "run", make_frame(prompts=2))
     with pytest.raises(

@@ -1,6 +1,8 @@
 """From a name to a checkpoint: what is found, what is refused, and that nothing from a checkpoint is ever run."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import coeffs_samples
@@ -334,6 +336,11 @@ def test_folder_that_was_recorded_once_is_known_under_any_path(
         coeffs.publish(entry, tmp_path / "registry")
     else:
         coeffs.save(entry, tmp_path / "runs" / "some" / "entry.yaml")
+    # A draft of a quick trial does not take the place of what was released.
+    protocol = dataclasses.replace(entry.protocol, num_steps=3)
+    trial = tmp_path / "runs" / ("trial" if published else "older") / "entry.yaml"
+    coeffs.save(dataclasses.replace(entry, protocol=protocol), trial)
+    os.utime(trial, (0, 0) if not published else None)
     moved = find_checkpoint(path.rename(tmp_path / "elsewhere"))
     assert (moved.slug, moved.repository) == (first.slug, first.repository)
     assert "by the hash of its weights" in moved.recognised

@@ -234,7 +234,7 @@ def test_magcache_plan_agrees_with_diffusers_decisions():
     assert set(found.values()) == {expected} and "S" in expected
 
 
-def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(pipe):
+def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off():
     class Forgetful(TinyPipeline):
         @contextlib.contextmanager
         def _branch(self, *_):  # as pipelines that never announce their branches
