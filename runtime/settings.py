@@ -88,10 +88,8 @@ class Settings:
             "forecast_of": self.forecast_of,
         }
         if self.certificate is not None:
-            described |= {
-                "quality": self.certificate.tier,
-                "promise": self.certificate.promise,
-            }
+            promised = {"quality": self.certificate.tier, "promise": self.certificate.promise}
+            described |= promised
         return described if self.advice is None else described | {"advice": self.advice}
 
     def difference(
@@ -148,11 +146,10 @@ def resolve(asked: Asked, model: Model) -> Settings:
     if choice is None:
         settings = _sourced(settings, model)
         choice = _choice(settings)
-    settings = (
-        _planned(settings, choice)
-        if isinstance(choice, str | coeffs.Plan)
-        else _gated(settings, choice, model)
-    )
+    if isinstance(choice, str | coeffs.Plan):
+        settings = _planned(settings, choice)
+    else:
+        settings = _gated(settings, choice, model)
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
     for expert in model.classes:
@@ -178,10 +175,8 @@ def for_steps(settings: Settings, model: Model, num_steps: int | None) -> Settin
         other = resolve(asked, replace(model, facts=facts))
     except (CoeffsError, InvalidSetting):
         return settings  # what differs is said, as for a named entry
-    same_watch = (other.signal, other.forecast_of) == (
-        settings.signal,
-        settings.forecast_of,
-    )
+    watched = (settings.signal, settings.forecast_of)
+    same_watch = (other.signal, other.forecast_of) == watched
     return other if other.num_steps == num_steps and same_watch else settings
 
 
