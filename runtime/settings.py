@@ -146,7 +146,7 @@ def resolve(asked: Asked, model: Model) -> Settings:
     if choice is None:
         settings = _sourced(settings, model)
         choice = _choice(settings)
-    if isinstance(choice, str | coeffs.Plan):
+    if isinstance(choice, str | coeffs.Plan):  # noqa: SIM108 - too long for one line
         settings = _planned(settings, choice)
     else:
         settings = _gated(settings, choice, model)
