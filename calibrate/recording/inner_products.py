@@ -118,9 +118,9 @@ class Products:
         guided = self._rows([(_GUIDED, step) for step in steps])
         if not outputs or len(steps) <= steps[-1] - steps[0]:
             return {}
-        arrays["output"] = over_ranks(gram_matrix(outputs)).cpu()
+        arrays["output"] = over_ranks(gram_matrix(outputs)).cpu().numpy()
         if guided:
-            arrays["guided"] = over_ranks(gram_matrix(guided)).cpu()
+            arrays["guided"] = over_ranks(gram_matrix(guided)).cpu().numpy()
         levels = [sigma(step) for step in (*steps, steps[-1] + 1)]
         arrays["first_step"] = steps[0]
         arrays["sigmas"] = np.array(levels, dtype=float)  # NaN where there are none
