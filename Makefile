@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/calibrate --num-prompts 10 --out $(RUN)
-	$(BIN)/calibrate plan $(RUN) --computed 14 --candidates 1 --choosing 3 --num-prompts 3
+	$(BIN)/calibrate plan $(RUN) --computed 14 --candidates 1 --choosing 3 --num-prompts 1
 	$(BIN)/calibrate verify $(RUN) --num-prompts 8 --budgets 14
 	$(BIN)/calibrate report $(RUN)
 
