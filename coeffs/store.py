@@ -6,10 +6,8 @@ in ``TEACAL_REGISTRY``, the user's own folder, the one shipped with the package.
 change; a new calibration is a new version.
 """
 
-import contextlib
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from coeffs.errors import (
     WriteError,
     did_you_mean,
 )
+from coeffs.files import put
 
 ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
@@ -86,18 +85,10 @@ def save(entry: Entry, path: str | Path) -> Path:
 
 
 def write(text: str, path: Path) -> Path:
-    """Write beside the target, flush to disk, move; ``WriteError`` where that is not possible."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Write atomically; ``WriteError`` where that is not possible."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        put(path, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise WriteError(f"{path}: {error.strerror or error}; nothing was changed") from None
     return path
 

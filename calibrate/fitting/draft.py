@@ -4,6 +4,7 @@ Deterministic: the same pairs and manifest give the same bytes, but for ``source
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -236,7 +237,9 @@ def protocol_of(values: Mapping[str, Any] | None) -> coeffs.Protocol:
     protocol = dict(values or {})
     arguments = protocol.get("call_arguments") or {}
     protocol["call_arguments"] = {
-        key: value if isinstance(value, str | int | float | None) else str(value)
+        key: value
+        if isinstance(value, str | int | float | None)
+        else json.dumps(value, default=str)
         for key, value in arguments.items()
     }
     return _known(coeffs.Protocol, protocol)

@@ -161,6 +161,14 @@ def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
     return arguments
 
 
+def recorded_arguments(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The call arguments that an entry states, as they were given: it keeps lists and mappings as JSON text."""
+    return {
+        name: _value(value) if isinstance(value, str) else value
+        for name, value in protocol["call_arguments"].items()
+    }
+
+
 def _value(text: str) -> Any:
     python = {
         "True": "true",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import coeffs
-from calibrate.model.call import parse_pipe_args
+from calibrate.model.call import recorded_arguments
 from calibrate.model.table import EMBEDDED_MODEL, ModelSpec
 from coeffs import Entry
 from coeffs.errors import CoeffsError
@@ -65,6 +65,5 @@ def as_recorded(entry: Entry, spec: ModelSpec | None) -> ModelSpec:
     """What the class needs, with the protocol that the entry was recorded at."""
     spec = spec or ModelSpec(alias=entry.model, pipeline_class=entry.pipeline_class or "")
     protocol: dict[str, Any] = {name: getattr(entry.protocol, name) for name in PROTOCOL}
-    stated = [f"{name}={value}" for name, value in entry.protocol.call_arguments.items()]
-    arguments = {**spec.call_arguments, **parse_pipe_args(stated)}
+    arguments = {**spec.call_arguments, **recorded_arguments(vars(entry.protocol))}
     return replace(spec, **protocol, call_arguments=arguments)

@@ -2,15 +2,14 @@
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import CorruptShard, RunFolderError
 from coeffs.entry.signals import SIGNALS
+from coeffs.files import put
 
 MEASURED_COLUMNS = (
     *("timestep", "sigma", *(signal.column for signal in SIGNALS.values())),
@@ -83,20 +82,12 @@ def make_folder(path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` under ``path`` so that after a crash or power loss the file is whole or absent, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:  # x: not through a link that lies there
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        put(path, data)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name itself, which a power loss could undo
         os.close(folder)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise RunFolderError(
             f"{path}: cannot be written ({error.strerror}); nothing finished is lost: make room or choose another "
             "folder with --out, then run the same command again"

@@ -11,7 +11,7 @@ from typing import Any
 
 import coeffs
 from calibrate.errors import InvalidOption, ModelNotFound
-from calibrate.model.call import Call, prepare_call
+from calibrate.model.call import Call, prepare_call, recorded_arguments
 from calibrate.model.checkpoint import Checkpoint, find_checkpoint, pipeline_class_of
 from calibrate.model.loading import pick_device
 from calibrate.model.prompts import HELD_OUT_SETS, Prompt, PromptSet, load_prompts
@@ -268,6 +268,6 @@ def _call(
         pipeline_call,
         checkpoint.spec,
         steps=protocol["num_steps"],
-        pipe_args={**protocol["call_arguments"], **pipe_args},
+        pipe_args={**recorded_arguments(protocol), **pipe_args},
         **{size: protocol[size] for size in sizes},
     )

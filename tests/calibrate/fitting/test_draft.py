@@ -12,8 +12,9 @@ import coeffs
 from calibrate.errors import CalibrateError
 from calibrate.fitting.choice import fit_branches
 from calibrate.fitting.draft import fit as draft_entry
-from calibrate.fitting.draft import slug
+from calibrate.fitting.draft import protocol_of, slug
 from calibrate.fitting.score import score, score_polynomial
+from calibrate.model.call import recorded_arguments
 from calibrate.runs.pairs import load_run
 from coeffs import Polynomial
 
@@ -299,3 +300,16 @@ def test_an_entry_for_a_forecasts_error_still_loads_and_says_what_it_is_scored_o
     assert coeffs.loads(coeffs.dump(old)) == old
     table = score([old], run)
     assert set(table["note"]) == {"target forecast_error, scored on output"}
+
+
+def test_an_entrys_call_arguments_come_back_as_they_were_given():
+    """Bug: a list came back as its text, and went to the pipeline as such."""
+    given = {
+        "sigmas": [1.0, 0.5],
+        "layers": ["a", "b"],
+        "rewrite": False,
+        "scale": 4,
+        "mode": "fast",
+    }
+    stated = vars(protocol_of({"call_arguments": given}))
+    assert recorded_arguments(stated) == given

@@ -1,10 +1,12 @@
 """The ranks of one launch share the prompts of a verification; rank 0 concludes as one process would."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +15,7 @@ import pytest
 import calibrate
 import coeffs
 from calibrate import fit, record
+from calibrate.errors import InvalidOption
 from calibrate.verifying.results import load_verification
 
 pytestmark = pytest.mark.slow
@@ -89,3 +92,17 @@ def test_two_ranks_give_the_rows_of_one_process(recorded, tmp_path):
     )
     assert first and second
     assert sorted(first + second) == sorted(keys(recorded / "verify" / "results.jsonl"))
+
+
+def test_ranks_that_hold_one_model_together_do_not_share_prompts(tmp_path, monkeypatch):
+    """One that took a prompt of its own would wait in the first collective for ever."""
+    module = importlib.import_module("calibrate.verifying.verify")
+    case = types.SimpleNamespace(
+        session=types.SimpleNamespace(modules={"transformer": object()})
+    )
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(module, "lockstep_group", lambda _: "a group")
+    with pytest.raises(InvalidOption, match="verify in one process"):
+        module._check_ranks(case)
+    monkeypatch.setattr(module, "lockstep_group", lambda _: None)
+    module._check_ranks(case)
