@@ -49,6 +49,7 @@ class Recording:
     timing: dict
     non_finite: int = 0
     gram: dict = field(default_factory=dict)
+    trajectory: object = None
 
 
 @dataclass

@@ -116,7 +116,7 @@ recording_options = _group(
     option(
         "--gram/--no-gram",
         default=None,
-        help="Keep the inner products of all steps, which `calibrate plan --no-runs` needs, or not [default: "
+        help="Keep the inner products and latents of all steps, which `calibrate plan` needs, or not [default: "
         "keep; a run begun without stays without]. --gram also records anew what lacks them.",
     ),
     _session,

@@ -41,7 +41,7 @@ from calibrate.commands.options import FOLDER, POSITIVE, WHOLE_NUMBERS, rerunnin
 def plan(run: str, no_runs: bool, **options: Any) -> None:
     """Find the best schedule for a number of computed steps, fit its forecasts, and prove them on real runs.
 
-    The recorded prompts are run once uncached, and then under each schedule, which fits its weights on the way.
+    The recorded prompts are run under each schedule, which fits its weights on the way.
 
     Writes the plans into the run's entry.yaml. Interrupted, the same command continues.
 

@@ -69,6 +69,25 @@ class Session:
         """Denoising steps of a generation; None for a callable that does not say."""
         return self.call.protocol.get("num_steps")
 
+    @property
+    def deployed(self) -> dict[str, Any]:
+        """What runs besides weights and arguments: classes of the denoisers, dtype and kind of device."""
+        modules = self.modules.values()
+        first = next(parameter for module in modules for parameter in module.parameters())
+        return {
+            "classes": [type(module).__name__ for module in modules],
+            "dtype": str(first.dtype),
+            "device": str(first.device.type),
+        }
+
+    @property
+    def solver_is_replaceable(self) -> bool:
+        """Whether generations can be given a scheduler of their own, by which their solver is watched."""
+        scheduler = getattr(self.driver, "scheduler", None)
+        return hasattr(scheduler, "step") and (
+            self.function is None or self.accepts("scheduler")
+        )
+
     def accepts(self, name: str) -> bool:
         """Whether the pipeline takes an argument of this name."""
         return self.call.accepts(name)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation
 from calibrate.planning.search import computed_of
-from calibrate.planning.trajectories import Runner, Trajectory
+from calibrate.planning.trajectories import Runner
 from calibrate.runs.files import write_json
+from calibrate.runs.trajectory import Trajectory
 
 Array = NDArray[np.float64]
 RIDGE = 1e-5  # of the mean diagonal; measured: 1e-6 to 1e-4 differ by less than 0.3 dB

@@ -1,18 +1,14 @@
-"""Uncached trajectories of the recorded prompts as the solver sees them, kept in the run folder.
+"""Uncached trajectories of the recorded prompts as the solver sees them, and what is left of errors at the end.
 
-``trajectories/<hash>/<group>.npy`` holds the latents before each step and after the last (float32), ``<group>.npz``
-the inner products of the predictions and what each step made of them, ``sensitivity.json`` what is left of errors at
-the end. Predictions are those that ``scheduler.step`` receives: after guidance and whatever the pipeline makes of it.
+Runs keep both: trajectories as :mod:`calibrate.runs.trajectory` says, mostly since they were recorded, and beside them
+``sensitivity.json``.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +18,16 @@ from tqdm import tqdm
 
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
-from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation, generations
 from calibrate.planning.problem import TINY, Problem
-from calibrate.runs.files import write_arrays, write_atomically, write_json
+from calibrate.recording.inner_products import trajectory_of
+from calibrate.runs.files import write_json
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.gram_log import levels_of
+from calibrate.runs.trajectory import Trajectory, trajectory_folder
 from calibrate.trials.case import Case
 
 Array = NDArray[np.float64]
-FORMAT = "what each step of the solver does"  # part of the folder's name: other formats are not read
 # Two samples at six places: gains of one prompt lie within 20 % of another's on the embedded model, and vary slowly.
 GAIN_SAMPLES = 2
 GAIN_PLACES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -42,36 +38,6 @@ LEAD = 3  # real predictions before the error: what solvers of up to third order
 
 class NoSolver(CalibrateError):
     """A pipeline whose solver cannot be watched."""
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One uncached generation.
-
-    Attributes:
-        latents: Shape (T + 1, ...), float32; read from the file where they are used.
-        gram: Inner products of the predictions, shape (T, T).
-        solver: What each step multiplies the latents and the prediction with, shape (2, T); exact for Euler's method
-            and DDIM, the part that the present prediction explains for multistep solvers.
-        sigmas: Noise levels, shape (T + 1,); NaN where the scheduler tells none.
-        experts: Name of the denoiser that ran at each step.
-    """
-
-    latents: NDArray[np.float32]
-    gram: Array
-    solver: Array
-    sigmas: Array
-    experts: NDArray[np.str_]
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.gram)
-
-    @property
-    def walls(self) -> tuple[int, ...]:
-        """Steps at which another denoiser takes over, and 0."""
-        changes = np.flatnonzero(self.experts[1:] != self.experts[:-1])
-        return (0, *(changes + 1).tolist())
 
 
 class Runner:
@@ -91,14 +57,12 @@ class Runner:
 
     def __init__(self, case: Case, progress: bool, say: Callable[[str], Any]) -> None:
         self.case, self.session, self.say = case, case.session, say
-        if not hasattr(getattr(self.session.driver, "scheduler", None), "step"):
-            raise NoSolver("no scheduler whose steps could be watched")
-        if self.session.function is not None and not self.session.accepts("scheduler"):
-            raise NoSolver("generate(prompt, seed) takes no scheduler that could be watched")
+        if not self.session.solver_is_replaceable:
+            raise NoSolver(
+                "no scheduler that generate(prompt, seed) takes and steps, to be watched"
+            )
         self.groups = RunFolder.open(case.folder).groups
-        arguments = {name: str(value) for name, value in self.session.arguments.items()}
-        key = canonical_sha256([FORMAT, case.identity, arguments])[:12]
-        self.folder = case.folder / "trajectories" / key
+        self.folder = trajectory_folder(case.folder, case.identity, self.session.arguments)
         self.bar = partial(tqdm, disable=not progress)
 
     def running(self, prompts: Sequence[Prompt]) -> Any:
@@ -128,42 +92,29 @@ def load_trajectories(runner: Runner) -> list[Trajectory]:
         )
         for group in runner.bar(missing, "uncached", unit="prompt"):
             with runner.running([group.prompt]) as (generation,):
-                _write(files[group.name], record_trajectory(generation))
-    return [_read(file) for file in files.values()]
+                record_trajectory(generation).write(files[group.name])
+    return [Trajectory.read(file) for file in files.values()]
 
 
 def record_trajectory(generation: Generation) -> Trajectory:
     """Run one generation uncached and keep what its solver sees."""
-    latents, predictions, experts = [], [], []
+    steps = []
     call = generation.resume()
     sigmas = getattr(call.scheduler, "sigmas", None) if call else None
     while call is not None and call.latents.shape == call.prediction.shape:
-        latents.append(call.latents.float().cpu())
-        predictions.append(call.prediction.double().cpu().flatten())
-        experts.append(generation.expert)
-        call = generation.resume()
-    if len(predictions) < 3 or call is not None:
-        raise NoSolver(
-            "the pipeline does not hand one prediction per step to scheduler.step; only its outputs can be forecast"
+        prediction, latents = (
+            own.to("cpu", copy=True) for own in (call.prediction, call.latents)
         )
-    latents.append(generation.latents.float().cpu())
-    levels = np.full(len(latents), np.nan)
-    if sigmas is not None and len(sigmas) == len(latents):
-        levels = torch.as_tensor(sigmas).double().cpu().numpy()
-    flat = torch.stack(predictions).numpy()
-    states = torch.stack(latents).flatten(1).double().numpy()
-    steps = zip(states[:-1], flat, states[1:], strict=True)
-    solver = [
-        np.linalg.lstsq(np.stack([now, moved], axis=1), after, rcond=None)[0]
-        for now, moved, after in steps
-    ]
-    return Trajectory(
-        latents=torch.stack(latents).numpy(),
-        gram=flat @ flat.T,
-        solver=np.transpose(solver),
-        sigmas=levels,
-        experts=np.array(experts),
-    )
+        steps.append((generation.expert, prediction, latents))
+        call = generation.resume()
+    end = generation.latents if call is None and steps else None
+    trajectory = trajectory_of(steps, end, sigmas)
+    if trajectory is None:
+        raise NoSolver(
+            "the pipeline does not hand one finite prediction per step to scheduler.step; only its outputs can be "
+            "forecast"
+        )
+    return trajectory
 
 
 def problem_of(trajectories: Sequence[Trajectory], gains: Array) -> Problem:
@@ -235,16 +186,3 @@ def gain_of(generation: Generation, trajectory: Trajectory, step: int) -> float:
         generation.resume()
     left = (generation.latents.float().cpu() - states[-1]).norm()
     return float(left) / float(made)
-
-
-def _write(file: Path, trajectory: Trajectory) -> None:
-    latents = io.BytesIO()
-    np.save(latents, trajectory.latents)
-    write_atomically(file.with_suffix(".npy"), latents.getvalue())
-    others = {name: value for name, value in vars(trajectory).items() if name != "latents"}
-    write_arrays(file, others)  # last: this file says that both are there
-
-
-def _read(file: Path) -> Trajectory:
-    with np.load(file, allow_pickle=False) as arrays:
-        return Trajectory(np.load(file.with_suffix(".npy"), mmap_mode="c"), **arrays)

@@ -24,7 +24,8 @@ from calibrate.recording.figures import (
     prediction,
     stacked,
 )
-from calibrate.recording.inner_products import Products
+from calibrate.recording.inner_products import Products, SolverStep
+from calibrate.runs.trajectory import Trajectory as SolverTrajectory
 from coeffs.entry.signals import SIGNALS
 from runtime.compat.diffusers_private import lockstep_group
 from runtime.decide.tracker import Position
@@ -43,12 +44,14 @@ class Recording:
         timing: Per expert: mean seconds of a denoiser call and of its block stack, and the number of calls.
         non_finite: Rows in which a distance is not finite (they are kept in ``rows``).
         gram: Inner products of all steps for planning, named as in :mod:`calibrate.runs.gram_log`; empty without them.
+        trajectory: What the solver saw, where the pipeline steps one once per step.
     """
 
     rows: list[Row] = field(default_factory=list)
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
     non_finite: int = 0
     gram: dict[str, Any] = field(default_factory=dict)
+    trajectory: SolverTrajectory | None = None
 
 
 class Moments:
@@ -135,8 +138,8 @@ class RecordHandler(Handler):
         if self._products is not None:
             self._products.clear()
 
-    def take(self, recording: Recording) -> None:
-        """Add what was measured since the last call to ``recording``.
+    def take(self, recording: Recording) -> dict[int, SolverStep]:
+        """Add what was measured since the last call to ``recording``, and return what the solver saw.
 
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
@@ -161,11 +164,14 @@ class RecordHandler(Handler):
         recording.rows += rows
         if self._timings:
             recording.timing[self.expert] = mean_times(self._timings)
+        seen: dict[int, SolverStep] = {}
         # Of several schedules in one generation no one plan could be made.
         if self._products is not None and not self._several:
             sigma = self._clock.sigma
             recording.gram |= self._products.matrices(self.expert, sigma, over_ranks)
+            seen = self._products.solver_steps(self.expert)
         self.discard()
+        return seen
 
     # -- what the hooks call --------------------------------------------------------------------------------------
 
@@ -186,10 +192,10 @@ class RecordHandler(Handler):
             self._products.add_latents(where.branch, call.named.get("hidden_states", first))
         self._moments, self._row = Moments(call), Row()
 
-    def guided(self, value: Tensor) -> None:
-        """What the scheduler receives, made of this denoiser's outputs."""
+    def stepped(self, prediction: Tensor, latents: Any) -> None:
+        """What the scheduler received, made of this denoiser's outputs."""
         if self._products is not None:
-            self._products.add_guided(self._where.step, value)
+            self._products.add_step(self._where.step, prediction, latents)
 
     def decide(self, call: Call, changed: bool) -> bool:
         self._moments.mark("reached")

@@ -1,19 +1,23 @@
-"""Inner products of all steps of a generation, from which the error of any linear forecast follows without a GPU.
+"""Inner products of all steps of a generation, and what its solver saw: what plans are made from.
 
-Outputs are kept in the model's dtype, on the device while all steps of all branches stay under ``OUTPUT_BYTES`` and in
-the host's memory beyond that.
+Tensors are kept in the model's dtype, on the device while those of all steps stay under ``OUTPUT_BYTES`` and in the
+host's memory beyond that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibrate.runs.trajectory import Trajectory
+
 OUTPUT_BYTES = 256 * 2**20
 _Key = tuple[str, int]  # branch, step
-_GUIDED = ""  # in the place of a branch: what a scheduler receives, made of all branches
+# In the place of a branch: what a scheduler receives, made of all branches, and the latents that it moves.
+_GUIDED, _LATENTS = "(guided)", "(latents)"
+_LEAST_STEPS = 3  # of fewer there is nothing to plan
 _COLUMNS = 2**18  # elements of each row that are multiplied at once, in float64
 # Beyond it the two halves are so nearly parallel that their shares in the guided prediction are rounding errors.
 _WORST_CONDITION = 1e10
@@ -30,6 +34,39 @@ def gram_matrix(rows: list[Tensor]) -> Tensor:
     return total
 
 
+# Of one step of a solver: the denoiser's name, the prediction and the latents before it.
+SolverStep = tuple[str, Tensor, Tensor]
+
+
+def trajectory_of(
+    steps: Sequence[SolverStep], end: Tensor | None, sigmas: Any
+) -> Trajectory | None:
+    """What a solver saw of a generation; ``None`` where too little of it was seen, or it is not finite.
+
+    Args:
+        end: The latents after the last step.
+        sigmas: The scheduler's noise levels, where it has some.
+    """
+    if len(steps) < _LEAST_STEPS or end is None:
+        return None
+    states = [*(latents for _, _, latents in steps), end]
+    latents = torch.stack([state.float().cpu().view_as(end) for state in states])
+    flat = latents.flatten(1).double().numpy()
+    predictions = [prediction.cpu().flatten() for _, prediction, _ in steps]
+    gram = gram_matrix(predictions).numpy()
+    if not (np.isfinite(gram).all() and np.isfinite(flat).all()):
+        return None
+    solver = []
+    for before, prediction, after in zip(flat[:-1], predictions, flat[1:], strict=True):
+        both = np.stack([before, prediction.double().numpy()], axis=1)
+        solver.append(np.linalg.lstsq(both, after, rcond=None)[0])
+    levels = np.full(len(latents), np.nan)
+    if sigmas is not None and len(sigmas) == len(latents):
+        levels = torch.as_tensor(sigmas).double().cpu().numpy()
+    experts = np.array([expert for expert, _, _ in steps])
+    return Trajectory(latents.numpy(), gram, np.transpose(solver), levels, experts)
+
+
 class Products:
     """Keeps what is needed of one generation of one denoiser, and multiplies it at the end.
 
@@ -42,7 +79,7 @@ class Products:
 
     def clear(self) -> None:
         """Forget the generation."""
-        self._outputs: dict[_Key, Tensor] = {}  # with the guided predictions among them
+        self._kept: dict[_Key, Tensor] = {}
         self._on_host = False
         self._halved: str | None = None
         self._batch = 0
@@ -50,12 +87,12 @@ class Products:
     @property
     def held_bytes(self) -> int:
         """Bytes held on the device."""
-        return 0 if self._on_host else sum(tensor.nbytes for tensor in self._outputs.values())
+        return 0 if self._on_host else sum(tensor.nbytes for tensor in self._kept.values())
 
     def add_latents(self, branch: str, latents: Any) -> None:
         """What the denoiser is given, before anything else of that step: tells whether it is two halves."""
         if (
-            self._outputs
+            self._kept
             or not isinstance(latents, Tensor)
             or latents.ndim < 2
             or len(latents) % 2
@@ -69,22 +106,32 @@ class Products:
         """What the denoiser returned at a step."""
         if self._halved == branch and value.ndim > 1 and len(value) == self._batch:
             first, second = value.chunk(2)
-            self._outputs[f"{branch}/0", step] = self._flat(first)
-            self._outputs[f"{branch}/1", step] = self._flat(second)
+            self._kept[f"{branch}/0", step] = self._flat(first)
+            self._kept[f"{branch}/1", step] = self._flat(second)
         else:
-            self._outputs[branch, step] = self._flat(value)
+            self._kept[branch, step] = self._flat(value)
 
-    def add_guided(self, step: int, value: Tensor) -> None:
+    def add_step(self, step: int, prediction: Tensor, latents: Any) -> None:
         """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
-        flat, before = self._flat(value), self._outputs.get((_GUIDED, step))
-        self._outputs[_GUIDED, step] = flat if before is None else torch.cat([before, flat])
+        flat, before = self._flat(prediction), self._kept.get((_GUIDED, step))
+        self._kept[_GUIDED, step] = flat if before is None else torch.cat([before, flat])
+        if isinstance(latents, Tensor) and latents.shape == prediction.shape:
+            self._kept[_LATENTS, step] = self._flat(latents)
+
+    def solver_steps(self, expert: str) -> dict[int, SolverStep]:
+        """The steps of the solver whose latents were seen."""
+        return {
+            step: (expert, self._kept[_GUIDED, step], latents)
+            for (name, step), latents in self._kept.items()
+            if name == _LATENTS
+        }
 
     def _flat(self, value: Tensor) -> Tensor:
         """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
         flat = value.detach().reshape(-1)
-        if not self._on_host and flat.nbytes * (len(self._outputs) + 1) > OUTPUT_BYTES:
+        if not self._on_host and self.held_bytes + flat.nbytes > OUTPUT_BYTES:
             self._on_host = True
-            self._outputs = {key: tensor.cpu() for key, tensor in self._outputs.items()}
+            self._kept = {key: tensor.cpu() for key, tensor in self._kept.items()}
         return flat.to("cpu" if self._on_host else flat.device, copy=True)
 
     def matrices(
@@ -102,9 +149,12 @@ class Products:
         Returns:
             Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
         """
-        names = {branch for branch, _ in self._outputs} - {_GUIDED}
+        outputs = self._kept.keys() - {
+            key for key in self._kept if key[0] in (_GUIDED, _LATENTS)
+        }
+        names, counts = {branch for branch, _ in outputs}, {step for _, step in outputs}
         branches = sorted(names, key=lambda name: (name != "cond", name))
-        steps = sorted({step for branch, step in self._outputs if branch != _GUIDED})
+        steps = sorted(counts)
         arrays: dict[str, Any] = {"branches": branches}
         if self._halved and branches == [f"{self._halved}/0", f"{self._halved}/1"]:
             guidance = self._guidance(branches, steps)
@@ -114,11 +164,11 @@ class Products:
             arrays = {"branches": ["cond", "uncond"], "joint": self._halved}
             if guidance is not None:
                 arrays["guidance"] = max(guidance, 1 - guidance)
-        outputs = self._rows([(branch, step) for branch in branches for step in steps])
+        rows = self._rows([(branch, step) for branch in branches for step in steps])
         guided = self._rows([(_GUIDED, step) for step in steps])
-        if not outputs or len(steps) <= steps[-1] - steps[0]:
+        if not rows or len(steps) <= steps[-1] - steps[0]:
             return {}
-        arrays["output"] = over_ranks(gram_matrix(outputs)).cpu().numpy()
+        arrays["output"] = over_ranks(gram_matrix(rows)).cpu().numpy()
         if guided:
             arrays["guided"] = over_ranks(gram_matrix(guided)).cpu().numpy()
         levels = [sigma(step) for step in (*steps, steps[-1] + 1)]
@@ -145,6 +195,6 @@ class Products:
 
     def _rows(self, keys: list[_Key]) -> list[Tensor]:
         """What is kept at ``keys``; nothing where one is missing, or they differ in size."""
-        rows = [self._outputs[key] for key in keys if key in self._outputs]
+        rows = [self._kept[key] for key in keys if key in self._kept]
         sizes = {row.numel() for row in rows}
         return rows if len(rows) == len(keys) and len(sizes) == 1 else []

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from calibrate.errors import EXPECTED, Incomplete
@@ -27,8 +28,9 @@ class Loop:
     """Records the prompts a run still lacks; ranks claim them one at a time.
 
     Attributes:
+        trajectories: Where what the solver saw is kept; None where planning could not use it.
         anew: Finished groups that are recorded again for their Gram matrices, at most once by each process.
-        held: Bytes that the recorder held at the end of the latest generation.
+        held, kept: Bytes that the recorder held at the end of the latest generation, and that its latents take on disk.
         outcomes: Of each prompt in turn a failure's text, or None for a success.
     """
 
@@ -37,9 +39,11 @@ class Loop:
     recorder: Any
     lock: RunLock
     party: Party
+    trajectories: Path | None
     anew: set[str]
     outcomes: list[str | None] = field(default_factory=list)
     held: int = 0
+    kept: int = 0
 
     @property
     def job(self) -> str:
@@ -90,7 +94,7 @@ class Loop:
         self._show(bar)
         if not bar.disable and self.outcomes == [None]:
             todo = len(self.run.missing()) + len(self.anew)
-            bar.write(costs(seconds, todo, self.held), file=sys.stderr)
+            bar.write(costs(seconds, todo, self.held, self.kept), file=sys.stderr)
         first, *others = self.outcomes
         if first and others == [first] * (_SAME_FAILURES - 1):
             self.party.announce(None)
@@ -119,6 +123,9 @@ class Loop:
             return
         self.outcomes.append(None)
         if self.party.leads:
+            if self.trajectories is not None and recording.trajectory is not None:
+                recording.trajectory.write(self.trajectories / f"{group.name}.npz")
+                self.kept = recording.trajectory.latents.nbytes
             self.run.write_group(group, recording.rows, recording.timing, recording.gram)
         if self.party.leads and recording.non_finite:
             logger.warning(

@@ -110,10 +110,10 @@ def outlook(run: RunFolder, anew: Collection[str]) -> str:
     return f"{run.path}: {todo} of {len(run.groups)} prompts to record{again}{time}"
 
 
-def costs(seconds: float, todo: int, held: int) -> str:
+def costs(seconds: float, todo: int, held: int, kept: int) -> str:
     """What the first prompt of this start took, and what that says about the rest; once for all ranks.
 
-    ``held`` are the bytes that the recorder held at the end of it.
+    ``held`` are the bytes that the recorder held at the end of it, ``kept`` those of its latents on disk.
     """
     import torch
 
@@ -127,7 +127,8 @@ def costs(seconds: float, todo: int, held: int) -> str:
     else:
         kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = f"{volume(1024 * kibibytes)} of memory at most"
-    return f"first prompt: {duration(seconds)}{rest}; {peak}, {volume(held)} of it the recorder's"
+    disk = f"; {volume(kept)} of latents on disk a prompt, for planning" if kept else ""
+    return f"first prompt: {duration(seconds)}{rest}; {peak}, {volume(held)} of it the recorder's{disk}"
 
 
 def tell_lacking(path: Path, lacking: int, finished: int) -> None:

@@ -20,6 +20,7 @@ from calibrate.recording.launch import Party, rank
 from calibrate.recording.loop import Loop
 from calibrate.runs.folder import RunFolder, tidy
 from calibrate.runs.lock import hold
+from calibrate.runs.trajectory import trajectory_folder
 
 
 def record(
@@ -61,8 +62,8 @@ def record(
             of ``modules`` or a copy to use in its place.
         modules: One module, expert name -> module, or a :class:`runtime.OwnLoop` that also holds the scheduler.
         blocks: Names the block stack of a denoiser in which it cannot be found.
-        gram: Keep the inner products of all steps, which `calibrate plan` needs: the outputs of a generation are held
-            for them, within limits. By default kept, except in a run begun without; True also records anew
+        gram: Keep the inner products and latents of all steps, which `calibrate plan` needs: the outputs of a
+            generation are held for them, within limits. By default kept, except in a run begun without; True also records anew
             what lacks them.
 
     Raises:
@@ -142,8 +143,11 @@ def _record_all(
         notes.tell_changes(run, facts)
         if progress:
             notes.tell(notes.outlook(run, anew))
-        party = Party(session.modules)
-        loop = Loop(run, session, recorder, lock, party, anew)
+        party, trajectories = Party(session.modules), None
+        if session.solver_is_replaceable:
+            identity = {**session.deployed, "weights": session.identity["checkpoint"]}
+            trajectories = trajectory_folder(path, identity, session.arguments)
+        loop = Loop(run, session, recorder, lock, party, trajectories, anew)
         bar = tqdm(
             total=len(run.groups),
             initial=len(run.finished()),

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from calibrate.recording.figures import number_steps
 from calibrate.recording.handler import RecordHandler, Recording
+from calibrate.recording.inner_products import SolverStep, trajectory_of
 from runtime.watch.hooks import Watch
 from runtime.watch.scheduler import SchedulerClock
 
@@ -21,8 +22,8 @@ class Recorder:
         modules: The denoisers by name (see :func:`runtime.denoisers`).
         pipeline: The pipeline that drives them, for its scheduler's steps and sigmas; ``None`` for a loop of your own.
         blocks: Names the block stack of a model of your own.
-        gram: Keep the outputs of all steps until :meth:`finish` and multiply them there, for planning: at most 256 MiB
-            on the device for each denoiser, the rest in the host's memory.
+        gram: Keep the outputs of all steps and the latents until :meth:`finish`, for planning: at most 256 MiB on the
+            device for each denoiser, the rest in the host's memory.
 
     Raises:
         runtime.UnsupportedModel: A denoiser whose stack or attention cannot be found.
@@ -49,8 +50,13 @@ class Recorder:
             for expert, module in modules.items()
         }
         self._installed = ExitStack()
-        on_step = self._stepped if gram else None
-        self._watch = Watch(modules, self._handlers.__getitem__, clock, blocks, on_step)
+        on_stepped = self._stepped if gram else None
+        self._watch = Watch(
+            modules, self._handlers.__getitem__, clock, blocks, on_stepped=on_stepped
+        )
+        self._steps = 0
+        self._end: Tensor | None = None
+        self._sigmas: Any = None
 
     def __enter__(self) -> "Recorder":
         self._installed.enter_context(self._watch.installed())
@@ -60,10 +66,18 @@ class Recorder:
         self._installed.close()
         self.start()
 
-    def _stepped(self, value: Tensor) -> Tensor:
-        for handler in self._latest:
-            handler.guided(value)
-        return value
+    def _stepped(self, scheduler: Any, arguments: dict[str, Any], stepped: Any) -> None:
+        _, prediction, *_ = arguments.values()  # behind the scheduler itself
+        end = (
+            stepped[0]
+            if isinstance(stepped, tuple)
+            else getattr(stepped, "prev_sample", None)
+        )
+        if isinstance(prediction, Tensor):
+            for handler in self._latest:
+                handler.stepped(prediction, arguments.get("sample"))
+        self._end = end.detach().clone() if isinstance(end, Tensor) else None
+        self._steps, self._sigmas = self._steps + 1, getattr(scheduler, "sigmas", None)
 
     def held_bytes(self) -> int:
         """Bytes on the device: of each live trajectory the previous step's tensors, and the outputs for planning."""
@@ -78,6 +92,7 @@ class Recorder:
     def start(self) -> None:
         """Forget what was seen: the next denoiser call begins a generation."""
         self._watch.reset()
+        self._steps = 0
         for handler in self._handlers.values():
             handler.discard()
 
@@ -88,8 +103,12 @@ class Recorder:
         """
         self._watch.reset()
         recording = Recording()
+        steps: dict[int, SolverStep] = {}
         for handler in self._handlers.values():
-            handler.take(recording)
+            steps |= handler.take(recording)
+        if len(steps) == self._steps:  # one prediction a step, and no step unseen
+            in_order = [steps[step] for step in sorted(steps)]
+            recording.trajectory = trajectory_of(in_order, self._end, self._sigmas)
         number_steps(recording.rows)
         distances = ("x", "y_output", "y_hidden", "y_residual")
         recording.non_finite = sum(

@@ -28,6 +28,7 @@ from calibrate.text import did_you_mean, siblings
 FORMAT = 1
 _WRITTEN = (
     *("pairs", "timing", "gram", "failures", "corrupt", "inputs", "report"),
+    "trajectories",
     *("run.yaml", "lock", "entry.yaml"),
 )
 _GROUP_NAME = re.compile(r"[0-9]{5,}-[A-Za-z0-9_.-]{1,64}-[0-9]+")

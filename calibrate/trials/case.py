@@ -79,22 +79,14 @@ class Case:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a sample depends on besides arguments and prompt: model, weights, dtype, device."""
-        modules = self.session.modules.values()
-        classes = [type(module).__name__ for module in modules]
-        wanted = self.entry.transformer_class
+        deployed = self.session.deployed
+        wanted, classes = self.entry.transformer_class, deployed["classes"]
         if wanted and wanted not in classes:
             raise InvalidOption(
                 f"{self.entry.label} is for {wanted}, but the pipeline has {', '.join(classes)}; "
                 "its coefficients mean nothing there"
             )
-        first = next(parameter for module in modules for parameter in module.parameters())
-        dtype, device = str(first.dtype), str(first.device.type)
-        return {
-            "classes": classes,
-            "weights": self.weights,
-            "dtype": dtype,
-            "device": device,
-        }
+        return {**deployed, "weights": self.weights}
 
     @property
     def manifest(self) -> Mapping[str, Any]:

@@ -109,23 +109,34 @@ class SchedulerClock:
 
 
 @contextmanager
-def hooked_steps(pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+def hooked_steps(
+    pipeline: Any,
+    on_step: Callable[[Tensor], Tensor] | None,
+    on_stepped: Callable[[Any, dict[str, Any], Any], None] | None = None,
+) -> Iterator[None]:
     """While ``on_step`` sees what a pipeline's schedulers receive as the model's output, and gives them its result.
 
     That is the prediction after guidance and whatever the pipeline does to it: the one quantity that the solver sees.
     A scheduler is hooked by its class, not by an attribute: pipelines copy schedulers, and the copy of an attribute
     would drive the original. Afterwards copies of them are left alone. ``None`` hooks nothing.
+
+    ``on_stepped`` is told the scheduler, the arguments of its step and what the step returned.
     """
 
     def subclass(own: Any) -> type:
-        name = list(inspect.signature(own.step).parameters)[1]
+        signature = inspect.signature(own.step)
+        name = list(signature.parameters)[1]
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             prediction, *others = args or (kwargs.pop(name),)
             if on_step is not None and isinstance(prediction, Tensor):
                 prediction = on_step(prediction)
-            return own.step(scheduler, prediction, *others, **kwargs)
+            stepped = own.step(scheduler, prediction, *others, **kwargs)
+            if on_stepped is not None:
+                given = signature.bind(scheduler, prediction, *others, **kwargs)
+                on_stepped(scheduler, given.arguments, stepped)
+            return stepped
 
         names = {
             "step": step,
@@ -138,14 +149,14 @@ def hooked_steps(pipeline: Any, on_step: Callable[[Tensor], Tensor] | None) -> I
     parts = [*components.values(), getattr(pipeline, "scheduler", None)]
     schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
     hooked: list[tuple[Any, type, type]] = []
-    for scheduler in schedulers.values() if on_step is not None else ():
+    for scheduler in schedulers.values() if on_step or on_stepped else ():
         own = type(scheduler)
         scheduler.__class__ = subclass(own)
         hooked.append((scheduler, own, type(scheduler)))
     try:
         yield
     finally:
-        on_step = None
+        on_step = on_stepped = None
         for scheduler, own, replaced in hooked:
             if type(scheduler) is replaced:
                 scheduler.__class__ = own

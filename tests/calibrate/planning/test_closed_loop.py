@@ -22,12 +22,8 @@ from tiny_pipeline import TinyExperts, TinyPipeline
 import coeffs
 from calibrate.planning.closed_loop import RIDGE, combined, fit, solve
 from calibrate.planning.lockstep import generations
-from calibrate.planning.trajectories import (
-    Trajectory,
-    gain_of,
-    gaussian_gains,
-    record_trajectory,
-)
+from calibrate.planning.trajectories import gain_of, gaussian_gains, record_trajectory
+from calibrate.runs.trajectory import Trajectory
 from coeffs.engines import export_entry
 from runtime import apply_tea_cache
 from runtime.decide.forecast import extrapolation

@@ -69,9 +69,8 @@ def generated(order, guidance, steps=6, seed=0):
             step,
             torch.cat([cond, uncond] if order == "cond first" else [uncond, cond]),
         )
-        kept.add_guided(
-            step, 0.5 * (uncond + guidance * (cond - uncond))
-        )  # rescaled, as some do
+        rescaled = 0.5 * (uncond + guidance * (cond - uncond))  # as some do
+        kept.add_step(step, rescaled, latents)
     return kept.matrices("transformer"), cond
 
 
