@@ -30,7 +30,8 @@ class Loop:
     Attributes:
         trajectories: Where what the solver saw is kept; None where planning could not use it.
         anew: Finished groups that are recorded again for their Gram matrices, at most once by each process.
-        held, kept: Bytes that the recorder held at the end of the latest generation, and that its latents take on disk.
+        held: Bytes that the recorder held at the end of the latest generation.
+        kept: Bytes that its latents take on disk.
         outcomes: Of each prompt in turn a failure's text, or None for a success.
     """
 

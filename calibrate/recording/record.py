@@ -63,8 +63,8 @@ def record(
         modules: One module, expert name -> module, or a :class:`runtime.OwnLoop` that also holds the scheduler.
         blocks: Names the block stack of a denoiser in which it cannot be found.
         gram: Keep the inner products and latents of all steps, which `calibrate plan` needs: the outputs of a
-            generation are held for them, within limits. By default kept, except in a run begun without; True also records anew
-            what lacks them.
+            generation are held for them, within limits. By default kept, except in a run begun without; True also
+            records anew what lacks them.
 
     Raises:
         CalibrateError, CoeffsError, RuntimeCacheError: What cannot be recorded, and why.

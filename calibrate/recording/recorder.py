@@ -12,7 +12,7 @@ from calibrate.recording.figures import number_steps
 from calibrate.recording.handler import RecordHandler, Recording
 from calibrate.recording.inner_products import SolverStep, trajectory_of
 from runtime.watch.hooks import Watch
-from runtime.watch.scheduler import SchedulerClock
+from runtime.watch.scheduler import SchedulerClock, hooked_steps
 
 
 class Recorder:
@@ -50,16 +50,16 @@ class Recorder:
             for expert, module in modules.items()
         }
         self._installed = ExitStack()
-        on_stepped = self._stepped if gram else None
-        self._watch = Watch(
-            modules, self._handlers.__getitem__, clock, blocks, on_stepped=on_stepped
-        )
+        self._watch = Watch(modules, self._handlers.__getitem__, clock, blocks)
+        self._pipeline, self._gram = pipeline, gram
         self._steps = 0
         self._end: Tensor | None = None
         self._sigmas: Any = None
 
     def __enter__(self) -> "Recorder":
         self._installed.enter_context(self._watch.installed())
+        on_stepped = self._stepped if self._gram else None
+        self._installed.enter_context(hooked_steps(self._pipeline, None, on_stepped))
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -34,8 +34,7 @@ class Watch:
         new_handler: Makes the handler of a denoiser, by its name.
         clock: Reads the scheduler of the pipeline that drives them.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
-        on_step, on_stepped: What sees the steps of the pipeline's schedulers (see
-            :func:`runtime.watch.scheduler.hooked_steps`).
+        on_step: Given what the pipeline's schedulers receive (see :func:`runtime.watch.scheduler.hooked_steps`).
     """
 
     def __init__(
@@ -45,9 +44,8 @@ class Watch:
         clock: SchedulerClock,
         blocks: Blocks | None = None,
         on_step: Callable[[Tensor], Tensor] | None = None,
-        on_stepped: Callable[[Any, dict[str, Any], Any], None] | None = None,
     ) -> None:
-        self._hooked_steps = partial(hooked_steps, clock.pipeline, on_step, on_stepped)
+        self._pipeline, self._on_step = clock.pipeline, on_step
         self.stacks: list[StackHooks] = []
         for expert, module in modules.items():
             hooks = StackHooks(module, new_handler(expert), clock, self.stacks, blocks)
@@ -60,7 +58,7 @@ class Watch:
             undo.callback(self.reset)
             for stack in self.stacks:
                 undo.enter_context(stack.installed())
-            undo.enter_context(self._hooked_steps())
+            undo.enter_context(hooked_steps(self._pipeline, self._on_step))
             yield
 
     def reset(self) -> None:
