@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from coeffs.entry.fields import plain
+from coeffs.entry.fields import Text, plain
 from coeffs.entry.schema import Candidate, Entry, Expert, Threshold
 
 WIDTH = 100
@@ -67,7 +67,7 @@ def row(entry: Entry, shown_thresholds: int = 4) -> dict[str, Any]:
 
 
 def matching(
-    entries: Iterable[Entry], *, model: str | None, engine: str | None, status: str | None
+    entries: Iterable[Entry], *, model: Text, engine: Text, status: Text
 ) -> list[Entry]:
     """Entries of one engine, of one status, whose name, title, checkpoint or class has ``model``."""
     selected = []
@@ -150,7 +150,7 @@ def described(entry: Entry, width: int = WIDTH) -> str:
     return "\n".join(lines)
 
 
-def _facts(entry: Entry) -> dict[str, str | None]:
+def _facts(entry: Entry) -> dict[str, Text]:
     checkpoint = (entry.checkpoint.repository, entry.checkpoint.revision)
     return {
         "status": entry.origin,

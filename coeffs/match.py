@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coeffs.entry.fields import Names
 from coeffs.entry.provenance import Protocol
 from coeffs.entry.schema import Entry
 from coeffs.errors import AmbiguousEntry, EntryError, EntryMismatch, EntryNotFound
@@ -28,34 +29,20 @@ Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Mismatch:
-    """A setting in which the pipeline differs from the entry."""
-
-    field: str
-    entry: Any
-    here: Any
-
-    def __str__(self) -> str:
-        stated, here = (
-            "none" if value is None else value for value in (self.entry, self.here)
-        )
-        return f"{self.field}: {stated} in the entry, {here} here"
-
-
-@dataclass(frozen=True)
 class Match:
     """The entry for a pipeline, and in what they differ.
 
-    ``unknown`` are settings that the entry does not state; ``others`` further entries.
+    ``mismatches`` are the settings in which they differ, in words; ``unknown`` those that the entry does not state;
+    ``others`` further entries.
     """
 
     entry: Entry
-    mismatches: tuple[Mismatch, ...]
-    unknown: tuple[str, ...]
-    others: tuple[str, ...]
+    mismatches: Names
+    unknown: Names
+    others: Names
 
     def __str__(self) -> str:
-        parts = [f"{self.entry.label} ({self.entry.status})", *map(str, self.mismatches)]
+        parts = [f"{self.entry.label} ({self.entry.status})", *self.mismatches]
         if self.unknown:
             parts.append(f"not stated by the entry: {', '.join(self.unknown)}")
         if self.others:
@@ -88,7 +75,7 @@ def find(facts: Facts, registry: str | Path | None = None, *, strict: bool = Fal
     mismatches, unknown = compare(best, facts)
     if mismatches and strict:
         raise EntryMismatch(
-            f"{best.label} was not measured like this: {'; '.join(map(str, mismatches))}; "
+            f"{best.label} was not measured like this: {'; '.join(mismatches)}; "
             "change the settings, measure them, or leave strict out"
         )
     others = tuple(entry.label for entry in same if entry is not best)
@@ -99,14 +86,14 @@ def _of_checkpoint(facts: Facts, registry: str | Path | None) -> list[Entry]:
     """Entries of the pipeline's class that may be of its checkpoint."""
     name = facts["transformer_class"]
     of_class = [entry for entry in entries(registry) if entry.transformer_class == name]
-    same = [entry for entry in of_class if _same_checkpoint(entry, facts) is not False]
     if not of_class:
         raise EntryNotFound(
             f"no entry for {name}: measure one with `calibrate --model ...`, "
             "or pass an entry or coefficients of your own"
         )
+    same = [entry for entry in of_class if _same_checkpoint(entry, facts) is not False]
     if not same:
-        known = ", ".join(sorted(entry.label for entry in of_class))
+        known = ", ".join(entry.label for entry in of_class)
         raise EntryNotFound(
             f"no entry for {facts['checkpoint']}: {name} has entries of other checkpoints "
             f"({known}); name one if you mean to use it"
@@ -124,12 +111,12 @@ def _best(same: list[Entry], facts: Facts) -> Entry:
         )
     ranks = [_rank(entry, facts) for entry in usable]
     best = [entry for entry, rank in zip(usable, ranks, strict=True) if rank == min(ranks)]
-    models = sorted({entry.model for entry in best})
-    if len(models) > 1:
+    newest = {entry.model: entry for entry in best}  # entries come by model and version
+    if len(newest) > 1:
         raise AmbiguousEntry(
-            f"{len(models)} sets fit {subject} equally well: {', '.join(models)}; name one of them"
+            f"{len(newest)} sets fit {subject} equally well: {', '.join(newest)}; name one of them"
         )
-    return max(best, key=lambda entry: entry.version)
+    return best[-1]
 
 
 def _is_usable(entry: Entry) -> bool:
@@ -153,19 +140,18 @@ def _complete(given: Facts) -> Facts:
     facts = {_ALIASES.get(name, name): value for name, value in given.items()}
     if "size" in facts:
         facts["height"], facts["width"] = facts.pop("size") or (None, None)
-    expected = f"expected {', '.join(_FACTS)}"
-    if unknown := sorted(set(facts) - set(_FACTS)):
-        raise EntryError(f"facts: unknown {', '.join(unknown)}; {expected}")
-    if not facts.get("transformer_class"):
-        raise EntryError(f"facts: transformer_class is missing; {expected}")
+    unknown = sorted(set(facts) - set(_FACTS))
+    if unknown or not facts.get("transformer_class"):
+        wrong = f"unknown {', '.join(unknown)}" if unknown else "transformer_class is missing"
+        raise EntryError(f"facts: {wrong}; expected {', '.join(_FACTS)}")
     return dict.fromkeys(_FACTS) | facts
 
 
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def compare(entry: Entry, facts: Facts) -> tuple[tuple[Mismatch, ...], tuple[str, ...]]:
-    """Settings in which a pipeline differs from an entry, and those the entry does not state."""
+def compare(entry: Entry, facts: Facts) -> tuple[Names, Names]:
+    """Settings in which a pipeline differs from an entry, in words, and those the entry does not state."""
     facts = _complete(facts)
     stated = vars(entry.protocol) | {
         "pipeline_class": entry.pipeline_class,
@@ -181,7 +167,10 @@ def compare(entry: Entry, facts: Facts) -> tuple[tuple[Mismatch, ...], tuple[str
         if stated[name] is None and not absent_means_none:
             unknown.append(name)
         elif not _same(name, stated[name], here):
-            mismatches.append(Mismatch(name, stated[name], here))
+            first, second = (
+                "none" if value is None else value for value in (stated[name], here)
+            )
+            mismatches.append(f"{name}: {first} in the entry, {second} here")
     return tuple(mismatches), tuple(unknown)
 
 

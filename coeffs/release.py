@@ -92,8 +92,7 @@ def read_checksums(root: Path) -> dict[str, str]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     checksums = {}
     for number, line in enumerate(lines, 1):
-        match = _CHECKSUM_LINE.fullmatch(line)
-        if not match:
+        if not (match := _CHECKSUM_LINE.fullmatch(line)):
             raise EntryError(
                 f"{line[:60]!r}: expected '<sha256>  <path>'", file=str(path), line=number
             )
@@ -102,7 +101,7 @@ def read_checksums(root: Path) -> dict[str, str]:
 
 
 def write_checksums(root: Path, checksums: dict[str, str]) -> None:
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(checksums.items()))
     write("".join(lines), root / CHECKSUMS)
 
 
@@ -151,7 +150,7 @@ class Problem:
 
 
 def entry_problems(entry: Entry) -> list[Problem]:
-    """Problems of an entry, fatal ones first; other people's sets may lack what we measure."""
+    """Problems of an entry, fatal ones first, its own warnings last; other people's sets may lack what we measure."""
     measured = entry.status == "measured"
     problems = [Problem(f"a machine's path in {name}: remove it") for name in _paths(entry)]
     doubts = [warning for warning in entry.warnings if _USELESS in warning]
@@ -173,6 +172,8 @@ def entry_problems(entry: Entry) -> list[Problem]:
     if measured:
         problems += _measured_problems(entry)
         problems += [Problem(text, forcible=True) for text in [*few, *doubts]]
+    known = {problem.text for problem in problems}
+    problems += [Problem(text, fatal=False) for text in entry.warnings if text not in known]
     return sorted(problems, key=lambda problem: not problem.fatal)
 
 
@@ -211,11 +212,8 @@ def _fit_problems(name: str, fit: Fit, measured: bool) -> Iterator[Problem]:
     if measured and (fit.counts is None or not fit.counts.pairs):
         yield Problem(f"{name}: no count of pairs")
     figures = fit.figures or {}
-    if (
-        measured
-        and figures.get("r2_held_out") is None
-        and figures.get("rmse_held_out") is None
-    ):
+    held_out = (figures.get("r2_held_out"), figures.get("rmse_held_out"))
+    if measured and held_out == (None, None):
         yield Problem(f"{name}: no held-out figure (needs at least two prompts)")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coeffs.entry import strict_yaml
-from coeffs.entry.fields import plain
+from coeffs.entry.fields import Text, plain
 from coeffs.entry.schema import Entry, from_plain
 from coeffs.errors import (
     AmbiguousEntry,
@@ -36,7 +36,7 @@ _NAME = re.compile(r"([a-z0-9._/-]+?)(?:@v([0-9]{1,7}))?")
 # --- files ----------------------------------------------------------------------------------------
 
 
-def loads(text: str | bytes, file: str | None = None) -> Entry:
+def loads(text: str | bytes, file: Text = None) -> Entry:
     """The entry in a YAML document.
 
     Raises:
@@ -218,7 +218,7 @@ def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
     if isinstance(name_or_path, Path) or looks_like_path or "\\" in name:
         return load_file(name)
     match = _NAME.fullmatch(name.lower())
-    if match is None:
+    if not match:
         raise EntryNotFound(
             f"{name!r} is no entry name: expected model, model@v2 or a path to a YAML file"
         )
@@ -231,7 +231,7 @@ def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
     return _published(files, model, version)
 
 
-def _version(files: list[Released], model: str, version: str | None) -> Entry:
+def _version(files: list[Released], model: str, version: Text) -> Entry:
     """The wanted version of a model, or the newest one of the first layer that has any."""
     of_model = [item for item in files if item.model == model]
     if version is None:
@@ -243,7 +243,7 @@ def _version(files: list[Released], model: str, version: str | None) -> Entry:
     raise EntryNotFound(f"{model} has no version {version}: expected one of {known}")
 
 
-def _published(files: list[Released], model: str, version: str | None) -> Entry:
+def _published(files: list[Released], model: str, version: Text) -> Entry:
     """The only set under somebody's name that a short name can mean."""
     names = dict.fromkeys(
         item.model for item in files if item.model.partition("/")[2].startswith(model)
@@ -270,9 +270,7 @@ def _published(files: list[Released], model: str, version: str | None) -> Entry:
 
 def _no_such(model: str, files: list[Released]) -> str:
     known = sorted({item.model for item in files})
-    hint = did_you_mean(
-        model, known, closeness=0.5
-    )  # owner's prefix: mochi-2, alivilab/mochi-1
+    hint = did_you_mean(model, known, closeness=0.5)  # mochi-2: alivilab/mochi-1 has a prefix
     similar = [name for name in known if model.rpartition("/")[2] in name][:3]
     if not hint and similar:
         hint = f"did you mean {' or '.join(similar)}?"

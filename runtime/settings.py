@@ -219,7 +219,7 @@ def _sourced(settings: Settings, model: Model) -> Settings:
         entry = replace(
             entry, protocol=certificate.protocol, status="measured", copied_from=None
         )
-    mismatches = tuple(map(str, compare(entry, model.facts)[0]))
+    mismatches = compare(entry, model.facts)[0]
     if settings.certificate is not None:
         mismatches = (*mismatches, *other_schedule(settings.certificate, model.facts))
     if asked.strict and mismatches:

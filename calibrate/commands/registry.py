@@ -119,7 +119,7 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
     """
     fatal = 0
     for name in entries:
-        problems = _problems(coeffs.load(name, registry))
+        problems = releases.entry_problems(coeffs.load(name, registry))
         refused = sum(problem.fatal for problem in problems)
         for line in problems if refused else ["sound", *problems]:
             click.echo(f"{name}: {line}")
@@ -127,18 +127,10 @@ def check(entries: tuple[str, ...], registry: str | None) -> None:
     if not entries:
         damaged = releases.problems(registry)
         fatal = len(damaged)
-        sound = f"{len(store.released(registry))} entries, all as released"
-        click.echo("\n".join(damaged) or sound)
+        count = len(store.released(registry))
+        click.echo("\n".join(damaged) or f"{count} entries, all as released")
     if fatal:
         raise CheckFailed(f"{fatal} problem{'s' if fatal > 1 else ''}, see above")
-
-
-def _problems(entry: coeffs.Entry) -> list[releases.Problem]:
-    """What speaks against a release, the entry's own warnings included."""
-    problems = releases.entry_problems(entry)
-    known = {problem.text for problem in problems}
-    warnings = [text for text in entry.warnings if text not in known]
-    return problems + [releases.Problem(text, fatal=False) for text in warnings]
 
 
 @click.command()
@@ -222,7 +214,7 @@ def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
         calibrate publish runs/my-model
     """
     entry = coeffs.load(Path(run))
-    problems = _problems(entry)
+    problems = releases.entry_problems(entry)
     for problem in problems:
         click.echo(problem, err=True)
     if any(problem.fatal and not (force and problem.forcible) for problem in problems):
@@ -241,8 +233,10 @@ def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
         meant = "nothing"
     if meant != f"{entry.model}@{path.stem}":
         folder = path.parents[len(Path(entry.model).parts)]
-        advice = f"put {folder} first in {store.ENVIRONMENT}"
-        click.echo(f"{entry.model} alone means {meant} here: {advice}", err=True)
+        click.echo(
+            f"{entry.model} alone means {meant} here: put {folder} first in {store.ENVIRONMENT}",
+            err=True,
+        )
 
 
 def _put(text: str, out: str | None) -> None:

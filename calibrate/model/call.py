@@ -8,6 +8,7 @@ from typing import Any
 
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import Prompt
+from calibrate.model.protocol import Settings
 from calibrate.model.table import ModelSpec
 from calibrate.text import did_you_mean
 
@@ -30,9 +31,9 @@ class Call:
         protocol: What the manifest says about the call.
     """
 
-    arguments: dict[str, Any]
+    arguments: Settings
     accepted: frozenset[str] | None
-    protocol: dict[str, Any] = field(default_factory=dict)
+    protocol: Settings = field(default_factory=dict)
     needs_image: bool = False
 
     def accepts(self, name: str) -> bool:
@@ -47,18 +48,20 @@ class Call:
         for prompt in prompts:
             for name in ("negative_prompt", "image"):
                 if getattr(prompt, name) and not self.accepts(name):
-                    problem = f"has one, but the pipeline takes no {name}"
-                    raise InvalidOption(f"prompt {prompt.prompt!r} {problem}")
+                    raise InvalidOption(
+                        f"prompt {prompt.prompt!r} has one, but the pipeline takes no {name}"
+                    )
             if self.needs_image and not prompt.image:
-                problem = "has no image, which the pipeline needs; give --image FILE"
-                raise InvalidOption(f"prompt {prompt.prompt!r} {problem}")
+                raise InvalidOption(
+                    f"prompt {prompt.prompt!r} has no image, which the pipeline needs; give --image FILE"
+                )
 
 
 def prepare_call(
     pipeline_call: Callable,
     spec: ModelSpec | None,
     *,
-    pipe_args: Mapping[str, Any] | None = None,
+    pipe_args: Settings | None = None,
     **options: float | None,
 ) -> Call:
     """Merge the pipeline's own defaults, the table's and the options, the latter winning.
@@ -73,16 +76,18 @@ def prepare_call(
     guidance = (spec and spec.guidance_argument) or _guidance_argument(parameters)
     argument_of = {"steps": STEPS, "guidance_scale": guidance}
     given = dict(pipe_args or {})
-    flags = {name: f"--pipe-arg {name}" for name in given}
+    for name in given:
+        _refuse_argument(name, f"--pipe-arg {name}", accepted)
     for option, value in options.items():
         name, flag = argument_of.get(option, option), f"--{option.replace('_', '-')}"
-        if value is not None and name in given:
-            problem = "set the same argument; give one of them"
-            raise InvalidOption(f"{flag} and --pipe-arg {name} {problem}")
-        if value is not None:
-            given[name], flags[name] = value, flag
-    for name, flag in flags.items():
+        if value is None:
+            continue
+        if name in given:
+            raise InvalidOption(
+                f"{flag} and --pipe-arg {name} set the same argument; give one of them"
+            )
         _refuse_argument(name, flag, accepted)
+        given[name] = value
     known = {} if spec is None else _table_defaults(spec, guidance)
     arguments = {
         name: known[name] for name in known if open_ended or name in parameters
@@ -91,8 +96,9 @@ def prepare_call(
     settings |= arguments
     steps = settings.get(STEPS)
     if steps is not None and (not isinstance(steps, int) or steps < MIN_STEPS):
-        expected = f"a pair needs two steps; expected a whole number from {MIN_STEPS}"
-        raise InvalidOption(f"--steps {steps}: {expected}")
+        raise InvalidOption(
+            f"--steps {steps}: a pair needs two steps; expected a whole number from {MIN_STEPS}"
+        )
     named = (STEPS, "guidance_scale", *_SIZES)
     protocol = {
         "num_steps": steps,
@@ -102,23 +108,27 @@ def prepare_call(
     }
     image = parameters.get("image")
     required = image is not None and image.default is image.empty
-    needs_image = required or bool(spec and spec.needs_image)
     return Call(
-        arguments=arguments, accepted=accepted, protocol=protocol, needs_image=needs_image
+        arguments=arguments,
+        accepted=accepted,
+        protocol=protocol,
+        needs_image=required or bool(spec and spec.needs_image),
     )
 
 
 def _refuse_argument(name: str, flag: str, accepted: frozenset[str] | None) -> None:
     if name in _RESERVED:
-        advice = "use --prompts, --image or --seed"
-        raise InvalidOption(f"{flag}: it is set for every prompt; {advice}")
+        raise InvalidOption(
+            f"{flag}: it is set for every prompt; use --prompts, --image or --seed"
+        )
     if accepted is not None and name not in accepted:
-        takes = f"it takes {', '.join(sorted(accepted - _RESERVED))}"
-        hint = did_you_mean(name, accepted) or takes
+        hint = did_you_mean(name, accepted) or (
+            f"it takes {', '.join(sorted(accepted - _RESERVED))}"
+        )
         raise InvalidOption(f"{flag}: the pipeline takes no argument {name!r}; {hint}")
 
 
-def _table_defaults(spec: ModelSpec, guidance: str) -> dict[str, Any]:
+def _table_defaults(spec: ModelSpec, guidance: str) -> Settings:
     values = {STEPS: spec.num_steps, guidance: spec.guidance_scale}
     values |= {name: getattr(spec, name) for name in _SIZES}
     known = {name: value for name, value in values.items() if value is not None}
@@ -133,35 +143,36 @@ def _guidance_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
     return "guidance_scale"
 
 
-def call_text(protocol: Mapping[str, Any]) -> str:
+def call_text(protocol: Settings) -> str:
     """``28 steps, guidance 4.5, 1024x1024, bfloat16``: what is known of it."""
-    sizes = [protocol.get(name) for name in ("width", "height", "num_frames")]
+    sizes = filter(None, map(protocol.get, ("width", "height", "num_frames")))
     steps, guidance = protocol.get("num_steps"), protocol.get("guidance_scale")
     parts = [
         f"{steps} steps" if steps else "",
         "" if guidance is None else f"guidance {guidance:g}",
-        "x".join(str(size) for size in sizes if size) or "the pipeline's own size",
+        "x".join(map(str, sizes)) or "the pipeline's own size",
         protocol.get("dtype"),
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
-def parse_pipe_args(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_pipe_args(pairs: Iterable[str]) -> Settings:
     """``KEY=VALUE`` texts as arguments: true, false, null, numbers, JSON lists and objects; anything else is text."""
-    arguments: dict[str, Any] = {}
+    arguments: Settings = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
-            expected = "expected KEY=VALUE, such as enable_prompt_rewrite=false"
-            raise InvalidOption(f"--pipe-arg {pair}: {expected}")
+            raise InvalidOption(
+                f"--pipe-arg {pair}: expected KEY=VALUE, such as enable_prompt_rewrite=false"
+            )
         if key in arguments:
             raise InvalidOption(f"--pipe-arg {key}: given twice; give it once")
         arguments[key] = _value(text.strip())
     return arguments
 
 
-def recorded_arguments(protocol: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_arguments(protocol: Settings) -> Settings:
     """The call arguments that an entry states, as they were given: it keeps lists and mappings as JSON text."""
     return {
         name: _value(value) if isinstance(value, str) else value
@@ -170,13 +181,10 @@ def recorded_arguments(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    python = {
-        "True": "true",
-        "False": "false",
-        "None": "null",
-    }  # Python's spelling is taken too
+    # Python's spelling is taken too.
+    spelled = {"true": "true", "false": "false", "none": "null"}.get(text.lower(), text)
     try:
-        return json.loads(python.get(text.title(), text), parse_constant=_refuse_constant)
+        return json.loads(spelled, parse_constant=_refuse_constant)
     except json.JSONDecodeError:
         return text
 

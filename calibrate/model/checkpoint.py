@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, one_line
+from calibrate.model.protocol import Settings
 from calibrate.model.table import ModelSpec, find_model, model_table, recognise
 from calibrate.model.weights import as_recorded, calibrated, weights_sha256
 from calibrate.text import did_you_mean
@@ -75,10 +76,12 @@ def find_checkpoint(model: Any, *, allow_pickle: bool = False) -> Checkpoint:
         folder = _download(name, allow_pickle)
     else:
         aliases = [row.alias for row in model_table()]
-        expected = "Give a folder with a model_index.json, a hub id, or one of:"
+        hint = did_you_mean(name, aliases) or (
+            "Give a folder with a model_index.json, a hub id, or one of:"
+        )
         raise ModelNotFound(
             f"{name or '(empty name)'}: no model of that name; tried the embedded models, a folder here, and a hub id "
-            f"(owner/name). {did_you_mean(name, aliases) or expected} {', '.join(aliases)}"
+            f"(owner/name). {hint} {', '.join(aliases)}"
         )
     return _in_folder(folder, name, row, allow_pickle)
 
@@ -103,7 +106,7 @@ def pipeline_class_of(checkpoint: Checkpoint) -> type:
 def _loaded(pipeline: Any) -> Checkpoint:
     from runtime.facts import repository_of
 
-    def config(component: str) -> Mapping[str, Any]:
+    def config(component: str) -> Settings:
         holder = pipeline if component == "pipeline" else getattr(pipeline, component, None)
         return getattr(holder, "config", None) or {}
 
@@ -127,7 +130,7 @@ def _in_folder(
     if not allow_pickle:
         _refuse_pickle(folder)
 
-    def config(component: str) -> Mapping[str, Any]:
+    def config(component: str) -> Settings:
         return index if component == "pipeline" else _config(folder / component)
 
     return _identified(name, folder.resolve(), pipeline_class, config, row, folder=folder)
@@ -137,7 +140,7 @@ def _identified(
     name: str,
     path: Path,
     pipeline_class: str,
-    config: Callable[[str], Mapping[str, Any]],
+    config: Callable[[str], Settings],
     row: ModelSpec | None = None,
     **source: Any,
 ) -> Checkpoint:
@@ -168,7 +171,7 @@ def _identified(
     )
 
 
-def model_index(folder: Path) -> dict[str, Any]:
+def model_index(folder: Path) -> Settings:
     """The content of model_index.json: the pipeline's class, its components and settings."""
     path = folder / "model_index.json"
     try:
@@ -181,28 +184,31 @@ def model_index(folder: Path) -> dict[str, Any]:
             "pipeline.save_pretrained"
         ) from None
     except (OSError, ValueError) as error:
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
-        advice = "check the rights to it, or fetch the checkpoint again"
-        raise InvalidCheckpoint(f"{path}: {reason}; {advice}") from None
+        raise InvalidCheckpoint(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)}); check the rights to it, "
+            "or fetch the checkpoint again"
+        ) from None
     return index
 
 
-def _config(component: Path) -> Mapping[str, Any]:
+def _config(component: Path) -> Settings:
     """A component's configuration; empty where there is none that can be read."""
     for name in ("config.json", "scheduler_config.json"):
-        with suppress(OSError, ValueError):
-            config = json.loads((component / name).read_text(encoding="utf-8"))
-            return config if isinstance(config, dict) else {}
+        with suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((component / name).read_text(encoding="utf-8")))
     return {}
 
 
 def _download(repository: str, allow_pickle: bool) -> Path:
     from diffusers import DiffusionPipeline
 
-    safetensors = None if allow_pickle else True
     try:
-        folder = DiffusionPipeline.download(
-            repository, use_safetensors=safetensors, trust_remote_code=False
+        return Path(
+            DiffusionPipeline.download(
+                repository,
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
+            )
         )
     except Exception as error:  # the hub client raises from four libraries; none of them is a programming error here
         raise ModelNotFound(
@@ -210,10 +216,9 @@ def _download(repository: str, allow_pickle: bool) -> Path:
             f"({one_line(error)}). Check the name and the connection, log in with `hf auth login` if it is gated, or "
             "give a local folder"
         ) from None
-    return Path(folder)
 
 
-def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+def _refuse_code(folder: Path, index: Settings) -> None:
     """Refuse a checkpoint whose configuration names anything but classes of diffusers and transformers."""
     from diffusers import pipelines
 

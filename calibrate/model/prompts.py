@@ -5,14 +5,14 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from calibrate.errors import InvalidPrompts
-from calibrate.model.protocol import canonical_sha256
+from calibrate.model.protocol import Settings, canonical_sha256
 from calibrate.text import did_you_mean, siblings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -42,13 +42,13 @@ class Prompt:
     image: tuple[str, ...] = ()  # names in the run's inputs/ folder, by content
     seed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Settings:
         """The row of the manifest; one image is a name, several are a list."""
         image = self.image[0] if len(self.image) == 1 else list(self.image) or None
         return {**asdict(self), "image": image}
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "Prompt":
+    def from_dict(cls, row: Settings) -> "Prompt":
         """The prompt in a row of the manifest."""
         image = row.get("image")
         return cls(
@@ -86,7 +86,7 @@ class PromptSet:
 
 class _Line(NamedTuple):
     where: str  # file:line, for messages
-    fields: dict[str, Any]
+    fields: Settings
     folder: Path  # where relative image paths start
 
 
@@ -190,7 +190,7 @@ def _read(path: Path) -> list[_Line]:
     return lines
 
 
-def _json_fields(where: str, text: str) -> dict[str, Any]:
+def _json_fields(where: str, text: str) -> Settings:
     try:
         fields = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:

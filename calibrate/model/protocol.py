@@ -6,6 +6,8 @@ from typing import Any
 
 from calibrate.errors import InvalidOption
 
+Settings = dict[str, Any]  # by name
+
 
 def plain(value: Any) -> Any:
     """The value with only what YAML and JSON both write: tuples as lists, anything foreign as its text."""

@@ -12,13 +12,8 @@ from calibrate.model.call import STEPS, Call
 from calibrate.model.checkpoint import Checkpoint, slug_of
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import Prompt
-from calibrate.model.protocol import canonical_sha256, plain
-
-# Everything that a coefficient depends on besides weights and prompt; None where the pipeline has no such setting.
-_PROTOCOL = (
-    *("scheduler", "num_steps", "shift", "guidance_scale", "height", "width", "num_frames"),
-    *("dtype", "quantization", "lora", "call_arguments"),
-)
+from calibrate.model.protocol import Settings, canonical_sha256, plain
+from coeffs import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +31,7 @@ class Session:
 
     modules: Mapping[str, Any]
     call: Call
-    identity: dict[str, Any]
+    identity: Settings
     pipeline: Any = None
     function: Callable[..., Any] | None = None
     loop: Any = None
@@ -61,7 +56,7 @@ class Session:
         return None if self.loop is None else self.loop.blocks
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Settings:
         return self.call.arguments
 
     @property
@@ -123,7 +118,7 @@ class Session:
         generator = torch.Generator("cpu").manual_seed(prompt.seed)
         return self.pipeline(**arguments, generator=generator)
 
-    def _call_function(self, prompt: Prompt, arguments: dict[str, Any]) -> Any:
+    def _call_function(self, prompt: Prompt, arguments: Settings) -> Any:
         assert self.function is not None
         steps = arguments.pop(STEPS, None)
         if prompt.image or prompt.negative_prompt is not None or arguments:
@@ -145,14 +140,10 @@ def load_session(checkpoint: Checkpoint, call: Call, **loading: Any) -> Session:
 
     pipeline = checkpoint.pipeline or load_pipeline(checkpoint, **loading)
     modules = denoisers(pipeline)
-    identity = _identity(
-        checkpoint.slug,
-        modules,
-        type(pipeline).__name__,
-        checkpoint.as_dict(),
-        getattr(pipeline, "scheduler", None),
-        call.protocol,
-    )
+    scheduler = getattr(pipeline, "scheduler", None)
+    weights = checkpoint.as_dict()
+    kind = type(pipeline).__name__
+    identity = _identity(checkpoint.slug, modules, kind, weights, scheduler, call.protocol)
     return Session(modules=modules, call=call, identity=identity, pipeline=pipeline)
 
 
@@ -160,7 +151,7 @@ def callable_session(
     name: str,
     generate: Callable[..., Any],
     modules: Any,
-    settings: dict[str, Any],
+    settings: Settings,
     blocks: Sequence[str] | None = None,
 ) -> Session:
     """Any ``generate(prompt, seed)`` with its denoiser: a module, expert name -> module, or an OwnLoop.
@@ -194,8 +185,8 @@ def _identity(
     pipeline_class: str | None,
     checkpoint: dict[str, str | None],
     scheduler: Any,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
+    settings: Settings,
+) -> Settings:
     from runtime.facts import settings_of
 
     protocol = {**settings_of(scheduler, next(iter(modules.values()))), **settings}
@@ -207,7 +198,8 @@ def _identity(
         },
         "pipeline_class": pipeline_class,
         "checkpoint": checkpoint,
-        "protocol": plain({name: protocol.get(name) for name in _PROTOCOL}),
+        # Everything that a coefficient depends on besides weights and prompt; None where there is no such setting.
+        "protocol": plain({name: protocol.get(name) for name in vars(Protocol())}),
         # Names with an underscore say where the configuration came from, not what it is.
         "scheduler_config": {key: config[key] for key in config if not key.startswith("_")},
     }

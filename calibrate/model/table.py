@@ -1,10 +1,13 @@
 """Models by name: one table of repositories, default protocols and call arguments (``data/models.yaml``)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from itertools import starmap
 from typing import Any
+
+from calibrate.model.protocol import Settings
 
 EMBEDDED_MODEL = "tiny-longcat-image"
 # Of a shipped set. On the embedded model the learning curve is flat from 4 prompts on (70 were recorded); 21 are three
@@ -31,9 +34,9 @@ class ModelSpec:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    call_arguments: dict[str, Any] = field(default_factory=dict)
+    call_arguments: Settings = field(default_factory=dict)
     # Settings that no other checkpoint of the class has: "component.key" -> value; "pipeline" is model_index.json.
-    configuration: dict[str, Any] = field(default_factory=dict)
+    configuration: Settings = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -62,7 +65,7 @@ def find_model(name: str) -> ModelSpec | None:
 
 
 def recognise(
-    pipeline_class: str, name: str, config: Callable[[str], Mapping[str, Any]]
+    pipeline_class: str, name: str, config: Callable[[str], Settings]
 ) -> tuple[ModelSpec | None, str]:
     """The row of a checkpoint, and in words by what: its name, that of its origin, or settings that only it has.
 
@@ -74,21 +77,20 @@ def recognise(
             repository = (row.repository or row.slug).lower()
             if known.lower() in (row.slug, repository, repository.rpartition("/")[2]):
                 return row, f"{row.alias}, by the name {known}"
+
+    def agrees(key: str, value: Any) -> bool:
+        component, setting = key.split(".")
+        return config(component).get(setting) == value
+
     matching = [
-        row for row in rows if row.configuration and _agrees(row.configuration, config)
+        row
+        for row in rows
+        if row.configuration and all(starmap(agrees, row.configuration.items()))
     ]
     if len(matching) == 1:
         settings = ", ".join(matching[0].configuration)
         return matching[0], f"{matching[0].alias}, by its configuration ({settings})"
     return class_defaults(pipeline_class), ""
-
-
-def _agrees(known: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]) -> bool:
-    for key, value in known.items():
-        component, _, setting = key.partition(".")
-        if config(component).get(setting) != value:
-            return False
-    return True
 
 
 def class_defaults(pipeline_class: str) -> ModelSpec | None:

@@ -6,10 +6,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import coeffs
 from calibrate.model.call import recorded_arguments
+from calibrate.model.protocol import Settings
 from calibrate.model.table import EMBEDDED_MODEL, ModelSpec
 from coeffs import Entry
 from coeffs.errors import CoeffsError
@@ -46,14 +46,11 @@ def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
     ):
         with suppress(CoeffsError):
             drafts.append(coeffs.load(file))
-    entries = [
-        *drafts,
-        *entries,
-    ]  # the last one counts: what was released, else the newest run
     # Other weights of the class are not read for nothing: the embedded model's are known by their configuration.
     hashed = {
         entry.checkpoint.sha256: entry
-        for entry in entries
+        for entry in drafts
+        + entries  # the last one counts: what was released, else the newest run
         if entry.pipeline_class == pipeline_class
         and entry.checkpoint.sha256
         and entry.model != EMBEDDED_MODEL
@@ -64,6 +61,6 @@ def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
 def as_recorded(entry: Entry, spec: ModelSpec | None) -> ModelSpec:
     """What the class needs, with the protocol that the entry was recorded at."""
     spec = spec or ModelSpec(alias=entry.model, pipeline_class=entry.pipeline_class or "")
-    protocol: dict[str, Any] = {name: getattr(entry.protocol, name) for name in PROTOCOL}
+    protocol: Settings = {name: getattr(entry.protocol, name) for name in PROTOCOL}
     arguments = {**spec.call_arguments, **recorded_arguments(vars(entry.protocol))}
     return replace(spec, **protocol, call_arguments=arguments)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,8 +76,9 @@ def carried_over(new: Entry, old: Entry | None, say: Callable[[str], None]) -> E
         kept += (VERIFIED_WARNING,)
         new = replace(new, thresholds=new.thresholds + verified)
     elif verified:
-        advice = "`calibrate verify` measures these"
-        say(f"dropped {count}: they belong to other coefficients; {advice}")
+        say(
+            f"dropped {count}: they belong to other coefficients; `calibrate verify` measures these"
+        )
     warnings = tuple(text for text in old.warnings if kept and text.startswith(kept))
     return replace(new, warnings=new.warnings + warnings)
 
@@ -109,13 +110,10 @@ def _count(rows: Sized, noun: str) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds the folder against other updates; without locks on this file system, two at once may lose one."""
-    handle = -1
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        # Of the folder itself: `lock` in it belongs to recording, and closing that file would free it.
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with ExitStack() as stack:
+        with suppress(OSError):
+            # Of the folder itself: `lock` in it belongs to recording, and closing that file would free it.
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        if handle >= 0:
-            os.close(handle)

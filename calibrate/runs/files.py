@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from calibrate.errors import CorruptShard, RunFolderError
+from calibrate.errors import CorruptShard, RunFolderError, one_line
+from calibrate.model.protocol import Settings
 from coeffs.entry.signals import SIGNALS
 from coeffs.files import put
 
@@ -28,7 +28,7 @@ PAIR_TYPES = {
 PAIR_COLUMNS = tuple(PAIR_TYPES)
 
 
-def encode_pairs(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def encode_pairs(rows: Sequence[Settings]) -> bytes:
     """Parquet bytes of pair rows, ordered by expert, branch and step: the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -52,8 +52,9 @@ def read_pairs(path: Path):
     try:
         content = path.read_bytes()
     except OSError as error:  # says nothing about the content: the file may be whole
-        advice = "check the rights to it and the disk"
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+        raise RunFolderError(
+            f"{path}: cannot be read ({error.strerror}); check the rights to it and the disk"
+        ) from None
     try:
         table = pq.ParquetFile(BytesIO(content), page_checksum_verification=True).read()
         absent = [name for name in PAIR_COLUMNS if name not in table.column_names]
@@ -61,7 +62,7 @@ def read_pairs(path: Path):
             raise ValueError(f"it has no column {', '.join(absent)}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptShard(
-            f"{path}: not a readable file of pairs ({' '.join(str(error).split())[:160]}); run the same "
+            f"{path}: not a readable file of pairs ({one_line(error)}); run the same "
             "`calibrate record` again, which sets it aside and records it anew"
         ) from None
     for name in absent:
@@ -74,10 +75,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = (
+        raise RunFolderError(
             f"{path}: cannot be created ({error.strerror}); choose another folder with --out"
-        )
-        raise RunFolderError(message) from None
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -94,12 +94,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Settings) -> None:
     """Write a mapping atomically, with sorted keys."""
     write_atomically(path, f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, arrays: Settings) -> None:
     """Write named arrays atomically, as a compressed .npz file."""
     import numpy as np
 

@@ -7,13 +7,14 @@ can be read; everything else (what to record next, whether the run is complete) 
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError
+from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError, one_line
 from calibrate.model.prompts import Prompt, PromptSet
+from calibrate.model.protocol import Settings
 from calibrate.runs.files import (
     encode_pairs,
     read_pairs,
@@ -55,7 +56,7 @@ class Group:
 class RunFolder:
     """A run on disk. Reading needs `open`; recording uses `create`, which also continues a run."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: Settings):
         self.path = path
         self.manifest = manifest
 
@@ -73,7 +74,7 @@ class RunFolder:
     def create(
         cls,
         path: str | os.PathLike,
-        identity: Mapping[str, Any],
+        identity: Settings,
         prompts: PromptSet,
         **notes: Any,
     ) -> "RunFolder":
@@ -135,9 +136,9 @@ class RunFolder:
     def write_group(
         self,
         group: Group,
-        rows: Sequence[Mapping[str, Any]],
-        timing: Mapping[str, Any],
-        gram: Mapping[str, Any] | None = None,
+        rows: Sequence[Settings],
+        timing: Settings,
+        gram: Settings | None = None,
     ) -> None:
         """Keep a finished group. The pairs are written last: their file is what makes the group finished."""
         name = group.name
@@ -156,7 +157,7 @@ class RunFolder:
         failure = {**ids, "kind": kind, "message": message, "job": job}
         write_json(self._failure_path(group.name), failure)
 
-    def failures(self) -> dict[str, dict[str, Any]]:
+    def failures(self) -> dict[str, Settings]:
         """Group name -> what went wrong, for groups that are not finished."""
         names = {path.stem for path in self.path.glob("failures/*.json")}
         return {name: self._failure(name) for name in sorted(names - self.finished())}
@@ -168,7 +169,7 @@ class RunFolder:
     def _failure_path(self, name: str) -> Path:
         return self.path / "failures" / f"{name}.json"
 
-    def _failure(self, name: str) -> dict[str, Any]:
+    def _failure(self, name: str) -> Settings:
         try:
             failure = json.loads(self._failure_path(name).read_text(encoding="utf-8"))
             return {"kind": "unreadable", **failure}
@@ -180,8 +181,11 @@ class RunFolder:
     @property
     def images(self) -> dict[str, Path]:
         """Name -> file of every image that the run's prompts name."""
-        names = {name for group in self.groups for name in group.prompt.image}
-        return {name: self.input_path(name) for name in names}
+        return {
+            name: self.input_path(name)
+            for group in self.groups
+            for name in group.prompt.image
+        }
 
     def input_path(self, name: str) -> Path:
         """The image of this name, which lies inside the run folder."""
@@ -201,18 +205,16 @@ class RunFolder:
         text = yaml.safe_dump(self.manifest, sort_keys=False, allow_unicode=True, width=120)
         write_atomically(self.path / "run.yaml", text.encode())
 
-    def _refuse_other(self, identity: Mapping[str, Any], prompts: PromptSet) -> None:
+    def _refuse_other(self, identity: Settings, prompts: PromptSet) -> None:
         if self.manifest.get("protocol_sha256") != identity["protocol_sha256"]:
             other = f"another recording ({differences(self.manifest, identity)})"
-            same = "the old settings"
         elif self.manifest.get("prompts_sha256") != prompts.sha256:
             other = "a recording of other prompts or seeds"
-            same = "the old --prompts and --seed"
         else:
             return
         raise ProtocolMismatch(
-            f"{self.path}: holds {other}; recordings are never mixed: repeat {same} to continue it, or choose another "
-            "folder with --out"
+            f"{self.path}: holds {other}; recordings are never mixed: repeat its settings, --prompts and --seed to "
+            "continue it, or choose another folder with --out"
         )
 
 
@@ -241,7 +243,7 @@ def tidy(path: Path) -> list[str]:
     return moved
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> Settings:
     import yaml
 
     try:
@@ -253,15 +255,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         folder = path.parent
         hint = "" if folder.exists() else did_you_mean(str(folder), siblings(folder))
-        expected = hint or "expected a folder written by `calibrate record`"
-        raise RunFolderError(f"{folder}: no run.yaml in it; {expected}") from None
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}); check the rights to it"
-        raise RunFolderError(f"{path}: {reason}") from None
-    except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise RunFolderError(
-            f"{path}: not a manifest ({reason}); put the original back"
+            f"{folder}: no run.yaml in it; {hint or 'expected a folder written by `calibrate record`'}"
+        ) from None
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be read ({error.strerror}); check the rights to it"
+        ) from None
+    except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RunFolderError(
+            f"{path}: not a manifest ({one_line(error)}); put the original back"
         ) from None
     if newer:
         raise RunFolderError(
@@ -275,11 +278,12 @@ def _refuse_links(path: Path) -> None:
     """A run folder from elsewhere must not lead what we write out of it."""
     for name in _WRITTEN:
         if (path / name).is_symlink():
-            problem = "a link inside a run folder, which could lead outside it; remove it"
-            raise RunFolderError(f"{path / name}: {problem}")
+            raise RunFolderError(
+                f"{path / name}: a link inside a run folder, which could lead outside it; remove it"
+            )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def differences(old: Settings, new: Settings) -> str:
     """The first few settings that differ, as ``name old -> new``."""
     before = dict(_flat(old))
     differing = [
@@ -290,9 +294,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(differing[:4]) or "another identity"
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if isinstance(item, dict):
             yield from _flat(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item

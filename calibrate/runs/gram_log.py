@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.errors import RunFolderError
+from calibrate.errors import RunFolderError, one_line
 from calibrate.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
+Arrays = dict[str, Any]  # of one expert, by name
 # Of a re-planned schedule: how far interpolated outputs may lie from real ones, relative to one step's change.
 LARGEST_INTERPOLATION_ERROR = 0.1
 SECOND_GUIDANCE = "guidance_scale_2"  # of pipelines with two experts (Wan 2.2)
@@ -124,7 +125,7 @@ def load_grams(source: str | os.PathLike) -> list[GramLog]:
     return logs
 
 
-def _log_of(expert: str, parts: list[dict[str, Any]], scale: float | None) -> GramLog:
+def _log_of(expert: str, parts: list[Arrays], scale: float | None) -> GramLog:
     """One expert's log from its arrays of all samples."""
     first = parts[0]
     branches = first["branches"].tolist()
@@ -140,7 +141,7 @@ def _log_of(expert: str, parts: list[dict[str, Any]], scale: float | None) -> Gr
     )
 
 
-def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
+def _form(sample: dict[str, Arrays]) -> dict[str, tuple]:
     """What all samples of a run must have in common."""
     return {
         expert: (
@@ -152,7 +153,7 @@ def _form(sample: dict[str, dict[str, Any]]) -> dict[str, tuple]:
     }
 
 
-def _finite(sample: dict[str, dict[str, Any]]) -> bool:
+def _finite(sample: dict[str, Arrays]) -> bool:
     return all(
         np.isfinite(part[name]).all()
         for part in sample.values()
@@ -169,9 +170,10 @@ def guided(gram: Array, branches: list[str], guidance_scale: float | None) -> Ar
     count = len(branches)
     steps = len(gram) // count
     blocks = np.asarray(gram, float).reshape(count, steps, count, steps)
-    if sorted(branches) == ["cond", "uncond"] and guidance_scale is not None:
-        scales = {"cond": guidance_scale, "uncond": 1 - guidance_scale}
-        factors = np.array([scales[name] for name in branches])
+    if {*branches} == {"cond", "uncond"} and guidance_scale is not None:
+        factors = [
+            guidance_scale if name == "cond" else 1 - guidance_scale for name in branches
+        ]
         return np.einsum("a,atbu,b->tu", factors, blocks, factors)
     return np.einsum("atau->tu", blocks)
 
@@ -232,17 +234,16 @@ def interpolation_error(log: GramLog) -> float:
     return float(np.median(ratios)) / 4 if ratios else 0.0
 
 
-def read_gram(path: Path) -> dict[str, dict[str, Any]]:
+def read_gram(path: Path) -> dict[str, Arrays]:
     """``expert -> name -> array``. Raises RunFolderError for a damaged file."""
-    experts: dict[str, dict[str, Any]] = {}
+    experts: dict[str, Arrays] = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for key in arrays.files:
                 expert, _, name = key.partition("/")
                 experts.setdefault(expert, {})[name] = arrays[key]
     except Exception as error:  # zipfile and zlib have errors of their own
-        reason = " ".join(str(error).split())[:120]
         raise RunFolderError(
-            f"{path}: not a readable Gram log ({reason}); remove it and record anew"
+            f"{path}: not a readable Gram log ({one_line(error)}); remove it and record anew"
         ) from None
     return experts

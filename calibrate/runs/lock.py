@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import coeffs
 from calibrate.errors import RunFolderError, RunInUse
+from calibrate.model.protocol import Settings
 from calibrate.runs.files import make_folder
 from coeffs import Entry
 
@@ -61,8 +62,9 @@ def hold(
             lock = RunLock(folder, file, work)
             lock.join(prepare)
         except OSError as error:
-            message = f"{error.filename or folder}: cannot be written ({error.strerror})"
-            raise RunFolderError(f"{message}; choose another folder with --out") from None
+            raise RunFolderError(
+                f"{error.filename or folder}: cannot be written ({error.strerror}); choose another folder with --out"
+            ) from None
         held[folder] = lock
         stack.callback(held.pop, folder)
         yield lock
@@ -70,11 +72,10 @@ def hold(
 
 def _job_name() -> str:
     """Equal for the ranks of one torchrun or accelerate launch, restarts included; unique otherwise."""
-    environment = os.environ
-    if int(environment.get("WORLD_SIZE", 1)) > 1:
-        run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
-        address = f"{environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
-        return address if run_id == "none" else run_id
+    get = os.environ.get
+    if int(get("WORLD_SIZE", 1)) > 1:
+        run_id = get("TORCHELASTIC_RUN_ID", "none")
+        return f"{get('MASTER_ADDR')}:{get('MASTER_PORT')}" if run_id == "none" else run_id
     return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
 
@@ -129,7 +130,7 @@ class RunLock:
             self.supported = False
         return True
 
-    def _holder(self) -> dict[str, Any]:
+    def _holder(self) -> Settings:
         # Through our own descriptor: closing a second one would drop every lock of this process on the file.
         try:
             return json.loads(os.pread(self._file, 4096, 0))
@@ -163,7 +164,7 @@ def alone(work: str, shared: bool = False) -> Callable[[Callable[P, R]], Callabl
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def holding(*args: P.args, **options: P.kwargs) -> R:
-            given: dict[str, Any] = {"registry": None, "out": None, "runs": True, **options}
+            given: Settings = {"registry": None, "out": None, "runs": True, **options}
             source: Any = args[0] if args else given["source"]
             if not given["runs"]:
                 return function(*args, **options)

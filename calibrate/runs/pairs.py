@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,9 @@ def _shards(folders: list[RunFolder]) -> Iterator[Path]:
     for folder in folders:
         files = sorted((folder.path / "pairs").glob("*.parquet"))
         if not files:
-            advice = "record at least one with `calibrate record`"
-            raise InvalidRun(f"{folder.path}: no finished prompt in pairs/; {advice}")
+            raise InvalidRun(
+                f"{folder.path}: no finished prompt in pairs/; record at least one with `calibrate record`"
+            )
         yield from files
 
 
@@ -152,8 +154,9 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """The table with the log's columns in their types; those of another version stay as they are."""
     missing = [column for column in PAIR_COLUMNS if column not in table]
     if missing:
-        expected = ", ".join(PAIR_COLUMNS)
-        raise InvalidRun(f"{name}: missing column {', '.join(missing)}; expected {expected}")
+        raise InvalidRun(
+            f"{name}: missing column {', '.join(missing)}; expected {', '.join(PAIR_COLUMNS)}"
+        )
     table = table.copy()
     for column, stored in PAIR_TYPES.items():
         kind, expected = _KINDS[stored]
@@ -162,8 +165,9 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
                 raise ValueError("empty values")
             table[column] = table[column].astype(kind)
         except (ValueError, TypeError) as error:
-            problem = f"column {column} should hold {expected} ({one_line(error)})"
-            raise InvalidRun(f"{name}: {problem}") from None
+            raise InvalidRun(
+                f"{name}: column {column} should hold {expected} ({one_line(error)})"
+            ) from None
     if (table["step"] < 1).any():
         raise InvalidRun(
             f"{name}: step {table['step'].min()} in the log; pairs start at step 1"
@@ -204,9 +208,10 @@ def _require_same_protocol(first: RunFolder, other: RunFolder) -> None:
     for key in ("model", "protocol", "protocol_sha256", "checkpoint"):
         ours, theirs = ({key: run.manifest.get(key)} for run in (first, other))
         if ours != theirs:
-            advice = "fit runs of one protocol together"
-            what = f"different {key} ({differences(ours, theirs)})"
-            raise InvalidRun(f"{first.path} and {other.path}: {what}; {advice}")
+            raise InvalidRun(
+                f"{first.path} and {other.path}: different {key} ({differences(ours, theirs)}); fit runs of one "
+                "protocol together"
+            )
 
 
 def seconds_per_prompt(folder: RunFolder) -> float | None:
@@ -221,23 +226,19 @@ def _timing(folders: list[RunFolder]) -> dict[str, tuple[float, float]]:
     means = sums[_TIMES].div(sums["calls"], axis=0)
     call, stack = means["call_seconds"], means["stack_seconds"]
     return {
-        str(row.Index): (row.call_seconds, row.stack_seconds)
-        for row in means[(stack > 0) & (stack <= call)].itertuples()
+        str(expert): (call, stack)
+        for expert, call, stack in means[(stack > 0) & (stack <= call)].itertuples()
     }
 
 
 def _timings(folders: list[RunFolder]) -> pd.DataFrame:
     """Calls and seconds of each group and expert. It is a convenience: what cannot be read is left out, not fatal."""
     rows = []
-    for file in (
-        file for folder in folders for file in sorted(folder.path.glob("timing/*.json"))
-    ):
-        try:
+    files = (file for folder in folders for file in sorted(folder.path.glob("timing/*.json")))
+    for file in files:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             for expert, timing in json.loads(file.read_text(encoding="utf-8")).items():
                 calls = float(timing["calls"])
-                rows.append(
-                    (file.stem, expert, calls, *(timing[name] * calls for name in _TIMES))
-                )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+                times = (timing[name] * calls for name in _TIMES)
+                rows.append((file.stem, expert, calls, *times))
     return pd.DataFrame(rows, columns=["group", "expert", "calls", *_TIMES])

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from coeffs.engines.setting import Carried, Request, stripped
+from coeffs.entry.fields import Numbers
 from coeffs.entry.provenance import Source
 from coeffs.entry.schema import Entry, Expert, Fit
 from coeffs.errors import EngineError
@@ -104,8 +105,8 @@ def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
 
 def _expert(
     expert: Expert,
-    coefficients: tuple[float, ...] | None,
-    ratios: dict[str, tuple[float, ...]] | None,
+    coefficients: Numbers | None,
+    ratios: dict[str, Numbers] | None,
 ) -> Expert:
     """The expert with the carried numbers; a polynomial that it already recommends keeps its facts."""
     if coefficients is not None:

@@ -17,9 +17,11 @@ Index = Annotated[int, Limits(0, MAX_STEPS)]
 def write(request: Request) -> str:
     plan = planned(request)
     computed = [step for step, computes in enumerate(plan.mask) if computes]
-    said = "hand the list to the helper as a set, and its cur_timestep every step's index"
+    request.notes.append(
+        "hand the list to the helper as a set, and its cur_timestep every step's index"
+    )
     form = {"no_cache_steps": computed, "num_steps": len(plan.schedule)}
-    return yaml_text([*plan.notes, said], "cache", form)
+    return yaml_text(request.notes, "cache", form)
 
 
 def read(text: str) -> Carried:

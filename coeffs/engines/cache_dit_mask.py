@@ -20,12 +20,12 @@ def write(request: Request) -> str:
     }
     separate = two_calls(request.entry)
     if separate is None:
-        plan.notes.append(
+        request.notes.append(
             "whether guidance takes two calls a step is not known: cache-dit's default for the class holds"
         )
     else:
         form["enable_separate_cfg"] = separate
-    return yaml_text(plan.notes, "cache_config", form | plan.taylorseer)
+    return yaml_text(request.notes, "cache_config", form | plan.taylorseer)
 
 
 def read(text: str) -> Carried:

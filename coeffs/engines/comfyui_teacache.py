@@ -8,7 +8,8 @@ import re
 
 from coeffs.engines.releases import projected
 from coeffs.engines.setting import Carried, Request, setting
-from coeffs.engines.text import Numbers, comment, literal, value_of
+from coeffs.engines.text import comment, literal, value_of
+from coeffs.entry.fields import Numbers
 from coeffs.entry.schema import Entry
 from coeffs.errors import EngineError
 
@@ -40,12 +41,11 @@ def write(request: Request) -> str:
         "start_percent": start,
         "end_percent": end,
     }
-    notes = [
-        *chosen.notes,
-        "append to nodes.py, and add the key to the node's model_type list",
-    ]
+    request.notes.append("append to nodes.py, and add the key to the node's model_type list")
     node = ", ".join(f"{name}={value}" for name, value in inputs.items())
-    return f'{comment(notes)}{TABLE}["{key}"] = {chosen.only}\n# node inputs: {node}\n'
+    return (
+        f'{comment(request.notes)}{TABLE}["{key}"] = {chosen.only}\n# node inputs: {node}\n'
+    )
 
 
 def read(text: str) -> Carried:

@@ -6,8 +6,8 @@ a threshold of its own kind; TeaCache's is not carried over. A plan is written a
 
 from coeffs.engines.plans import mag_cache, read_ratios
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import Form, Numbers, comment, read_calls, value_of
-from coeffs.entry.fields import Steps
+from coeffs.engines.text import Form, comment, read_calls, value_of
+from coeffs.entry.fields import Numbers, Steps
 
 SUFFIX = "_mag_cache"
 
@@ -21,7 +21,9 @@ def write(request: Request) -> str:
     for name, branches in form.experts.items():
         branch, ratios = next(iter(branches.items()))
         if not form.crafted:
-            form.notes.append(f"{name}: the ratios of branch {branch}, used for every branch")
+            request.notes.append(
+                f"{name}: the ratios of branch {branch}, used for every branch"
+            )
         arguments = {
             "num_inference_steps": len(ratios),
             **settings,
@@ -30,10 +32,10 @@ def write(request: Request) -> str:
         words = ", ".join(f"{word}={value}" for word, value in arguments.items())
         lines.append(f"{name}{SUFFIX} = MagCacheConfig({words})\n")
     if not form.crafted:
-        form.notes.append(
+        request.notes.append(
             "threshold and retention_ratio stay at diffusers' own defaults; TeaCache thresholds mean something else"
         )
-    return comment(form.notes) + "".join(lines)
+    return comment(request.notes) + "".join(lines)
 
 
 def read(text: str) -> Carried:

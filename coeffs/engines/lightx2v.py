@@ -7,7 +7,8 @@ kept. Keys that it does not know are carried along, so the comment can travel in
 
 from coeffs.engines.releases import projected
 from coeffs.engines.setting import Carried, Request, setting, window
-from coeffs.engines.text import Form, Numbers, json_text, read_json, value_of
+from coeffs.engines.text import Form, json_text, read_json, value_of
+from coeffs.entry.fields import Numbers
 from coeffs.errors import EngineError
 
 WAN = "WanTransformer3DModel"
@@ -17,14 +18,14 @@ def write(request: Request) -> str:
     chosen = setting(request)
     wan = request.entry.transformer_class == WAN
     ret_steps = wan and projected(request.entry)
-    _, said = window(request, ["true" if ret_steps else "false"])
+    window(request, ["true" if ret_steps else "false"])
     coefficients = chosen.only
     form: Form = {"feature_caching": "Tea", "coefficients": coefficients}
     if wan:
         form["coefficients"] = [coefficients, []] if ret_steps else [[], coefficients]
         form["use_ret_steps"] = ret_steps
     form["teacache_thresh"] = chosen.threshold
-    return json_text([*chosen.notes, *said], form, indent=4)
+    return json_text(request.notes, form, indent=4)
 
 
 def read(text: str) -> Carried:

@@ -6,8 +6,8 @@ defaults stay for threshold, cap and retention. A plan is written as crafted rat
 
 from coeffs.engines.plans import mag_cache, read_ratios
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import Numbers, json_text, read_json, value_of
-from coeffs.entry.fields import Steps
+from coeffs.engines.text import json_text, read_json, value_of
+from coeffs.entry.fields import Numbers, Steps
 from coeffs.errors import EngineError
 
 # The threshold, cap and retention of its configurations for Wan 2.1 I2V and HunyuanVideo-1.5; its code requires them.
@@ -20,7 +20,7 @@ def write(request: Request) -> str:
     if form.crafted:
         settings["magcache_retention_ratio"] = 0.0
     else:
-        form.notes.append("threshold, K and retention are LightX2V's own for Wan 2.1 I2V")
+        request.notes.append("threshold, K and retention are LightX2V's own for Wan 2.1 I2V")
     if form.cap is not None:
         settings["magcache_K"] = form.cap
     ratios = form.only
@@ -31,7 +31,7 @@ def write(request: Request) -> str:
         "magcache_calibration": False,
     }
     pair = [list(ratios.get(branch, first)) for branch in ("cond", "uncond")]
-    return json_text(form.notes, head | settings | {"magcache_ratios": pair})
+    return json_text(request.notes, head | settings | {"magcache_ratios": pair})
 
 
 def read(text: str) -> Carried:

@@ -4,9 +4,9 @@ Exactly five coefficients, highest power first; negative predictions count as 0;
 and last steps always compute as given here. Coefficients of one's own are used without a fitted range.
 """
 
-from coeffs.engines.setting import Carried, Request, edges, padded, setting
-from coeffs.engines.text import Numbers, call_text, read_calls, value_of
-from coeffs.entry.fields import Count
+from coeffs.engines.setting import Carried, Request, edges, setting
+from coeffs.engines.text import call_text, read_calls, value_of
+from coeffs.entry.fields import Count, Numbers
 from coeffs.errors import EngineError
 
 
@@ -17,11 +17,11 @@ def write(request: Request) -> str:
         raise EngineError(f"threshold {chosen.threshold:g}: mlx-teacache takes at most 1")
     arguments = {
         "rel_l1_thresh": chosen.threshold,
-        "coefficients": padded(chosen.only, 5),
+        "coefficients": chosen.only,
         "skip_first_n_steps": first,
         "skip_last_n_steps": last,
     }
-    return call_text(chosen.notes, "apply_teacache", arguments, first="    model,\n")
+    return call_text(request.notes, "apply_teacache", arguments, first="    model,\n")
 
 
 def read(text: str) -> Carried:

@@ -5,8 +5,8 @@ from itertools import groupby
 from typing import Annotated
 
 from coeffs.engines.setting import Carried, Request, certified, opening
-from coeffs.engines.text import Form, Numbers, value_of
-from coeffs.entry.fields import Limits
+from coeffs.engines.text import Form, value_of
+from coeffs.entry.fields import Limits, Numbers, Text
 from coeffs.entry.schema import Entry, Plan
 from coeffs.errors import EngineError
 
@@ -25,11 +25,10 @@ ONE_BLOCK = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
 
 @dataclass(frozen=True)
 class Planned:
-    """The schedule to export, the order of TaylorSeer in place of its forecast (0: reuse), and the opening notes."""
+    """The schedule to export, and the order of TaylorSeer in place of its forecast (0: reuse)."""
 
     schedule: str
     order: int
-    notes: list[str]
 
     @property
     def mask(self) -> list[int]:
@@ -56,7 +55,7 @@ def planned(request: Request) -> Planned:
             denoisers, which every engine counts from 0 each.
     """
     entry, engine, highest = request.entry, request.engine, request.facts.forecast
-    notes = opening(request)
+    opening(request)
     plan = plan_of(entry, request.schedule)
     if len(entry.experts) > 1:
         raise EngineError(
@@ -64,20 +63,23 @@ def planned(request: Request) -> Planned:
             "does not say where the second begins; apply it with runtime.apply_tea_cache"
         )
     schedule, ours = plan.schedule, plan.forecast or "reuse"
-    notes.append(f"{plan.computed_steps} of {len(schedule)} steps compute: {schedule}")
+    request.notes.append(
+        f"{plan.computed_steps} of {len(schedule)} steps compute: {schedule}"
+    )
     order = 0
     if ours != "reuse":
         bridged = "S" * (LONGEST_RUN.get(highest, 0) + 1) not in schedule
         order = highest if bridged else 0
         theirs = f"TaylorSeer of order {order}" if order else "reuse of the residual"
         of = f" of the {plan.forecast_of}" if plan.forecast_of else ""
-        notes.append(
+        request.notes.append(
             f"forecast: {theirs} in place of ours ({ours}{of}); the entry's figures were measured with ours"
         )
-    return Planned(schedule, order, notes + certified(request, schedule))
+    certified(request, schedule)
+    return Planned(schedule, order)
 
 
-def plan_of(entry: Entry, schedule: str | None) -> Plan:
+def plan_of(entry: Entry, schedule: Text) -> Plan:
     """The entry's plan of this schedule, its only one, or a plan of a schedule that it does not have."""
     plans = {plan.schedule: plan for plan in entry.plans or ()}
     if schedule is None:
@@ -118,7 +120,6 @@ class Ratios:
 
     experts: dict[str, dict[str, Numbers]]
     cap: int | None
-    notes: list[str]
     crafted: bool
 
     @property
@@ -133,7 +134,7 @@ class Ratios:
         return branches
 
 
-def wants_plan(entry: Entry, schedule: str | None) -> bool:
+def wants_plan(entry: Entry, schedule: Text) -> bool:
     """Whether a MagCache form is to run a plan: one is named, or the entry has no ratios but plans."""
     recorded = any(expert.mag_ratios for expert in entry.experts.values())
     return schedule is not None or (not recorded and bool(entry.plans))
@@ -146,10 +147,10 @@ def mag_cache(request: Request) -> Ratios:
         plan = planned(request)
         ratios = tuple(COMPUTE if letter == "C" else SKIP for letter in plan.schedule)
         experts = {"transformer": {"pooled": ratios}}
-        return Ratios(experts, max(plan.runs("S")), plan.notes, crafted=True)
-    notes = opening(request)
+        return Ratios(experts, max(plan.runs("S")), crafted=True)
+    opening(request)
     experts = {name: _recorded(entry, name) for name in entry.experts}
-    return Ratios(experts, entry.max_skips, notes, crafted=False)
+    return Ratios(experts, entry.max_skips, crafted=False)
 
 
 def _recorded(entry: Entry, expert: str) -> dict[str, Numbers]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coeffs.entry.fields import Record, checked
+from coeffs.entry.fields import Names, Record, Text, checked
 from coeffs.entry.schema import Entry
 
-Names = tuple[str, ...]
 Words = dict[str, str]
 
 
@@ -104,7 +103,7 @@ def _instead(engine: str, name: str) -> str:
     return f"; export it to {' or '.join(others)}" if others else ""
 
 
-def _signal(engine: str, entry: Entry, compared: str | None) -> Iterator[str]:
+def _signal(engine: str, entry: Entry, compared: Text) -> Iterator[str]:
     # "other" names no signal: only the engine that published the set compares the same one.
     same = entry.signal == compared and (compared != "other" or entry.engine == engine)
     if compared is None or same or entry.signal == "none":

@@ -1,11 +1,11 @@
 """What every engine's form needs: the request, the polynomials and the threshold, and what is read back."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coeffs.engines.releases import Release, misfits, plan_forms, releases
 from coeffs.entry.certificates import EXACT
-from coeffs.entry.fields import Edge, Number, Text
+from coeffs.entry.fields import Edge, Number, Numbers, Text
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import EngineError
@@ -15,7 +15,10 @@ FORCED = "WARNING, written with --force"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to export, and to whom: an entry with the choices that it leaves open."""
+    """What to export, and to whom: an entry with the choices that it leaves open.
+
+    ``notes`` gather what the form's reader has to know, in the order in which it is found out.
+    """
 
     entry: Entry
     engine: str
@@ -23,6 +26,7 @@ class Request:
     schedule: Text = None
     release: Text = None
     force: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def facts(self) -> Release:
@@ -33,12 +37,12 @@ class Request:
 class Carried:
     """What a form says about an entry, read back from it; ``None`` where the form does not say."""
 
-    coefficients: dict[str, tuple[float, ...]] | None = None
+    coefficients: dict[str, Numbers] | None = None
     threshold: Number = None
     start: Edge = None
     end: Edge = None
     max_skips: int | None = None
-    mag_ratios: dict[str, dict[str, tuple[float, ...]]] | None = None
+    mag_ratios: dict[str, dict[str, Numbers]] | None = None
     schedule: Text = None
     sign_rule: Text = None
     signal: Text = None
@@ -47,20 +51,19 @@ class Carried:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Polynomials per expert, threshold and notes, in the way that the engine will read them."""
+    """Coefficients per expert, as many as the engine takes, and the threshold that belongs to them."""
 
-    fits: dict[str, Candidate]
+    coefficients: dict[str, list[float]]
     threshold: float
-    notes: list[str]
 
     @property
     def only(self) -> list[float]:
         """The coefficients for an engine with one slot."""
-        (fit,) = self.fits.values()
-        return list(fit.coefficients_high_to_low)
+        (coefficients,) = self.coefficients.values()
+        return coefficients
 
 
-def opening(request: Request) -> list[str]:
+def opening(request: Request) -> None:
     """The notes that open every form.
 
     Raises:
@@ -76,21 +79,23 @@ def opening(request: Request) -> list[str]:
     problems = misfits(engine, entry)
     if problems and not request.force:
         raise EngineError(problems[0])
-    return [
-        f"{entry.label} ({entry.origin}), teacal registry; fitted on: {entry.signal}, target: {entry.target}",
-        f"written for {facts.release}",
-        *(f"{FORCED}: {problem}" for problem in problems),
-    ]
+    request.notes.extend(
+        [
+            f"{entry.label} ({entry.origin}), teacal registry; fitted on: {entry.signal}, target: {entry.target}",
+            f"written for {facts.release}",
+            *(f"{FORCED}: {problem}" for problem in problems),
+        ]
+    )
 
 
-def setting(request: Request, sign_rule: str | None = None) -> Setting:
-    """The polynomials and the threshold for an engine, or a refusal that says what would have to change.
+def setting(request: Request, sign_rule: Text = None) -> Setting:
+    """The coefficients and the threshold for an engine, or a refusal that says what would have to change.
 
     Args:
         sign_rule: What the engine makes of a negative prediction, where the release has no one rule.
     """
-    entry, engine, facts = request.entry, request.engine, request.facts
-    notes = opening(request)
+    entry, engine, facts, notes = request.entry, request.engine, request.facts, request.notes
+    opening(request)
     if not any(expert.branches for expert in entry.experts.values()):
         raise EngineError(
             f"{entry.label} has no coefficients: export its ratios or plans to {' or '.join(plan_forms())}"
@@ -100,14 +105,17 @@ def setting(request: Request, sign_rule: str | None = None) -> Setting:
             f"{entry.label} has polynomials for {' and '.join(entry.experts)}, {engine} has one slot: use "
             "tensorrt-llm, which has two"
         )
-    fits = {}
+    coefficients = {}
     for name, expert in entry.experts.items():
         if len(expert.branches) > 1:
             names = ", ".join(expert.branches)
             used = expert.recommended
             notes.append(f"{name}: one slot for {names}; this is {used}, the recommended one")
-        fit = fits[name] = _fit(request, name, notes)
+        fit = _fit(request, name)
         _check_sign(request, fit, sign_rule or facts.sign_rule or entry.sign_rule)
+        # Leading zeros leave the polynomial the same.
+        padding = [0.0] * ((facts.exactly or 0) - fit.degree - 1)
+        coefficients[name] = [*padding, *fit.coefficients_high_to_low]
         if fit.domain is None:
             notes.append("the fitted domain was never published: predictions are not bounded")
             continue
@@ -117,14 +125,14 @@ def setting(request: Request, sign_rule: str | None = None) -> Setting:
         )
         for left, right in falling_ranges(fit.polynomial(), fit.domain)[:1]:
             notes.append(f"falls with x from {left:.3g} to {right:.3g}")
-    threshold = _threshold(request, notes)
-    notes += certified(request, threshold)
-    return Setting(fits=fits, threshold=threshold, notes=notes)
+    threshold = _threshold(request)
+    certified(request, threshold)
+    return Setting(coefficients=coefficients, threshold=threshold)
 
 
-def certified(request: Request, setting: float | str) -> list[str]:
-    """What the entry promises of a threshold or schedule, and how the engine's requests name that quality."""
-    notes, names = [], request.facts.quality
+def certified(request: Request, setting: float | str) -> None:
+    """Notes what the entry promises of a threshold or schedule, and how the engine's requests name that quality."""
+    notes, names = request.notes, request.facts.quality
     for proof in request.entry.certificates:
         if setting == (proof.plan.schedule if proof.plan else proof.threshold):
             notes.append(
@@ -133,10 +141,9 @@ def certified(request: Request, setting: float | str) -> list[str]:
             if proof.tier in names:
                 asks = f"quality={names[proof.tier]!r} asks for this tier"
                 notes.append(f"in a request {asks}, quality={names[EXACT]!r} for no cache")
-    return notes
 
 
-def _threshold(request: Request, notes: list[str]) -> float:
+def _threshold(request: Request) -> float:
     """The threshold that travels with the coefficients; one that is not the entry's is noted."""
     label, wanted = request.entry.label, request.threshold
     known = list(dict.fromkeys(row.threshold for row in request.entry.thresholds))
@@ -153,11 +160,11 @@ def _threshold(request: Request, notes: list[str]) -> float:
     for value in known:
         if f"{value:.4g}" == f"{wanted:.4g}":  # `calibrate show` prints four digits
             return value
-    notes.append(f"threshold {wanted:g} is not one that the entry reports on")
+    request.notes.append(f"threshold {wanted:g} is not one that the entry reports on")
     return wanted
 
 
-def _fit(request: Request, expert: str, notes: list[str]) -> Candidate:
+def _fit(request: Request, expert: str) -> Candidate:
     """The recommended fit, or the entry's best alternative of a degree that the engine takes."""
     entry, engine, facts = request.entry, request.engine, request.facts
     fit = entry.fit(expert)
@@ -171,7 +178,7 @@ def _fit(request: Request, expert: str, notes: list[str]) -> Candidate:
             f"`calibrate fit RUN --degree {highest}`"
         )
     best = max(lower, key=lambda other: other.degree)
-    notes.append(
+    request.notes.append(
         f"{expert}: the entry's alternative of degree {best.degree}, since degree {fit.degree} is too much"
     )
     return best
@@ -193,8 +200,8 @@ def _check_sign(request: Request, fit: Candidate, rule: str) -> None:
     )
 
 
-def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[str]]:
-    """The engine's mode whose always-computed first and last steps suit the entry, and a remark where they differ.
+def window(request: Request, modes: list[str] | None = None) -> str:
+    """The engine's mode whose always-computed first and last steps suit the entry; notes where they differ.
 
     A mode that computes at least the entry's steps is taken, or else one that lacks a single step at either end.
 
@@ -207,8 +214,11 @@ def window(request: Request, modes: list[str] | None = None) -> tuple[str, list[
     for slack in (0, 1):
         for name, (first, last) in known.items():
             if start <= first + slack and end <= last + slack:
-                said = f"always computed: first {first} and last {last} steps (entry: {start} and {end})"
-                return name, [] if (first, last) == (start, end) else [said]
+                if (first, last) != (start, end):
+                    request.notes.append(
+                        f"always computed: first {first} and last {last} steps (entry: {start} and {end})"
+                    )
+                return name
     choices = " or ".join(f"{first} and {last}" for first, last in known.values())
     raise EngineError(
         f"{entry.label} computes the first {start} and the last {end} steps, "
@@ -231,12 +241,7 @@ def edges(entry: Entry) -> tuple[int, int]:
     return whole[0], whole[1]
 
 
-def padded(coefficients: list[float], count: int) -> list[float]:
-    """Leading zeros up to ``count`` coefficients: the same polynomial."""
-    return [0.0] * (count - len(coefficients)) + coefficients
-
-
-def stripped(coefficients: tuple[float, ...]) -> tuple[float, ...]:
+def stripped(coefficients: Numbers) -> Numbers:
     """Without leading zeros, so that padded and unpadded lists compare equal."""
     while len(coefficients) > 1 and coefficients[0] == 0:
         coefficients = coefficients[1:]

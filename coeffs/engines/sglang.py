@@ -7,14 +7,15 @@ embedding.
 
 from coeffs.engines.releases import projected
 from coeffs.engines.setting import Carried, Request, setting
-from coeffs.engines.text import Numbers, call_text, read_calls, value_of
+from coeffs.engines.text import call_text, read_calls, value_of
+from coeffs.entry.fields import Numbers
 from coeffs.errors import EngineError
 
 
 def write(request: Request) -> str:
     entry = request.entry
     chosen = setting(request)
-    notes = [*chosen.notes, "takes effect with enable_teacache=True beside it"]
+    request.notes.append("takes effect with enable_teacache=True beside it")
     # The index after which every step computes: counted from the end, or the whole schedule for 0.
     end = entry.end or 0
     arguments = {
@@ -24,7 +25,7 @@ def write(request: Request) -> str:
         "use_ret_steps": projected(entry),
         "coefficients": chosen.only,
     }
-    return call_text(notes, "TeaCacheParams", arguments)
+    return call_text(request.notes, "TeaCacheParams", arguments)
 
 
 def read(text: str) -> Carried:

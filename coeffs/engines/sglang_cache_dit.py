@@ -26,7 +26,7 @@ def write(request: Request) -> str:
         "--enable-cache-dit": "true",
         OPTION: json.dumps(form),
     }
-    return command_line(plan.notes, options)
+    return command_line(request.notes, options)
 
 
 def read(text: str) -> Carried:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from coeffs.engines.plans import plan_of
 from coeffs.engines.setting import Carried, Request
 from coeffs.engines.text import json_text, read_json, value_of
-from coeffs.entry.fields import Schedule
+from coeffs.entry.fields import Numbers, Schedule
 from coeffs.entry.schema import Plan
 from coeffs.errors import EngineError
 
@@ -48,7 +48,7 @@ def multistep(plan: Plan) -> list[list[float]]:
     return rows
 
 
-def _weights(plan: Plan, step: int, computed: list[int]) -> tuple[float, ...]:
+def _weights(plan: Plan, step: int, computed: list[int]) -> Numbers:
     """Of the predictions in a skipped step; ``computed`` are the steps before it, the newest first."""
     if plan.forecast != "linear" or len(computed) == 1:
         return plan.weights_by_step.get(step, (1.0,))

@@ -7,7 +7,8 @@ without it the first and the last compute; for Wan it also selects the projected
 
 from coeffs.engines.releases import projected, releases
 from coeffs.engines.setting import Carried, Request, setting, window
-from coeffs.engines.text import Form, Numbers, read_section, value_of, yaml_text
+from coeffs.engines.text import Form, read_section, value_of, yaml_text
+from coeffs.entry.fields import Numbers
 from coeffs.errors import EngineError
 
 ENGINE = "tensorrt-llm"
@@ -18,20 +19,20 @@ KEYS = {"transformer": "coefficients", "transformer_2": "coefficients_2"}
 def write(request: Request) -> str:
     entry = request.entry
     chosen = setting(request)
-    if unknown := set(chosen.fits) - set(KEYS):
+    if unknown := set(chosen.coefficients) - set(KEYS):
         raise EngineError(
             f"{entry.label}: expert {', '.join(sorted(unknown))}, tensorrt-llm knows {', '.join(KEYS)}"
         )
     of_signal = "true" if projected(entry) else "false"
-    mode, said = window(request, [of_signal] if entry.transformer_class == WAN else None)
+    mode = window(request, [of_signal] if entry.transformer_class == WAN else None)
     form: Form = {
         "cache_backend": "teacache",
         "teacache_thresh": chosen.threshold,
         "use_ret_steps": mode == "true",
     }
-    for name, fit in chosen.fits.items():
-        form[KEYS[name]] = list(fit.coefficients_high_to_low)
-    return yaml_text([*chosen.notes, *said], "cache_config", form)
+    for name, coefficients in chosen.coefficients.items():
+        form[KEYS[name]] = coefficients
+    return yaml_text(request.notes, "cache_config", form)
 
 
 def read(text: str) -> Carried:

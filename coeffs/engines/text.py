@@ -9,11 +9,10 @@ from typing import Any
 
 from coeffs.engines.releases import releases
 from coeffs.entry import strict_yaml
-from coeffs.entry.fields import checked
+from coeffs.entry.fields import Text, checked
 from coeffs.errors import EngineError, EntryError
 
 Form = dict[str, Any]
-Numbers = tuple[float, ...]
 
 # --- writing ----------------------------------------------------------------------------------------
 
@@ -52,14 +51,14 @@ def command_line(notes: Iterable[str], arguments: dict[str, str]) -> str:
 # --- reading ----------------------------------------------------------------------------------------
 
 
-def read_json(text: str, engine: str | None = None) -> Form:
+def read_json(text: str, engine: Text = None) -> Form:
     """A JSON object; with ``engine`` one that holds only what that engine's configuration may hold."""
     with _reading("JSON", text):
         form = json.loads(text, object_pairs_hook=_unique)
     return _checked(form, engine)
 
 
-def read_section(text: str, section: str, engine: str | None = None) -> Form:
+def read_section(text: str, section: str, engine: Text = None) -> Form:
     """The mapping under one key of a YAML document, read strictly."""
     with _reading("the engine's form", text):
         form = strict_yaml.parse(text)
@@ -75,7 +74,7 @@ def read_option(text: str, name: str, engine: str) -> Form:
     return read_json(words[words.index(name) + 1], engine)
 
 
-def read_calls(text: str, name: str) -> list[tuple[str | None, Form]]:
+def read_calls(text: str, name: str) -> list[tuple[Text, Form]]:
     """Every call of ``name`` in Python text: the variable it is assigned to, and its keyword arguments as literals."""
     with _reading("Python", text):
         nodes = list(ast.walk(ast.parse(text)))
@@ -122,7 +121,7 @@ def _reading(form: str, text: str) -> Iterator[None]:
         raise EngineError(f"not {form}: {' '.join(str(error).split())}") from None
 
 
-def _checked(form: Any, engine: str | None = None) -> Form:
+def _checked(form: Any, engine: Text = None) -> Form:
     if not isinstance(form, dict):
         raise EngineError(f"{str(form)[:40]!r}: expected an object with the engine's keys")
     known = set(releases()[engine].keys) if engine else set(form)

@@ -4,15 +4,16 @@ Exactly five coefficients, highest power first; the predicted change is taken ab
 Keys it does not know are kept aside, so that the comment can travel inside the object.
 """
 
-from coeffs.engines.setting import Carried, Request, padded, setting, window
-from coeffs.engines.text import Numbers, json_text, read_json, value_of
+from coeffs.engines.setting import Carried, Request, setting, window
+from coeffs.engines.text import json_text, read_json, value_of
+from coeffs.entry.fields import Numbers
 
 
 def write(request: Request) -> str:
     chosen = setting(request)
-    _, said = window(request)
-    form = {"rel_l1_thresh": chosen.threshold, "coefficients": padded(chosen.only, 5)}
-    return json_text([*chosen.notes, *said], form)
+    window(request)
+    form = {"rel_l1_thresh": chosen.threshold, "coefficients": chosen.only}
+    return json_text(request.notes, form)
 
 
 def read(text: str) -> Carried:

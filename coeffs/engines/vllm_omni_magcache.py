@@ -6,8 +6,8 @@ retention ratio must lie above 0, so it is set below half a step.
 
 from coeffs.engines.plans import mag_cache, read_ratios
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import Form, Numbers, json_text, read_json, value_of
-from coeffs.entry.fields import Steps
+from coeffs.engines.text import Form, json_text, read_json, value_of
+from coeffs.entry.fields import Numbers, Steps
 
 NO_RETENTION = 1e-6  # of the steps: rounds to none for any number of steps below 500,000
 
@@ -19,11 +19,11 @@ def write(request: Request) -> str:
     if form.crafted:
         settings["mag_retention_ratio"] = NO_RETENTION
     else:
-        form.notes.append(
+        request.notes.append(
             f"the ratios of branch {branch}; threshold and retention stay at vLLM-Omni's defaults"
         )
     settings |= {"mag_ratios": ratios, "num_inference_steps": len(ratios)}
-    return json_text(form.notes, settings)
+    return json_text(request.notes, settings)
 
 
 def read(text: str) -> Carried:

@@ -30,7 +30,7 @@ def write(request: Request) -> str:
         "--cache_method": "dbcache",
         OPTION: json.dumps(form),
     }
-    return command_line(plan.notes, options)
+    return command_line(request.notes, options)
 
 
 def read(text: str) -> Carried:

@@ -58,7 +58,9 @@ Text = str | None
 Number = float | None
 Edge = int | float | None
 Pixels = Annotated[int, Limits(1, 10**6)] | None
-Figures = dict[Name, float | None] | None
+Figures = dict[Name, Number] | None
+Numbers = tuple[float, ...]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)

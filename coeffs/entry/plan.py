@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coeffs.entry.fields import Count, Figures, Record, Schedule, Text
+from coeffs.entry.fields import Count, Figures, Numbers, Record, Schedule, Text
 from coeffs.errors import EntryError
 
 
@@ -17,10 +17,10 @@ class Plan(Record):
 
     schedule: Schedule
     computed_steps: Count | None = None
-    sigmas: tuple[float, ...] | None = None
+    sigmas: Numbers | None = None
     forecast: Text = None
     forecast_of: Literal["residual", "output", "guided"] | None = None
-    weights: tuple[tuple[float, ...], ...] | None = None
+    weights: tuple[Numbers, ...] | None = None
     figures: Figures = None
     chosen: Text = None
 
@@ -46,7 +46,7 @@ class Plan(Record):
             )
 
     @property
-    def weights_by_step(self) -> dict[int, tuple[float, ...]]:
+    def weights_by_step(self) -> dict[int, Numbers]:
         """Skipped step -> weights of the last computed ones; empty but for a fitted forecast."""
         skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
         return dict(zip(skipped, self.weights or (), strict=False))

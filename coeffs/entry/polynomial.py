@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import mul
 
+from coeffs.entry.fields import Numbers
 from coeffs.errors import EntryError
 
 SIGN_RULES = ("clamp", "signed", "abs")
@@ -38,7 +39,7 @@ class Polynomial:
             unknown rule.
     """
 
-    coefficients_high_to_low: tuple[float, ...]
+    coefficients_high_to_low: Numbers
     domain: Interval | None = None
     sign_rule: str = "clamp"
 
@@ -143,7 +144,7 @@ def _roots(polynomial: Polynomial, domain: Interval) -> list[float]:
 # --- order of the list ----------------------------------------------------------------------------
 
 
-def check_order(coefficients: tuple[float, ...], domain: Interval | None = None) -> None:
+def check_order(coefficients: Numbers, domain: Interval | None = None) -> None:
     """Refuse a list that is plausible only when read lowest power first.
 
     Relative changes between neighbouring steps lie well below 3. A list is refused when its
@@ -155,7 +156,7 @@ def check_order(coefficients: tuple[float, ...], domain: Interval | None = None)
     low, high = domain or UNKNOWN_DOMAIN
     grid = [low + (high - low) * step / 64 for step in range(65)]
 
-    def plausible(values: tuple[float, ...]) -> bool:
+    def plausible(values: Numbers) -> bool:
         raw = Polynomial(values).raw
         return any(abs(raw(x)) <= 3 for x in grid)
 
@@ -167,14 +168,14 @@ def check_order(coefficients: tuple[float, ...], domain: Interval | None = None)
         )
 
 
-def check_control_value(coefficients: tuple[float, ...], stored: float) -> None:
+def check_control_value(coefficients: Numbers, stored: float) -> None:
     """Refuse a list that does not give the stored value at x = 0.1.
 
     Raises:
         EntryError: For such a list, saying whether it is in reversed order.
     """
 
-    def gives_stored(values: tuple[float, ...]) -> bool:
+    def gives_stored(values: Numbers) -> bool:
         # Rounding grows with the terms, which may cancel: compare with the sum of their sizes.
         size = Polynomial(tuple(map(abs, values))).raw(CONTROL_X)
         return abs(Polynomial(values).raw(CONTROL_X) - stored) <= 1e-9 * size

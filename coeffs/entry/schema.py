@@ -13,7 +13,9 @@ from coeffs.entry.fields import (
     Figures,
     Limits,
     Name,
+    Names,
     Number,
+    Numbers,
     Positive,
     Record,
     Slug,
@@ -44,7 +46,7 @@ class Candidate(Record):
     compared when stored, so that a list pasted in the other order cannot be loaded.
     """
 
-    coefficients_high_to_low: tuple[float, ...]
+    coefficients_high_to_low: Numbers
     degree: Annotated[int, Limits(0, MAX_DEGREE)] = None  # type: ignore[assignment]  # filled in
     method: Literal["polyfit", "constrained", "published"] = "polyfit"
     value_at_0p1: Number = None
@@ -99,7 +101,7 @@ class Expert(Record):
 
     recommended: Name | None = None
     branches: dict[Name, Fit] = field(default_factory=dict)
-    mag_ratios: dict[Name, tuple[float, ...]] | None = None
+    mag_ratios: dict[Name, Numbers] | None = None
 
     def _check(self) -> None:
         if (self.branches or self.recommended) and self.recommended not in self.branches:
@@ -162,7 +164,7 @@ class Entry(Record):
     thresholds: tuple[Threshold, ...] = ()
     plans: tuple[Plan, ...] | None = None
     certificates: tuple[Certificate, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: Names = ()
     notes: Text = None
     source: Source = field(default_factory=Source)
 

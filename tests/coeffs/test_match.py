@@ -61,7 +61,7 @@ def test_a_pipeline_as_measured_matches_without_remark(registry):
 def test_every_difference_is_listed_and_strict_refuses_it(registry, changed, said):
     facts = FACTS | changed
     match = coeffs.find(facts, registry)
-    assert [str(mismatch) for mismatch in match.mismatches if said in str(mismatch)]
+    assert [mismatch for mismatch in match.mismatches if said in mismatch]
     assert said in str(match)
     with pytest.raises(EntryMismatch, match="was not measured like this"):
         coeffs.find(facts, registry, strict=True)
@@ -184,5 +184,8 @@ def test_comparison_with_a_named_entry():
             "dtype": "bfloat16",
         },
     )
-    assert [mismatch.field for mismatch in mismatches] == ["checkpoint", "num_steps"]
+    assert [mismatch.partition(":")[0] for mismatch in mismatches] == [
+        "checkpoint",
+        "num_steps",
+    ]
     assert unknown == ("dtype",)
