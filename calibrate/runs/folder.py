@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,8 @@ class RunFolder:
                 )
             content = {"prompts_sha256": prompts.sha256, "prompts": rows, **notes}
             run = cls(path, {"format": FORMAT, **identity, **content})
-            for name in (
-                "pairs",
-                "timing",
-            ):  # before the manifest, whose writing syncs them too
+            # Before the manifest, whose writing syncs them too.
+            for name in ("pairs", "timing"):
                 (path / name).mkdir(parents=True, exist_ok=True)
         run._write(prompts)
         return run
@@ -170,13 +169,10 @@ class RunFolder:
         return self.path / "failures" / f"{name}.json"
 
     def _failure(self, name: str) -> Settings:
-        try:
-            failure = json.loads(self._failure_path(name).read_text(encoding="utf-8"))
-            return {"kind": "unreadable", **failure}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError):
-            return {"kind": "unreadable"}
+        path = self._failure_path(name)
+        with suppress(OSError, ValueError, TypeError):
+            return {"kind": "unreadable", **json.loads(path.read_text(encoding="utf-8"))}
+        return {"kind": "unreadable"} if path.exists() else {}
 
     @property
     def images(self) -> dict[str, Path]:

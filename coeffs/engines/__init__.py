@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 from coeffs.engines.setting import Carried, Request, stripped
-from coeffs.entry.fields import Numbers
 from coeffs.entry.provenance import Source
 from coeffs.entry.schema import Entry, Expert, Fit
 from coeffs.errors import EngineError
@@ -76,49 +75,30 @@ def import_entry(text: str, engine: str, *, like: Entry | None = None, **facts: 
 
 
 def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an entry that a form's numbers change."""
-    experts = known.get("experts", {})
-    coefficients, ratios = carried.coefficients or {}, carried.mag_ratios or {}
-    names = dict.fromkeys([*experts, *coefficients, *ratios]) or ["transformer"]
-    changed: dict[str, Any] = {
-        "experts": {
-            name: _expert(
-                experts.get(name, Expert()), coefficients.get(name), ratios.get(name)
-            )
-            for name in names
-        }
-    }
-    threshold, schedule, plans = (
-        carried.threshold,
-        carried.schedule,
-        known.get("plans") or (),
-    )
+    """The fields of an entry that a form's numbers change; what it already recommends or holds keeps its facts."""
+    experts = {**known.get("experts", {})}
+    for name, numbers in carried.coefficients.items():
+        expert, coefficients = experts.get(name, Expert()), stripped(numbers)
+        used = expert.branches.get(expert.recommended or "")
+        if used is None or stripped(used.coefficients_high_to_low) != coefficients:
+            fit = Fit(coefficients_high_to_low=coefficients, method="published")
+            experts[name] = replace(expert, branches={"pooled": fit}, recommended="pooled")
+    for name, ratios in carried.mag_ratios.items():
+        expert = experts.get(name, Expert())
+        held = (expert.mag_ratios or {}).values()
+        if any(values not in held for values in ratios.values()):
+            experts[name] = replace(expert, mag_ratios=ratios)
+    changed: dict[str, Any] = {"experts": experts or {"transformer": Expert()}}
+    threshold, schedule = carried.threshold, carried.schedule
     if threshold not in (None, *(row.threshold for row in known.get("thresholds", ()))):
         changed["thresholds"] = ({"threshold": threshold, "kind": "reported"},)
+    plans = known.get("plans") or ()
     if schedule not in (None, *(plan.schedule for plan in plans)):
         changed["plans"] = (*plans, {"schedule": schedule})
     for name in ("start", "end", "max_skips"):
         if getattr(carried, name) is not None:
             changed[name] = getattr(carried, name)
     return changed
-
-
-def _expert(
-    expert: Expert,
-    coefficients: Numbers | None,
-    ratios: dict[str, Numbers] | None,
-) -> Expert:
-    """The expert with the carried numbers; a polynomial that it already recommends keeps its facts."""
-    if coefficients is not None:
-        coefficients = stripped(coefficients)
-        known = expert.branches.get(expert.recommended or "")
-        if known is None or stripped(known.coefficients_high_to_low) != coefficients:
-            fit = Fit(coefficients_high_to_low=coefficients, method="published")
-            expert = replace(expert, branches={"pooled": fit}, recommended="pooled")
-    known_ratios = (expert.mag_ratios or {}).values()
-    if ratios and any(values not in known_ratios for values in ratios.values()):
-        expert = replace(expert, mag_ratios=ratios)
-    return expert
 
 
 def _module(engine: str) -> ModuleType:

@@ -35,14 +35,14 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What a form says about an entry, read back from it; ``None`` where the form does not say."""
+    """What a form says about an entry, read back from it; empty or ``None`` where the form does not say."""
 
-    coefficients: dict[str, Numbers] | None = None
+    coefficients: dict[str, Numbers] = field(default_factory=dict)
     threshold: Number = None
     start: Edge = None
     end: Edge = None
     max_skips: int | None = None
-    mag_ratios: dict[str, dict[str, Numbers]] | None = None
+    mag_ratios: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     schedule: Text = None
     sign_rule: Text = None
     signal: Text = None
