@@ -39,8 +39,8 @@ def _end(number: int, frame: Any) -> None:
     exception instead could be swallowed by a library that is being imported, or shown as its traceback.
     """
     if os.getpid() == _PROCESS:
-        advice = "what is finished is kept, run the same command again to continue"
-        os.write(2, f"\nError: {_folder()}interrupted; {advice}\n".encode())
+        said = f"\nError: {_folder()}interrupted; what is finished is kept, run the same command again to continue\n"
+        os.write(2, said.encode())
         processes = sys.modules.get("multiprocessing.process")
         for child in processes.active_children() if processes else ():
             child.terminate()

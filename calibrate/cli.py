@@ -45,9 +45,9 @@ class _Group(DefaultGroup):
             raise  # click ends quietly when nobody reads on
         except OSError as error:
             where = error.filename or f"calibrate {ctx.invoked_subcommand}"
-            advice = "check the path, its rights and the room on the disk"
             raise _ExpectedError(
-                f"{where}: {error.strerror or error}; {advice}", 2
+                f"{where}: {error.strerror or error}; check the path, its rights and the room on the disk",
+                2,
             ) from error
         except Exception as error:
             missing = missing_package(error) if isinstance(error, ImportError) else None

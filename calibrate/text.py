@@ -15,8 +15,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Columns that do not fit in the terminal's width (``WIDTH`` without one) go into a further block of lines.
     """
-    lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    labels, *others = zip(*lines, strict=True)
+    labels, *others = zip(*(map(str, row) for row in (header, *rows)), strict=True)
     first = [cell.ljust(max(map(len, labels))) for cell in labels]
     limit = terminal_width()
     blocks = [first]

@@ -44,11 +44,11 @@ _THRESHOLD_COLUMNS = {
 def row(entry: Entry, shown_thresholds: int = 4) -> dict[str, Any]:
     """The facts of an entry that a list shows; thresholds with their speed-up."""
     fits = [fit for expert in entry.experts.values() for fit in expert.branches.values()]
-    figures = (fits[0].figures if fits else None) or {}
-    thresholds = []
-    for stated in entry.thresholds:
-        speedup = f" ({stated.speedup:.3g}x)" if stated.speedup else ""
-        thresholds.append(f"{stated.threshold:g}{speedup}")
+    figures = (fits and fits[0].figures) or {}
+    thresholds = [
+        f"{stated.threshold:g}" + (f" ({stated.speedup:.3g}x)" if stated.speedup else "")
+        for stated in entry.thresholds
+    ]
     if len(thresholds) > shown_thresholds:
         thresholds[shown_thresholds:] = ["..."]
     values = (
@@ -181,14 +181,8 @@ def _expert_lines(name: str, expert: Expert, width: int) -> Iterator[str]:
             f"{value:+.6g} x^{fit.degree - place}".removesuffix(" x^0")
             for place, value in enumerate(fit.coefficients_high_to_low)
         )
-        counts = vars(fit.counts) if fit.counts else {}
-        texts = (
-            polynomial,
-            f"domain {span_of(fit)}",
-            _pairs(counts),
-            _pairs(fit.figures),
-            fit.why,
-        )
+        counts = _pairs(plain(fit.counts))
+        texts = (polynomial, f"domain {span_of(fit)}", counts, _pairs(fit.figures), fit.why)
         for text in filter(None, texts):
             yield from _wrapped(f"  {text}", width, 2)
     for branch, ratios in (expert.mag_ratios or {}).items():

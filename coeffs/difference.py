@@ -12,6 +12,7 @@ from coeffs.entry.schema import Entry
 # Curves that differ by more than a quarter skip visibly different steps at the same threshold.
 DISAGREEMENT = 0.25
 POINTS = 11
+_COMPARED = "transformer_class", "signal", "target", "sign_rule", "start", "end", "max_skips"
 
 
 def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
@@ -38,19 +39,13 @@ def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
 
 
 def _compared_facts(entry: Entry) -> dict[str, Any]:
-    facts = {"status": entry.origin, "checkpoint": entry.checkpoint.repository}
-    for name in (
-        "transformer_class",
-        "signal",
-        "target",
-        "sign_rule",
-        "start",
-        "end",
-        "max_skips",
-    ):
-        facts[name] = getattr(entry, name)
-    protocol = {f"protocol.{name}": value for name, value in plain(entry.protocol).items()}
-    return facts | protocol | {"thresholds": row(entry)["thresholds"]}
+    return {
+        "status": entry.origin,
+        "checkpoint": entry.checkpoint.repository,
+        **{name: getattr(entry, name) for name in _COMPARED},
+        **{f"protocol.{name}": value for name, value in plain(entry.protocol).items()},
+        "thresholds": row(entry)["thresholds"],
+    }
 
 
 def _branch_lines(

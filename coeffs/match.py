@@ -4,14 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from coeffs.entry.fields import Names
 from coeffs.entry.provenance import Protocol
 from coeffs.entry.schema import Entry
 from coeffs.errors import AmbiguousEntry, EntryError, EntryMismatch, EntryNotFound
-from coeffs.store import entries
+from coeffs.store import Folder, entries
 
 _STATUS_ORDER = ("measured", "published", "copied")
 _ABOUT = ("transformer_class", "pipeline_class", "checkpoint", "revision")
@@ -50,7 +49,7 @@ class Match:
         return "; ".join(parts)
 
 
-def find(facts: Facts, registry: str | Path | None = None, *, strict: bool = False) -> Match:
+def find(facts: Facts, registry: Folder = None, *, strict: bool = False) -> Match:
     """The best entry for a pipeline, and the settings in which they differ.
 
     Entries of its transformer class are compared. Never chosen are the numbers of another
@@ -82,7 +81,7 @@ def find(facts: Facts, registry: str | Path | None = None, *, strict: bool = Fal
     return Match(best, mismatches, unknown, others)
 
 
-def _of_checkpoint(facts: Facts, registry: str | Path | None) -> list[Entry]:
+def _of_checkpoint(facts: Facts, registry: Folder) -> list[Entry]:
     """Entries of the pipeline's class that may be of its checkpoint."""
     name = facts["transformer_class"]
     of_class = [entry for entry in entries(registry) if entry.transformer_class == name]

@@ -11,7 +11,7 @@ from pathlib import Path
 from coeffs.entry.polynomial import falling_ranges, negative_ranges
 from coeffs.entry.schema import Entry, Fit
 from coeffs.errors import CoeffsError, EntryError, PublishError, WriteError
-from coeffs.store import Layer, dump, in_layer, layers, user_registry, write
+from coeffs.store import Folder, Layer, dump, in_layer, layers, user_registry, write
 
 CHECKSUMS = "CHECKSUMS"
 
@@ -25,7 +25,7 @@ FEW_PROMPTS = 8
 _USELESS = "skip uniformly instead"
 
 
-def publish(entry: Entry, registry: str | Path | None = None) -> Path:
+def publish(entry: Entry, registry: Folder = None) -> Path:
     """Release an entry as the next version of its model, by default in the user's own registry.
 
     The version is one above every version of that model in any layer, so that a label never names
@@ -105,7 +105,7 @@ def write_checksums(root: Path, checksums: dict[str, str]) -> None:
     write("".join(lines), root / CHECKSUMS)
 
 
-def problems(registry: str | Path | None = None) -> list[str]:
+def problems(registry: Folder = None) -> list[str]:
     """Unreadable entries and missing or differing checksums of all layers; empty when sound."""
     return [problem for layer in layers(registry) for problem in _layer_problems(layer)]
 

@@ -29,6 +29,8 @@ from coeffs.files import put
 ENVIRONMENT = "TEACAL_REGISTRY"
 SHIPPED = Path(__file__).parent / "registry"
 
+Folder = str | Path | None  # a registry that is asked first
+
 _VERSION_FILE = re.compile(r"v([1-9][0-9]{0,6})\.yaml")
 _NAME = re.compile(r"([a-z0-9._/-]+?)(?:@v([0-9]{1,7}))?")
 
@@ -144,7 +146,7 @@ def user_registry() -> Path:
     return base / "teacal" / "registry"
 
 
-def layers(registry: str | Path | None = None) -> list[Layer]:
+def layers(registry: Folder = None) -> list[Layer]:
     """The registry folders in the order they are asked.
 
     Raises:
@@ -164,7 +166,7 @@ def layers(registry: str | Path | None = None) -> list[Layer]:
     return [Layer(name, root, rank) for rank, (name, root) in enumerate(folders)]
 
 
-def released(registry: str | Path | None = None) -> list[Released]:
+def released(registry: Folder = None) -> list[Released]:
     """Every released file, shadowed ones left out, by model and version; nothing is read."""
     files: dict[tuple[str, int], Released] = {}
     for layer in layers(registry):
@@ -183,12 +185,12 @@ def in_layer(layer: Layer, *models: str) -> Iterator[Released]:
                 yield Released(layer, model, int(match[1]))
 
 
-def entries(registry: str | Path | None = None) -> list[Entry]:
+def entries(registry: Folder = None) -> list[Entry]:
     """All entries of all layers, published and measured, sorted by model and version."""
     return [item.entry() for item in released(registry)]
 
 
-def readable(registry: str | Path | None = None) -> tuple[list[Entry], list[CoeffsError]]:
+def readable(registry: Folder = None) -> tuple[list[Entry], list[CoeffsError]]:
     """The entries that can be read, and the errors of the others."""
     valid, errors = [], []
     for item in released(registry):
@@ -202,7 +204,7 @@ def readable(registry: str | Path | None = None) -> tuple[list[Entry], list[Coef
 # --- names ----------------------------------------------------------------------------------------
 
 
-def load(name_or_path: str | Path, registry: str | Path | None = None) -> Entry:
+def load(name_or_path: str | Path, registry: Folder = None) -> Entry:
     """The entry of a name (newest version), of ``name@v2``, or of a file or run folder.
 
     A short name (``longcat-image``) means an own measured entry. Where there is none, it means a

@@ -68,8 +68,9 @@ def certify(
 
     given = {name: options.pop(name) for name in LIMITS}
     limits = ",".join(f"{name}={limit}" for name, limit in given.items() if limit is not None)
-    texts = [*tiers, *([f"{quality}:{limits}"] if limits else [])]
-    chosen = [parse_tier(text) for text in texts] or USUAL_TIERS
+    if limits:
+        tiers = (*tiers, f"{quality}:{limits}")
+    chosen = list(map(parse_tier, tiers)) or USUAL_TIERS
     run = checked_run(source)
     tell_plan("certify: which setting keeps a limit", run, tiers=", ".join(map(str, chosen)))
     done = run_certification(

@@ -16,13 +16,10 @@ def models() -> None:
 
     rows = []
     for spec in model_table():
-        sizes = [spec.width, spec.height, spec.num_frames]
-        size = "x".join(str(value) for value in sizes if value)
-        steps, guidance = (
-            str(value or "-") for value in (spec.num_steps, spec.guidance_scale)
-        )
+        sizes = filter(None, (spec.width, spec.height, spec.num_frames))
         owner = (spec.repository or "teacal itself").partition("/")[0]
-        rows.append((spec.alias, spec.kind, steps, guidance, size or "-", owner))
+        facts = (spec.num_steps, spec.guidance_scale, "x".join(map(str, sizes)))
+        rows.append((spec.alias, spec.kind, *(str(fact or "-") for fact in facts), owner))
     click.echo(aligned(("alias", "kind", "steps", "guidance", "size", "published by"), rows))
 
 

@@ -55,10 +55,13 @@ def plan(run: str, no_runs: bool, **options: Any) -> None:
     from calibrate.planning.plan import plan as make_plans
     from calibrate.planning.results import fewer_steps_verdict, plan_table
 
-    used = f"{options['choosing']} to choose by, {options['num_prompts']} others to judge by"
-    prompts = "no run of the model" if no_runs else used
+    prompts = (
+        f"{options['choosing']} to choose by, {options['num_prompts']} others to judge by"
+    )
     tell_plan(
-        "plan: which steps to compute, and how to forecast the others", run, prompts=prompts
+        "plan: which steps to compute, and how to forecast the others",
+        run,
+        prompts="no run of the model" if no_runs else prompts,
     )
     planned = make_plans(run, runs=not no_runs, say=tell, **options)
     verdict = fewer_steps_verdict(planned)

@@ -46,8 +46,9 @@ def record(**options: Any) -> None:
     """
     recorded = _record(options)
     if recorded:
-        count = f"{len(recorded.finished())} of {len(recorded.groups)}"
-        click.echo(f"{recorded.path}: {count} prompts recorded")
+        click.echo(
+            f"{recorded.path}: {len(recorded.finished())} of {len(recorded.groups)} prompts recorded"
+        )
         _refuse_incomplete(recorded)
         tell_next(f"calibrate fit {recorded.path}")
 

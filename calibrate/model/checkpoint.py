@@ -110,10 +110,9 @@ def _loaded(pipeline: Any) -> Checkpoint:
         holder = pipeline if component == "pipeline" else getattr(pipeline, component, None)
         return getattr(holder, "config", None) or {}
 
-    pipeline_class = type(pipeline).__name__
+    kind = type(pipeline).__name__
     path = Path(config("pipeline").get("_name_or_path") or "")
-    name = repository_of(pipeline) or pipeline_class
-    return _identified(name, path, pipeline_class, config, pipeline=pipeline)
+    return _identified(repository_of(pipeline) or kind, path, kind, config, pipeline=pipeline)
 
 
 def _in_folder(
@@ -148,22 +147,21 @@ def _identified(
     snapshot = _SNAPSHOT.search(path.as_posix())
     if snapshot:
         name = f"{snapshot[1]}/{snapshot[2]}"
-    slug_source, spec, recognised = name.rpartition("/")[2], row, ""
+    spec, recognised = row, ""
     if row is None:
         row = find_model(name)
         spec, recognised = recognise(pipeline_class, name, config)
-    if not recognised and row is None and not snapshot and "folder" in source:
+    slug = row.slug if row else slug_of(name.rpartition("/")[2])
+    if "folder" in source and not (recognised or row or snapshot):
         entry = calibrated(source["folder"], pipeline_class)
         if entry is not None:
-            name, slug_source = entry.checkpoint.repository or name, entry.model
-            spec, recognised = (
-                as_recorded(entry, spec),
-                f"{entry.label}, by the hash of its weights",
-            )
+            name, slug = entry.checkpoint.repository or name, slug_of(entry.model)
+            spec = as_recorded(entry, spec)
+            recognised = f"{entry.label}, by the hash of its weights"
     return Checkpoint(
         repository=name,
         revision=snapshot[3] if snapshot else None,
-        slug=row.slug if row else slug_of(slug_source),
+        slug=slug,
         pipeline_class=pipeline_class,
         spec=spec,
         recognised=recognised,

@@ -35,9 +35,9 @@ def load_pipeline(
     absent = {
         name: None for name, value in model_index(folder).items() if value == [None, None]
     }
-    quiet = _quiet if checkpoint.spec and checkpoint.spec.embedded else nullcontext
+    embedded = checkpoint.spec and checkpoint.spec.embedded
     try:
-        with quiet():
+        with _quiet() if embedded else nullcontext():
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
                 dtype=getattr(torch, dtype),

@@ -4,7 +4,6 @@ import codecs
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calibrate.errors import InvalidPrompts
-from calibrate.model.protocol import Settings, canonical_sha256
+from calibrate.model.protocol import AnyPath, Settings, canonical_sha256
 from calibrate.text import did_you_mean, siblings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -97,10 +96,10 @@ def shipped_sets() -> dict[str, Path]:
 
 
 def load_prompts(
-    source: str | os.PathLike | Sequence[str] | None = None,
+    source: AnyPath | Sequence[str] | None = None,
     *,
     seed: int = 0,
-    images: Iterable[str | os.PathLike] = (),
+    images: Iterable[AnyPath] = (),
     count: int | None = None,
 ) -> PromptSet:
     """Read a shipped set (by name; ``default`` for None), a ``.txt`` or ``.jsonl`` file, or a list of texts.
@@ -109,7 +108,7 @@ def load_prompts(
     ``seed + i`` unless its line names one. ``images`` (files or folders) go round the prompts that name no image of
     their own.
     """
-    if source is None or isinstance(source, str | os.PathLike):
+    if source is None or isinstance(source, AnyPath):
         path = shipped_sets().get(str(source or "default"), Path(source or "default"))
         name, lines = path.name, _read(path)
     else:
@@ -135,11 +134,13 @@ def load_prompts(
                 f"{line.where}: the same prompt with the same seed as {first}; give it another seed"
             )
         prompts.append(prompt)
-    digest = canonical_sha256([prompt.as_dict() for prompt in prompts])
-    everything = PromptSet(
-        prompts=tuple(prompts), sha256=digest, name=name, total=len(prompts), images=known
-    )
-    return everything.first(count)
+    return PromptSet(
+        prompts=tuple(prompts),
+        sha256=canonical_sha256([prompt.as_dict() for prompt in prompts]),
+        name=name,
+        total=len(prompts),
+        images=known,
+    ).first(count)
 
 
 def _prompt(line: _Line, images: tuple[str, ...], default_seed: int) -> Prompt:
@@ -168,10 +169,11 @@ def _read(path: Path) -> list[_Line]:
         raw = path.read_bytes()
     except OSError as error:
         shipped = shipped_sets()
-        hint = did_you_mean(str(path), [*shipped, *siblings(path)])
-        expected = hint or "expected a .txt or .jsonl file or one of the shipped sets"
+        hint = did_you_mean(str(path), [*shipped, *siblings(path)]) or (
+            "expected a .txt or .jsonl file or one of the shipped sets"
+        )
         raise InvalidPrompts(
-            f"{path}: {error.strerror}; {expected} ({', '.join(shipped)})"
+            f"{path}: {error.strerror}; {hint} ({', '.join(shipped)})"
         ) from None
     lines = []
     for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
@@ -203,8 +205,9 @@ def _json_fields(where: str, text: str) -> Settings:
         )
     unknown = ", ".join(sorted(set(fields) - _FIELDS))
     if unknown:
-        known = ", ".join(sorted(_FIELDS))
-        raise InvalidPrompts(f"{where}: unknown field {unknown}; expected {known}")
+        raise InvalidPrompts(
+            f"{where}: unknown field {unknown}; expected {', '.join(sorted(_FIELDS))}"
+        )
     return fields
 
 
@@ -221,18 +224,18 @@ def _own_images(line: _Line) -> list[tuple[str, Path]]:
         raise InvalidPrompts(f"{line.where}: {error}") from None
 
 
-def _image_files(sources: Iterable[str | os.PathLike]) -> list[Path]:
+def _image_files(sources: Iterable[AnyPath]) -> list[Path]:
     """Files as they are, folders as the images in them by name."""
     paths: list[Path] = []
     for source in map(Path, sources):
-        paths.append(source)
+        images = [source]
         if source.is_dir():
-            inside = [
+            images = [
                 path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
             ]
-            paths[-1:] = sorted(inside)
-            if not inside:
-                raise InvalidPrompts(f"{source}: no image in it; expected {_IMAGES}")
+        if not images:
+            raise InvalidPrompts(f"{source}: no image in it; expected {_IMAGES}")
+        paths += sorted(images)
     return paths
 
 

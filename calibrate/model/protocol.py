@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from typing import Any
 
 from calibrate.errors import InvalidOption
 
+AnyPath = str | os.PathLike
 Settings = dict[str, Any]  # by name
 
 

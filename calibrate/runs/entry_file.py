@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import coeffs
+from calibrate.model.protocol import AnyPath
 from coeffs import Entry
 
 PLAN_WARNING = "plan: "  # begins a warning that belongs to the plans
@@ -32,7 +33,7 @@ GATE = (
 )
 
 
-def update_entry(path: str | os.PathLike, change: Callable[[Entry | None], Entry]) -> Entry:
+def update_entry(path: AnyPath, change: Callable[[Entry | None], Entry]) -> Entry:
     """Replace the entry at ``path`` by what ``change`` makes of it, or of None where there is none yet.
 
     No other process changes the file in between: hours may have passed since the caller read it last.

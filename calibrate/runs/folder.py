@@ -5,7 +5,6 @@ can be read; everything else (what to record next, whether the run is complete) 
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 
 from calibrate.errors import CorruptShard, ProtocolMismatch, RunFolderError, one_line
 from calibrate.model.prompts import Prompt, PromptSet
-from calibrate.model.protocol import Settings
+from calibrate.model.protocol import AnyPath, Settings
 from calibrate.runs.files import (
     encode_pairs,
     read_pairs,
@@ -65,7 +64,7 @@ class RunFolder:
         return str(self.path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "RunFolder":
+    def open(cls, path: AnyPath) -> "RunFolder":
         """An existing run, with its manifest read and checked."""
         path = Path(path)
         _refuse_links(path)
@@ -74,7 +73,7 @@ class RunFolder:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike,
+        path: AnyPath,
         identity: Settings,
         prompts: PromptSet,
         **notes: Any,

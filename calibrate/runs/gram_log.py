@@ -18,7 +18,6 @@ pipeline that rescales the guided prediction (LongCat-Image's guidance renormali
 """
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.errors import RunFolderError, one_line
+from calibrate.model.protocol import AnyPath
 from calibrate.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class GramLog:
         return np.diff(self.sigmas) if known else np.ones(self.num_steps)
 
 
-def load_grams(source: str | os.PathLike) -> list[GramLog]:
+def load_grams(source: AnyPath) -> list[GramLog]:
     """Read the Gram log of a run: one per expert, in the order in which they take over the schedule.
 
     Raises:
@@ -83,8 +83,8 @@ def load_grams(source: str | os.PathLike) -> list[GramLog]:
         RunFolderError: Not a run.
     """
     run = RunFolder.open(source)
-    names = {group.name for group in run.groups}
-    files = sorted(path for path in (run.path / "gram").glob("*.npz") if path.stem in names)
+    names = {group.name for group in run.groups} & run.with_gram()
+    files = [run.path / "gram" / f"{name}.npz" for name in sorted(names)]
     if not files:
         command = run.manifest.get("command") or "calibrate record"
         raise NoPlan(
@@ -96,22 +96,20 @@ def load_grams(source: str | os.PathLike) -> list[GramLog]:
         logger.warning(
             "%s: %d prompts have no Gram matrices and are left out", run.path, lacking
         )
-    samples = [read_gram(path) for path in files]
+    samples = list(map(read_gram, files))
     for path, sample in zip(files, samples, strict=True):
         if _form(sample) != _form(samples[0]):
             raise NoPlan(
                 f"{path}: other branches or another number of steps than {files[0].name}"
             )
-    samples = [sample for sample in samples if _finite(sample)]
+    samples = list(filter(_finite, samples))
     if not samples:
         raise NoPlan(f"{run.path}: no Gram matrix is finite; the model made NaN or infinity")
     protocol = run.manifest.get("protocol") or {}
     scale = protocol.get("guidance_scale")
     logs: list[GramLog] = []
-    begin = 0
-    for expert in sorted(
-        samples[0], key=lambda name: int(samples[0][name].get("first_step", 0))
-    ):
+    first, begin = samples[0], 0
+    for expert in sorted(first, key=lambda name: int(first[name].get("first_step", 0))):
         log = _log_of(expert, [sample[expert] for sample in samples], scale)
         if log.first_step != begin:
             raise NoPlan(

@@ -20,13 +20,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import coeffs
 from calibrate.errors import RunFolderError, RunInUse
-from calibrate.model.protocol import Settings
+from calibrate.model.protocol import AnyPath, Settings
 from calibrate.runs.files import make_folder
 from coeffs import Entry
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike | Entry
+Source = AnyPath | Entry
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -39,7 +39,7 @@ _PATIENCE = 120.0  # seconds to wait for the first process of a job to write dow
 
 @contextmanager
 def hold(
-    folder: str | os.PathLike,
+    folder: AnyPath,
     work: str = "recording into",
     prepare: Callable[[], object] = lambda: None,
 ) -> Iterator["RunLock"]:
@@ -138,9 +138,7 @@ class RunLock:
             return {}
 
 
-def folder_of(
-    source: Source, registry: str | Path | None, out: str | os.PathLike | None
-) -> Path:
+def folder_of(source: Source, registry: str | Path | None, out: AnyPath | None) -> Path:
     """Where the work on a run, or on an entry without one, goes."""
     if not isinstance(source, Entry):
         if (Path(source) / "run.yaml").exists():

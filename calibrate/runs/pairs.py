@@ -5,7 +5,6 @@ A run is a folder with ``run.yaml`` and ``pairs/*.parquet``, one file per finish
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from calibrate.errors import RunFolderError, one_line
+from calibrate.model.protocol import AnyPath
 from calibrate.runs.files import PAIR_COLUMNS, PAIR_TYPES, read_pairs
 from calibrate.runs.folder import RunFolder, differences
 from coeffs.entry.signals import SIGNALS
@@ -80,9 +80,10 @@ class Run:
 
         ``branch`` ``None`` or ``"pooled"`` takes all branches, ``expert`` ``None`` all experts.
         """
-        x = column_of(signal, SIGNAL_COLUMNS, "signal")
-        y = column_of(target, TARGET_COLUMNS, "target")
-        rows = self.frame.assign(x=self.frame[x], y=self.frame[y])
+        rows = self.frame.assign(
+            x=self.frame[column_of(signal, SIGNAL_COLUMNS, "signal")],
+            y=self.frame[column_of(target, TARGET_COLUMNS, "target")],
+        )
         wanted = np.isfinite(rows["x"]) & np.isfinite(rows["y"])
         if expert is not None:
             wanted &= rows["expert"] == expert
@@ -110,7 +111,7 @@ class Run:
         return digest.hexdigest()
 
 
-def load_run(source: str | os.PathLike | pd.DataFrame | Iterable[str | os.PathLike]) -> Run:
+def load_run(source: AnyPath | pd.DataFrame | Iterable[AnyPath]) -> Run:
     """Read one run folder, several of the same protocol as one, or a table with the log's columns.
 
     Raises:
@@ -120,12 +121,12 @@ def load_run(source: str | os.PathLike | pd.DataFrame | Iterable[str | os.PathLi
     """
     if isinstance(source, pd.DataFrame):
         return _run(_checked(source, "the table"), {}, None, {})
-    paths = [source] if isinstance(source, str | os.PathLike) else source
+    paths = [source] if isinstance(source, AnyPath) else source
     folders = [RunFolder.open(path) for path in paths]
     if not folders:
         raise InvalidRun("no run folder given: name at least one")
-    first = folders[0]
-    for other in folders[1:]:
+    first, *others = folders
+    for other in others:
         _require_same_protocol(first, other)
     rows = [_checked(read_pairs(file).to_pandas(), str(file)) for file in _shards(folders)]
     return _run(
@@ -194,14 +195,14 @@ def _run(rows: pd.DataFrame, manifest: dict, path: Path | None, timing: dict) ->
         finite = np.isfinite(rows[column].to_numpy())
         # A column that was never recorded excludes nothing; a step that went wrong does.
         if column in ALWAYS_MEASURED or finite.any():
-            excluded[f"non-finite {column}"] = int((usable & ~finite).sum())
+            if lost := int((usable & ~finite).sum()):
+                excluded[f"non-finite {column}"] = lost
             usable &= finite
     if not usable.any():
         raise InvalidRun(
             f"none of the {len(rows)} pairs is finite, the model produced NaN or infinity; try --dtype float32"
         )
-    counts = {reason: count for reason, count in excluded.items() if count}
-    return Run(rows[usable].reset_index(drop=True), manifest, counts, path, rows, timing)
+    return Run(rows[usable].reset_index(drop=True), manifest, excluded, path, rows, timing)
 
 
 def _require_same_protocol(first: RunFolder, other: RunFolder) -> None:

@@ -71,33 +71,33 @@ class Certificate(Record):
         if self.tier == EXACT:
             raise EntryError(f"{EXACT} is the tier without a cache: use another name", "tier")
         if not self.limits or not set(self.limits) <= set(LIMITS):
-            known = ", ".join(LIMITS)
-            raise EntryError(f"expected limits on some of {known}", "limits")
-        given = {"plan": self.plan is not None, "gate": self.threshold is not None}
-        if any(given[policy] != (policy == self.policy) for policy in given):
-            problem = "a plan belongs to the policy plan, a threshold to gate"
-            raise EntryError(problem, "policy")
+            raise EntryError(f"expected limits on some of {', '.join(LIMITS)}", "limits")
+        given = (self.plan is not None, self.threshold is not None)
+        if given != (self.policy == "plan", self.policy == "gate"):
+            raise EntryError(
+                "a plan belongs to the policy plan, a threshold to gate", "policy"
+            )
         if chance(self.missed, self.prompts, self.risk) > (1 - self.confidence) / self.tests:
-            problem = f"{self.missed} misses of {self.prompts} prompts do not prove the risk"
-            raise EntryError(f"{problem}: certify again", "missed")
+            raise EntryError(
+                f"{self.missed} misses of {self.prompts} prompts do not prove the risk: certify again",
+                "missed",
+            )
 
     @property
     def promise(self) -> str:
         """The promise, the policy that keeps it, and what that rests on, in words."""
-        promised = (
-            f"{limits_text(self.limits)} for {100 - 100 * self.risk:.4g} % of all prompts"
+        return (
+            f"{self.tier}: {limits_text(self.limits)} for {100 - 100 * self.risk:.4g} % of all prompts by {self.how} "
+            f"(confidence {self.confidence:g}, {self.missed} of {self.prompts} prompts missed it)"
         )
-        proof = f"confidence {self.confidence:g}, {self.missed} of {self.prompts} prompts missed it"
-        return f"{self.tier}: {promised} by {self.how} ({proof})"
 
     @property
     def how(self) -> str:
         """The policy in words."""
         if self.policy == "fewer_steps":
             return f"num_inference_steps={self.computed_steps:g} without a cache"
-        steps = f"{self.computed_steps:.3g} of {self.num_steps} steps"
         policy = "plan" if self.threshold is None else f"gate at threshold {self.threshold:g}"
-        return f"{policy}, {steps}"
+        return f"{policy}, {self.computed_steps:.3g} of {self.num_steps} steps"
 
     @property
     def factor(self) -> float:

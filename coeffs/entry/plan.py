@@ -25,7 +25,7 @@ class Plan(Record):
     chosen: Text = None
 
     def _check(self) -> None:
-        computed = self.schedule.count("C")
+        computed, skipped = map(self.schedule.count, "CS")
         if self.computed_steps not in (None, computed):
             raise EntryError(
                 f"{self.computed_steps}, but the schedule computes {computed}",
@@ -36,7 +36,6 @@ class Plan(Record):
             raise EntryError(
                 f"forecast {self.forecast!r}: only fitted has weights, and must", "weights"
             )
-        skipped = len(self.schedule) - computed
         if self.weights is not None and (
             len(self.weights) != skipped or not all(self.weights)
         ):
@@ -48,5 +47,5 @@ class Plan(Record):
     @property
     def weights_by_step(self) -> dict[int, Numbers]:
         """Skipped step -> weights of the last computed ones; empty but for a fitted forecast."""
-        skipped = [step for step, letter in enumerate(self.schedule) if letter == "S"]
+        skipped = (step for step, letter in enumerate(self.schedule) if letter == "S")
         return dict(zip(skipped, self.weights or (), strict=False))

@@ -61,8 +61,9 @@ class Polynomial:
                 f"domain {(low, high)}: expected [x_min, x_max] with 0 <= x_min < x_max"
             )
         if self.sign_rule not in SIGN_RULES:
-            known = ", ".join(SIGN_RULES)
-            raise EntryError(f"sign rule {self.sign_rule!r}: expected one of {known}")
+            raise EntryError(
+                f"sign rule {self.sign_rule!r}: expected one of {', '.join(SIGN_RULES)}"
+            )
         object.__setattr__(self, "coefficients_high_to_low", numbers)
         if self.domain is not None:
             object.__setattr__(self, "domain", (low, high))
@@ -157,8 +158,7 @@ def check_order(coefficients: Numbers, domain: Interval | None = None) -> None:
     grid = [low + (high - low) * step / 64 for step in range(65)]
 
     def plausible(values: Numbers) -> bool:
-        raw = Polynomial(values).raw
-        return any(abs(raw(x)) <= 3 for x in grid)
+        return any(abs(value) <= 3 for value in map(Polynomial(values).raw, grid))
 
     if not plausible(coefficients) and plausible(coefficients[::-1]):
         raise EntryError(
@@ -181,8 +181,9 @@ def check_control_value(coefficients: Numbers, stored: float) -> None:
         return abs(Polynomial(values).raw(CONTROL_X) - stored) <= 1e-9 * size
 
     if not gives_stored(coefficients):
-        reversed_order = gives_stored(coefficients[::-1])
-        why = "they are in reversed order" if reversed_order else "one of the two was changed"
+        why = "one of the two was changed"
+        if gives_stored(coefficients[::-1]):
+            why = "they are in reversed order"
         value = Polynomial(coefficients).raw(CONTROL_X)
         raise EntryError(
             f"{stored!r}, but the coefficients give {value!r}: {why}; restore them",

@@ -214,9 +214,8 @@ class Entry(Record):
             EntryError: If the entry has no such expert, or only ratios or plans for it.
         """
         if expert not in self.experts:
-            known = ", ".join(self.experts)
             raise EntryError(
-                f"{self.label} has no expert {expert!r}: expected one of {known}"
+                f"{self.label} has no expert {expert!r}: expected one of {', '.join(self.experts)}"
             )
         branches, recommended = (
             self.experts[expert].branches,
