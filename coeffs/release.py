@@ -55,8 +55,8 @@ def _publish(entry: Entry, root: Path) -> Path:
     entry = replace(entry, version=newest.version + 1 if newest else 1)
     path = write(dump(entry), root / entry.model / f"v{entry.version}.yaml")
     try:
-        name = path.relative_to(root).as_posix()
-        write_checksums(root, read_checksums(root) | {name: checksum(path)})
+        released = {path.relative_to(root).as_posix(): checksum(path)}
+        write_checksums(root, read_checksums(root) | released)
     except (OSError, CoeffsError):
         path.unlink()
         raise
@@ -211,9 +211,8 @@ def _fit_problems(name: str, fit: Fit, measured: bool) -> Iterator[Problem]:
         yield Problem(f"{name}: falls with x from {low:.3g} to {high:.3g}", fatal=False)
     if measured and (fit.counts is None or not fit.counts.pairs):
         yield Problem(f"{name}: no count of pairs")
-    figures = fit.figures or {}
-    held_out = (figures.get("r2_held_out"), figures.get("rmse_held_out"))
-    if measured and held_out == (None, None):
+    held_out = map((fit.figures or {}).get, ("r2_held_out", "rmse_held_out"))
+    if measured and set(held_out) == {None}:
         yield Problem(f"{name}: no held-out figure (needs at least two prompts)")
 
 

@@ -60,8 +60,8 @@ def list_entries(registry: str | None, form: str, **wanted: Any) -> None:
     """
     readable, errors = store.readable(registry)
     if wanted["engine"]:
-        publishers = OneOf(sorted({entry.engine for entry in readable if entry.engine}))
-        publishers.convert(wanted["engine"], None, None)
+        publishers = {entry.engine for entry in readable if entry.engine}
+        OneOf(sorted(publishers)).convert(wanted["engine"], None, None)
     entries = describe.matching(readable, **wanted)
     if form == "json":
         click.echo(describe.as_json(entries))

@@ -99,7 +99,7 @@ def prepare_call(
         raise InvalidOption(
             f"--steps {steps}: a pair needs two steps; expected a whole number from {MIN_STEPS}"
         )
-    named = (STEPS, "guidance_scale", *_SIZES)
+    named = {STEPS, "guidance_scale", *_SIZES}
     protocol = {
         "num_steps": steps,
         "guidance_scale": settings.get(guidance),

@@ -172,10 +172,14 @@ def callable_session(
     stated = settings.get("num_steps")
     arguments = {STEPS: stated} if stated and STEPS in accepted else {}
     weights = {"repository": name, "revision": None, "sha256": None}
-    identity = _identity(slug_of(name), loop.modules, None, weights, loop.scheduler, settings)
-    call = Call(arguments=arguments, accepted=frozenset(accepted), protocol=settings)
     return Session(
-        modules=loop.modules, call=call, identity=identity, function=generate, loop=loop
+        modules=loop.modules,
+        call=Call(arguments=arguments, accepted=frozenset(accepted), protocol=settings),
+        identity=_identity(
+            slug_of(name), loop.modules, None, weights, loop.scheduler, settings
+        ),
+        function=generate,
+        loop=loop,
     )
 
 

@@ -43,6 +43,11 @@ class Group:
     prompt: Prompt
 
     @property
+    def ids(self) -> Settings:
+        """Whose generation it is."""
+        return {"prompt_id": self.prompt.prompt_id, "seed": self.prompt.seed}
+
+    @property
     def name(self) -> str:
         """The stem of the group's files; refuses what a manifest from elsewhere could smuggle into a path."""
         name = f"{self.index:05d}-{self.prompt.prompt_id}-{self.prompt.seed}"
@@ -140,8 +145,7 @@ class RunFolder:
     ) -> None:
         """Keep a finished group. The pairs are written last: their file is what makes the group finished."""
         name = group.name
-        ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
-        payload = encode_pairs([{**row, **ids} for row in rows])
+        payload = encode_pairs([row | group.ids for row in rows])
         if gram:
             write_arrays(self.path / "gram" / f"{name}.npz", gram)
         if not self.shard(name).exists():  # else recorded again for its Gram matrices alone
@@ -151,9 +155,8 @@ class RunFolder:
 
     def write_failure(self, group: Group, kind: str, message: str, job: str) -> None:
         """Note that a group could not be recorded, by which job; the next start tries it again."""
-        ids = {"prompt_id": group.prompt.prompt_id, "seed": group.prompt.seed}
-        failure = {**ids, "kind": kind, "message": message, "job": job}
-        write_json(self._failure_path(group.name), failure)
+        about = {"kind": kind, "message": message, "job": job}
+        write_json(self._failure_path(group.name), group.ids | about)
 
     def failures(self) -> dict[str, Settings]:
         """Group name -> what went wrong, for groups that are not finished."""

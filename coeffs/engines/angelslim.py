@@ -16,10 +16,10 @@ Index = Annotated[int, Limits(0, MAX_STEPS)]
 
 def write(request: Request) -> str:
     plan = planned(request)
-    computed = [step for step, computes in enumerate(plan.mask) if computes]
     request.notes.append(
         "hand the list to the helper as a set, and its cur_timestep every step's index"
     )
+    computed = [step for step, computes in enumerate(plan.mask) if computes]
     form = {"no_cache_steps": computed, "num_steps": len(plan.schedule)}
     return yaml_text(request.notes, "cache", form)
 
@@ -27,7 +27,5 @@ def write(request: Request) -> str:
 def read(text: str) -> Carried:
     form = read_section(text, "cache")
     computed = value_of(form, "no_cache_steps", tuple[Index, ...])
-    letters = [
-        "C" if step in computed else "S" for step in range(value_of(form, "num_steps", Steps))
-    ]
-    return Carried(schedule="".join(letters))
+    steps = range(value_of(form, "num_steps", Steps))
+    return Carried(schedule="".join("SC"[step in computed] for step in steps))

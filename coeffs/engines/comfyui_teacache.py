@@ -35,16 +35,10 @@ def write(request: Request) -> str:
     chosen = setting(request, _sign_rule(family))
     key = _model_type(entry, family)
     start, end = _window(entry)
-    inputs = {
-        "model_type": f'"{key}"',
-        "rel_l1_thresh": chosen.threshold,
-        "start_percent": start,
-        "end_percent": end,
-    }
     request.notes.append("append to nodes.py, and add the key to the node's model_type list")
-    node = ", ".join(f"{name}={value}" for name, value in inputs.items())
     return (
-        f'{comment(request.notes)}{TABLE}["{key}"] = {chosen.only}\n# node inputs: {node}\n'
+        f'{comment(request.notes)}{TABLE}["{key}"] = {chosen.only}\n# node inputs: model_type="{key}", '
+        f"rel_l1_thresh={chosen.threshold}, start_percent={start}, end_percent={end}\n"
     )
 
 

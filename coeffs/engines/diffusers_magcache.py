@@ -6,7 +6,7 @@ a threshold of its own kind; TeaCache's is not carried over. A plan is written a
 
 from coeffs.engines.plans import mag_cache, read_ratios
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import Form, comment, read_calls, value_of
+from coeffs.engines.text import comment, read_calls, value_of
 from coeffs.entry.fields import Numbers, Steps
 
 SUFFIX = "_mag_cache"
@@ -14,9 +14,9 @@ SUFFIX = "_mag_cache"
 
 def write(request: Request) -> str:
     form = mag_cache(request)
-    settings: Form = {} if form.cap is None else {"max_skip_steps": form.cap}
+    settings = "" if form.cap is None else f"max_skip_steps={form.cap}, "
     if form.crafted:
-        settings["retention_ratio"] = 0.0
+        settings += "retention_ratio=0.0, "
     lines = []
     for name, branches in form.experts.items():
         branch, ratios = next(iter(branches.items()))
@@ -24,13 +24,9 @@ def write(request: Request) -> str:
             request.notes.append(
                 f"{name}: the ratios of branch {branch}, used for every branch"
             )
-        arguments = {
-            "num_inference_steps": len(ratios),
-            **settings,
-            "mag_ratios": list(ratios),
-        }
-        words = ", ".join(f"{word}={value}" for word, value in arguments.items())
-        lines.append(f"{name}{SUFFIX} = MagCacheConfig({words})\n")
+        lines.append(
+            f"{name}{SUFFIX} = MagCacheConfig(num_inference_steps={len(ratios)}, {settings}mag_ratios={[*ratios]})\n"
+        )
     if not form.crafted:
         request.notes.append(
             "threshold and retention_ratio stay at diffusers' own defaults; TeaCache thresholds mean something else"

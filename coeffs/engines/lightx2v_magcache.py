@@ -6,7 +6,7 @@ defaults stay for threshold, cap and retention. A plan is written as crafted rat
 
 from coeffs.engines.plans import mag_cache, read_ratios
 from coeffs.engines.setting import Carried, Request
-from coeffs.engines.text import json_text, read_json, value_of
+from coeffs.engines.text import Form, json_text, read_json, value_of
 from coeffs.entry.fields import Numbers, Steps
 from coeffs.errors import EngineError
 
@@ -25,13 +25,14 @@ def write(request: Request) -> str:
         settings["magcache_K"] = form.cap
     ratios = form.only
     first = next(iter(ratios.values()))
-    head = {
+    whole: Form = {
         "infer_steps": len(first),
         "feature_caching": "Mag",
         "magcache_calibration": False,
+        **settings,
+        "magcache_ratios": [ratios.get(branch, first) for branch in ("cond", "uncond")],
     }
-    pair = [list(ratios.get(branch, first)) for branch in ("cond", "uncond")]
-    return json_text(request.notes, head | settings | {"magcache_ratios": pair})
+    return json_text(request.notes, whole)
 
 
 def read(text: str) -> Carried:

@@ -108,9 +108,9 @@ def setting(request: Request, sign_rule: Text = None) -> Setting:
     coefficients = {}
     for name, expert in entry.experts.items():
         if len(expert.branches) > 1:
-            names = ", ".join(expert.branches)
-            used = expert.recommended
-            notes.append(f"{name}: one slot for {names}; this is {used}, the recommended one")
+            notes.append(
+                f"{name}: one slot for {', '.join(expert.branches)}; this is {expert.recommended}, the recommended one"
+            )
         fit = _fit(request, name)
         _check_sign(request, fit, sign_rule or facts.sign_rule or entry.sign_rule)
         # Leading zeros leave the polynomial the same.
@@ -139,8 +139,10 @@ def certified(request: Request, setting: float | str) -> None:
                 f"certified, with our runtime: {proof.promise}; dtype {proof.protocol.dtype}"
             )
             if proof.tier in names:
-                asks = f"quality={names[proof.tier]!r} asks for this tier"
-                notes.append(f"in a request {asks}, quality={names[EXACT]!r} for no cache")
+                notes.append(
+                    f"in a request quality={names[proof.tier]!r} asks for this tier, quality={names[EXACT]!r} for no "
+                    "cache"
+                )
 
 
 def _threshold(request: Request) -> float:

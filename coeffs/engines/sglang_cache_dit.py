@@ -19,12 +19,12 @@ BINS = {"C": "scm_compute_bins", "S": "scm_cache_bins"}
 
 def write(request: Request) -> str:
     plan = planned(request)
-    bins = {name: plan.runs(letter) for letter, name in BINS.items()}
-    form = {**ONE_BLOCK, **plan.taylorseer, **bins, "scm_policy": "static"}
+    form = {**ONE_BLOCK, **plan.taylorseer}
+    form |= {name: plan.runs(letter) for letter, name in BINS.items()}
     options = {
         "--num-inference-steps": str(len(plan.schedule)),
         "--enable-cache-dit": "true",
-        OPTION: json.dumps(form),
+        OPTION: json.dumps(form | {"scm_policy": "static"}),
     }
     return command_line(request.notes, options)
 

@@ -40,8 +40,12 @@ def read(text: str) -> Carried:
     if form.get("cache_backend") != "teacache":
         raise EngineError("cache_config: expected cache_backend: teacache")
     start, end = releases()[ENGINE].windows["true" if form.get("use_ret_steps") else "false"]
-    lists = {name: value_of(form, key, Numbers) for name, key in KEYS.items() if key in form}
-    threshold = value_of(form, "teacache_thresh")
     return Carried(
-        coefficients=lists, threshold=threshold, start=start, end=end, sign_rule="abs"
+        coefficients={
+            name: value_of(form, key, Numbers) for name, key in KEYS.items() if key in form
+        },
+        threshold=value_of(form, "teacache_thresh"),
+        start=start,
+        end=end,
+        sign_rule="abs",
     )

@@ -30,10 +30,9 @@ def yaml_text(notes: Iterable[str], section: str, form: Form) -> str:
     """One section in a block, lists in one line; floats as YAML 1.1 reads them."""
     import yaml  # here, so that `import coeffs` stays cheap
 
-    text = yaml.safe_dump(
+    return comment(notes) + yaml.safe_dump(
         {section: form}, sort_keys=False, default_flow_style=None, width=10_000
     )
-    return f"{comment(notes)}{text}"
 
 
 def call_text(notes: Iterable[str], function: str, arguments: Form, first: str = "") -> str:
@@ -113,8 +112,9 @@ def value_of(form: Form, key: str, kind: Any = float) -> Any:
 def _reading(form: str, text: str) -> Iterator[None]:
     """Turns whatever a parser raises into one line."""
     if len(text) > strict_yaml.MAX_BYTES:
-        most = strict_yaml.MAX_BYTES
-        raise EngineError(f"more than {most} characters: expected one engine's setting")
+        raise EngineError(
+            f"more than {strict_yaml.MAX_BYTES} characters: expected one engine's setting"
+        )
     try:
         yield
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:

@@ -12,8 +12,9 @@ from coeffs.entry.fields import Numbers
 def write(request: Request) -> str:
     chosen = setting(request)
     window(request)
-    form = {"rel_l1_thresh": chosen.threshold, "coefficients": chosen.only}
-    return json_text(request.notes, form)
+    return json_text(
+        request.notes, {"rel_l1_thresh": chosen.threshold, "coefficients": chosen.only}
+    )
 
 
 def read(text: str) -> Carried:

@@ -123,5 +123,7 @@ def chance(missed: int, prompts: int, share: float) -> float:
 
 def of_tier(certificates: Iterable[Certificate], tier: str) -> list[Certificate]:
     """Those of a tier, caches first, and the fastest first of both."""
-    same = [one for one in certificates if one.tier == tier]
-    return sorted(same, key=lambda one: (one.policy == "fewer_steps", -one.factor))
+    return sorted(
+        (one for one in certificates if one.tier == tier),
+        key=lambda one: (one.policy == "fewer_steps", -one.factor),
+    )

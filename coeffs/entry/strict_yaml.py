@@ -69,12 +69,11 @@ def parse(text: str | bytes, lines: Lines | None = None) -> Any:
         raise EntryError(f"document of more than {MAX_BYTES} bytes: keep raw data in the run")
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        events = yaml.parse(decoded, Loader=_LOADER)
-        return _document(events, {} if lines is None else lines)
+        return _document(yaml.parse(decoded, Loader=_LOADER), {} if lines is None else lines)
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
         raise EntryError(
-            f"byte {error.start} is not UTF-8: save the file as UTF-8", line=line
+            f"byte {error.start} is not UTF-8: save the file as UTF-8",
+            line=error.object.count(b"\n", 0, error.start) + 1,
         ) from None
     except UnicodeEncodeError:
         raise EntryError("text with a lone surrogate: save the file as UTF-8") from None
@@ -106,10 +105,8 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
     if event.anchor is not None:
         _refuse(event, "an anchor or alias (&, *): write the value out", path)
     if event.tag is not None:
-        shown = event.tag[:60]
-        _refuse(
-            event, f"the tag {shown!r}: tags are never followed, write a plain value", path
-        )
+        problem = f"the tag {event.tag[:60]!r}: tags are never followed, write a plain value"
+        _refuse(event, problem, path)
     if len(path) > MAX_DEPTH:
         _refuse(event, f"nested deeper than {MAX_DEPTH} levels")
     if len(lines) > MAX_VALUES:
@@ -226,9 +223,8 @@ def _list_item(item: dict[str, Any], indent: str) -> list[str]:
 
 def _wrapped(items: list[Any], indent: str) -> list[str]:
     """Lines of a long list, broken between its items only: spaces inside them are set aside."""
-    texts = [_flow(item).replace(" ", "\0") for item in items]
     filled = textwrap.fill(
-        ", ".join(texts) + ",",
+        ", ".join(_flow(item).replace(" ", "\0") for item in items) + ",",
         LINE_WIDTH,
         initial_indent=indent,
         subsequent_indent=indent,
@@ -240,13 +236,10 @@ def _wrapped(items: list[Any], indent: str) -> list[str]:
 
 def _flow(value: Any) -> str:
     if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items())
-            + "}"
-        )
+        items = ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items())
+        return f"{{{items}}}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return f"[{', '.join(map(_flow, value))}]"
     if isinstance(value, str):
         # Plain where no reader could take it for something else.
         return value if _PLAIN.fullmatch(value) and _kind(value) == "str" else _quoted(value)
