@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+import coeffs
 from calibrate.runs.files import PAIR_COLUMNS, encode_pairs
 
 TRUTH = (2.0, -0.3, 0.5, 0.02)  # highest power first, on x in about [0.02, 0.3]
@@ -46,6 +47,19 @@ def make_frame(
                             "mag_ratio": 1 - 0.01 * step, "mag_ratio_std": 0.01, "cos_distance": 0.001,
                         })  # fmt: skip
     return pd.DataFrame(rows, columns=PAIR_COLUMNS)
+
+
+def make_entry(run, polynomial, status="measured", **window) -> coeffs.Entry:
+    """An entry that gates every expert and branch of a run with one polynomial."""
+    domain, fit = polynomial.domain, {}
+    fit["pooled"] = coeffs.Fit(
+        coefficients_high_to_low=polynomial.coefficients_high_to_low, domain=domain
+    )
+    expert = coeffs.Expert(recommended="pooled", branches=fit)
+    return coeffs.Entry(
+        model="a-model", status=status, signal="modulated_input", target="output",
+        sign_rule=polynomial.sign_rule, experts=dict.fromkeys(run.experts, expert), **window,
+    )  # fmt: skip
 
 
 def make_run(path: Path, frame: pd.DataFrame, **manifest) -> Path:

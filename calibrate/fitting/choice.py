@@ -1,6 +1,7 @@
 """Which fit of each branch is recommended, and which branch an engine with a single slot gets, with the reasons."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -17,6 +18,7 @@ from calibrate.fitting.held_out import (
 from calibrate.fitting.intervals import Bootstrap, bootstrap
 from calibrate.fitting.least_squares import FitResult, fit_polynomial
 from calibrate.runs.pairs import Run
+from coeffs import Candidate, Counts, Fit
 from coeffs.entry.polynomial import negative_ranges
 
 METHODS = ("auto", "polyfit", "constrained")
@@ -29,36 +31,28 @@ TINY = 1e-300  # instead of an error of 0, which nothing can be divided by
 
 @dataclass(frozen=True)
 class BranchFit:
-    """The fits of one branch, or of all branches pooled.
+    """The fit of one branch, or of all branches pooled.
 
     Attributes:
         pairs: The fitted pairs, columns x and y as the signal and target chosen.
-        results: The recommended fit, then the other one where it differs.
-        figures: By method, see :func:`calibrate.fitting.held_out.figures` and
-            :func:`~calibrate.fitting.held_out.rival_figures`.
+        fit: What the entry says of it: the recommended fit, and as its alternative the other one where it differs.
+        doubts: What is doubtful about its coefficients, in words.
         resampled: The recommended fit on resampled prompts; None with fewer than three prompts.
         enough: Prompts after which held-out error stops falling; None where more would help.
-        why: Why the recommended fit is.
-        excluded: Recorded rows left out as non-finite.
     """
 
     expert: str
     branch: str
     pairs: pd.DataFrame
-    results: list[FitResult]
-    figures: dict[str, Figures]
+    fit: Fit
+    doubts: tuple[str, ...]
     resampled: Bootstrap | None
     enough: int | None
-    why: str
-    excluded: int
 
     @property
-    def chosen(self) -> FitResult:
-        return self.results[0]
-
-    @property
-    def chosen_figures(self) -> Figures:
-        return self.figures[self.chosen.method]
+    def figures(self) -> Figures:
+        """See :func:`calibrate.fitting.held_out.figures` and :func:`~calibrate.fitting.held_out.rival_figures`."""
+        return self.fit.figures or {}
 
 
 def fit_branches(
@@ -82,12 +76,8 @@ def fit_branches(
                     f"{expert}/{branch}: no finite pairs of {signal} and {target}, which this model or log lacks; "
                     "choose another --signal or --target"
                 )
-            results, known, why = _fits(pairs, degree, method)
-            _, enough = learning_curve(pairs, degree, results[0].method)
-            resampled = bootstrap(pairs, results[0])
             excluded = int(recorded.get(branch, recorded.sum())) - len(pairs)
-            more = resampled, enough, why, excluded
-            fits.append(BranchFit(expert, branch, pairs, results, known, *more))
+            fits.append(_fit_branch(expert, branch, pairs, degree, method, excluded))
     return fits
 
 
@@ -100,9 +90,9 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     if not others:
         return main, None
     pooled, losses = own["pooled"], {}
-    unseen = held_out(pooled.pairs, refit(pooled.chosen))
+    unseen = held_out(pooled.pairs, refit(pooled.fit))
     for branch in (main, *others[:-1]):
-        error = own[branch].chosen_figures["rmse_held_out"]
+        error = own[branch].figures["rmse_held_out"]
         if unseen is None or error is None:
             return "pooled", None
         rows = (pooled.pairs["branch"] == branch).to_numpy()
@@ -118,10 +108,10 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     )
 
 
-def _fits(
-    pairs: pd.DataFrame, degree: int, method: str
-) -> tuple[list[FitResult], dict[str, Figures], str]:
-    """The recommended fit and the other, their figures by method, and why."""
+def _fit_branch(
+    expert: str, branch: str, pairs: pd.DataFrame, degree: int, method: str, excluded: int
+) -> BranchFit:
+    """Fits the pairs both ways and recommends one; ``excluded`` recorded rows were left out as non-finite."""
     plain, shaped = (
         fit_polynomial(pairs["x"], pairs["y"], degree, name)
         for name in ("polyfit", "constrained")
@@ -134,8 +124,31 @@ def _fits(
     known = {result.method: figures(pairs, result) | rivals for result in results}
     if method == "auto" and len(results) > 1:
         method, why = _choose(plain, known)
-    results.sort(key=lambda result: result.method != method)
-    return results, known, why
+    chosen, *others = sorted(results, key=lambda result: result.method != method)
+
+    def stated(result: FitResult) -> dict[str, Any]:
+        return {
+            "coefficients_high_to_low": result.coefficients_high_to_low,
+            "method": result.method,
+            "domain": result.domain,
+            "figures": known[result.method],
+        }
+
+    resampled = bootstrap(pairs, chosen)
+    fit = Fit(
+        **stated(chosen),
+        counts=Counts(
+            prompts=pairs["prompt_id"].nunique(),
+            trajectories=len(pairs[["prompt_id", "seed", "branch"]].drop_duplicates()),
+            pairs=len(pairs),
+            excluded_non_finite=excluded,
+        ),
+        intervals={"coefficients": resampled.coefficient_intervals()} if resampled else None,
+        why=why,
+        alternatives=tuple(Candidate(**stated(other)) for other in others),
+    )
+    _, enough = learning_curve(pairs, degree, chosen.method)
+    return BranchFit(expert, branch, pairs, fit, chosen.warnings, resampled, enough)
 
 
 def _choose(plain: FitResult, of_method: dict[str, Figures]) -> tuple[str, str]:
@@ -146,7 +159,7 @@ def _choose(plain: FitResult, of_method: dict[str, Figures]) -> tuple[str, str]:
         kind, key = "in-sample", "rmse"
     change = (shaped[key] or 0.0) / max(free[key] or 0.0, TINY) - 1
     compared = f"{kind} RMSE {100 * change:+.1f} %"
-    if negative_ranges(plain.polynomial(), plain.domain):
+    if negative_ranges(plain, plain.domain):
         return "constrained", (
             "the free fit is negative on part of its domain, where engines disagree on what that means; "
             f"non-negative and non-decreasing instead: {compared}"

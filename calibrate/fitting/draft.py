@@ -3,10 +3,10 @@
 Deterministic: the same pairs and manifest give the same bytes, but for ``source.created`` and ``source.command``.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 import coeffs
 from calibrate.fitting.choice import BETTER, BranchFit, fit_branches, recommended_branch
 from calibrate.fitting.intervals import computed_intervals
-from calibrate.fitting.replay import Search, polynomials, threshold_grid
+from calibrate.fitting.replay import Search, threshold_grid
 from calibrate.fitting.statistics import ENOUGH_PROMPTS
 from calibrate.model.table import EMBEDDED_MODEL
 from calibrate.runs.pairs import Run, load_run
@@ -71,12 +71,19 @@ def entry_of(
             if branch in (recommended, *run.branches(expert)):
                 warnings += [f"{expert}/{branch}: {text}" for text in _fit_warnings(fit)]
         warnings += [f"{expert}: {loss}"] if loss else []
-        branches = {branch: _entry_fit(fit) for branch, fit in own.items()}
-        ratios = _mag_ratios(run.frame[run.frame["expert"] == expert])
         experts[expert] = coeffs.Expert(
-            recommended=recommended, branches=branches, mag_ratios=ratios
+            recommended=recommended,
+            branches={branch: fit.fit for branch, fit in own.items()},
+            mag_ratios=_mag_ratios(run.frame[run.frame["expert"] == expert]),
         )
     classes = manifest.get("transformer_classes") or {}
+    versions = manifest.get("versions") or {}
+    measured = {
+        "toolkit": versions.get("teacal"),
+        "log_sha256": run.log_sha256,
+        "command": command,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
     entry = coeffs.Entry(
         model=slug(str(manifest.get("model", ""))),
         status="measured",
@@ -88,26 +95,26 @@ def entry_of(
         protocol=protocol_of(manifest.get("protocol")),
         experts=experts,
         warnings=tuple(dict.fromkeys(warnings)),
-        source=_source(run, command),
+        source=_known(coeffs.Source, manifest | versions | measured),
     )
-    return dataclasses.replace(entry, thresholds=_thresholds(replayed(run, entry, fits)))
+    search = Search(run, entry)
+    return replace(
+        entry, thresholds=_thresholds(replayed(search, fits, threshold_grid(search)))
+    )
 
 
 def replayed(
-    run: Run,
-    entry: coeffs.Entry,
-    fits: Sequence[BranchFit],
-    thresholds: Sequence[float] = (),
+    search: Search, fits: Sequence[BranchFit], thresholds: Sequence[float]
 ) -> pd.DataFrame:
-    """The summary of a replay, with the 95 % interval of the mean of computed steps (``low``, ``high``).
-
-    By default at thresholds that compute about evenly spaced shares of the steps.
-    """
-    search = Search(run, polynomials(entry, run), signal=entry.signal)
-    table = search.summary(thresholds or threshold_grid(search))
+    """The summary of a replay; in words ``prompts``, the range, and ``interval``, the mean's 95 % one or nothing."""
     refits = {(fit.expert, fit.branch): fit.resampled for fit in fits}
-    low, high = computed_intervals(search, refits, table["threshold"])
-    return table.assign(low=low, high=high)
+    edges = computed_intervals(search, refits, thresholds).T
+    table = search.summary(thresholds)
+    ranges = table[["computed_low", "computed_high"]].to_numpy()
+    return table.assign(
+        prompts=[f"{low:.4g} to {high:.4g}" for low, high in ranges],
+        interval=["" if np.isnan(low) else f"{low:.1f} to {high:.1f}" for low, high in edges],
+    )
 
 
 def slug(model: str) -> str:
@@ -119,56 +126,29 @@ def slug(model: str) -> str:
     return "/".join(list(filter(None, parts))[-2:]) or "unnamed"
 
 
-def _entry_fit(fit: BranchFit) -> coeffs.Fit:
-    chosen, *others = (
-        _known(coeffs.Candidate, vars(result) | {"figures": fit.figures[result.method]})
-        for result in fit.results
-    )
-    counts = coeffs.Counts(
-        prompts=fit.pairs["prompt_id"].nunique(),
-        trajectories=len(fit.pairs[["prompt_id", "seed", "branch"]].drop_duplicates()),
-        pairs=len(fit.pairs),
-        excluded_non_finite=fit.excluded,
-    )
-    known = vars(chosen) | {
-        "counts": counts,
-        "why": fit.why,
-        "alternatives": tuple(others),
-    }
-    if fit.resampled:
-        known["intervals"] = {"coefficients": fit.resampled.coefficient_intervals()}
-    return coeffs.Fit(**known)
-
-
 def _mag_ratios(rows: pd.DataFrame) -> dict[str, tuple[float, ...]] | None:
     """MagCache's curve per branch: mean magnitude ratio, index = step, 1 at step 0. None for mixed schedules."""
     if rows["num_steps"].nunique() != 1:
         return None
-    curves = {}
-    for branch, own in rows.groupby("branch"):
-        curve = own.groupby("step")["mag_ratio"].mean()
-        if np.isfinite(curve).all() and curve.index.max() == len(curve):
-            curves[str(branch)] = (1.0, *curve.tolist())
-    return curves or None
+    means = rows.groupby(["step", "branch"])["mag_ratio"].mean().unstack()
+    curves = means.reindex(range(1, means.index.max() + 1)).replace(np.inf, np.nan)
+    known = curves.dropna(axis=1)
+    return {str(branch): (1.0, *known[branch].tolist()) for branch in known} or None
 
 
 def _thresholds(table: pd.DataFrame) -> tuple[coeffs.Threshold, ...]:
     """Replayed thresholds with their interval: no timing in it, so that the same pairs give the same entry."""
-    rows = []
-    for row in table[table["threshold"] > 0].itertuples():
-        note = f"prompts {row.computed_low:.4g} to {row.computed_high:.4g}"
-        if np.isfinite(row.low):
-            note += f", 95 % interval of the mean {row.low:.1f} to {row.high:.1f}"
-        rows.append(
-            coeffs.Threshold(
-                threshold=row.threshold,
-                computed_steps=row.computed_steps,
-                kind="replay",
-                num_steps=round(row.num_steps),
-                note=note,
-            )
+    return tuple(
+        coeffs.Threshold(
+            threshold=row.threshold,
+            computed_steps=row.computed_steps,
+            kind="replay",
+            num_steps=round(row.num_steps),
+            note=f"prompts {row.prompts}"
+            + (f", 95 % interval of the mean {row.interval}" if row.interval else ""),
         )
-    return tuple(rows)
+        for row in table[table["threshold"] > 0].itertuples()
+    )
 
 
 def _run_warnings(run: Run) -> Iterator[str]:
@@ -197,9 +177,9 @@ def _run_warnings(run: Run) -> Iterator[str]:
 
 
 def _fit_warnings(fit: BranchFit) -> Iterator[str]:
-    known = fit.chosen_figures
-    yield from fit.chosen.warnings
-    if negative_ranges(fit.chosen.polynomial(), fit.chosen.domain):
+    known = fit.figures
+    yield from fit.doubts
+    if fit.fit.domain and negative_ranges(fit.fit.polynomial(), fit.fit.domain):
         yield "negative on part of its domain: engines with other sign rules will decide differently"
     if known["r2"] is None:
         yield "the target is constant: there is nothing to predict"
@@ -213,47 +193,35 @@ def _fit_warnings(fit: BranchFit) -> Iterator[str]:
     # What speaks for a fixed plan instead of a polynomial of x.
     own, of_step = known["rmse_held_out"] or 0.0, known["rmse_step_mean"] or 0.0
     if of_step < (1 - BETTER) * own:
-        errors = f"held-out RMSE {of_step:.2g} against {own:.2g}"
-        better = f"the mean of each step predicts better than this polynomial ({errors})"
-        yield f"{better}: a fixed plan may do better"
+        yield (
+            f"the mean of each step predicts better than this polynomial (held-out RMSE {of_step:.2g} "
+            f"against {own:.2g}): a fixed plan may do better"
+        )
     within, low, high = (known[f"spearman_within_step{end}"] for end in ("", "_low", "_high"))
     if within is None:
         yield "x is the same for all prompts at each step: it adds nothing beyond the schedule"
     elif low is not None and low <= 0:
-        figures = f"rank correlation within steps {within:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-        yield f"x adds nothing measurable beyond the schedule ({figures})"
+        yield (
+            "x adds nothing measurable beyond the schedule "
+            f"(rank correlation within steps {within:.2f}, 95 % interval {low:.2f} to {high:.2f})"
+        )
     if fit.enough is None and fit.pairs["prompt_id"].nunique() >= ENOUGH_PROMPTS:
         yield "the held-out error still falls with the number of prompts: record more"
 
 
 def _known(record: Any, values: Mapping[str, Any] | None) -> Any:
     """The record with those values of a manifest that it has a field for."""
-    names = [field.name for field in dataclasses.fields(record)]
-    return record(**{name: values[name] for name in names if values and name in values})
+    names = {field.name for field in fields(record)}
+    return record(**{name: value for name, value in (values or {}).items() if name in names})
 
 
 def protocol_of(values: Mapping[str, Any] | None) -> coeffs.Protocol:
     """The record of a manifest's protocol."""
     protocol = dict(values or {})
-    arguments = protocol.get("call_arguments") or {}
     protocol["call_arguments"] = {
         key: value
         if isinstance(value, str | int | float | None)
         else json.dumps(value, default=str)
-        for key, value in arguments.items()
+        for key, value in (protocol.get("call_arguments") or {}).items()
     }
     return _known(coeffs.Protocol, protocol)
-
-
-def _source(run: Run, command: str | None) -> coeffs.Source:
-    versions = run.manifest.get("versions") or {}
-    return coeffs.Source(
-        run_id=run.manifest.get("run_id"),
-        log_sha256=run.log_sha256,
-        toolkit=versions.get("teacal"),
-        torch=versions.get("torch"),
-        diffusers=versions.get("diffusers"),
-        device=run.manifest.get("device"),
-        command=command,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )

@@ -7,15 +7,15 @@ not independent. A held-out x outside the fitted range is clamped to it, as the 
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from calibrate.fitting.least_squares import FitResult, fit_polynomial
+from calibrate.fitting.statistics import MIN_FOR_INTERVAL, quantile
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TARGET_COLUMNS, Run
+from coeffs import Candidate
 
 FOLDS = 10
 REPEATS = (
@@ -24,8 +24,8 @@ REPEATS = (
 # What a predictor may know that does not look at the signal: the moment.
 SCHEDULE = ["expert", "branch", "num_steps", "step"]
 
-Predictor = Callable[[pd.DataFrame], np.ndarray]
-Fitter = Callable[[pd.DataFrame], Predictor]
+# Predicts y of the second pairs from the first.
+Predictor = Callable[[pd.DataFrame, pd.DataFrame], np.ndarray]
 Figures = dict[str, float | None]
 
 
@@ -39,29 +39,27 @@ def rmse(y: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.sqrt(np.mean((y - predicted) ** 2)))
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation; None where one side is constant."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+def spearman(a: ArrayLike, b: ArrayLike, moment: ArrayLike = 0) -> float | None:
+    """Rank correlation, of the ranks within each moment where given; None where one side is constant."""
+    table = pd.DataFrame({"a": a, "b": b, "moment": moment})
+    ranks = table.groupby("moment").rank()
+    centred = ranks - ranks.groupby(table["moment"]).transform("mean")
+    of_a, of_b = centred.to_numpy().T
+    spread = np.sqrt((of_a @ of_a) * (of_b @ of_b))
+    return float(of_a @ of_b / spread) if spread > 0 else None
 
 
-def polynomial_predictor(
-    train: pd.DataFrame, degree: int = 4, method: str = "polyfit"
-) -> Predictor:
-    """A fit on the training pairs."""
-    result = fit_polynomial(train["x"], train["y"], degree, method)
-    return lambda pairs: result.within_domain(pairs["x"])
+def by_polynomial(
+    train: pd.DataFrame, test: pd.DataFrame, degree: int = 4, method: str = "polyfit"
+) -> np.ndarray:
+    """Predictions of a fit on the training pairs."""
+    return fit_polynomial(train["x"], train["y"], degree, method).within_domain(test["x"])
 
 
-def moment_predictor(train: pd.DataFrame) -> Predictor:
+def by_moment(train: pd.DataFrame, test: pd.DataFrame) -> np.ndarray:
     """The mean change at each ``moment`` of the schedule, as a fixed plan knows it."""
-    means, overall = train.groupby("moment")["y"].mean(), train["y"].mean()
-    return lambda pairs: pairs["moment"].map(means).fillna(overall).to_numpy()
-
-
-# The columns that make a moment, for what a rival knows of a pair.
-RIVALS: dict[str, list[str]] = {"constant": ["all"], "step_mean": SCHEDULE}
+    means = train.groupby("moment")["y"].mean()
+    return test["moment"].map(means).fillna(train["y"].mean()).to_numpy()
 
 
 def prompt_folds(prompts: ArrayLike) -> np.ndarray:
@@ -70,7 +68,7 @@ def prompt_folds(prompts: ArrayLike) -> np.ndarray:
     return index % min(FOLDS, len(unique))
 
 
-def held_out(pairs: pd.DataFrame, fitter: Fitter) -> np.ndarray | None:
+def held_out(pairs: pd.DataFrame, predict: Predictor) -> np.ndarray | None:
     """Prediction for every pair by a predictor that has not seen its prompt; None with fewer than two prompts."""
     fold = prompt_folds(pairs["prompt_id"])
     if fold.max() == 0:
@@ -78,13 +76,13 @@ def held_out(pairs: pd.DataFrame, fitter: Fitter) -> np.ndarray | None:
     predicted = np.empty(len(pairs))
     for number in range(fold.max() + 1):
         test = fold == number
-        predicted[test] = fitter(pairs[~test])(pairs[test])
+        predicted[test] = predict(pairs[~test], pairs[test])
     return predicted
 
 
-def refit(result: FitResult) -> Fitter:
-    """Fits other pairs as this fit was made."""
-    return partial(polynomial_predictor, degree=result.degree, method=result.method)
+def refit(result: FitResult | Candidate) -> Predictor:
+    """Predicts by fits that are made as this one was."""
+    return partial(by_polynomial, degree=result.degree, method=result.method)
 
 
 def figures(pairs: pd.DataFrame, result: FitResult) -> Figures:
@@ -103,14 +101,12 @@ def rival_figures(pairs: pd.DataFrame) -> Figures:
     :func:`spearman_within_step` with its interval.
     """
     known: Figures = {}
-    for name, columns in RIVALS.items():
-        moment = pairs.assign(all=0).groupby(columns).ngroup()
-        narrow = pairs[["prompt_id", "y"]].assign(moment=moment)
-        unseen = held_out(narrow, moment_predictor)
+    rivals = {"constant": 0, "step_mean": pairs.groupby(SCHEDULE).ngroup()}
+    for name, moment in rivals.items():
+        unseen = held_out(pairs.assign(moment=moment), by_moment)
         known |= _agreement(pairs["y"].to_numpy(), unseen, f"_{name}")
-    within, low, high = spearman_within_step(pairs)
-    known |= {"spearman_within_step": within}
-    return known | {"spearman_within_step_low": low, "spearman_within_step_high": high}
+    names = (f"spearman_within_step{end}" for end in ("", "_low", "_high"))
+    return known | dict(zip(names, spearman_within_step(pairs), strict=True))
 
 
 def spearman_within_step(
@@ -120,16 +116,16 @@ def spearman_within_step(
 
     The interval is the jackknife's: each prompt left out in turn and the rest ranked anew, Student's t.
     """
-    narrow = pairs[["x", "y"]].assign(moment=pairs.groupby(SCHEDULE).ngroup())
-    value = _rank_correlation(narrow)
-    prompts = pairs["prompt_id"].unique()
-    if len(prompts) < 3:
+    columns = pairs["x"], pairs["y"], pairs.groupby(SCHEDULE).ngroup()
+    value, left_out = spearman(*columns), []
+    for prompt in pairs["prompt_id"].unique():
+        others = pairs["prompt_id"] != prompt
+        left_out.append(spearman(*(column[others] for column in columns)))
+    count = len(left_out)
+    if count < MIN_FOR_INTERVAL or value is None or None in left_out:
         return value, None, None
-    left_out = [_rank_correlation(narrow[pairs["prompt_id"] != prompt]) for prompt in prompts]
-    if value is None or None in left_out:
-        return value, None, None
-    error = np.sqrt((len(prompts) - 1) * np.var(np.array(left_out, float)))
-    half = float(stats.t.ppf(0.975, len(prompts) - 1) * error)
+    error = np.sqrt((count - 1) * np.var(np.array(left_out, float)))
+    half = quantile(count) * float(error)
     return value, max(value - half, -1.0), min(value + half, 1.0)
 
 
@@ -144,16 +140,16 @@ def compare_candidates(
         pairs = run.pairs(signal, target, expert, branch)
         if pairs.empty:
             continue
-        row: dict[str, Any] = {
+        known = figures(pairs, fit_polynomial(pairs["x"], pairs["y"], degree))
+        rows.append({
             "signal": signal,
             "target": target,
             "branch": branch,
             "pairs": len(pairs),
-        }
-        known = figures(pairs, fit_polynomial(pairs["x"], pairs["y"], degree))
-        row |= {name: known[name] for name in ("r2", "r2_held_out")}
-        row["spearman_within_step"] = spearman_within_step(pairs)[0]
-        rows.append(row)
+            "r2": known["r2"],
+            "r2_held_out": known["r2_held_out"],
+            "spearman_within_step": spearman_within_step(pairs)[0],
+        })  # fmt: skip
     table = pd.DataFrame(rows)
     return table.sort_values("r2_held_out", ascending=False, kind="stable", ignore_index=True)
 
@@ -175,13 +171,13 @@ def learning_curve(
         return pd.DataFrame(columns=["prompts", "rmse", "low", "high"]), None
     largest = len(prompts) - len(prompts) // 4
     sizes = [*(2 ** np.arange(np.ceil(np.log2(largest)), dtype=int)), largest]
-    random, narrow, rows = np.random.default_rng(0), pairs[["x", "y"]], []
+    random, rows = np.random.default_rng(0), []
     for _ in range(REPEATS):
         rank = random.permutation(len(prompts))[index]
-        test = narrow[rank >= largest]
+        test = pairs[rank >= largest]
         for size in sizes:
-            predict = polynomial_predictor(narrow[rank < size], degree, method)
-            rows.append((size, rmse(test["y"].to_numpy(), predict(test))))
+            predicted = by_polynomial(pairs[rank < size], test, degree, method)
+            rows.append((size, rmse(test["y"], predicted)))
     errors = pd.DataFrame(rows, columns=["prompts", "rmse"]).groupby("prompts")["rmse"]
     spread = errors.quantile([0.1, 0.9]).unstack().set_axis(["low", "high"], axis=1)
     table = spread.assign(rmse=errors.mean()).reset_index()
@@ -195,12 +191,3 @@ def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") ->
     if predicted is None:
         return {f"r2{suffix}": None, f"rmse{suffix}": None}
     return {f"r2{suffix}": r2(y, predicted), f"rmse{suffix}": rmse(y, predicted)}
-
-
-def _rank_correlation(pairs: pd.DataFrame) -> float | None:
-    """Correlation of the ranks within each moment, over all moments; None without spread."""
-    ranks = pairs.groupby("moment").rank()
-    centred = ranks - ranks.groupby(pairs["moment"]).transform("mean")
-    a, b = centred.to_numpy().T
-    spread = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / spread) if spread > 0 else None

@@ -13,7 +13,6 @@ import pandas as pd
 from numpy.polynomial import Polynomial as Curve
 from numpy.polynomial import polynomial as powers
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from calibrate.fitting.least_squares import (
     FitResult,
@@ -21,7 +20,8 @@ from calibrate.fitting.least_squares import (
     scale_to_unit,
     shaped_solution,
 )
-from calibrate.fitting.replay import Key, Search
+from calibrate.fitting.replay import Search
+from calibrate.fitting.statistics import quantile
 from coeffs import Fit
 
 RESAMPLES = 200
@@ -52,24 +52,18 @@ class Bootstrap:
         """Every refit at every x, shape (resamples, x)."""
         return self.coefficients_high_to_low @ np.vander(x, len(self.estimate)).T
 
-    def coefficient_intervals(self) -> list[list[float]]:
+    def coefficient_intervals(self) -> tuple[tuple[float, float], ...]:
         """Low and high per coefficient, highest power first."""
         estimate = np.array(self.estimate)
         edges = student_interval(estimate, self.coefficients_high_to_low, len(self.prompts))
-        return np.transpose(edges).tolist()
+        return tuple(zip(*np.array(edges).tolist(), strict=True))
 
     def curve_band(self, points: int = 100) -> pd.DataFrame:
         """Pointwise interval of the fitted curve over its domain: columns x, low, high."""
         x = np.linspace(*self.domain, points)
         curve = np.polyval(self.estimate, x)
         low, high = student_interval(curve, self.curves(x), len(self.prompts))
-        return pd.DataFrame(
-            {
-                "x": x,
-                "low": low,
-                "high": high,
-            }
-        )
+        return pd.DataFrame({"x": x, "low": low, "high": high})
 
 
 def student_interval(
@@ -79,8 +73,8 @@ def student_interval(
 
     ``rounding`` is a standard deviation per prompt that resampling cannot see, for values that are whole numbers.
     """
-    widening = float(stats.t.ppf(0.975, prompts - 1)) * np.sqrt(prompts / (prompts - 1))
-    half = widening * np.sqrt(np.var(resampled, axis=0) + rounding**2 / prompts)
+    variance = np.var(resampled, axis=0) + rounding**2 / prompts
+    half = quantile(prompts) * np.sqrt(variance * prompts / (prompts - 1))
     return estimate - half, estimate + half
 
 
@@ -97,10 +91,8 @@ def bootstrap(
     estimate = fit.coefficients_high_to_low
     degree = max(len(np.trim_zeros(estimate, "f")) - 1, 0)  # it may have been lowered
     design = powers.polyvander(scale_to_unit(pairs["x"].to_numpy(), fit.domain), degree)
-    random = np.random.default_rng(0)
-    weights = random.multinomial(
-        len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples
-    )
+    even = np.full(len(prompts), 1 / len(prompts))
+    weights = np.random.default_rng(0).multinomial(len(prompts), even, resamples)
     of_pair = weights[:, index]
     left = np.tensordot(of_pair, design[:, :, None] * design[:, None, :], axes=1)
     right = of_pair * pairs["y"].to_numpy() @ design
@@ -116,12 +108,14 @@ def bootstrap(
 
 
 def computed_intervals(
-    search: Search, refits: Mapping[Key, Bootstrap | None], thresholds: ArrayLike
+    search: Search,
+    refits: Mapping[tuple[str, str], Bootstrap | None],
+    thresholds: ArrayLike,
 ) -> np.ndarray:
     """Low and high of the mean number of computed steps per threshold: prompts resampled, polynomials refitted.
 
-    NaN at threshold 0, which computes everything whatever the fit; and everywhere without refits, or where not every
-    branch holds every prompt.
+    ``refits`` are those of each expert and branch. NaN at threshold 0, which computes everything whatever the fit; and
+    everywhere without refits, or where not every branch holds every prompt.
     """
     thresholds = np.asarray(thresholds, float)
     keys = zip(search.trajectories["expert"], search.trajectories["leader"], strict=True)
@@ -130,22 +124,21 @@ def computed_intervals(
     if len(known) < len(used):
         return np.full((2, len(thresholds)), np.nan)
     weights = known[0].weights  # the same draw for every branch
+    # Steps without a signal, or with one above the domain, are computed anyway.
     curves = [
-        refit.curves(
-            np.fmax(x, refit.domain[0])
-        )  # steps without a signal are computed anyway
+        refit.curves(np.fmin(np.fmax(x, refit.domain[0]), refit.domain[1]))
         for refit, x in zip(known, search.x, strict=True)
     ]
     predicted = np.stack(curves, axis=1).clip(0)
-    estimate = search.generation_means(search.computed(thresholds))
     of_generation = weights[:, search.prompt_of]
     resampled = [
-        np.average(search.computed(threshold, predicted) @ search.shares, 1, of_generation)
+        np.average(search.steps(threshold, predicted), 1, of_generation)
         for threshold in thresholds
     ]
+    estimate = search.steps(thresholds).mean(axis=-1)
     count = len(search.prompts)
     edges = student_interval(estimate, np.transpose(resampled), count, ROUNDING)
-    possible = np.clip(edges, 1, search.generation_means(search.num_steps))
+    possible = np.clip(edges, 1, search.all_steps)
     return np.where(thresholds > 0, possible, np.nan)
 
 

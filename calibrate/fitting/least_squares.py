@@ -37,28 +37,21 @@ class CannotFit(CalibrateError, ValueError):
     """Pairs or a degree that no polynomial can be fitted with."""
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """A fitted polynomial.
+@dataclass(frozen=True, kw_only=True)
+class FitResult(Polynomial):
+    """A fitted polynomial; leading coefficients are 0 where the data determine a lower degree only.
 
     Attributes:
-        coefficients_high_to_low: Highest power of x first, ``degree + 1`` numbers (leading zeros where the data
-            determine a lower degree only).
-        method: ``polyfit`` or ``constrained``.
         domain: Smallest and largest fitted x.
+        method: ``polyfit`` or ``constrained``.
         condition: Condition number of the problem as ``numpy.polyfit`` on the bare x sees it.
         warnings: What is doubtful about the coefficients, in words.
     """
 
-    coefficients_high_to_low: tuple[float, ...]
-    method: str
     domain: tuple[float, float]
+    method: str
     condition: float
     warnings: tuple[str, ...]
-
-    @property
-    def degree(self) -> int:
-        return len(self.coefficients_high_to_low) - 1
 
     def __call__(self, x: ArrayLike) -> np.ndarray:
         """The bare polynomial."""
@@ -67,9 +60,6 @@ class FitResult:
     def within_domain(self, x: ArrayLike) -> np.ndarray:
         """Values with x clamped to the domain: the gate clamps below it and computes above it."""
         return self(np.clip(x, *self.domain))
-
-    def polynomial(self) -> Polynomial:
-        return Polynomial(self.coefficients_high_to_low, self.domain)
 
 
 def fit_polynomial(
@@ -96,9 +86,14 @@ def fit_polynomial(
     sizes = np.linalg.norm(design, axis=0)
     condition = float(np.linalg.cond(design / np.maximum(sizes, EPS)))
     lowered = degree - curve.degree()
-    doubts = _doubts(np.array(coefficients), x, lowered, condition)
     low, high = curve.domain.tolist()
-    return FitResult(coefficients, method, (low, high), condition, tuple(doubts))
+    return FitResult(
+        coefficients,
+        domain=(low, high),
+        method=method,
+        condition=condition,
+        warnings=tuple(_doubts(np.array(coefficients), x, lowered, condition)),
+    )
 
 
 def scale_to_unit(x: np.ndarray, domain: tuple[float, float] | np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ measures how far real cached runs drift from it.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,30 +14,33 @@ from numpy.typing import ArrayLike
 
 from calibrate.errors import CalibrateError
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TRAJECTORY, Run, column_of
-from coeffs import Entry, Polynomial
+from coeffs import Entry
 from runtime.decide.gate import GateConfig
 
 TARGET_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 SEARCH_POINTS = 400  # neighbours differ by 2 % where thresholds span three decades
 GENERATION = ["prompt_id", "seed", "expert"]
-DEFAULT_CONFIG = GateConfig(threshold=0.0)
-
-Key = tuple[str, str]  # expert, branch
 
 
 class Unreachable(CalibrateError, ValueError):
     """A speed-up that no threshold gives on this log."""
 
 
-def polynomials(entry: Entry, run: Run) -> dict[Key, Polynomial]:
-    """The polynomial each branch of the run is gated with, as the runtime applies the entry."""
-    # All recorded trajectories are replayed, those without a single usable pair too.
-    keys = run.rows[["expert", "branch"]].drop_duplicates().itertuples(index=False, name=None)
-    return {key: entry.fit(*key).polynomial(entry.sign_rule) for key in keys}
+def gate_config(entry: Entry) -> GateConfig:
+    """The gate's settings as ``apply_tea_cache`` takes them; published sets decide as published."""
+    return GateConfig(
+        threshold=0.0,
+        start=1 if entry.start is None else entry.start,
+        end=1 if entry.end is None else entry.end,
+        max_skips=entry.max_skips,
+        compat=entry.status != "measured",
+    )
 
 
 class Search:
-    """The gate's rules on arrays, for many thresholds at once (tested against the gate itself).
+    """An entry's gate on a run's signals, for many thresholds at once (tested against the gate itself).
+
+    ``branches`` as in :func:`runtime.apply_tea_cache`: ``together`` (one decides for all) or ``apart``.
 
     Attributes:
         trajectories: prompt_id, seed, expert, branch; ``num_steps``; ``leader``: the branch whose signal decides. With
@@ -47,16 +49,9 @@ class Search:
         x: The leaders' signals, (trajectories, steps); NaN where unusable, and at the first step, which has no pair.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        of_branch: Mapping[Key, Polynomial],
-        config: GateConfig = DEFAULT_CONFIG,
-        signal: str = "modulated_input",
-        branches: str = "together",
-    ) -> None:
-        self.config = config
-        column = column_of(signal, SIGNAL_COLUMNS, "signal")
+    def __init__(self, run: Run, entry: Entry, branches: str = "together") -> None:
+        self.config = config = gate_config(entry)
+        column = column_of(entry.signal, SIGNAL_COLUMNS, "signal")
         # A second expert's steps may be counted on from the first's: its own first step lies before its first pair.
         start = run.rows.groupby(TRAJECTORY)["step"].transform("min") - 1
         rows = run.rows.assign(step=run.rows["step"] - start)
@@ -74,14 +69,17 @@ class Search:
 
         self.may_skip = np.zeros(self.x.shape, bool)
         self.predicted = np.zeros(self.x.shape)
-        gated = [of_branch[key] for key in zip(keys["expert"], keys["leader"], strict=True)]
-        if config.compat:
-            gated = [replace(polynomial, domain=None) for polynomial in gated]
-        for (row, step), x in np.ndenumerate(self.x):
-            forced = config.forced(step, int(self.num_steps[row]))
-            if np.isfinite(x) and not forced and not gated[row].above_domain(x):
-                self.may_skip[row, step] = True
-                self.predicted[row, step] = gated[row].predict(x)
+        for row, (expert, leader) in enumerate(
+            zip(keys["expert"], keys["leader"], strict=True)
+        ):
+            polynomial = entry.fit(expert, leader).polynomial(entry.sign_rule)
+            if config.compat:
+                polynomial = replace(polynomial, domain=None)
+            for step, x in enumerate(self.x[row]):
+                forced = config.forced(step, int(self.num_steps[row]))
+                if np.isfinite(x) and not forced and not polynomial.above_domain(x):
+                    self.may_skip[row, step] = True
+                    self.predicted[row, step] = polynomial.predict(x)
 
         # Steps of a generation are the mean of its branches and the sum of its experts; its time is the sum of both.
         self.seconds = np.array(
@@ -91,6 +89,7 @@ class Search:
         of_generation = generation.ngroup().to_numpy()[:, None] == range(generation.ngroups)
         branches_each = keys.groupby(GENERATION)["branch"].transform("size").to_numpy()
         self.shares = of_generation / branches_each[:, None]
+        self.all_steps = float((self.num_steps @ self.shares).mean())
         prompts = [prompt for prompt, _ in generation.groups]
         self.prompts, self.prompt_of = np.unique(prompts, return_inverse=True)
 
@@ -115,21 +114,27 @@ class Search:
             skipped[..., step] = skip
         return skipped
 
+    def patterns(self, threshold: float) -> list[str]:
+        """The decisions on every trajectory, such as "CCSC"."""
+        letters = np.where(self.skipped(threshold), "S", "C")
+        rows = zip(letters, self.num_steps, strict=True)
+        return ["".join(row[:length]) for row, length in rows]
+
     def computed(
         self, thresholds: ArrayLike, predicted: np.ndarray | None = None
     ) -> np.ndarray:
         """Computed steps, shape (..., trajectories)."""
         return self.num_steps - self.skipped(thresholds, predicted).sum(axis=-1)
 
-    def generation_means(self, computed: np.ndarray) -> np.ndarray:
-        """Mean over generations of the steps of one branch."""
-        return (computed @ self.shares).mean(axis=-1)
+    def steps(self, thresholds: ArrayLike, predicted: np.ndarray | None = None) -> np.ndarray:
+        """Computed steps of each generation, (..., generations)."""
+        return self.computed(thresholds, predicted) @ self.shares
 
-    def speedup(self, computed: np.ndarray) -> np.ndarray:
+    def speedup(self, thresholds: ArrayLike) -> np.ndarray:
         """Expected speed-up of the denoiser; without timing the stack is everything, an upper bound."""
         call, stack = self.seconds.T
         full = self.num_steps @ call
-        return full / (full - (self.num_steps - computed) @ stack)
+        return full / (full - (self.num_steps - self.computed(thresholds)) @ stack)
 
     def summary(self, thresholds: ArrayLike) -> pd.DataFrame:
         """One row per threshold: computed steps, their range over generations, ``num_steps``, ``speedup``.
@@ -137,15 +142,14 @@ class Search:
         The speed-up is the denoiser's alone (text encoder and decoder come on top), from the measured seconds per
         call and per block stack.
         """
-        computed = self.computed(thresholds)
-        steps = computed @ self.shares
+        steps = self.steps(thresholds)
         return pd.DataFrame({
             "threshold": thresholds,
             "computed_steps": steps.mean(axis=1),
             "computed_low": steps.min(axis=1),
             "computed_high": steps.max(axis=1),
-            "num_steps": self.generation_means(self.num_steps),
-            "speedup": self.speedup(computed),
+            "num_steps": self.all_steps,
+            "speedup": self.speedup(thresholds),
         })  # fmt: skip
 
     @functools.cached_property
@@ -158,35 +162,12 @@ class Search:
         return np.concatenate([[0.0], np.geomspace(positive.min(), largest, SEARCH_POINTS)])
 
 
-def replay(
-    run: Run,
-    of_branch: Mapping[Key, Polynomial],
-    thresholds: Sequence[float],
-    config: GateConfig = DEFAULT_CONFIG,
-    signal: str = "modulated_input",
-    branches: str = "together",
-) -> pd.DataFrame:
-    """The decisions on every trajectory: one row per threshold and trajectory.
-
-    ``branches`` as in :func:`runtime.apply_tea_cache`: ``together`` (one decides for all) or ``apart``.
-    Columns: those of ``Search.trajectories``, threshold, computed, pattern ("CCSC...").
-    """
-    search = Search(run, of_branch, config, signal, branches)
-    tables = []
-    for threshold, skipped in zip(thresholds, search.skipped(thresholds), strict=True):
-        letters = zip(np.where(skipped, "S", "C"), search.num_steps, strict=True)
-        patterns = ["".join(row[:length]) for row, length in letters]
-        tables.append(search.trajectories.assign(threshold=threshold, pattern=patterns))
-    table = pd.concat(tables, ignore_index=True)
-    return table.assign(computed=table["pattern"].str.count("C"))
-
-
 def threshold_grid(search: Search) -> list[float]:
     """Thresholds, rounded to three digits, at which about the target shares of the steps are computed; 0 for all."""
-    computed = search.generation_means(search.computed(search.grid))
+    computed = search.steps(search.grid).mean(axis=-1)
     thresholds = {0.0}
     for share in TARGET_SHARES:
-        reached = search.grid[computed <= share * search.generation_means(search.num_steps)]
+        reached = search.grid[computed <= share * search.all_steps]
         thresholds.update(float(f"{threshold:.3g}") for threshold in reached[:1])
     return sorted(thresholds)
 
@@ -202,7 +183,7 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
     """
     if not speedup >= 1:
         raise Unreachable(f"speed-up {speedup!r}: expected a number of 1 or more")
-    expected = search.speedup(search.computed(search.grid))
+    expected = search.speedup(search.grid)
     if speedup > expected.max():
         raise Unreachable(
             f"speed-up {speedup:g} is out of reach: at most {expected.max():.2f} on this log; "
@@ -211,5 +192,4 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
     reached = int(np.argmax(expected >= speedup))
     low, high = search.grid[max(reached - 1, 0)], search.grid[reached]
     between = np.linspace(low, high, SEARCH_POINTS)
-    enough = search.speedup(search.computed(between)) >= speedup
-    return float(between[np.argmax(enough)])
+    return float(between[np.argmax(search.speedup(between) >= speedup)])

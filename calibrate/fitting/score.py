@@ -1,6 +1,6 @@
 """Scoring others: any entry or list of coefficients on the pairs of our run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,41 +57,29 @@ def score(candidates: Sequence[Entry | Sequence[float]], run: Run) -> pd.DataFra
 def _score_branch(
     candidate: Entry | Sequence[float], run: Run, expert: str, branch: str
 ) -> dict[str, Any]:
-    signal, target, label = "modulated_input", "output", "coefficients"
-    notes: list[str] = []
+    label, signal, target = "coefficients", "modulated_input", "output"
+    mismatches: dict[str, bool] = {}
     if isinstance(candidate, Entry):
-        known = expert if expert in candidate.experts else next(iter(candidate.experts))
-        polynomial = candidate.fit(known, branch).polynomial(candidate.sign_rule)
-        label = candidate.label
+        label, made_for = candidate.label, candidate.transformer_class
+        own = expert if expert in candidate.experts else next(iter(candidate.experts))
+        polynomial = candidate.fit(own, branch).polynomial(candidate.sign_rule)
         signal = candidate.signal if candidate.signal in SIGNAL_COLUMNS else signal
         target = candidate.target if candidate.target in TARGET_COLUMNS else target
-        if known != expert:
-            notes.append(f"scored with its expert {known}")
-        notes += _mismatches(candidate, run, target)
+        classes = (run.manifest.get("transformer_classes") or {made_for: made_for}).values()
+        mismatches = {
+            f"scored with its expert {own}": own != expert,
+            "fitted on another signal": candidate.signal != signal,
+            f"target {candidate.target}, scored on {target}": candidate.target != target,
+            f"made for {made_for}": made_for is not None and made_for not in classes,
+        }
     else:
         polynomial = Polynomial(tuple(candidate), None, "signed")
     pairs = run.pairs(signal, target, expert, branch)
-    figures: Figures = {"pairs": 0}
-    if pairs.empty:
-        notes.append(f"the log has no {signal}")
-    else:
-        figures = score_polynomial(polynomial, pairs)
+    mismatches[f"the log has no {signal}"] = pairs.empty
     row = {
         "candidate": label,
         "signal": signal,
         "target": target,
-        "note": "; ".join(notes),
+        "note": "; ".join(text for text, holds in mismatches.items() if holds),
     }
-    return row | figures
-
-
-def _mismatches(entry: Entry, run: Run, target: str) -> Iterator[str]:
-    """What of an entry does not match the run it is scored on, in words."""
-    if entry.signal not in SIGNAL_COLUMNS:
-        yield "fitted on another signal"
-    if entry.target != target:
-        yield f"target {entry.target}, scored on {target}"
-    made_for = entry.transformer_class
-    classes = (run.manifest.get("transformer_classes") or {}).values()
-    if made_for and classes and made_for not in classes:
-        yield f"made for {made_for}"
+    return row | ({"pairs": 0} if pairs.empty else score_polynomial(polynomial, pairs))

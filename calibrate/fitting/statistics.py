@@ -6,7 +6,7 @@ means give the same as Student's t and noise besides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +19,12 @@ MIN_FOR_INTERVAL = 3
 ENOUGH_PROMPTS = 8
 MARGIN_DB = 1.0  # differences inside it are not seen side by side
 NAN = float("nan")
+NO_SPREAD = 1e-300  # instead of a standard error of 0, which nothing can be divided by
+
+
+def quantile(count: int) -> float:
+    """How many standard errors of a mean over ``count`` prompts its 95 % interval reaches to either side."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
@@ -27,7 +33,7 @@ def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     mean = float(values.mean()) if len(values) else NAN
     if len(values) < MIN_FOR_INTERVAL:
         return mean, NAN, NAN
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
+    half = quantile(len(values)) * float(stats.sem(values))
     return mean, mean - half, mean + half
 
 
@@ -39,24 +45,23 @@ def share_interval(count: int, of: int) -> tuple[float, float, float]:
 
 def p_different(differences: ArrayLike) -> float:
     """Two-sided p that the mean difference is 0, by Student's t; 1 where all values are 0."""
+    return 2 * _p_of_t(differences, 0.0, stats.t.sf)
+
+
+def p_not_equivalent(differences: ArrayLike) -> float:
+    """p that the mean difference is ``MARGIN_DB`` or more, either way: two one-sided t tests (TOST)."""
+    return _p_of_t(differences, MARGIN_DB, stats.t.cdf)
+
+
+def _p_of_t(
+    differences: ArrayLike, margin: float, tail: Callable[[float, int], float]
+) -> float:
+    """Tail of Student's t by how far the mean's size lies above ``margin``; NaN below three values."""
     values = np.asarray(differences, float)
     if len(values) < MIN_FOR_INTERVAL:
         return NAN
-    if np.ptp(values) == 0:  # no spread: scipy's quotient is 0 / 0 or infinite
-        return float(values[0] == 0)
-    return float(stats.ttest_1samp(values, 0).pvalue)
-
-
-def p_not_equivalent(differences: ArrayLike, margin: float = MARGIN_DB) -> float:
-    """p that the mean difference is ``margin`` or more, either way: two one-sided t tests (TOST)."""
-    values = np.asarray(differences, float)
-    if len(values) < MIN_FOR_INTERVAL:
-        return NAN
-    if np.ptp(values) == 0:
-        return float(abs(values[0]) >= margin)
-    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    return float(max(below, above))
+    error = max(stats.sem(values), NO_SPREAD)
+    return float(tail((abs(values.mean()) - margin) / error, len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

@@ -38,7 +38,8 @@ TARGET_LABELS = {
 SIGMA_LABEL = "sigma (noise → image)"
 CROWDED = 600  # pairs from which points are drawn small and pale
 
-Fits = Mapping[str, Polynomial] | Polynomial
+# By branch; a branch without one of its own has that of "pooled".
+Fits = Mapping[str, Polynomial]
 
 
 def pairs_with_fit(
@@ -51,19 +52,16 @@ def pairs_with_fit(
     target: str = "output",
     title: str = "Pairs and fit",
 ) -> Axes:
-    """Recorded pairs and the fitted polynomial over its domain.
+    """Recorded pairs and each fitted polynomial over its domain.
 
     Args:
         pairs: Columns ``x``, ``y`` and ``branch`` (``Run.pairs``).
-        fits: One polynomial, or one per branch.
         bands: Per branch a table ``x, low, high``: the interval of the fitted curve.
     """
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
         label = f"{branch}: {len(rows)} pairs"
         _points(ax, rows["x"], rows["y"], branch, len(pairs) > CROWDED, label)
-    if isinstance(fits, Polynomial):
-        fits = {"pooled": fits}
     for branch, polynomial in fits.items():
         (color, _), note = BRANCH_STYLES[branch], "fit"
         if bands and branch in bands:
@@ -85,16 +83,13 @@ def curves(
 ) -> Axes:
     """Predictions of several entries, each over its own domain, or over ``domain`` where none was published."""
     ax = axes_or_new(ax)
-    for (label, polynomial), style in zip(
-        polynomials.items(), cycle(SERIES_STYLES), strict=False
-    ):
-        color, line = style
+    styles = cycle(SERIES_STYLES)
+    for (label, polynomial), (color, line) in zip(polynomials.items(), styles, strict=False):
         known = polynomial.domain or domain
         _curve(ax, polynomial, known, color=color, linestyle=line, label=label)
     ax.axhline(0, color=INK, linewidth=0.8)
-    return finish(
-        ax, title, "x: relative L1 change of the signal", "predicted relative L1 change"
-    )
+    xlabel = "x: relative L1 change of the signal"
+    return finish(ax, title, xlabel, "predicted relative L1 change")
 
 
 def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
@@ -104,12 +99,8 @@ def residuals(pairs: pd.DataFrame, fits: Fits, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
-        polynomial = (
-            fits if isinstance(fits, Polynomial) else fits.get(branch, fits.get("pooled"))
-        )
-        if polynomial is None:
-            continue
-        rest = rows["y"] - np.vectorize(polynomial.predict)(rows["x"])
+        predict = np.vectorize(_fit_of(fits, branch).predict)
+        rest = rows["y"] - predict(rows["x"])
         _points(ax, rows["sigma"], rest, branch, crowded=True)
         median = rest.groupby(rows["sigma"]).median()
         color, _ = BRANCH_STYLES[branch]
@@ -131,16 +122,9 @@ def over_sigma(
     """A logged quantity over sigma, noise to image: median over trajectories and the range from 10 to 90 %."""
     ax = axes_or_new(ax)
     for branch, rows in pairs.groupby("branch"):
-        color, marker = BRANCH_STYLES[branch]
         table = rows.groupby("sigma")[column].quantile([0.1, 0.5, 0.9]).unstack()
-        _range(ax, table.index, table[0.1], table[0.9], color)
-        style: Any = {
-            "color": color,
-            "marker": marker,
-            "markersize": 3,
-            "linewidth": 1.5,
-        }
-        ax.plot(table.index, table[0.5], label=branch, **style)
+        style = {"markersize": 3, "linewidth": 1.5}
+        _line_in_range(ax, branch, table.index, table[0.5], table[0.1], table[0.9], **style)
     ax.invert_xaxis()
     ax.set_ylim(bottom=0)
     return finish(ax, title, SIGMA_LABEL, label or column)
@@ -162,13 +146,7 @@ def replay_curve(
     ax.plot(x, table["computed_steps"], color=BLUE, linewidth=2, label=label)
     if verified is not None and len(verified):
         points = verified["threshold"], verified["computed_steps"]
-        ax.plot(
-            *points,
-            color=VERMILION,
-            marker="s",
-            linestyle="none",
-            label="real cached runs",
-        )
+        ax.plot(*points, "s", color=VERMILION, label="real cached runs")
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, "Threshold and computed steps", "threshold", "computed steps")
@@ -178,20 +156,12 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Held-out error over the number of prompts used for the fit.
 
     Args:
-        table: Columns ``prompts``, ``rmse``, ``low``, ``high``; ``branch`` for one line each.
+        table: Columns ``branch``, ``prompts``, ``rmse``, ``low``, ``high``.
     """
     ax = axes_or_new(ax)
-    if "branch" not in table:
-        table = table.assign(branch="pooled")
     for branch, rows in table.groupby("branch"):
-        color, marker = BRANCH_STYLES[branch]
-        _range(ax, rows["prompts"], rows["low"], rows["high"], color)
-        style: Any = {
-            "color": color,
-            "marker": marker,
-            "markersize": 4,
-        }
-        ax.plot(rows["prompts"], rows["rmse"], label=branch, **style)
+        columns = (rows[name] for name in ("prompts", "rmse", "low", "high"))
+        _line_in_range(ax, branch, *columns, markersize=4)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, "How many prompts are enough", "prompts fitted", "held-out RMSE of y")
@@ -199,7 +169,7 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def fit_figure(
     pairs: pd.DataFrame,
-    fits: Mapping[str, Polynomial],
+    fits: Fits,
     bands: Mapping[str, pd.DataFrame] | None = None,
     *,
     signal: str = "modulated_input",
@@ -212,21 +182,21 @@ def fit_figure(
         figure = Figure(figsize=(11, 6.6), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
         above = parts[0].subplots(1, branches.ngroups, squeeze=False)[0]
-        below = parts[1].subplots(1, 3)
+        left, middle, right = parts[1].subplots(1, 3)
         figure.suptitle(title, fontsize=11)
     names = {"signal": signal, "target": target}
     for (branch, own), ax in zip(branches, above, strict=True):
-        polynomial = fits.get(str(branch), fits.get("pooled"))
-        of_branch = {str(branch): polynomial} if polynomial else {}
-        pairs_with_fit(own, of_branch, bands, ax, **names, title=f"{branch}: pairs and fit")
-    residuals(pairs, fits, below[0])
-    over_sigma(
-        pairs, "x", below[1], label=SIGNAL_LABELS[signal], title="Signal over the schedule"
-    )
-    over_sigma(
-        pairs, "y", below[2], label=TARGET_LABELS[target], title="Target over the schedule"
-    )
+        fit = {str(branch): _fit_of(fits, branch)}
+        pairs_with_fit(own, fit, bands, ax, **names, title=f"{branch}: pairs and fit")
+    residuals(pairs, fits, left)
+    x, y = SIGNAL_LABELS[signal], TARGET_LABELS[target]
+    over_sigma(pairs, "x", middle, label=x, title="Signal over the schedule")
+    over_sigma(pairs, "y", right, label=y, title="Target over the schedule")
     return figure
+
+
+def _fit_of(fits: Fits, branch: Any) -> Polynomial:
+    return fits[branch if branch in fits else "pooled"]
 
 
 def _points(
@@ -239,20 +209,8 @@ def _points(
 ) -> None:
     color, marker = BRANCH_STYLES[branch]
     size, alpha = (7, 0.35) if crowded else (14, 0.6)
-    style: Any = {
-        "color": color,
-        "marker": marker,
-        "linewidths": 0,
-        "rasterized": crowded,
-    }
-    ax.scatter(
-        x,
-        y,
-        s=size,
-        alpha=alpha,
-        label=label,
-        **style,
-    )
+    look: Any = {"color": color, "marker": marker, "linewidths": 0, "rasterized": crowded}
+    ax.scatter(x, y, s=size, alpha=alpha, label=label, **look)
 
 
 def _curve(
@@ -261,6 +219,14 @@ def _curve(
     """Its predictions over a domain, clamping and sign rule included."""
     x = np.linspace(*domain, 200)
     ax.plot(x, np.vectorize(polynomial.predict)(x), linewidth=2, **style)
+
+
+def _line_in_range(
+    ax: Axes, branch: Any, x: Any, middle: Any, low: Any, high: Any, **style: Any
+) -> None:
+    color, marker = BRANCH_STYLES[branch]
+    _range(ax, x, low, high, color)
+    ax.plot(x, middle, label=branch, color=color, marker=marker, **style)
 
 
 def _range(ax: Axes, x: Any, low: pd.Series, high: pd.Series, color: str) -> None:

@@ -55,8 +55,8 @@ def report(folder: str | os.PathLike) -> Path:
     target, pictures = findings.folder / "report", report_figures(findings)
     drawings = {name: picture.drawing for name, picture in pictures.items()}
     for name, drawing in ({"fit": fit_picture(findings)} | drawings).items():
-        save(drawing, target / f"{name}.png")
-        save(drawing, target / f"{name}.svg")
+        for suffix in ("png", "svg"):
+            save(drawing, target / f"{name}.{suffix}")
     path = target / "report.html"
     write_atomically(path, render(findings, pictures).encode())
     return path
@@ -74,48 +74,46 @@ def fit_picture(findings: Findings) -> Figure:
 def report_figures(findings: Findings) -> dict[str, Picture]:
     """Name -> picture, in the order of the report."""
     pictures: dict[str, Picture] = {}
-    for expert in findings.run.experts:
-        prefix = f"{expert}-" if len(findings.run.experts) > 1 else ""
+    experts = findings.run.experts
+    for expert in experts:
+        prefix = f"{expert}-" if len(experts) > 1 else ""
         pictures |= {prefix + name: shown for name, shown in _fit_pictures(findings, expert)}
-    drawing = plots.replay_curve(findings.replayed, verified=findings.thresholds("verified"))
-    caption = (
-        "From the recorded signals alone; skipping itself is assumed not to change them."
+    pictures["replay"] = Picture(
+        plots.replay_curve(findings.replayed, verified=findings.thresholds("verified")),
+        "thresholds",
+        "Computed steps over the threshold",
+        "From the recorded signals alone; skipping itself is assumed not to change them.",
     )
-    title = "Computed steps over the threshold"
-    pictures["replay"] = Picture(drawing, "thresholds", title, caption)
     return pictures | dict(_run_pictures(findings))
 
 
 def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Picture]]:
-    entry = findings.entry
-    names: Any = {"signal": entry.signal, "target": entry.target}
-    pairs, fits, bands = (
-        findings.pairs(expert),
-        findings.fits(expert),
-        findings.bands(expert),
-    )
+    signal, target = findings.entry.signal, findings.entry.target
+    pairs, fits = findings.pairs(expert), findings.fits(expert)
+    bands = findings.bands(expert)
     for branch, polynomial in fits.items():
-        title = f"{branch}: pairs and fit"
-        own = pairs[pairs["branch"] == branch]
-        drawing = plots.pairs_with_fit(own, {branch: polynomial}, bands, **names, title=title)
+        title, own = f"{branch}: pairs and fit", pairs[pairs["branch"] == branch]
+        drawing = plots.pairs_with_fit(
+            own, {branch: polynomial}, bands, signal=signal, target=target, title=title
+        )
         caption = "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
         yield f"pairs-{branch}", Picture(drawing, "fit", title, caption)
     title = "What the fit leaves over"
     caption = "A line away from zero: the schedule explains something that x does not."
     yield "residuals", Picture(plots.residuals(pairs, fits), "fit", title, caption)
-    labels = plots.SIGNAL_LABELS[entry.signal], plots.TARGET_LABELS[entry.target]
-    for name, column, label in zip(names, "xy", labels, strict=True):
+    for name, column, label in (
+        ("signal", "x", plots.SIGNAL_LABELS[signal]),
+        ("target", "y", plots.TARGET_LABELS[target]),
+    ):
         title = f"{name.capitalize()} over the schedule"
         drawing = plots.over_sigma(pairs, column, label=label, title=title)
         caption = "Median over prompts and the range from 10 to 90 %."
-        yield (
-            name,
-            Picture(drawing, "fit", title, caption + findings.coinciding(column, expert)),
-        )
+        caption += findings.coinciding(column, expert)
+        yield name, Picture(drawing, "fit", title, caption)
     learning = findings.learning(expert)
     if len(learning):
-        caption = "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws)."
         title = "Held-out error over the number of prompts"
+        caption = "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws)."
         yield "learning", Picture(plots.learning_curve(learning), "fit", title, caption)
 
 
@@ -123,8 +121,8 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
     """What real runs gave."""
     if findings.verification is None:
         return
-    measure = main_measure(findings.verification.results)
-    drawing = run_plots.pareto(findings.verification.summary, measure=measure)
+    summary = findings.verification.summary
+    drawing = run_plots.pareto(summary, measure=summary["measure"].iloc[0])
     caption = (
         "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little apart. "
         "One colour per kind of policy, grey for other rules and caches; the best come first."
@@ -132,11 +130,9 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
     yield "pareto", Picture(drawing, "runs", "Quality over computed steps", caption)
     if patterns := findings.patterns():
         drawing = run_plots.step_patterns(patterns)
+        title = "Computed steps by threshold"
         caption = "The first held-out prompt: what the replay foresaw and what the real run did, per threshold."
-        yield (
-            "patterns",
-            Picture(drawing, "thresholds", "Computed steps by threshold", caption),
-        )
+        yield "patterns", Picture(drawing, "thresholds", title, caption)
     for policy in (GATE, PLAN):
         if samples := findings.samples(policy):
             series = samples[0].uncached.ndim == 2
@@ -160,28 +156,34 @@ def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
         finalize=_finalize,
     )
     environment.filters |= {"number": number, "data": _data}
-    context: dict[str, Any] = {"findings": findings, "pictures": pictures.values()}
-    context |= {
-        "python": "",
-        "export": "",
-        "images": {},
-        "fits": figures_table(findings.entry),
-    }
-    context["plans"] = [_plan(findings, plan) for plan in findings.entry.plans or ()]
+    return environment.get_template("report.html.jinja").render(
+        findings=findings,
+        pictures=pictures.values(),
+        fits=figures_table(findings.entry),
+        plans=[_plan(findings, plan) for plan in findings.entry.plans or ()],
+        **_advised(findings),
+    )
+
+
+def _advised(findings: Findings) -> dict[str, Any]:
+    """How the advice is followed, the measures of the runs behind it, and by policy the samples to look at."""
     advice = findings.advice
-    if findings.verification is not None and advice is not None:
-        results, deployed = findings.verification.results, (findings.entry, findings.folder)
-        context["python"] = python_lines(advice, *deployed)
-        context["export"] = export_line(advice, *deployed)
-        main = main_measure(results)
-        context["measure"] = MEASURES[main]
-        context["others"] = [measure for measure in measured(results) if measure.name != main]
-        for policy in dict.fromkeys((advice.policy or SHOWN[0], *SHOWN)):
-            samples = findings.samples(policy, advice.budget or None, SHOWN_PROMPTS)
-            # Series are drawn as lines, see _run_pictures.
-            if samples and samples[0].uncached.ndim == 3:
-                context["images"][policy] = samples
-    return environment.get_template("report.html.jinja").render(context)
+    if advice is None:
+        return {"images": {}}
+    deployed, results = (findings.entry, findings.folder), findings.results
+    main, images = MEASURES[main_measure(results)], {}
+    for policy in dict.fromkeys((advice.policy or SHOWN[0], *SHOWN)):
+        samples = findings.samples(policy, advice.budget or None, SHOWN_PROMPTS)
+        # Series are drawn as lines, see _run_pictures.
+        if samples and samples[0].uncached.ndim == 3:
+            images[policy] = samples
+    return {
+        "python": python_lines(advice, *deployed),
+        "export": export_line(advice, *deployed),
+        "measure": main,
+        "others": [measure for measure in measured(results) if measure is not main],
+        "images": images,
+    }
 
 
 def _finalize(value: Any) -> Any:
@@ -195,20 +197,23 @@ def _finalize(value: Any) -> Any:
 
 def _plan(findings: Findings, plan: Plan) -> dict[str, Any]:
     """A plan with what was measured of it, by verification where it took part, else by the planner."""
-    known = plan.figures or {}
-    measures = (name for name in MEASURES if MEASURES[name].unit == "dB" and name in known)
-    measure = next(measures, "")
-    shown = {"plan": plan, "by": "planner"}
-    shown |= {name: known.get(name) for name in ("speedup", "prompts")}
-    shown |= {"quality": known.get(measure), "worst": known.get(f"worst_{measure}")}
     if findings.verification is not None:
-        rows = findings.verification.summary.set_index(["policy", "budget", "num_steps"])
+        summary = findings.verification.summary
         own = (PLAN, plan.computed_steps, len(plan.schedule))
-        if own in rows.index:
-            row = rows.loc[own]
-            shown |= {name: row[name] for name in ("speedup", "prompts", "worst")}
-            shown |= {"quality": row[row["measure"]], "by": "verification"}
-    return shown
+        rows = summary[(summary[["policy", "budget", "num_steps"]] == own).all(axis=1)]
+        for row in rows.to_dict("records"):
+            return row | {"plan": plan, "by": "verification", "quality": row[row["measure"]]}
+    known = plan.figures or {}
+    in_db = (name for name in MEASURES if MEASURES[name].unit == "dB" and name in known)
+    measure = next(in_db, "")
+    return {
+        "plan": plan,
+        "by": "planner",
+        "quality": known.get(measure),
+        "worst": known.get(f"worst_{measure}"),
+        "speedup": known.get("speedup"),
+        "prompts": known.get("prompts"),
+    }
 
 
 def _data(image: np.ndarray) -> str:

@@ -15,16 +15,16 @@ import coeffs
 from calibrate.errors import InvalidOption
 from calibrate.fitting.held_out import learning_curve
 from calibrate.fitting.intervals import bootstrap
-from calibrate.fitting.replay import Search, polynomials
+from calibrate.fitting.replay import Search
 from calibrate.model.table import EMBEDDED_MODEL
 from calibrate.runs.pairs import Run, load_run
 from calibrate.text import number
 from calibrate.trials.measures import capped, main_measure
-from calibrate.trials.setting import GATE, SHOWN, branches_of, gate_config
+from calibrate.trials.setting import GATE, SHOWN, branches_of
 from calibrate.verifying.advice import Advice, advise
 from calibrate.verifying.comparison import Comparison, judge_plan
 from calibrate.verifying.results import Verification, load_verification
-from coeffs import Entry, Polynomial
+from coeffs import Entry, Fit, Polynomial
 
 CURVE_POINTS = 40
 COINCIDE = 0.02  # of the range: curves of two branches that are nearer look like one
@@ -63,26 +63,27 @@ class Findings:
         """The usable pairs of an expert with the entry's signal and target as ``x`` and ``y``."""
         return self.run.pairs(self.entry.signal, self.entry.target, expert, branch)
 
+    def fitted(self, expert: str = "transformer") -> dict[str, Fit]:
+        """The fit that each of the run's branches is gated with."""
+        return {name: self.entry.fit(expert, name) for name in self.run.branches(expert)}
+
     def fits(self, expert: str = "transformer") -> dict[str, Polynomial]:
-        """The polynomial that each of the run's branches is gated with."""
-        rule, names = self.entry.sign_rule, self.run.branches(expert)
-        return {name: self.entry.fit(expert, name).polynomial(rule) for name in names}
+        """The polynomials of these fits."""
+        rule = self.entry.sign_rule
+        return {name: fit.polynomial(rule) for name, fit in self.fitted(expert).items()}
 
     def bands(self, expert: str = "transformer") -> dict[str, pd.DataFrame]:
         """95 % interval of each branch's curve over its domain; none with fewer than three prompts."""
         bands = {}
-        for name in self.run.branches(expert):
-            fit = self.entry.fit(expert, name)
-            resampled = bootstrap(self.pairs(expert, name), fit)
-            if resampled is not None:
+        for name, fit in self.fitted(expert).items():
+            if resampled := bootstrap(self.pairs(expert, name), fit):
                 bands[name] = resampled.curve_band()
         return bands
 
     def learning(self, expert: str = "transformer") -> pd.DataFrame:
         """Held-out error over the number of prompts, per branch; empty with fewer than four prompts."""
         tables = []
-        for name in self.run.branches(expert):
-            fit = self.entry.fit(expert, name)
+        for name, fit in self.fitted(expert).items():
             table, _ = learning_curve(self.pairs(expert, name), fit.degree or 1, fit.method)
             tables.append(table.assign(branch=name))
         return pd.concat(tables, ignore_index=True)
@@ -90,12 +91,10 @@ class Findings:
     @cached_property
     def replayed(self) -> pd.DataFrame:
         """Computed steps and expected speed-up over the threshold, from the gate on the recorded signals."""
-        entry, mode = self.entry, branches_of(GATE, self.entry)
-        of_branch = polynomials(entry, self.run)
-        search = Search(self.run, of_branch, gate_config(entry), entry.signal, mode)
-        counts = search.generation_means(search.computed(search.grid))
+        search = Search(self.run, self.entry, branches_of(GATE, self.entry))
+        counts = search.steps(search.grid).mean(axis=-1)
         # The stretch in which the number of computed steps changes, evenly spaced in threshold.
-        few = max(counts.min() + 0.5, 0.2 * search.generation_means(search.num_steps))
+        few = max(counts.min() + 0.5, 0.2 * search.all_steps)
         last = search.grid[int(np.argmax(counts <= few))]
         return search.summary(np.linspace(0, last, CURVE_POINTS))
 
@@ -103,16 +102,24 @@ class Findings:
         """Rows of the entry's threshold table of one kind (``replay``, ``verified``, ``reported``)."""
         return pd.DataFrame([vars(row) for row in self.entry.thresholds if row.kind == kind])
 
+    @property
+    def results(self) -> pd.DataFrame:
+        """Every verified run, one row each.
+
+        Raises:
+            InvalidOption: Where there is no verification.
+        """
+        if self.verification is None:
+            advice = f"run `calibrate verify {self.folder}` first"
+            raise InvalidOption(f"{self.folder}: not verified yet; {advice}")
+        return self.verification.results
+
     def patterns(self) -> dict[str, str]:
         """Replayed and real patterns of the first held-out prompt, one pair of rows per budget of the fitted gate."""
-        if self.verification is None:
-            return {}
-        rows = self.verification.results
-        rows = rows[
-            (rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])
-        ]
+        rows = self.results[self.results["policy"] == GATE]
+        first = rows[rows["prompt_id"] == self.results["prompt_id"].iloc[0]]
         patterns = {}
-        for row in rows.drop_duplicates("budget").itertuples():
+        for row in first.drop_duplicates("budget").itertuples():
             for branch, foreseen in list(row.replayed.items())[:1]:
                 patterns[f"{row.threshold:.3g} replayed"] = foreseen
                 patterns[f"{row.threshold:.3g} real run"] = row.patterns[branch]
@@ -122,22 +129,18 @@ class Findings:
         self, policy: str = GATE, budget: int | None = None, count: int = 3
     ) -> list[Sample]:
         """Kept samples of a policy, the worst prompts first; those of the budget nearest to half of the steps."""
-        if self.verification is None or "sample" not in self.verification.results:
+        rows = self.results.assign(quality=capped(self.results, main_measure(self.results)))
+        if "sample" not in rows:  # sound is not kept
             return []
-        rows = self.verification.results
         rows = rows[rows["sample"].notna() & (rows["policy"] == policy)]
         budgets = sorted(rows["budget"].unique())
         if budget is None and budgets:
             budget = budgets[len(budgets) // 2]
-        rows = rows[rows["budget"] == budget]
-        rows = rows.assign(
-            quality=capped(rows, main_measure(self.verification.results))
-        ).sort_values("quality")
-        return [self._sample(row) for row in rows.head(count).itertuples()]
+        shown = rows[rows["budget"] == budget].sort_values("quality").head(count)
+        return [self._sample(row) for row in shown.itertuples()]
 
     def _sample(self, row: Any) -> Sample:
-        assert self.verification is not None
-        folder = self.verification.folder
+        folder = self.folder / "verify"
         with np.load(folder / "samples" / row.sample) as stored:
             cached = stored["image"].astype(np.float64)
         with np.load(folder / "reference" / row.reference) as stored:
@@ -146,22 +149,22 @@ class Findings:
             uncached = uncached[len(uncached) // 2]
         return Sample(row.prompt, uncached, cached, row.quality)
 
-    @cached_property
+    @property
     def plan_comparisons(self) -> list[Comparison]:
         """The plan against every other policy; nothing where no plan took part."""
-        return [] if self.verification is None else judge_plan(self.verification.results)
+        return judge_plan(self.results)
 
     @cached_property
     def advice(self) -> Advice | None:
         """What to deploy; None without a verification."""
-        return None if self.verification is None else advise(self.verification.results)
+        return None if self.verification is None else advise(self.results)
 
     def by_prompt(self) -> pd.DataFrame:
         """The main measure of every prompt (rows) under the main policies at the advised steps, the worst first."""
-        if self.verification is None or self.advice is None or self.advice.policy is None:
+        if self.advice is None or self.advice.policy is None:
             return pd.DataFrame()
-        rows = self.verification.results[lambda rows: rows["budget"] == self.advice.budget]
-        rows = rows.assign(value=capped(rows, main_measure(self.verification.results)))
+        rows = self.results[self.results["budget"] == self.advice.budget]
+        rows = rows.assign(value=capped(rows, main_measure(self.results)))
         table = rows.pivot_table("value", "prompt", "policy", sort=False)
         shown = dict.fromkeys((self.advice.policy, *SHOWN))
         return table[[name for name in shown if name in table]].sort_values(
@@ -179,13 +182,14 @@ class Findings:
     def fit_headline(self, expert: str = "transformer") -> str:
         """What the fit is worth, in one sentence per branch: on unseen prompts, and against the schedule alone."""
         parts = []
-        for name in self.run.branches(expert):
-            figures = self.entry.fit(expert, name).figures or {}
-            unseen, alone = figures.get("r2_held_out"), figures.get("r2_step_mean")
-            text = "no prompt was held out"
+        for name, fit in self.fitted(expert).items():
+            figures = fit.figures or {}
+            unseen, text = figures.get("r2_held_out"), "no prompt was held out"
             if unseen is not None:
-                text = f"R² {unseen:.2f} on unseen prompts"
-                text += f", {number(alone)} from the step number alone"
+                alone = number(figures.get("r2_step_mean"))
+                text = (
+                    f"R² {unseen:.2f} on unseen prompts, {alone} from the step number alone"
+                )
             parts.append(f"{name}: {text}")
         return "; ".join(parts) + "."
 
@@ -197,27 +201,27 @@ def load_findings(folder: str | os.PathLike) -> Findings:
         CalibrateError, CoeffsError: For a folder that is no run, or has not been fitted yet.
     """
     folder = Path(folder)
-    run = load_run(folder)
-    if not (folder / "entry.yaml").exists():
-        missing = f"{folder}: no entry.yaml in it yet"
-        raise InvalidOption(f"{missing}; run `calibrate fit {folder}` first")
-    entry = coeffs.load(folder / "entry.yaml")
-    return Findings(run, entry, load_verification(folder), folder)
+    run, path = load_run(folder), folder / "entry.yaml"
+    if not path.exists():
+        advice = f"run `calibrate fit {folder}` first"
+        raise InvalidOption(f"{folder}: no entry.yaml in it yet; {advice}")
+    return Findings(run, coeffs.load(path), load_verification(folder), folder)
 
 
 def figures_table(entry: Entry) -> pd.DataFrame:
     """One row per expert and branch of an entry: in-sample and held-out figures beside those of the rivals."""
-    rows = []
-    for expert, known in entry.experts.items():
-        for branch, fit in known.branches.items():
-            row = {
-                "expert": expert,
-                "branch": branch,
-                "recommended": branch == known.recommended,
-            }
-            row |= {"fit": fit.method, "pairs": fit.counts.pairs if fit.counts else None}
-            rows.append(row | {name: (fit.figures or {}).get(name) for name in FIT_FIGURES})
-    return pd.DataFrame(rows)
+    return pd.DataFrame([
+        {
+            "expert": expert,
+            "branch": branch,
+            "recommended": branch == known.recommended,
+            "fit": fit.method,
+            "pairs": fit.counts.pairs if fit.counts else None,
+            **{name: (fit.figures or {}).get(name) for name in FIT_FIGURES},
+        }
+        for expert, known in entry.experts.items()
+        for branch, fit in known.branches.items()
+    ])  # fmt: skip
 
 
 def example_run() -> Path:

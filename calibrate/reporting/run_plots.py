@@ -24,6 +24,7 @@ from calibrate.reporting.style import (
 )
 from calibrate.trials.measures import MEASURES
 
+LEGEND: dict[str, Any] = {"ncols": 2, "labelcolor": INK, "frameon": False}
 LEADING = (VERMILION, BLUE)  # the plan and the gate, in front of the others
 
 
@@ -51,7 +52,7 @@ def pareto(
         if color in LEADING and line == "-":
             width = 2.4
         mean = rows[measure]
-        errors = np.array([mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean])
+        errors = mean - rows[f"{measure}_low"], rows[f"{measure}_high"] - mean
         ax.errorbar(
             rows["computed_steps"] + place,
             mean,
@@ -69,18 +70,9 @@ def pareto(
     known = MEASURES[measure]
     label = f"{known.label} against uncached" + (f" ({known.unit})" if known.unit else "")
     finish(ax, "Quality at equal work (mean, 95 % interval)", "computed steps", label)
-    below: Any = {
-        "loc": "upper left",
-        "bbox_to_anchor": (-0.08, -0.14),
-        "ncols": 2,
-    }
-    ax.legend(
-        **below,
-        labelcolor=INK,
-        frameon=False,
-        fontsize=8.5,
-        handlelength=3.2,
-    )
+    # Below the axes, where all policies have room.
+    place = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.14)}
+    ax.legend(**LEGEND, **place, fontsize=8.5, handlelength=3.2)
     return ax
 
 
@@ -90,12 +82,9 @@ def by_quality(summary: pd.DataFrame, measure: str = "psnr_db") -> list[str]:
     Policies have points at different numbers of steps, so that their means alone do not compare.
     """
     finite = summary[np.isfinite(summary[measure])]
-    degree = min(1, finite["computed_steps"].nunique() - 1)
-    line = (
-        np.polyfit(finite["computed_steps"], finite[measure], degree)
-        if len(finite)
-        else [0.0]
-    )
+    x, line = finite["computed_steps"], np.zeros(1)
+    if len(finite):
+        line = np.polyfit(x, finite[measure], min(1, x.nunique() - 1))
     rest = summary[measure] - np.polyval(line, summary["computed_steps"])
     means = rest.groupby(summary["policy"], sort=False).mean()
     less_is_better = not MEASURES[measure].higher_is_better
@@ -128,23 +117,23 @@ def sample_grid(
         samples: ``(label, uncached, cached, ...)`` with images (height, width, 3) in [0, 1].
         gain: Factor of the difference; by default the power of two that makes the largest one just visible at full.
     """
-    pairs = np.array([(uncached, cached) for _, uncached, cached, *_ in samples])
-    difference = np.abs(pairs[:, :1] - pairs[:, 1:]).mean(axis=-1, keepdims=True)
+    uncached, cached = (np.array([sample[at] for sample in samples]) for at in (1, 2))
+    difference = np.abs(uncached - cached).mean(axis=-1, keepdims=True)
     if gain is None:
         largest = max(difference.max(), 1 / 256)  # nothing is brightened more than 256-fold
         gain = 2 ** np.floor(np.log2(1 / largest))
-    brightened = np.repeat(gain * difference, 3, axis=-1)
-    images = np.concatenate([pairs, brightened], axis=1).clip(0, 1)
-    count, columns, height, width, _ = images.shape
+    count, height, width, _ = uncached.shape
     gap = max(1, width // 16)
-    whole = (0, 0)
-    opaque = np.pad(images, (whole, whole, whole, whole, (0, 1)), constant_values=1)
-    cells = np.pad(opaque, (whole, whole, (0, gap), (0, gap), whole))  # transparent
-    canvas = cells.swapaxes(1, 2).reshape(count * (height + gap), -1, 4)
+    # Red, green, blue and opacity of every cell and of the transparent gaps around it.
+    cells = np.zeros((count, height + gap, 3, width + gap, 4))
+    for column, images in enumerate((uncached, cached, gain * difference)):
+        cells[:, :height, column, :width, :3] = images
+        cells[:, :height, column, :width, 3] = 1
+    canvas = cells.reshape(count * (height + gap), -1, 4)[:-gap, :-gap]
     ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * count))
-    ax.imshow(canvas[:-gap, :-gap], interpolation="nearest")
+    ax.imshow(canvas.clip(0, 1), interpolation="nearest")
     ax.xaxis.tick_top()
-    middles = width / 2 + np.arange(columns) * (width + gap)
+    middles = width / 2 + np.arange(3) * (width + gap)
     ax.set_xticks(middles, ["uncached", "cached", f"difference × {gain:g}"])
     middles = height / 2 + np.arange(count) * (height + gap)
     ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples])
@@ -170,14 +159,8 @@ def series_grid(samples: Sequence[tuple], ax: Axes | None = None) -> Axes:
         ):
             lines = ax.plot(x, (values.T - low) * scale - row, color=color, linewidth=1.2)
             lines[0].set_label("" if row else name)
-    ax.set_yticks([0.4 - row for row in range(len(samples))])
-    ax.set_yticklabels([fill(label, 20) for label, *_ in samples])
+    middles = [0.4 - row for row in range(len(samples))]
+    ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples])
     ax.set_xticks([])
-    ax.legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=2,
-        frameon=False,
-        labelcolor=INK,
-    )
+    ax.legend(**LEGEND, loc="lower right", bbox_to_anchor=(1, 1))
     return bare(ax)

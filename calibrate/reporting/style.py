@@ -48,30 +48,34 @@ POLICY_COLORS = {
 POLICY_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # One fewer than markers, so that their pairs repeat after 42 policies of a kind and not after 7.
 POLICY_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-INKED = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-GREYED = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "font.size": 9.5,
+    "text.color": INK,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.alpha": 0.18,
-    "grid.linewidth": 0.7,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "calibrate",
-    **dict.fromkeys(INKED, INK),
-    **dict.fromkeys(GREYED, GREY),
-    **dict.fromkeys(HIDDEN, False),
+}
+# Ticks are made when the figure is drawn, in whatever style is then in force: these are set on the axes.
+TICKS: dict[str, Any] = {
+    "color": GREY,
+    "labelcolor": INK,
+    "labelsize": 8.5,
+    "length": 3,
+    "grid_color": GREY,
+    "grid_alpha": 0.18,
+    "grid_linewidth": 0.7,
 }
 
 
@@ -86,14 +90,7 @@ def finish(ax: Axes, title: str | None, xlabel: str, ylabel: str) -> Axes:
     """Labels, and a legend where more than one thing has a name."""
     with mpl.rc_context(STYLE):
         ax.set(title=title or "", xlabel=xlabel, ylabel=ylabel)
-        # Ticks are made when the figure is drawn, in whatever style is then in force.
-        ax.tick_params(
-            color=GREY,
-            labelcolor=INK,
-            labelsize=8.5,
-            length=3,
-        )
-        ax.tick_params(grid_color=GREY, grid_alpha=0.18, grid_linewidth=0.7)
+        ax.tick_params(**TICKS)
         if len(ax.get_legend_handles_labels()[1]) > 1:
             ax.legend()
     return ax
@@ -141,15 +138,14 @@ def as_svg(drawing: Drawing, title: str = "") -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    text = text.replace(
-        BLUE.lower(), "var(--blue)"
-    )  # too dim on a dark page, which brightens it
+    # Too dim on a dark page, which brightens it.
+    text = text.replace(BLUE.lower(), "var(--blue)")
     head, _, rest = text.partition(">")
     label = escape(title)
     return f'{head} role="img" aria-label="{label}"><title>{label}</title>{rest}'
 
 
 def _write(drawing: Drawing, target: Path | io.StringIO, **options: Any) -> None:
-    figure: Any = drawing.figure if isinstance(drawing, Axes) else drawing
+    figure: Any = drawing.figure
     with mpl.rc_context(STYLE):
         figure.savefig(target, dpi=150, **options)

@@ -1,7 +1,6 @@
 """The printed tables of a fit: one row per branch, threshold or scored entry."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,33 +8,33 @@ import pandas as pd
 from calibrate.fitting.choice import BranchFit
 from calibrate.fitting.draft import replayed
 from calibrate.fitting.held_out import compare_candidates
-from calibrate.fitting.replay import Search, polynomials, threshold_for_speedup
+from calibrate.fitting.replay import Search, threshold_for_speedup
 from calibrate.runs.pairs import TARGET_COLUMNS, Run
 from calibrate.text import aligned, number, percent, ratio
 from coeffs import Entry
 
-SCORE_HEADER = (
-    *("scored", "pairs", "R²", "R² rescaled", "RMSE", "bias", "rank", "below", "above"),
-    *("negative", "target", "note"),
-)
+# Heading of a column, the figure in it, and its digits.
+SCORES = {
+    "R²": ("r2", 2),
+    "R² rescaled": ("r2_rescaled", 2),
+    "RMSE": ("rmse", 4),
+    "bias": ("bias", 4),
+    "rank": ("spearman", 2),
+}
+SHARES = {"below": "below_domain", "above": "above_domain", "negative": "negative"}
 REPLAY_HEADER = (
-    *(
-        "threshold",
-        "computed steps",
-        "95 % interval",
-        "single prompts",
-        "expected speed-up",
-    ),
+    *("threshold", "computed steps", "95 % interval", "single prompts"),
+    "expected speed-up",
 )
 
 
 def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
     """Both fits of each branch, the recommended one marked, with what needs no polynomial beside them."""
-    rows: list[dict[str, Any]] = []
-    for fit in fits:
-        name = f"{fit.expert}/{fit.branch}" if len(entry.experts) > 1 else fit.branch
-        for result in fit.results:
-            known = fit.figures[result.method]
+    rows = []
+    for branch in fits:
+        name = f"{branch.expert}/{branch.branch}" if len(entry.experts) > 1 else branch.branch
+        for fit in (branch.fit, *branch.fit.alternatives):
+            known = fit.figures or {}
             error = known["rmse_held_out"]
             value, low, high = (
                 known[f"spearman_within_step{end}"] for end in ("", "_low", "_high")
@@ -45,9 +44,9 @@ def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
                 within = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
             rows.append({
                 "branch": name,
-                "fit  ": result.method + (" *" if result is fit.chosen else "  "),
-                "pairs": len(fit.pairs),
-                "degree": result.degree,
+                "fit  ": fit.method + (" *" if fit is branch.fit else "  "),
+                "pairs": str(len(branch.pairs)),
+                "degree": str(fit.degree),
                 "R²": number(known["r2"]),
                 "held-out R²": number(known["r2_held_out"]),
                 "RMSE": number(error, 4),
@@ -88,37 +87,39 @@ def score_table(scores: pd.DataFrame) -> str:
     """Others' coefficients on our pairs."""
     rows = []
     for row in scores.to_dict("records"):
-        outside = (row.get(name) for name in ("below_domain", "above_domain", "negative"))
         rows.append((
             f"{row['candidate']} {row['expert']}/{row['branch']}",
-            *(str(row["pairs"]), number(row.get("r2")), number(row.get("r2_rescaled"))),
-            *(number(row.get("rmse"), 4), number(row.get("bias"), 4), number(row.get("spearman"))),
-            *(percent(share) for share in outside),
-            *(row["target"], row["note"]),
+            str(row["pairs"]),
+            *(number(row.get(figure), digits) for figure, digits in SCORES.values()),
+            *(percent(row.get(share)) for share in SHARES.values()),
+            row["target"],
+            row["note"],
         ))  # fmt: skip
+    header = ("scored", "pairs", *SCORES, *SHARES, "target", "note")
     note = "R² rescaled: with the best factor. below, above: pairs outside its domain. negative: predicted below 0."
-    return f"Others on these pairs\n{aligned(SCORE_HEADER, rows)}\n{note}"
+    return f"Others on these pairs\n{aligned(header, rows)}\n{note}"
 
 
 def replay_table(
     run: Run, entry: Entry, fits: Sequence[BranchFit], speedup: float | None = None
 ) -> str:
     """Threshold -> computed steps -> expected speed-up; with a marked row for the wanted speed-up where given."""
+    search = Search(run, entry)
     thresholds = {0.0, *(row.threshold for row in entry.thresholds)}
     wanted = None
     if speedup is not None:
-        search = Search(run, polynomials(entry, run), signal=entry.signal)
         wanted = threshold_for_speedup(search, speedup)
         thresholds.add(wanted)
-    rows = []
-    for row in replayed(run, entry, fits, sorted(thresholds)).itertuples():
-        rows.append((
+    rows = [
+        (
             f"{row.threshold:.4g}" + (" <" if row.threshold == wanted else ""),
             f"{row.computed_steps:.1f} of {row.num_steps:.0f}",
-            f"{row.low:.1f} to {row.high:.1f}" if np.isfinite(row.low) else "-",
-            f"{row.computed_low:.4g} to {row.computed_high:.4g}",
+            row.interval or "-",
+            row.prompts,
             f"{row.speedup:.2f}x",
-        ))  # fmt: skip
+        )
+        for row in replayed(search, fits, sorted(thresholds)).itertuples()
+    ]
     basis = "no timing: an upper bound"
     if run.timing:
         share = np.mean([stack / call for call, stack in run.timing.values()])

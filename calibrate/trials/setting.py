@@ -11,11 +11,10 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import CalibrateError
-from calibrate.fitting.replay import polynomials, replay
+from calibrate.fitting.replay import Search, gate_config
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.pairs import load_run
 from coeffs import Entry, Plan
-from runtime.decide.gate import GateConfig
 
 GATE = "fitted gate"
 APART_GATE = "fitted gate, branches apart"
@@ -105,17 +104,6 @@ def gate_setting(policy: str, entry: Entry, budget: int, threshold: float) -> Se
     return Setting(policy, "gate", budget, entry=entry, options=options)
 
 
-def gate_config(entry: Entry) -> GateConfig:
-    """The gate's settings as ``apply_tea_cache`` takes them; published sets decide as published."""
-    return GateConfig(
-        threshold=0.0,
-        start=1 if entry.start is None else entry.start,
-        end=1 if entry.end is None else entry.end,
-        max_skips=entry.max_skips,
-        compat=entry.status != "measured",
-    )
-
-
 def branches_of(policy: str, entry: Entry) -> str:
     """Whether the guidance branches decide ``together`` or, as published implementations do, ``apart``."""
     return "apart" if policy == APART_GATE or gate_config(entry).compat else "together"
@@ -145,12 +133,9 @@ def replayed(setting: Setting, pairs: pd.DataFrame, real: Patterns) -> dict[str,
     """What replay foresees of a gate from the uncached run's signals, and in how many steps the real run differs."""
     entry, threshold = setting.entry, setting.threshold
     assert entry is not None and threshold is not None, "only gates are replayed"
-    run, mode = load_run(pairs), setting.options["branches"]
-    of_branch = polynomials(entry, run)
-    table = replay(run, of_branch, [threshold], gate_config(entry), entry.signal, mode)
-    patterns = dict(
-        zip(table["expert"] + "/" + table["branch"], table["pattern"], strict=True)
-    )
+    search = Search(load_run(pairs), entry, setting.options["branches"])
+    names = search.trajectories["expert"] + "/" + search.trajectories["branch"]
+    patterns = dict(zip(names, search.patterns(threshold), strict=True))
     wrong = [
         sum(a != b for a, b in zip(patterns[name], pattern, strict=True))
         for name, pattern in real.items()

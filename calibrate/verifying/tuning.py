@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from calibrate.errors import InvalidOption
-from calibrate.fitting.replay import Search, polynomials
+from calibrate.fitting.replay import Search
 from calibrate.runs.folder import write_atomically
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import threshold_for
@@ -25,7 +25,6 @@ from calibrate.trials.setting import (
     Refused,
     Setting,
     branches_of,
-    gate_config,
     gate_setting,
 )
 from coeffs import Entry
@@ -165,7 +164,7 @@ def unsteady(entry: Entry, run: Run, settings: Sequence[Setting]) -> str:
     replayed, prompts = _replayed(GATE, entry, run)
     needed: dict[int, int] = {}
     for setting in settings:
-        of_prompt = pd.Series(replayed(setting.threshold)).groupby(prompts).mean()
+        of_prompt = pd.Series(replayed(setting.threshold or 0.0)).groupby(prompts).mean()
         needed[setting.budget] = prompts_needed(of_prompt.to_numpy())
     there = len(np.unique(prompts))
     few = [str(budget) for budget, count in needed.items() if count > there]
@@ -190,12 +189,10 @@ def prompts_needed(steps: np.ndarray) -> int:
 
 def _replayed(
     name: str, entry: Entry, run: Run
-) -> tuple[Callable[[ArrayLike | None], np.ndarray], np.ndarray]:
+) -> tuple[Callable[[ArrayLike], np.ndarray], np.ndarray]:
     """Computed steps of a gate's replay at a threshold, or several, by generation; and each one's prompt."""
-    mode = branches_of(name, entry)
-    search = Search(run, polynomials(entry, run), gate_config(entry), entry.signal, mode)
-    prompts = search.prompts[search.prompt_of]
-    return lambda thresholds: search.computed(thresholds) @ search.shares, prompts
+    search = Search(run, entry, branches_of(name, entry))
+    return search.steps, search.prompts[search.prompt_of]
 
 
 def tuned_diffusers(

@@ -149,20 +149,20 @@ def shaped(shape, **arguments):
 
 def test_the_recommendation_follows_the_shape_and_the_held_out_error():
     (rising,) = fit_branches(shaped(lambda x: 0.05 + x))
-    assert rising.chosen.method == "polyfit" and "non-negative" in rising.why
+    assert rising.fit.method == "polyfit" and "non-negative" in rising.fit.why
     (falling,) = fit_branches(shaped(lambda x: 0.4 - x))
-    assert falling.chosen.method == "polyfit" and "it falls in places" in falling.why
-    assert falling.results[1].method == "constrained"
+    assert falling.fit.method == "polyfit" and "it falls in places" in falling.fit.why
+    assert falling.fit.alternatives[0].method == "constrained"
     (negative,) = fit_branches(shaped(lambda x: 4 * (x - 0.15) ** 2 - 0.01))
     assert (
-        negative.chosen.method == "constrained"
-        and "negative on part of its domain" in negative.why
+        negative.fit.method == "constrained"
+        and "negative on part of its domain" in negative.fit.why
     )
     (forced,) = fit_branches(shaped(lambda x: 4 * (x - 0.15) ** 2 - 0.01), method="polyfit")
-    assert forced.chosen.method == "polyfit" and forced.why == "chosen by hand"
+    assert forced.fit.method == "polyfit" and forced.fit.why == "chosen by hand"
     for run in (shaped(lambda x: 0.05 + x), shaped(lambda x: 0.4 - x)):
         (one,) = fit_branches(run, method="constrained")
-        assert one.chosen.method == "constrained"
+        assert one.fit.method == "constrained"
         assert draft_entry(run, method="constrained").fit().method == "constrained"
 
 

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_data import make_frame
+from analysis_data import make_entry, make_frame
 
 from calibrate.fitting.intervals import bootstrap, computed_intervals
 from calibrate.fitting.least_squares import (
@@ -88,7 +88,7 @@ def test_intervals_of_computed_steps_are_calibrated():
         run = dataclasses.replace(run, frame=pairs, rows=pairs)
         result = fit_polynomial(pairs["x"], pairs["y"], 2)
         key = ("transformer", "cond")
-        search = Search(run, {key: result.polynomial()})
+        search = Search(run, make_entry(run, result))
         refits = {key: bootstrap(pairs, result, 60)}
         low, high = computed_intervals(search, refits, thresholds)
         hits.append((low <= truth) & (truth <= high))

@@ -186,7 +186,7 @@ def test_the_constrained_fit_never_leaves_its_constraints(cloud):
         assert values.min() >= 0
         assert np.diff(values).min() >= 0
     for broken in (negative_ranges, falling_ranges):
-        assert not broken(result.polynomial(), result.domain)
+        assert not broken(result, result.domain)
     # The stated price: never worse than a constant.
     assert np.sqrt(np.mean((result(x) - y) ** 2)) <= np.std(y) * (1 + 1e-6) + 1e-9 * y.max()
 
@@ -235,7 +235,7 @@ def test_constant_and_nearly_constant_x_lower_the_degree_and_say_so(fitter):
     constant = fitter(np.full(8, 0.1), y, 4)
     assert constant.coefficients_high_to_low == (0, 0, 0, 0, pytest.approx(3.5))
     assert constant.warnings[0] == "x is constant (0.1 to 0.1): degree 0 instead of 4"
-    assert constant.polynomial().predict(0.1) == pytest.approx(3.5)
+    assert constant.predict(0.1) == pytest.approx(3.5)
     two = fitter(np.repeat([0.1, 0.2], 4), y, 4)
     assert "x is known at too few places (2)" in two.warnings[
         0
@@ -247,9 +247,7 @@ def test_constant_and_nearly_constant_x_lower_the_degree_and_say_so(fitter):
         narrow.warnings[0] == "x is nearly constant (0.05 to 0.05001): degree 1 instead of 4"
     )
     np.testing.assert_allclose(narrow(np.array(narrow.domain)), [0.1, 0.2], rtol=1e-4)
-    assert fitter(np.zeros(5), np.full(5, 0.2), 2).polynomial().predict(0.0) == pytest.approx(
-        0.2
-    )
+    assert fitter(np.zeros(5), np.full(5, 0.2), 2).predict(0.0) == pytest.approx(0.2)
 
 
 def test_doubtful_coefficients_are_named():

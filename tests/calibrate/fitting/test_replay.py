@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from analysis_data import make_frame, make_run
+from analysis_data import make_entry, make_frame, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,24 +13,19 @@ from calibrate.fitting.draft import fit
 from calibrate.fitting.replay import (
     Search,
     Unreachable,
-    polynomials,
-    replay,
+    gate_config,
     threshold_for_speedup,
     threshold_grid,
 )  # fmt: skip
 from calibrate.runs.pairs import load_run
 from coeffs import Polynomial
-from runtime.decide.gate import Gate, GateConfig
+from runtime.decide.gate import Gate
 
 CURVE = Polynomial((2.0, 0.5, 0.01), (0.03, 0.2))
 
 
-def curves(run, polynomial=CURVE):
-    return {
-        (expert, branch): polynomial
-        for expert in run.experts
-        for branch in run.branches(expert)
-    }
+def search_of(run, polynomial=CURVE, branches="together", **window):
+    return Search(run, make_entry(run, polynomial, **window), branches)
 
 
 def restated(x, threshold, polynomial, start=1, end=1, max_skips=None):
@@ -63,9 +58,11 @@ def logs(draw):
     return load_run(frame.assign(x=x))
 
 
-def gated(run, polynomial, config):
+def gated(run, polynomial, threshold, **window):
     """The pattern that the runtime's own gate makes of every trajectory."""
-    search = Search(run, curves(run), branches="apart")
+    entry = make_entry(run, polynomial, **window)
+    config = replace(gate_config(entry), threshold=threshold)
+    search = Search(run, entry, branches="apart")
     patterns = []
     for x, num_steps in zip(search.x, search.num_steps, strict=True):
         gate, pattern = Gate(polynomial, config), ""
@@ -84,45 +81,40 @@ def gated(run, polynomial, config):
     st.none() | st.integers(1, 4), st.sampled_from(["clamp", "signed", "abs"]),
 )  # fmt: skip
 def test_replay_gate_and_restatement_agree(run, threshold, start, end, max_skips, sign_rule):
-    config = GateConfig(threshold=0.0, start=start, end=end, max_skips=max_skips)
-    search = Search(run, curves(run), config, branches="apart")
-    decisions = replay(run, curves(run), [threshold], config, branches="apart")
-    trajectories = zip(search.x, search.num_steps, strict=True)
-    for (x, num_steps), pattern in zip(trajectories, decisions["pattern"], strict=True):
+    window = {"start": start, "end": end, "max_skips": max_skips}
+    apart = search_of(run, branches="apart", **window)
+    trajectories = zip(apart.x, apart.num_steps, strict=True)
+    for (x, num_steps), pattern in zip(trajectories, apart.patterns(threshold), strict=True):
         counts = [
             math.ceil(value * num_steps) if isinstance(value, float) else value
             for value in (start, end)
         ]
-        window = max(counts[0], 1), counts[1]
-        assert pattern == restated(x[:num_steps], threshold, CURVE, *window, max_skips)
+        edges = max(counts[0], 1), counts[1]
+        assert pattern == restated(x[:num_steps], threshold, CURVE, *edges, max_skips)
     wavy = Polynomial((30.0, -8.0, 0.3), (0.0, 0.2), sign_rule)
     for polynomial in (CURVE, wavy):
-        decisions = replay(
-            run, curves(run, polynomial), [threshold], config, branches="apart"
-        )
-        expected = gated(run, polynomial, replace(config, threshold=threshold))
-        assert decisions["pattern"].tolist() == expected
-        assert decisions["computed"].tolist() == [pattern.count("C") for pattern in expected]
-    together = replay(run, curves(run), [threshold], config)
-    conditional = decisions_of(
-        replay(run, curves(run), [threshold], config, branches="apart"), "cond"
-    )
-    assert decisions_of(together, "cond") == decisions_of(together, "uncond") == conditional
-    computed = Search(run, curves(run), config).computed(threshold)
-    assert together["computed"].tolist() == computed.tolist()
+        search = search_of(run, polynomial, branches="apart", **window)
+        expected = gated(run, polynomial, threshold, **window)
+        assert search.patterns(threshold) == expected
+        computed = search.computed(threshold).tolist()
+        assert computed == [pattern.count("C") for pattern in expected]
+    together, conditional = search_of(run, **window), patterns_of(apart, "cond", threshold)
+    for branch in ("cond", "uncond"):
+        assert patterns_of(together, branch, threshold) == conditional
 
 
-def decisions_of(decisions, branch):
-    return decisions.loc[decisions["branch"] == branch, "pattern"].tolist()
+def patterns_of(search, branch, threshold):
+    patterns = zip(search.trajectories["branch"], search.patterns(threshold), strict=True)
+    return [pattern for name, pattern in patterns if name == branch]
 
 
 def test_compatibility_mode_ignores_domain_and_cap():
     run = load_run(make_frame(prompts=3))
-    config = GateConfig(threshold=0.0, max_skips=1, compat=True)
+    published = {"max_skips": 1, "status": "published"}
+    search = search_of(run, branches="apart", **published)
+    assert search.config.compat
     for threshold in (0.05, 0.2, 1.0):
-        decisions = replay(run, curves(run), [threshold], config, branches="apart")
-        expected = gated(run, CURVE, replace(config, threshold=threshold))
-        assert decisions["pattern"].tolist() == expected
+        assert search.patterns(threshold) == gated(run, CURVE, threshold, **published)
 
 
 def test_a_hand_made_trajectory():
@@ -130,13 +122,12 @@ def test_a_hand_made_trajectory():
         x=[0.1, 0.1, 0.1, 0.3, 0.1, np.nan, 0.1]
     )
     run = load_run(frame)
-    line = {("transformer", "cond"): Polynomial((1.0, 0.0), (0.0, 0.2))}
-    patterns = replay(run, line, [0.0, 0.15, 0.25, 9.0], GateConfig(threshold=0.0, end=0))[
-        "pattern"
-    ]
+    line = Polynomial((1.0, 0.0), (0.0, 0.2))
+    search = search_of(run, line, end=0)
+    patterns = [search.patterns(threshold) for threshold in (0.0, 0.15, 0.25, 9.0)]
     #            first, 0.1 four times with 0.3 above the domain, a NaN
-    assert patterns.tolist() == ["CCCCCCCC", "CSCSCSCS", "CSSCCSCS", "CSSSCSCS"]
-    assert replay(run, line, [9.0])["pattern"].tolist() == ["CSSSCSCC"]
+    assert patterns == [["CCCCCCCC"], ["CSCSCSCS"], ["CSSCCSCS"], ["CSSSCSCS"]]
+    assert search_of(run, line).patterns(9.0) == ["CSSSCSCC"]
 
 
 def test_a_second_expert_starts_its_own_trajectory():
@@ -146,12 +137,9 @@ def test_a_second_expert_starts_its_own_trajectory():
     )
     late = frame.copy()
     late.loc[late["expert"] == "transformer_2", "step"] += 6
-    patterns = [
-        replay(load_run(one), curves(load_run(one)), [0.2])["pattern"].tolist()
-        for one in (frame, late)
-    ]
+    patterns = [search_of(load_run(one)).patterns(0.2) for one in (frame, late)]
     assert patterns[0] == patterns[1] and all(len(pattern) == 6 for pattern in patterns[0])
-    table = Search(load_run(frame), curves(load_run(frame))).summary([0.0])
+    table = search_of(load_run(frame)).summary([0.0])
     assert table.loc[0, ["computed_steps", "num_steps"]].tolist() == [12, 12]
 
 
@@ -159,32 +147,29 @@ def test_summary_by_hand(monkeypatch):
     """Prompt a computes 4 and 6 of 10 steps in its branches, prompt b 5 and 9."""
     run = load_run(make_frame(prompts=2, steps=10))
     timed = replace(run, timing={"transformer": (1.0, 0.8)})
-    monkeypatch.setattr(Search, "computed", lambda self, thresholds: np.array([[4, 6, 5, 9]]))
-    row = Search(timed, curves(run), branches="apart").summary([0.1]).iloc[0]
+    monkeypatch.setattr(Search, "computed", lambda self, *_: np.array([[4, 6, 5, 9]]))
+    row = search_of(timed, branches="apart").summary([0.1]).iloc[0]
     assert (row["computed_steps"], row["computed_low"], row["computed_high"]) == (6, 5, 7)
     assert row["num_steps"] == 10
     assert row["speedup"] == pytest.approx(40 / (40 - 0.8 * 16))
-    untimed = Search(run, curves(run), branches="apart").summary([0.1]).iloc[0]
+    untimed = search_of(run, branches="apart").summary([0.1]).iloc[0]
     assert untimed["speedup"] == pytest.approx(40 / 24)
 
 
 def test_the_grid_covers_the_range_of_computed_steps():
     run = load_run(make_frame(prompts=6, steps=50))
     entry = fit(run)
-    search = Search(run, polynomials(entry, run))
+    search = Search(run, entry)
     grid = threshold_grid(search)
     shares = search.summary(grid).eval("computed_steps / num_steps").to_numpy()
     assert grid[0] == 0 and shares[0] == 1 and shares[-1] <= 0.22 and len(grid) >= 10
     assert (np.diff(shares) < 0).all() and np.abs(np.diff(shares)).max() < 0.15
-    assert search.generation_means(search.computed(np.array(grid))) == pytest.approx(
-        shares * 50
-    )
+    assert search.steps(grid).mean(axis=-1) == pytest.approx(shares * 50)
 
 
 def test_the_threshold_for_a_speedup_gives_it(tmp_path):
     run = load_run(make_run(tmp_path / "run", make_frame(prompts=4, steps=50)))
-    of_branch = curves(run, Polynomial((1.0, 0.02), (0.0, 1.0)))
-    search = Search(run, of_branch)
+    search = search_of(run, Polynomial((1.0, 0.02), (0.0, 1.0)))
     assert threshold_for_speedup(search, 1.0) == 0
     for speedup in (1.2, 1.8, 2.5):
         threshold = threshold_for_speedup(search, speedup)
@@ -194,7 +179,7 @@ def test_the_threshold_for_a_speedup_gives_it(tmp_path):
 
 def test_a_speedup_out_of_reach_names_the_best(tmp_path):
     run = load_run(make_run(tmp_path / "run", make_frame(prompts=3)))
-    search = Search(run, curves(run))
+    search = search_of(run)
     with pytest.raises(
         Unreachable, match=r"speed-up 7 is out of reach: at most \d\.\d\d on this log"
     ):
@@ -207,8 +192,14 @@ def test_a_speedup_out_of_reach_names_the_best(tmp_path):
 def test_every_branch_is_gated_with_its_own_polynomial():
     run = load_run(make_frame(prompts=4, noise=0.001))
     entry = fit(run)
-    known = entry.experts["transformer"].branches
-    of_branch = polynomials(entry, run)
-    for branch in ("cond", "uncond"):
-        expected = known[branch].coefficients_high_to_low
-        assert of_branch["transformer", branch].coefficients_high_to_low == expected
+    search = Search(run, entry, branches="apart")
+    for branch, x, predicted, may_skip in zip(
+        search.trajectories["branch"],
+        search.x,
+        search.predicted,
+        search.may_skip,
+        strict=True,
+    ):
+        own = entry.experts["transformer"].branches[branch]
+        expected = np.polyval(own.coefficients_high_to_low, x[may_skip]).clip(0)
+        assert may_skip.any() and predicted[may_skip] == pytest.approx(expected)

@@ -45,6 +45,7 @@ REPLAY = pd.DataFrame(
 )
 LEARNING = pd.DataFrame(
     {
+        "branch": "cond",
         "prompts": [1, 2, 4],
         "rmse": [0.3, 0.2, 0.1],
         "low": [0.2, 0.1, 0.1],
@@ -58,7 +59,7 @@ CALLS = {
     "curves": lambda _, ax: plots.curves(
         {"ours": FIT, "theirs": Polynomial((1.0, 0.0), sign_rule="signed")}, ax
     ),
-    "residuals": lambda pairs, ax: plots.residuals(pairs, FIT, ax),
+    "residuals": lambda pairs, ax: plots.residuals(pairs, {"pooled": FIT}, ax),
     "over_sigma": lambda pairs, ax: plots.over_sigma(pairs, "y", ax),
     "replay_curve": lambda _, ax: plots.replay_curve(REPLAY, ax, verified=REPLAY),
     "pareto": lambda _, ax: run_plots.pareto(SUMMARY, ax),
@@ -80,7 +81,7 @@ def test_a_plot_draws_on_the_axis_it_is_given(name, pairs, tmp_path):
 
 
 def test_the_drawn_curve_is_the_polynomials_prediction(pairs):
-    ax = plots.pairs_with_fit(pairs, Polynomial((1.0, -0.025), (0.02, 0.03)))
+    ax = plots.pairs_with_fit(pairs, {"pooled": Polynomial((1.0, -0.025), (0.02, 0.03))})
     x, y = ax.lines[-1].get_data()
     assert (x[0], x[-1]) == (0.02, 0.03)
     np.testing.assert_allclose(
