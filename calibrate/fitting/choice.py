@@ -89,15 +89,14 @@ def recommended_branch(own: dict[str, BranchFit]) -> tuple[str, str | None]:
     main, *others = own
     if not others:
         return main, None
-    pooled, losses = own["pooled"], {}
-    unseen = held_out(pooled.pairs, refit(pooled.fit))
+    pairs, losses = own["pooled"].pairs, {}
+    unseen = held_out(pairs, refit(own["pooled"].fit))
     for branch in (main, *others[:-1]):
         error = own[branch].figures["rmse_held_out"]
         if unseen is None or error is None:
             return "pooled", None
-        rows = (pooled.pairs["branch"] == branch).to_numpy()
-        error_pooled = rmse(pooled.pairs["y"][rows], unseen[rows])
-        losses[branch] = error_pooled / max(error, TINY) - 1
+        rows = pairs["branch"] == branch
+        losses[branch] = rmse(pairs["y"][rows], unseen[rows]) / max(error, TINY) - 1
     if max(losses.values()) <= POOLING_LOSS:
         return "pooled", None
     recommended = main if losses[main] > POOLING_LOSS else "pooled"

@@ -130,10 +130,12 @@ def _mag_ratios(rows: pd.DataFrame) -> dict[str, tuple[float, ...]] | None:
     """MagCache's curve per branch: mean magnitude ratio, index = step, 1 at step 0. None for mixed schedules."""
     if rows["num_steps"].nunique() != 1:
         return None
-    means = rows.groupby(["step", "branch"])["mag_ratio"].mean().unstack()
-    curves = means.reindex(range(1, means.index.max() + 1)).replace(np.inf, np.nan)
-    known = curves.dropna(axis=1)
-    return {str(branch): (1.0, *known[branch].tolist()) for branch in known} or None
+    curves = {}
+    for branch, own in rows.groupby("branch"):
+        curve = own.groupby("step")["mag_ratio"].mean()
+        if np.isfinite(curve).all() and curve.index.max() == len(curve):
+            curves[str(branch)] = (1.0, *curve.tolist())
+    return curves or None
 
 
 def _thresholds(table: pd.DataFrame) -> tuple[coeffs.Threshold, ...]:

@@ -105,28 +105,29 @@ def rival_figures(pairs: pd.DataFrame) -> Figures:
     for name, moment in rivals.items():
         unseen = held_out(pairs.assign(moment=moment), by_moment)
         known |= _agreement(pairs["y"].to_numpy(), unseen, f"_{name}")
-    names = (f"spearman_within_step{end}" for end in ("", "_low", "_high"))
-    return known | dict(zip(names, spearman_within_step(pairs), strict=True))
+    return known | spearman_within_step(pairs)
 
 
-def spearman_within_step(
-    pairs: pd.DataFrame,
-) -> tuple[float | None, float | None, float | None]:
+def spearman_within_step(pairs: pd.DataFrame) -> Figures:
     """Rank correlation of x and y within the steps of the schedule, pooled, with its 95 % interval over prompts.
 
     The interval is the jackknife's: each prompt left out in turn and the rest ranked anew, Student's t.
     """
     columns = pairs["x"], pairs["y"], pairs.groupby(SCHEDULE).ngroup()
-    value, left_out = spearman(*columns), []
+    value, left_out, low, high = spearman(*columns), [], None, None
     for prompt in pairs["prompt_id"].unique():
         others = pairs["prompt_id"] != prompt
         left_out.append(spearman(*(column[others] for column in columns)))
     count = len(left_out)
-    if count < MIN_FOR_INTERVAL or value is None or None in left_out:
-        return value, None, None
-    error = np.sqrt((count - 1) * np.var(np.array(left_out, float)))
-    half = quantile(count) * float(error)
-    return value, max(value - half, -1.0), min(value + half, 1.0)
+    if count >= MIN_FOR_INTERVAL and value is not None and None not in left_out:
+        error = np.sqrt((count - 1) * np.var(np.array(left_out, float)))
+        half = quantile(count) * float(error)
+        low, high = max(value - half, -1.0), min(value + half, 1.0)
+    return {
+        "spearman_within_step": value,
+        "spearman_within_step_low": low,
+        "spearman_within_step_high": high,
+    }
 
 
 def compare_candidates(
@@ -148,7 +149,7 @@ def compare_candidates(
             "pairs": len(pairs),
             "r2": known["r2"],
             "r2_held_out": known["r2_held_out"],
-            "spearman_within_step": spearman_within_step(pairs)[0],
+            "spearman_within_step": spearman_within_step(pairs)["spearman_within_step"],
         })  # fmt: skip
     table = pd.DataFrame(rows)
     return table.sort_values("r2_held_out", ascending=False, kind="stable", ignore_index=True)
@@ -179,8 +180,8 @@ def learning_curve(
             predicted = by_polynomial(pairs[rank < size], test, degree, method)
             rows.append((size, rmse(test["y"], predicted)))
     errors = pd.DataFrame(rows, columns=["prompts", "rmse"]).groupby("prompts")["rmse"]
-    spread = errors.quantile([0.1, 0.9]).unstack().set_axis(["low", "high"], axis=1)
-    table = spread.assign(rmse=errors.mean()).reset_index()
+    known = errors.describe(percentiles=[0.1, 0.9])[["mean", "10%", "90%"]]
+    table = known.set_axis(["rmse", "low", "high"], axis=1).reset_index()
     good = table["rmse"] <= (1 + tolerance) * table["rmse"].iloc[-1]
     enough = int(table["prompts"][good].min())
     return table, enough if enough < largest else None

@@ -28,6 +28,7 @@ RESAMPLES = 200
 # Whole step counts can leave a bootstrap with zero spread (coverage 50 to 95 %); adding half a step
 # per prompt restores at least 93 %.
 ROUNDING = 0.5
+RIDGE = 1e-8  # of the design's size: a root of double precision, below which nothing is determined
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Bootstrap:
         """Low and high per coefficient, highest power first."""
         estimate = np.array(self.estimate)
         edges = student_interval(estimate, self.coefficients_high_to_low, len(self.prompts))
-        return tuple(zip(*np.array(edges).tolist(), strict=True))
+        return tuple(map(tuple, np.transpose(edges).tolist()))
 
     def curve_band(self, points: int = 100) -> pd.DataFrame:
         """Pointwise interval of the fitted curve over its domain: columns x, low, high."""
@@ -81,7 +82,7 @@ def student_interval(
 def bootstrap(
     pairs: pd.DataFrame, fit: FitResult | Fit, resamples: int = RESAMPLES
 ) -> Bootstrap | None:
-    """Refits on resampled prompts (columns prompt_id, x, y), from normal equations.
+    """Refits on resampled prompts (columns prompt_id, x, y).
 
     None below three prompts, and for a fit without a domain.
     """
@@ -93,17 +94,15 @@ def bootstrap(
     design = powers.polyvander(scale_to_unit(pairs["x"].to_numpy(), fit.domain), degree)
     even = np.full(len(prompts), 1 / len(prompts))
     weights = np.random.default_rng(0).multinomial(len(prompts), even, resamples)
-    of_pair = weights[:, index]
-    left = np.tensordot(of_pair, design[:, :, None] * design[:, None, :], axes=1)
-    right = of_pair * pairs["y"].to_numpy() @ design
-    if fit.method == "constrained":
-        scaled = np.array([_shaped(a, b) for a, b in zip(left, right, strict=True)])
-    else:
-        # A resample may leave a high power undetermined: the pseudo-inverse takes the smallest solution.
-        inverse = np.linalg.pinv(left, rcond=1e-12, hermitian=True)
-        scaled = np.einsum("bij,bj->bi", inverse, right)
+    # A resample may leave a high power undetermined: a trace of ridge takes the smallest solution.
+    ridge = RIDGE * np.linalg.norm(design) * np.eye(degree + 1)
+    solve = shaped_solution if fit.method == "constrained" else np.linalg.solve
+    scaled = []
+    for root in np.sqrt(weights[:, index]):
+        q, r = np.linalg.qr(np.vstack([design * root[:, None], ridge]))
+        scaled.append(solve(r, root * pairs["y"].to_numpy() @ q[: len(pairs)]))
     terms = [Curve(row, domain=fit.domain) for row in np.eye(degree + 1)]
-    exported = scaled @ [powers_of_x(term, len(estimate) - 1) for term in terms]
+    exported = scaled @ np.array([powers_of_x(term, len(estimate) - 1) for term in terms])
     return Bootstrap(estimate, fit.domain, exported, weights, tuple(prompts))
 
 
@@ -140,9 +139,3 @@ def computed_intervals(
     edges = student_interval(estimate, np.transpose(resampled), count, ROUNDING)
     possible = np.clip(edges, 1, search.all_steps)
     return np.where(thresholds > 0, possible, np.nan)
-
-
-def _shaped(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Constrained solution from normal equations; a trace of ridge keeps an undetermined resample solvable."""
-    factor = np.linalg.cholesky(left + 1e-12 * np.trace(left) * np.eye(len(left)))
-    return shaped_solution(factor.T, np.linalg.solve(factor, right))

@@ -6,7 +6,6 @@ measures how far real cached runs drift from it.
 
 import functools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike
 from calibrate.errors import CalibrateError
 from calibrate.runs.pairs import SIGNAL_COLUMNS, TRAJECTORY, Run, column_of
 from coeffs import Entry
-from runtime.decide.gate import GateConfig
+from runtime.decide.gate import Gate, GateConfig
 
 TARGET_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 SEARCH_POINTS = 400  # neighbours differ by 2 % where thresholds span three decades
@@ -43,9 +42,11 @@ class Search:
     ``branches`` as in :func:`runtime.apply_tea_cache`: ``together`` (one decides for all) or ``apart``.
 
     Attributes:
-        trajectories: prompt_id, seed, expert, branch; ``num_steps``; ``leader``: the branch whose signal decides. With
+        trajectories: prompt_id, seed, expert, branch; ``leader``: the branch whose signal decides. With
             ``branches="together"`` it is the one that is called first at a step: ``cond`` in the pipelines that name
             branches, else the one that was numbered first.
+        shares: How much of each generation (columns) a trajectory's steps are: the mean of its branches, the sum of
+            its experts.
         x: The leaders' signals, (trajectories, steps); NaN where unusable, and at the first step, which has no pair.
     """
 
@@ -59,11 +60,9 @@ class Search:
         keys = lengths.index.to_frame(index=False)
         keys["leader"] = keys["branch"]
         if branches == "together":
-            cond_first = keys.loc[keys["branch"].ne("cond").sort_values(kind="stable").index]
-            keys["leader"] = cond_first.groupby(GENERATION)["branch"].transform("first")
+            keys["leader"] = keys.groupby(GENERATION)["branch"].transform(_called_first)
         leaders = pd.MultiIndex.from_frame(keys[[*GENERATION, "leader"]])
-        self.trajectories = keys.assign(num_steps=lengths[leaders].to_numpy())
-        self.num_steps = self.trajectories["num_steps"].to_numpy()
+        self.trajectories, self.num_steps = keys, lengths[leaders].to_numpy()
         signals = rows.pivot(index=TRAJECTORY, columns="step", values=column)
         self.x = signals.reindex(leaders, columns=range(lengths.max())).to_numpy()
 
@@ -72,23 +71,21 @@ class Search:
         for row, (expert, leader) in enumerate(
             zip(keys["expert"], keys["leader"], strict=True)
         ):
-            polynomial = entry.fit(expert, leader).polynomial(entry.sign_rule)
-            if config.compat:
-                polynomial = replace(polynomial, domain=None)
+            own = entry.fit(expert, leader).polynomial(entry.sign_rule)
+            polynomial = Gate(own, config).polynomial  # one that was published has no domain
             for step, x in enumerate(self.x[row]):
                 forced = config.forced(step, int(self.num_steps[row]))
                 if np.isfinite(x) and not forced and not polynomial.above_domain(x):
                     self.may_skip[row, step] = True
                     self.predicted[row, step] = polynomial.predict(x)
 
-        # Steps of a generation are the mean of its branches and the sum of its experts; its time is the sum of both.
         self.seconds = np.array(
             [run.timing.get(expert, (1.0, 1.0)) for expert in keys["expert"]]
         )
         generation = keys.groupby(["prompt_id", "seed"])
-        of_generation = generation.ngroup().to_numpy()[:, None] == range(generation.ngroups)
-        branches_each = keys.groupby(GENERATION)["branch"].transform("size").to_numpy()
-        self.shares = of_generation / branches_each[:, None]
+        branches_each = keys.groupby(GENERATION)["branch"].transform("size")
+        of_generation = pd.get_dummies(generation.ngroup())
+        self.shares = of_generation.div(branches_each, axis=0).to_numpy()
         self.all_steps = float((self.num_steps @ self.shares).mean())
         prompts = [prompt for prompt, _ in generation.groups]
         self.prompts, self.prompt_of = np.unique(prompts, return_inverse=True)
@@ -193,3 +190,7 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
     low, high = search.grid[max(reached - 1, 0)], search.grid[reached]
     between = np.linspace(low, high, SEARCH_POINTS)
     return float(between[np.argmax(search.speedup(between) >= speedup)])
+
+
+def _called_first(branches: pd.Series) -> str:
+    return "cond" if "cond" in set(branches) else branches.iloc[0]

@@ -26,10 +26,6 @@ from calibrate.trials.setting import GATE, PLAN, SHOWN
 from calibrate.verifying.advice import export_line, python_lines
 from coeffs import Plan
 
-SHOWN_PROMPTS = (
-    3  # whose images are in the page, of each policy: a 1024-pixel pair takes 3 MB
-)
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -98,9 +94,15 @@ def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Pictur
         )
         caption = "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
         yield f"pairs-{branch}", Picture(drawing, "fit", title, caption)
-    title = "What the fit leaves over"
-    caption = "A line away from zero: the schedule explains something that x does not."
-    yield "residuals", Picture(plots.residuals(pairs, fits), "fit", title, caption)
+    yield (
+        "residuals",
+        Picture(
+            plots.residuals(pairs, fits),
+            "fit",
+            "What the fit leaves over",
+            "A line away from zero: the schedule explains something that x does not.",
+        ),
+    )
     for name, column, label in (
         ("signal", "x", plots.SIGNAL_LABELS[signal]),
         ("target", "y", plots.TARGET_LABELS[target]),
@@ -112,9 +114,15 @@ def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Pictur
         yield name, Picture(drawing, "fit", title, caption)
     learning = findings.learning(expert)
     if len(learning):
-        title = "Held-out error over the number of prompts"
-        caption = "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws)."
-        yield "learning", Picture(plots.learning_curve(learning), "fit", title, caption)
+        yield (
+            "learning",
+            Picture(
+                plots.learning_curve(learning),
+                "fit",
+                "Held-out error over the number of prompts",
+                "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws).",
+            ),
+        )
 
 
 def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
@@ -122,24 +130,33 @@ def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
     if findings.verification is None:
         return
     summary = findings.verification.summary
-    drawing = run_plots.pareto(summary, measure=summary["measure"].iloc[0])
-    caption = (
-        "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little apart. "
-        "One colour per kind of policy, grey for other rules and caches; the best come first."
+    yield (
+        "pareto",
+        Picture(
+            run_plots.pareto(summary, measure=summary["measure"].iloc[0]),
+            "runs",
+            "Quality over computed steps",
+            "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little "
+            "apart. One colour per kind of policy, grey for other rules and caches; the best come first.",
+        ),
     )
-    yield "pareto", Picture(drawing, "runs", "Quality over computed steps", caption)
     if patterns := findings.patterns():
-        drawing = run_plots.step_patterns(patterns)
-        title = "Computed steps by threshold"
-        caption = "The first held-out prompt: what the replay foresaw and what the real run did, per threshold."
-        yield "patterns", Picture(drawing, "thresholds", title, caption)
+        yield (
+            "patterns",
+            Picture(
+                run_plots.step_patterns(patterns),
+                "thresholds",
+                "Computed steps by threshold",
+                "The first held-out prompt: what the replay foresaw and what the real run did, per threshold.",
+            ),
+        )
     for policy in (GATE, PLAN):
         if samples := findings.samples(policy):
             series = samples[0].uncached.ndim == 2
             drawing = (run_plots.series_grid if series else run_plots.sample_grid)(samples)
             caption = f"Held-out samples of the {policy}."
             yield "samples", Picture(drawing, "files", f"Samples of the {policy}", caption)
-            break
+            return
 
 
 def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
@@ -173,7 +190,7 @@ def _advised(findings: Findings) -> dict[str, Any]:
     deployed, results = (findings.entry, findings.folder), findings.results
     main, images = MEASURES[main_measure(results)], {}
     for policy in dict.fromkeys((advice.policy or SHOWN[0], *SHOWN)):
-        samples = findings.samples(policy, advice.budget or None, SHOWN_PROMPTS)
+        samples = findings.samples(policy, advice.budget or None)
         # Series are drawn as lines, see _run_pictures.
         if samples and samples[0].uncached.ndim == 3:
             images[policy] = samples

@@ -27,6 +27,9 @@ from calibrate.verifying.results import Verification, load_verification
 from coeffs import Entry, Fit, Polynomial
 
 CURVE_POINTS = 40
+SHOWN_PROMPTS = (
+    3  # whose images are in the page, of each policy: a 1024-pixel pair takes 3 MB
+)
 COINCIDE = 0.02  # of the range: curves of two branches that are nearer look like one
 FIT_FIGURES = (
     *("r2", "r2_held_out", "rmse_held_out", "rmse_constant", "rmse_step_mean"),
@@ -125,9 +128,7 @@ class Findings:
                 patterns[f"{row.threshold:.3g} real run"] = row.patterns[branch]
         return patterns
 
-    def samples(
-        self, policy: str = GATE, budget: int | None = None, count: int = 3
-    ) -> list[Sample]:
+    def samples(self, policy: str = GATE, budget: int | None = None) -> list[Sample]:
         """Kept samples of a policy, the worst prompts first; those of the budget nearest to half of the steps."""
         rows = self.results.assign(quality=capped(self.results, main_measure(self.results)))
         if "sample" not in rows:  # sound is not kept
@@ -136,7 +137,7 @@ class Findings:
         budgets = sorted(rows["budget"].unique())
         if budget is None and budgets:
             budget = budgets[len(budgets) // 2]
-        shown = rows[rows["budget"] == budget].sort_values("quality").head(count)
+        shown = rows[rows["budget"] == budget].sort_values("quality").head(SHOWN_PROMPTS)
         return [self._sample(row) for row in shown.itertuples()]
 
     def _sample(self, row: Any) -> Sample:

@@ -109,10 +109,10 @@ def policy_styles(policies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
 
     They follow from the names alone where a policy is the first of its kind, so that figures agree with each other.
     """
-    kinds: dict[str, list[str]] = {}
+    kinds = defaultdict(list)
     for policy in sorted(policies):
         colors = (color for kind, color in POLICY_COLORS.items() if policy.startswith(kind))
-        kinds.setdefault(next(colors, GREY), []).append(policy)
+        kinds[next(colors, GREY)].append(policy)
     return {
         policy: (color, marker, line)
         for color, own in kinds.items()
