@@ -174,8 +174,7 @@ def _run_warnings(run: Run) -> Iterator[str]:
     if run.frame.groupby("expert")["step"].nunique().min() == 1:
         yield "one pair per trajectory only: a polynomial of x cannot be told from the schedule"
     elif len(steps) == 1:
-        only = f"recorded at {steps[0]} steps only"
-        yield f"{only}: thresholds do not carry over to other numbers of steps"
+        yield f"recorded at {steps[0]} steps only: thresholds do not carry over to other numbers of steps"
 
 
 def _fit_warnings(fit: BranchFit) -> Iterator[str]:

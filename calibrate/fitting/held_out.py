@@ -74,7 +74,7 @@ def held_out(pairs: pd.DataFrame, predict: Predictor) -> np.ndarray | None:
     if fold.max() == 0:
         return None
     predicted = np.empty(len(pairs))
-    for number in range(fold.max() + 1):
+    for number in np.unique(fold):
         test = fold == number
         predicted[test] = predict(pairs[~test], pairs[test])
     return predicted

@@ -128,8 +128,9 @@ def _checked(x: ArrayLike, y: ArrayLike, degree: int) -> tuple[np.ndarray, np.nd
     if degree not in range(1, MAX_DEGREE + 1):
         raise CannotFit(f"degree {degree!r}: expected a whole number from 1 to {MAX_DEGREE}")
     if x.ndim != 1 or x.shape != y.shape:
-        shapes = f"x of shape {x.shape} and y of shape {y.shape}"
-        raise CannotFit(f"{shapes}: expected two equally long rows of numbers")
+        raise CannotFit(
+            f"x of shape {x.shape} and y of shape {y.shape}: expected two equally long rows of numbers"
+        )
     if not len(x):
         raise CannotFit("no pairs to fit; record at least one prompt with two or more steps")
     if not np.isfinite([x, y]).all():
@@ -186,11 +187,15 @@ def _doubts(
         spread = "nearly constant"
         if distinct <= 2 * degree:
             spread = "constant" if distinct == 1 else f"known at too few places ({distinct})"
-        kept = f"degree {degree - lowered} instead of {degree}"
-        yield f"x is {spread} ({x.min():.6g} to {x.max():.6g}): {kept}"
+        yield (
+            f"x is {spread} ({x.min():.6g} to {x.max():.6g}): "
+            f"degree {degree - lowered} instead of {degree}"
+        )
     if condition > CONDITION_LIMIT:
-        said = f"coefficients are ill-conditioned (condition {condition:.1e})"
-        yield f"{said}: compare curves, not coefficients"
+        yield (
+            f"coefficients are ill-conditioned (condition {condition:.1e}): "
+            "compare curves, not coefficients"
+        )
     terms = np.abs(coefficients)
     if terms.max() > HUGE_COEFFICIENT:
         yield f"huge coefficient ({terms.max():.2g}): the fit says nothing outside its domain"
@@ -198,5 +203,7 @@ def _doubts(
     cancellation = np.polyval(terms, x.max()) / max(largest, EPS)
     if cancellation > CANCELLATION_LIMIT:
         digits = math.ceil(math.log10(cancellation)) + 3
-        said = f"terms cancel to one part in {cancellation:.1g}"
-        yield f"{said}: keep at least {digits} digits of the coefficients"
+        yield (
+            f"terms cancel to one part in {cancellation:.1g}: "
+            f"keep at least {digits} digits of the coefficients"
+        )

@@ -156,7 +156,7 @@ class Search:
         if not len(positive):
             return np.array([0.0, 1e-9])
         largest = 1.01 * self.predicted.sum(axis=1).max()
-        return np.concatenate([[0.0], np.geomspace(positive.min(), largest, SEARCH_POINTS)])
+        return np.append(0.0, np.geomspace(positive.min(), largest, SEARCH_POINTS))
 
 
 def threshold_grid(search: Search) -> list[float]:

@@ -45,13 +45,12 @@ def score(candidates: Sequence[Entry | Sequence[float]], run: Run) -> pd.DataFra
     An entry is scored on the signal and target it was fitted for, with the fit it would use for that branch; a bare
     list (highest power first) on modulated input and output. ``note`` names what does not match the run.
     """
-    rows = []
-    for candidate in candidates:
-        for expert in run.experts:
-            for branch in run.branches(expert):
-                row = _score_branch(candidate, run, expert, branch)
-                rows.append({"expert": expert, "branch": branch} | row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([
+        _score_branch(candidate, run, expert, branch)
+        for candidate in candidates
+        for expert in run.experts
+        for branch in run.branches(expert)
+    ])  # fmt: skip
 
 
 def _score_branch(
@@ -77,6 +76,8 @@ def _score_branch(
     pairs = run.pairs(signal, target, expert, branch)
     mismatches[f"the log has no {signal}"] = pairs.empty
     row = {
+        "expert": expert,
+        "branch": branch,
         "candidate": label,
         "signal": signal,
         "target": target,

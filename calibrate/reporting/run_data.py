@@ -113,8 +113,9 @@ class Findings:
             InvalidOption: Where there is no verification.
         """
         if self.verification is None:
-            advice = f"run `calibrate verify {self.folder}` first"
-            raise InvalidOption(f"{self.folder}: not verified yet; {advice}")
+            raise InvalidOption(
+                f"{self.folder}: not verified yet; run `calibrate verify {self.folder}` first"
+            )
         return self.verification.results
 
     def patterns(self) -> dict[str, str]:
@@ -204,8 +205,9 @@ def load_findings(folder: str | os.PathLike) -> Findings:
     folder = Path(folder)
     run, path = load_run(folder), folder / "entry.yaml"
     if not path.exists():
-        advice = f"run `calibrate fit {folder}` first"
-        raise InvalidOption(f"{folder}: no entry.yaml in it yet; {advice}")
+        raise InvalidOption(
+            f"{folder}: no entry.yaml in it yet; run `calibrate fit {folder}` first"
+        )
     return Findings(run, coeffs.load(path), load_verification(folder), folder)
 
 

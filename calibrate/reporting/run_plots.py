@@ -71,8 +71,13 @@ def pareto(
     label = f"{known.label} against uncached" + (f" ({known.unit})" if known.unit else "")
     finish(ax, "Quality at equal work (mean, 95 % interval)", "computed steps", label)
     # Below the axes, where all policies have room.
-    place = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.14)}
-    ax.legend(**LEGEND, **place, fontsize=8.5, handlelength=3.2)
+    ax.legend(
+        **LEGEND,
+        loc="upper left",
+        bbox_to_anchor=(-0.08, -0.14),
+        fontsize=8.5,
+        handlelength=3.2,
+    )
     return ax
 
 

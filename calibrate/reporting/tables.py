@@ -76,9 +76,8 @@ def candidate_table(run: Run, degree: int) -> str:
         )
         for (branch, signal), known in table.iterrows():
             label = f"{expert}/{branch}" if len(run.experts) > 1 else branch
-            rows.append(
-                (label, signal, *(number(known.get(target)) for target in TARGET_COLUMNS))
-            )
+            figures = (number(known.get(target)) for target in TARGET_COLUMNS)
+            rows.append((label, signal, *figures))
     body = aligned(("branch", "signal", *TARGET_COLUMNS), rows)
     return f"Held-out R² by signal and target\n{body}"
 
