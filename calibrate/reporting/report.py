@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,6 @@ from calibrate.verifying.advice import export_line, python_lines
 from coeffs import Plan
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A plot of the report, with its section, title (what a screen reader says) and caption."""
-
-    drawing: Drawing
-    section: str
-    title: str
-    caption: str
-
-    def __html__(self) -> str:
-        caption = Markup("<figcaption>{}</figcaption>").format(self.caption)
-        return f"<figure>{as_svg(self.drawing, self.title)}{caption}</figure>"
-
-
 def report(folder: str | os.PathLike) -> Path:
     """Write ``report/`` in a run folder: every plot as PNG and SVG, and ``report.html``, whose path is returned.
 
@@ -48,13 +33,12 @@ def report(folder: str | os.PathLike) -> Path:
         CalibrateError, CoeffsError: For a folder that is no run, or has not been fitted yet.
     """
     findings = load_findings(folder)
-    target, pictures = findings.folder / "report", report_figures(findings)
-    drawings = {name: picture.drawing for name, picture in pictures.items()}
+    target, drawings = findings.folder / "report", report_figures(findings)
     for name, drawing in ({"fit": fit_picture(findings)} | drawings).items():
         for suffix in ("png", "svg"):
             save(drawing, target / f"{name}.{suffix}")
     path = target / "report.html"
-    write_atomically(path, render(findings, pictures).encode())
+    write_atomically(path, render(findings, drawings).encode())
     return path
 
 
@@ -67,102 +51,55 @@ def fit_picture(findings: Findings) -> Figure:
     return plots.fit_figure(*shown, signal=entry.signal, target=entry.target, title=title)
 
 
-def report_figures(findings: Findings) -> dict[str, Picture]:
-    """Name -> picture, in the order of the report."""
-    pictures: dict[str, Picture] = {}
+def report_figures(findings: Findings) -> dict[str, Drawing]:
+    """Drawings by name; the page says where each belongs and what it shows."""
+    drawings: dict[str, Drawing] = {}
     experts = findings.run.experts
     for expert in experts:
         prefix = f"{expert}-" if len(experts) > 1 else ""
-        pictures |= {prefix + name: shown for name, shown in _fit_pictures(findings, expert)}
-    pictures["replay"] = Picture(
-        plots.replay_curve(findings.replayed, verified=findings.thresholds("verified")),
-        "thresholds",
-        "Computed steps over the threshold",
-        "From the recorded signals alone; skipping itself is assumed not to change them.",
-    )
-    return pictures | dict(_run_pictures(findings))
+        for name, drawing in _fit_drawings(findings, expert).items():
+            drawings[prefix + name] = drawing
+    verified = findings.thresholds("verified")
+    drawings["replay"] = plots.replay_curve(findings.replayed, verified=verified)
+    if findings.verification is not None:
+        summary = findings.verification.summary
+        drawings["pareto"] = run_plots.pareto(summary, measure=summary["measure"].iloc[0])
+        if patterns := findings.patterns():
+            drawings["patterns"] = run_plots.step_patterns(patterns)
+        if samples := findings.samples(GATE) or findings.samples(PLAN):
+            series = samples[0].uncached.ndim == 2
+            draw = run_plots.series_grid if series else run_plots.sample_grid
+            drawings["samples"] = draw(samples)
+    return drawings
 
 
-def _fit_pictures(findings: Findings, expert: str) -> Iterator[tuple[str, Picture]]:
+def _fit_drawings(findings: Findings, expert: str) -> dict[str, Drawing]:
     signal, target = findings.entry.signal, findings.entry.target
     pairs, fits = findings.pairs(expert), findings.fits(expert)
     bands = findings.bands(expert)
+    drawings: dict[str, Drawing] = {}
     for branch, polynomial in fits.items():
-        title, own = f"{branch}: pairs and fit", pairs[pairs["branch"] == branch]
-        drawing = plots.pairs_with_fit(
+        own, title = pairs[pairs["branch"] == branch], f"{branch}: pairs and fit"
+        drawings[f"pairs-{branch}"] = plots.pairs_with_fit(
             own, {branch: polynomial}, bands, signal=signal, target=target, title=title
         )
-        caption = "Each point is one step of one prompt. The line is the fit, with its 95 % interval."
-        yield f"pairs-{branch}", Picture(drawing, "fit", title, caption)
-    yield (
-        "residuals",
-        Picture(
-            plots.residuals(pairs, fits),
-            "fit",
-            "What the fit leaves over",
-            "A line away from zero: the schedule explains something that x does not.",
-        ),
+    drawings["residuals"] = plots.residuals(pairs, fits)
+    drawings["signal"] = plots.over_sigma(
+        pairs, "x", label=plots.SIGNAL_LABELS[signal], title="Signal over the schedule"
     )
-    for name, column, label in (
-        ("signal", "x", plots.SIGNAL_LABELS[signal]),
-        ("target", "y", plots.TARGET_LABELS[target]),
-    ):
-        title = f"{name.capitalize()} over the schedule"
-        drawing = plots.over_sigma(pairs, column, label=label, title=title)
-        caption = "Median over prompts and the range from 10 to 90 %."
-        caption += findings.coinciding(column, expert)
-        yield name, Picture(drawing, "fit", title, caption)
+    drawings["target"] = plots.over_sigma(
+        pairs, "y", label=plots.TARGET_LABELS[target], title="Target over the schedule"
+    )
     learning = findings.learning(expert)
     if len(learning):
-        yield (
-            "learning",
-            Picture(
-                plots.learning_curve(learning),
-                "fit",
-                "Held-out error over the number of prompts",
-                "Error on prompts that were left out, over the number of prompts fitted (10 to 90 % of draws).",
-            ),
-        )
+        drawings["learning"] = plots.learning_curve(learning)
+    return drawings
 
 
-def _run_pictures(findings: Findings) -> Iterator[tuple[str, Picture]]:
-    """What real runs gave."""
-    if findings.verification is None:
-        return
-    summary = findings.verification.summary
-    yield (
-        "pareto",
-        Picture(
-            run_plots.pareto(summary, measure=summary["measure"].iloc[0]),
-            "runs",
-            "Quality over computed steps",
-            "Held-out prompts, same seeds: compare points above the same number of computed steps, drawn a little "
-            "apart. One colour per kind of policy, grey for other rules and caches; the best come first.",
-        ),
-    )
-    if patterns := findings.patterns():
-        yield (
-            "patterns",
-            Picture(
-                run_plots.step_patterns(patterns),
-                "thresholds",
-                "Computed steps by threshold",
-                "The first held-out prompt: what the replay foresaw and what the real run did, per threshold.",
-            ),
-        )
-    for policy in (GATE, PLAN):
-        if samples := findings.samples(policy):
-            series = samples[0].uncached.ndim == 2
-            drawing = (run_plots.series_grid if series else run_plots.sample_grid)(samples)
-            caption = f"Held-out samples of the {policy}."
-            yield "samples", Picture(drawing, "files", f"Samples of the {policy}", caption)
-            return
-
-
-def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
+def render(findings: Findings, drawings: Mapping[str, Drawing]) -> str:
     """The report as one HTML page without anything to fetch; every text is escaped.
 
-    ``pictures`` are those of :func:`report_figures`.
+    ``drawings`` are those of :func:`report_figures`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -172,10 +109,10 @@ def render(findings: Findings, pictures: Mapping[str, Picture]) -> str:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {"number": number, "data": _data}
+    environment.filters |= {"number": number, "data": _data, "svg": as_svg}
     return environment.get_template("report.html.jinja").render(
         findings=findings,
-        pictures=pictures.values(),
+        drawings=drawings,
         fits=figures_table(findings.entry),
         plans=[_plan(findings, plan) for plan in findings.entry.plans or ()],
         **_advised(findings),
@@ -191,7 +128,7 @@ def _advised(findings: Findings) -> dict[str, Any]:
     main, images = MEASURES[main_measure(results)], {}
     for policy in dict.fromkeys((advice.policy or SHOWN[0], *SHOWN)):
         samples = findings.samples(policy, advice.budget or None)
-        # Series are drawn as lines, see _run_pictures.
+        # Series are drawn as lines, see report_figures.
         if samples and samples[0].uncached.ndim == 3:
             images[policy] = samples
     return {

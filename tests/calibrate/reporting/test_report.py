@@ -17,7 +17,7 @@ from PIL import Image
 
 import coeffs
 from calibrate.cli import cli
-from calibrate.reporting.report import Picture, render, report, report_figures
+from calibrate.reporting.report import render, report, report_figures
 from calibrate.reporting.run_data import example_run, load_findings
 from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
 from calibrate.verifying.advice import python_lines
@@ -37,7 +37,7 @@ FIGURES = {
     "pareto",
     "patterns",
 }
-NO_PICTURES: dict[str, Picture] = {}
+NO_PICTURES = {}
 VOID = {"meta", "br", "img", "path", "use", "image", "rect", "link", "input"}
 
 
