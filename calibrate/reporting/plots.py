@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import cycle
+from collections.abc import Iterable, Mapping
+from itertools import chain, cycle, repeat
 from typing import Any
 
 import matplotlib as mpl
@@ -167,31 +167,57 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return finish(ax, "How many prompts are enough", "prompts fitted", "held-out RMSE of y")
 
 
+def fit_plots(
+    pairs: pd.DataFrame,
+    fits: Fits,
+    bands: Mapping[str, pd.DataFrame] | None = None,
+    axes: Iterable[Axes | None] = (),
+    *,
+    signal: str = "modulated_input",
+    target: str = "output",
+) -> dict[str, Axes]:
+    """By name: pairs and fit of each branch, residuals, signal and target over sigma; on ``axes`` in this order."""
+    places, plots = chain(axes, repeat(None)), {}
+    for branch, own in pairs.groupby("branch"):
+        plots[f"pairs-{branch}"] = pairs_with_fit(
+            own,
+            {str(branch): _fit_of(fits, branch)},
+            bands,
+            next(places),
+            signal=signal,
+            target=target,
+            title=f"{branch}: pairs and fit",
+        )
+    plots["residuals"] = residuals(pairs, fits, next(places))
+    for name, column, label in (
+        ("signal", "x", SIGNAL_LABELS[signal]),
+        ("target", "y", TARGET_LABELS[target]),
+    ):
+        title = f"{name.capitalize()} over the schedule"
+        plots[name] = over_sigma(pairs, column, next(places), label=label, title=title)
+    return plots
+
+
 def fit_figure(
     pairs: pd.DataFrame,
     fits: Fits,
     bands: Mapping[str, pd.DataFrame] | None = None,
     *,
-    signal: str = "modulated_input",
-    target: str = "output",
     title: str = "",
+    **names: str,
 ) -> Figure:
-    """``report/fit.png``: pairs and fit per branch above, residuals, signal and target over sigma below."""
-    branches = pairs.groupby("branch")
+    """``report/fit.png``: pairs and fit per branch above, residuals, signal and target over sigma below.
+
+    ``names`` are signal and target, as of :func:`fit_plots`.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.6), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-        above = parts[0].subplots(1, branches.ngroups, squeeze=False)[0]
-        left, middle, right = parts[1].subplots(1, 3)
+        above, below = parts
+        branches = above.subplots(1, pairs["branch"].nunique(), squeeze=False)
+        axes = [*branches[0], *below.subplots(1, 3)]
         figure.suptitle(title, fontsize=11)
-    names = {"signal": signal, "target": target}
-    for (branch, own), ax in zip(branches, above, strict=True):
-        fit = {str(branch): _fit_of(fits, branch)}
-        pairs_with_fit(own, fit, bands, ax, **names, title=f"{branch}: pairs and fit")
-    residuals(pairs, fits, left)
-    x, y = SIGNAL_LABELS[signal], TARGET_LABELS[target]
-    over_sigma(pairs, "x", middle, label=x, title="Signal over the schedule")
-    over_sigma(pairs, "y", right, label=y, title="Target over the schedule")
+    fit_plots(pairs, fits, bands, axes, **names)
     return figure
 
 

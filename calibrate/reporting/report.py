@@ -34,7 +34,7 @@ def report(folder: str | os.PathLike) -> Path:
     """
     findings = load_findings(folder)
     target, drawings = findings.folder / "report", report_figures(findings)
-    for name, drawing in ({"fit": fit_picture(findings)} | drawings).items():
+    for name, drawing in drawings.items():
         for suffix in ("png", "svg"):
             save(drawing, target / f"{name}.{suffix}")
     path = target / "report.html"
@@ -53,12 +53,16 @@ def fit_picture(findings: Findings) -> Figure:
 
 def report_figures(findings: Findings) -> dict[str, Drawing]:
     """Drawings by name; the page says where each belongs and what it shows."""
-    drawings: dict[str, Drawing] = {}
-    experts = findings.run.experts
+    drawings: dict[str, Drawing] = {"fit": fit_picture(findings)}
+    entry, experts = findings.entry, findings.run.experts
     for expert in experts:
+        shown = findings.pairs(expert), findings.fits(expert), findings.bands(expert)
+        drawn = plots.fit_plots(*shown, signal=entry.signal, target=entry.target)
+        learning = findings.learning(expert)
+        if len(learning):
+            drawn["learning"] = plots.learning_curve(learning)
         prefix = f"{expert}-" if len(experts) > 1 else ""
-        for name, drawing in _fit_drawings(findings, expert).items():
-            drawings[prefix + name] = drawing
+        drawings |= {prefix + name: ax for name, ax in drawn.items()}
     verified = findings.thresholds("verified")
     drawings["replay"] = plots.replay_curve(findings.replayed, verified=verified)
     if findings.verification is not None:
@@ -70,29 +74,6 @@ def report_figures(findings: Findings) -> dict[str, Drawing]:
             series = samples[0].uncached.ndim == 2
             draw = run_plots.series_grid if series else run_plots.sample_grid
             drawings["samples"] = draw(samples)
-    return drawings
-
-
-def _fit_drawings(findings: Findings, expert: str) -> dict[str, Drawing]:
-    signal, target = findings.entry.signal, findings.entry.target
-    pairs, fits = findings.pairs(expert), findings.fits(expert)
-    bands = findings.bands(expert)
-    drawings: dict[str, Drawing] = {}
-    for branch, polynomial in fits.items():
-        own, title = pairs[pairs["branch"] == branch], f"{branch}: pairs and fit"
-        drawings[f"pairs-{branch}"] = plots.pairs_with_fit(
-            own, {branch: polynomial}, bands, signal=signal, target=target, title=title
-        )
-    drawings["residuals"] = plots.residuals(pairs, fits)
-    drawings["signal"] = plots.over_sigma(
-        pairs, "x", label=plots.SIGNAL_LABELS[signal], title="Signal over the schedule"
-    )
-    drawings["target"] = plots.over_sigma(
-        pairs, "y", label=plots.TARGET_LABELS[target], title="Target over the schedule"
-    )
-    learning = findings.learning(expert)
-    if len(learning):
-        drawings["learning"] = plots.learning_curve(learning)
     return drawings
 
 

@@ -122,7 +122,7 @@ def sample_grid(
         samples: ``(label, uncached, cached, ...)`` with images (height, width, 3) in [0, 1].
         gain: Factor of the difference; by default the power of two that makes the largest one just visible at full.
     """
-    uncached, cached = (np.array([sample[at] for sample in samples]) for at in (1, 2))
+    labels, uncached, cached, *_ = map(np.array, zip(*samples, strict=True))
     difference = np.abs(uncached - cached).mean(axis=-1, keepdims=True)
     if gain is None:
         largest = max(difference.max(), 1 / 256)  # nothing is brightened more than 256-fold
@@ -141,7 +141,7 @@ def sample_grid(
     middles = width / 2 + np.arange(3) * (width + gap)
     ax.set_xticks(middles, ["uncached", "cached", f"difference × {gain:g}"])
     middles = height / 2 + np.arange(count) * (height + gap)
-    ax.set_yticks(middles, [fill(label, 20) for label, *_ in samples])
+    ax.set_yticks(middles, [fill(label, 20) for label in labels])
     return bare(ax)
 
 
