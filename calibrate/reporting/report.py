@@ -134,7 +134,7 @@ def _plan(findings: Findings, plan: Plan) -> dict[str, Any]:
     """A plan with what was measured of it, by verification where it took part, else by the planner."""
     if findings.verification is not None:
         summary = findings.verification.summary
-        own = (PLAN, plan.computed_steps, len(plan.schedule))
+        own = [PLAN, plan.computed_steps, len(plan.schedule)]
         rows = summary[(summary[["policy", "budget", "num_steps"]] == own).all(axis=1)]
         for row in rows.to_dict("records"):
             return row | {"plan": plan, "by": "verification", "quality": row[row["measure"]]}
