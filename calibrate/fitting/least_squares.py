@@ -149,7 +149,8 @@ def _plain(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
         high - low
     )  # of rounding errors in powers of x, per power
     exportable = int(math.log(EXPORT_LOSS / EPS) / math.log(growth))
-    t, kept = scale_to_unit(x, (low, high)), min(degree, exportable)
+    t = scale_to_unit(x, (low, high))
+    kept = min(degree, len(np.unique(x)) - 1, exportable)
     while np.linalg.cond(powers.polyvander(t, kept)) > UNDETERMINED:
         kept -= 1
     return Curve.fit(x, y, kept, domain=[low, high])
