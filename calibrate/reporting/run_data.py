@@ -107,7 +107,7 @@ class Findings:
 
     @property
     def results(self) -> pd.DataFrame:
-        """Every verified run, one row each.
+        """Every verified run, one row each; ``quality`` is its main measure.
 
         Raises:
             InvalidOption: Where there is no verification.
@@ -116,14 +116,14 @@ class Findings:
             raise InvalidOption(
                 f"{self.folder}: not verified yet; run `calibrate verify {self.folder}` first"
             )
-        return self.verification.results
+        results = self.verification.results
+        return results.assign(quality=capped(results, main_measure(results)))
 
     def patterns(self) -> dict[str, str]:
         """Replayed and real patterns of the first held-out prompt, one pair of rows per budget of the fitted gate."""
-        rows = self.results[self.results["policy"] == GATE]
-        first = rows[rows["prompt_id"] == self.results["prompt_id"].iloc[0]]
-        patterns = {}
-        for row in first.drop_duplicates("budget").itertuples():
+        rows, patterns = self.results, {}
+        of_gate = (rows["policy"] == GATE) & (rows["prompt_id"] == rows["prompt_id"].iloc[0])
+        for row in rows[of_gate].drop_duplicates("budget").itertuples():
             for branch, foreseen in list(row.replayed.items())[:1]:
                 patterns[f"{row.threshold:.3g} replayed"] = foreseen
                 patterns[f"{row.threshold:.3g} real run"] = row.patterns[branch]
@@ -131,7 +131,7 @@ class Findings:
 
     def samples(self, policy: str = GATE, budget: int | None = None) -> list[Sample]:
         """Kept samples of a policy, the worst prompts first; those of the budget nearest to half of the steps."""
-        rows = self.results.assign(quality=capped(self.results, main_measure(self.results)))
+        rows = self.results
         if "sample" not in rows:  # sound is not kept
             return []
         rows = rows[rows["sample"].notna() & (rows["policy"] == policy)]
@@ -166,8 +166,7 @@ class Findings:
         if self.advice is None or self.advice.policy is None:
             return pd.DataFrame()
         rows = self.results[self.results["budget"] == self.advice.budget]
-        rows = rows.assign(value=capped(rows, main_measure(self.results)))
-        table = rows.pivot_table("value", "prompt", "policy", sort=False)
+        table = rows.pivot_table("quality", "prompt", "policy", sort=False)
         shown = dict.fromkeys((self.advice.policy, *SHOWN))
         return table[[name for name in shown if name in table]].sort_values(
             self.advice.policy

@@ -212,6 +212,16 @@ def test_a_branch_of_few_or_no_usable_pairs_does_not_stop_the_others():
     assert entry.experts["transformer"].recommended == "pooled"
 
 
+def test_an_infinite_signal_is_computed_and_leaves_the_intervals_as_they_are():
+    frame = make_frame(prompts=5)
+    frame.loc[7, "x"] = np.inf
+    entry = draft_entry(
+        load_run(frame)
+    )  # a warning from arithmetic with it would be an error
+    assert "1 of 190 pairs excluded: 1 with non-finite x" in entry.warnings
+    assert all("95 % interval of the mean" in row.note for row in entry.thresholds)
+
+
 def test_the_embedded_model_and_an_unfinished_run_are_named(run):
     more = [*run.manifest["prompts"], {"prompt_id": "late", "seed": 0}]
     manifest = run.manifest | {"model": "tiny-longcat-image", "prompts": more}

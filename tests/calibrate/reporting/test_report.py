@@ -17,6 +17,7 @@ from PIL import Image
 
 import coeffs
 from calibrate.cli import cli
+from calibrate.errors import InvalidOption
 from calibrate.reporting.report import render, report, report_figures
 from calibrate.reporting.run_data import example_run, load_findings
 from calibrate.trials.setting import FEWER_STEPS, GATE, PLAN, UNIFORM
@@ -286,6 +287,8 @@ def test_a_run_without_verification_is_reported_as_such(run, tmp_path):
     page = report(folder).read_text(encoding="utf-8")
     assert "Not verified" in page[: page.index("<h2>")] and "<h2>Verification" not in page
     assert not (folder / "report" / "pareto.png").exists()
+    with pytest.raises(InvalidOption, match="not verified yet; run `calibrate verify"):
+        load_findings(folder).samples()
 
 
 def test_command_line(run, tmp_path):
