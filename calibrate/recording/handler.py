@@ -8,6 +8,7 @@ older; only scalars ever reach the host, all at once when the generation is over
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -68,11 +69,9 @@ class Moments:
 
     def mark(self, name: str) -> None:
         """``name`` is now; the first time counts."""
-        if name in self._marks:
-            return
         if self._cuda is None:
-            self._marks[name] = time.perf_counter()
-        else:
+            self._marks.setdefault(name, time.perf_counter())
+        elif name not in self._marks:
             event = torch.cuda.Event(enable_timing=True)
             self._marks[name] = torch.cuda.current_stream(self._cuda).record_event(event)
 
@@ -87,25 +86,14 @@ class Moments:
 
 def mean_times(timings: list[Moments]) -> dict[str, float]:
     """Mean seconds of a denoiser call, without the measurement of signals, and of its block stack."""
-    stack = sum(moments.between("entered", "left") for moments in timings)
-    outside = sum(
-        moments.between("begun", "reached") + moments.between("left", "ended")
-        for moments in timings
-    )
-    calls = len(timings)
+    stack = fmean(call.between("entered", "left") for call in timings)
+    before = fmean(call.between("begun", "reached") for call in timings)
+    after = fmean(call.between("left", "ended") for call in timings)
     return {
-        "call_seconds": (outside + stack) / calls,
-        "stack_seconds": stack / calls,
-        "calls": calls,
+        "call_seconds": before + stack + after,
+        "stack_seconds": stack,
+        "calls": len(timings),
     }
-
-
-class RecordedTrajectory(Trajectory):
-    """Previous tensors of one trajectory, in buffers that are written over step by step, and the rows so far."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        super().__init__()
 
 
 class RecordHandler(Handler):
@@ -120,23 +108,23 @@ class RecordHandler(Handler):
         on_open: Callable[["RecordHandler"], None],
     ) -> None:
         self.expert, self.root = expert, root
-        self._clock, self._on_open = clock, on_open
-        self._products = Products() if gram else None
+        self._clock, self._on_open, self._gram = clock, on_open, gram
+        self._products = Products()
         self.discard()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the outputs that are kept on the device for planning."""
-        return 0 if self._products is None else self._products.held_bytes
+        return self._products.held_bytes
 
     def discard(self) -> None:
         """Forget what was seen since the last call."""
-        # Of each trajectory, in the order of their first calls.
+        # Of each trajectory, in the order of their first calls, and of each branch the present one's.
         self._recorded: list[list[Row]] = []
+        self._present: dict[str, list[Row]] = {}
         self._timings: list[Moments] = []
         self._several = False
-        if self._products is not None:
-            self._products.clear()
+        self._products.clear()
 
     def take(self, recording: Recording) -> dict[int, SolverStep]:
         """Add what was measured since the last call to ``recording``, and return what the solver saw.
@@ -144,9 +132,8 @@ class RecordHandler(Handler):
         Ranks that run one forward together must call it together: each has measured its part of the sequence.
         """
         rows = counted_on(self._recorded)
-        numbers = (
-            torch.stack([row.pop("figures") for row in rows]) if rows else torch.zeros(0)
-        )
+        figures = [row.pop("figures") for row in rows]
+        numbers = torch.stack(figures) if rows else torch.zeros(0)
         tokens = torch.tensor([row.pop("tokens") for row in rows])
         group = lockstep_group(self.root)
         if group is not None:
@@ -164,12 +151,11 @@ class RecordHandler(Handler):
         recording.rows += rows
         if self._timings:
             recording.timing[self.expert] = mean_times(self._timings)
-        seen: dict[int, SolverStep] = {}
-        # Of several schedules in one generation no one plan could be made.
-        if self._products is not None and not self._several:
-            sigma = self._clock.sigma
-            recording.gram |= self._products.matrices(self.expert, sigma, over_ranks)
-            seen = self._products.solver_steps(self.expert)
+        if self._several:  # schedules in one generation: no one plan could be made of them
+            self._products.clear()
+        products, sigma = self._products, self._clock.sigma
+        recording.gram |= products.matrices(self.expert, sigma, over_ranks)
+        seen = products.solver_steps(self.expert)
         self.discard()
         return seen
 
@@ -177,25 +163,24 @@ class RecordHandler(Handler):
 
     def begin(self, position: Position) -> None:
         self._several |= any(self._recorded)
-        if self._products is not None:
-            self._products.clear()
+        self._products.clear()
 
-    def new_trajectory(self, branch: str) -> RecordedTrajectory:
-        self._recorded.append([])
-        return RecordedTrajectory(self._recorded[-1])
+    def new_trajectory(self, branch: str) -> Trajectory:
+        self._present[branch] = []
+        self._recorded.append(self._present[branch])
+        return Trajectory()
 
     def open(self, call: Call) -> None:
         where = self._where = call.position
         self._on_open(self)
-        if self._products is not None:
+        if self._gram:
             first = next(iter(call.named.values()))
             self._products.add_latents(where.branch, call.named.get("hidden_states", first))
         self._moments, self._row = Moments(call), Row()
 
     def stepped(self, prediction: Tensor, latents: Any) -> None:
         """What the scheduler received, made of this denoiser's outputs."""
-        if self._products is not None:
-            self._products.add_step(self._where.step, prediction, latents)
+        self._products.add_step(self._where.step, prediction, latents)
 
     def decide(self, call: Call, changed: bool) -> bool:
         self._moments.mark("reached")
@@ -228,11 +213,10 @@ class RecordHandler(Handler):
         parts = [tensor for _, tensor in tensors(prediction(output))]
         value = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         self._compare(call, "y_output", value)
-        if self._products is not None:
-            self._products.add_output(call.position.branch, call.position.step, value)
-        if {"x", "y_output"} <= set(self._row):
-            assert isinstance(call.trajectory, RecordedTrajectory)
-            call.trajectory.rows.append(self._finished_row(call))
+        if self._gram:
+            self._products.add_output(self._where.branch, self._where.step, value)
+        if {"x", "y_output"} <= self._row.keys():
+            self._present[self._where.branch].append(self._finished_row(call))
 
     # -- figures --------------------------------------------------------------------------------------------------
 
@@ -253,7 +237,7 @@ class RecordHandler(Handler):
             trajectory.keep("entry", entry)
 
     def _finished_row(self, call: Call) -> Row:
-        where = call.position
+        where = self._where
         time, sigma = timestep(call.named), self._clock.sigma(where.step)
         return {
             "branch": where.branch,

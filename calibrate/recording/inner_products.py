@@ -41,30 +41,31 @@ SolverStep = tuple[str, Tensor, Tensor]
 def trajectory_of(
     steps: Sequence[SolverStep], end: Tensor | None, sigmas: Any
 ) -> Trajectory | None:
-    """What a solver saw of a generation; ``None`` where too little of it was seen, or it is not finite.
+    """What a solver saw of a generation; ``None`` where no plan can be made of it: too short, uneven, not finite.
 
     Args:
         end: The latents after the last step.
         sigmas: The scheduler's noise levels, where it has some.
     """
-    if len(steps) < _LEAST_STEPS or end is None:
+    states = [latents for _, _, latents in steps]
+    sizes = {state.numel() for state in states} | {own.numel() for _, own, _ in steps}
+    if len(steps) < _LEAST_STEPS or end is None or sizes != {end.numel()}:
         return None
-    states = [*(latents for _, _, latents in steps), end]
+    states.append(end)
     latents = torch.stack([state.float().cpu().view_as(end) for state in states])
-    flat = latents.flatten(1).double().numpy()
     predictions = [prediction.cpu().flatten() for _, prediction, _ in steps]
-    gram = gram_matrix(predictions).numpy()
-    if not (np.isfinite(gram).all() and np.isfinite(flat).all()):
+    gram = gram_matrix(predictions)
+    if not (gram.isfinite().all() and latents.isfinite().all()):
         return None
-    solver = []
+    flat, solver = latents.flatten(1), []
     for before, prediction, after in zip(flat[:-1], predictions, flat[1:], strict=True):
-        both = np.stack([before, prediction.double().numpy()], axis=1)
-        solver.append(np.linalg.lstsq(both, after, rcond=None)[0])
+        both = np.stack([before.double(), prediction.double()], axis=1)
+        solver.append(np.linalg.lstsq(both, after.double().numpy(), rcond=None)[0])
     levels = np.full(len(latents), np.nan)
     if sigmas is not None and len(sigmas) == len(latents):
         levels = torch.as_tensor(sigmas).double().cpu().numpy()
     experts = np.array([expert for expert, _, _ in steps])
-    return Trajectory(latents.numpy(), gram, np.transpose(solver), levels, experts)
+    return Trajectory(latents.numpy(), gram.numpy(), np.transpose(solver), levels, experts)
 
 
 class Products:
@@ -81,8 +82,7 @@ class Products:
         """Forget the generation."""
         self._kept: dict[_Key, Tensor] = {}
         self._on_host = False
-        self._halved: str | None = None
-        self._batch = 0
+        self._halved: tuple[str, int] | None = None  # the branch, and how long its batch is
 
     @property
     def held_bytes(self) -> int:
@@ -91,25 +91,19 @@ class Products:
 
     def add_latents(self, branch: str, latents: Any) -> None:
         """What the denoiser is given, before anything else of that step: tells whether it is two halves."""
-        if (
-            self._kept
-            or not isinstance(latents, Tensor)
-            or latents.ndim < 2
-            or len(latents) % 2
-        ):
-            return
-        first, second = latents.detach().chunk(2)
-        if torch.equal(first, second):
-            self._halved, self._batch = branch, len(latents)
+        if not self._kept and isinstance(latents, Tensor) and latents.ndim > 1:
+            halves = latents.detach().chunk(2)
+            if len(halves) == 2 and torch.equal(*halves):
+                self._halved = branch, len(latents)
 
     def add_output(self, branch: str, step: int, value: Tensor) -> None:
         """What the denoiser returned at a step."""
-        if self._halved == branch and value.ndim > 1 and len(value) == self._batch:
+        parts = {branch: value}
+        if value.ndim > 1 and self._halved == (branch, len(value)):
             first, second = value.chunk(2)
-            self._kept[f"{branch}/0", step] = self._flat(first)
-            self._kept[f"{branch}/1", step] = self._flat(second)
-        else:
-            self._kept[branch, step] = self._flat(value)
+            parts = {f"{branch}/0": first, f"{branch}/1": second}
+        for name, part in parts.items():
+            self._kept[name, step] = self._flat(part)
 
     def add_step(self, step: int, prediction: Tensor, latents: Any) -> None:
         """What a scheduler received at a step; several of one step (picture and sound) are parts of it."""
@@ -127,7 +121,7 @@ class Products:
         }
 
     def _flat(self, value: Tensor) -> Tensor:
-        """A copy of an output, on the device while all of them stay under ``OUTPUT_BYTES``."""
+        """A copy, on the device while all of them stay under ``OUTPUT_BYTES``."""
         flat = value.detach().reshape(-1)
         if not self._on_host and self.held_bytes + flat.nbytes > OUTPUT_BYTES:
             self._on_host = True
@@ -149,31 +143,28 @@ class Products:
         Returns:
             Empty where steps differ in shape, or a branch lacks a step: nothing could be planned from it.
         """
-        outputs = self._kept.keys() - {
-            key for key in self._kept if key[0] in (_GUIDED, _LATENTS)
-        }
-        names, counts = {branch for branch, _ in outputs}, {step for _, step in outputs}
-        branches = sorted(names, key=lambda name: (name != "cond", name))
-        steps = sorted(counts)
+        keys = [key for key in self._kept if key[0] not in (_GUIDED, _LATENTS)]
+        branches = sorted({name for name, _ in keys}, key=lambda name: (name != "cond", name))
+        steps = sorted({step for _, step in keys})
         arrays: dict[str, Any] = {"branches": branches}
-        if self._halved and branches == [f"{self._halved}/0", f"{self._halved}/1"]:
+        joint = self._halved[0] if self._halved else None
+        if branches == [f"{joint}/0", f"{joint}/1"]:
             guidance = self._guidance(branches, steps)
             # Where nothing can be measured, diffusers' usual order: the unconditional half first.
             if guidance is None or guidance >= 0.5:
                 branches = branches[::-1]
-            arrays = {"branches": ["cond", "uncond"], "joint": self._halved}
+            arrays = {"branches": ["cond", "uncond"], "joint": joint}
             if guidance is not None:
                 arrays["guidance"] = max(guidance, 1 - guidance)
-        rows = self._rows([(branch, step) for branch in branches for step in steps])
-        guided = self._rows([(_GUIDED, step) for step in steps])
-        if not rows or len(steps) <= steps[-1] - steps[0]:
+        outputs = self._rows([(branch, step) for branch in branches for step in steps])
+        if not outputs or len(steps) <= steps[-1] - steps[0]:
             return {}
-        arrays["output"] = over_ranks(gram_matrix(rows)).cpu().numpy()
-        if guided:
-            arrays["guided"] = over_ranks(gram_matrix(guided)).cpu().numpy()
+        guided = self._rows([(_GUIDED, step) for step in steps])
+        for name, rows in (("output", outputs), ("guided", guided)):
+            if rows:
+                arrays[name] = over_ranks(gram_matrix(rows)).cpu().numpy()
         levels = [sigma(step) for step in (*steps, steps[-1] + 1)]
-        arrays["first_step"] = steps[0]
-        arrays["sigmas"] = np.array(levels, dtype=float)  # NaN where there are none
+        arrays |= {"first_step": steps[0], "sigmas": np.array(levels, float)}  # NaN for None
         return {f"{expert}/{name}": np.array(value) for name, value in arrays.items()}
 
     def _guidance(self, halves: list[str], steps: list[int]) -> float | None:
@@ -184,14 +175,13 @@ class Products:
         shares = []
         for step in steps:
             rows = self._rows([(name, step) for name in (*halves, _GUIDED)])
-            if not rows:
+            products = gram_matrix(rows).cpu().numpy() if rows else np.array(np.nan)
+            if not np.isfinite(products).all():
                 continue
-            products = gram_matrix(rows).cpu().numpy()
             if np.linalg.cond(products[:2, :2]) < _WORST_CONDITION:
                 first, second = np.linalg.solve(products[:2, :2], products[:2, 2])
-                shares.append(second / (first + second) if first + second else np.nan)
-        finite = [share for share in shares if np.isfinite(share)]
-        return float(np.median(finite)) if finite else None
+                shares += [second / (first + second)] if first + second else []
+        return float(np.median(shares)) if shares else None
 
     def _rows(self, keys: list[_Key]) -> list[Tensor]:
         """What is kept at ``keys``; nothing where one is missing, or they differ in size."""

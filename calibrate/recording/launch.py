@@ -31,16 +31,10 @@ class Party:
             self._distributed = torch.distributed
             self.leads = torch.distributed.get_rank(self._group) == 0
 
-    def announce(self, index: int | None) -> None:
-        """Tell the others which group comes next; None ends their part."""
-        if self._group is not None:
-            self._broadcast(index)
-
-    def follow(self) -> int | None:
-        """The group that the leading rank announces next, or None."""
-        return self._broadcast(None)
-
-    def _broadcast(self, index: int | None) -> int | None:
+    def agreed(self, index: int | None = None) -> int | None:
+        """The group that comes next, as the leading rank says it to the others; None ends their part."""
+        if self._group is None:
+            return index
         box = [index]
         first = self._distributed.get_global_rank(self._group, 0)
         self._distributed.broadcast_object_list(box, src=first, group=self._group)

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from calibrate.recording.notes import costs
 from calibrate.runs.folder import Group, RunFolder
 from calibrate.runs.lock import RunLock
 
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 # So many first prompts failing alike mean that the call is wrong, not the prompts.
 _SAME_FAILURES = 3
 _WAIT_SECONDS = 0.2  # between looks at the groups that other ranks are recording
@@ -65,12 +67,12 @@ class Loop:
                 time.sleep(_WAIT_SECONDS)
             self._show(bar)
         self._show(bar)
-        self.party.announce(None)
+        self.party.agreed(None)
 
     def follow(self) -> None:
         """Run the generations that the party's leading rank announces."""
         groups = self.run.groups
-        while (index := self.party.follow()) is not None:
+        while (index := self.party.agreed()) is not None:
             self._record(groups[index])
 
     def _is_wanted(self, group: Group) -> bool:
@@ -86,7 +88,7 @@ class Loop:
         try:
             if not self._is_wanted(group):  # another rank was faster
                 return False
-            self.party.announce(group.index)
+            self.party.agreed(group.index)
             begun = time.monotonic()
             self._record(group)
             seconds = time.monotonic() - begun
@@ -98,7 +100,7 @@ class Loop:
             bar.write(costs(seconds, todo, self.held, self.kept), file=sys.stderr)
         first, *others = self.outcomes
         if first and others == [first] * (_SAME_FAILURES - 1):
-            self.party.announce(None)
+            self.party.agreed(None)
             raise Incomplete(
                 f"{self.run.path}: the first {_SAME_FAILURES} prompts all failed alike ({first}); stopped"
             )
@@ -116,8 +118,15 @@ class Loop:
             raise
         except Exception as error:
             message = " ".join((str(error) or repr(error)).split())[:500]
-            self._fail(group, _kind_of(error), message)
-            _free_memory()
+            # torch's CPU allocator raises a plain RuntimeError.
+            memory = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))
+            kind = "out of memory" if memory else type(error).__name__
+            self._fail(group, kind, message)
+            import torch
+
+            # What a failed generation held, so that the next prompt has the room of the first.
+            gc.collect()
+            torch.cuda.empty_cache()
             return
         if not recording.rows:
             self._fail(group, "no pairs", "the denoiser was called less than twice")
@@ -151,19 +160,3 @@ class Loop:
         """What all ranks have finished, not only this one."""
         bar.n = len(self.run.finished())
         bar.refresh()
-
-
-def _kind_of(error: Exception) -> str:
-    # torch's CPU allocator raises a plain RuntimeError.
-    known = ("out of memory", "can't allocate memory")
-    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in known):
-        return "out of memory"
-    return type(error).__name__
-
-
-def _free_memory() -> None:
-    """Give back what a failed generation held, so that the next prompt has the room of the first."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()

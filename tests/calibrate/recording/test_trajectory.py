@@ -12,6 +12,7 @@ import coeffs
 from calibrate.fitting.draft import fit
 from calibrate.planning.lockstep import generations
 from calibrate.planning.trajectories import Runner, load_trajectories, record_trajectory
+from calibrate.recording.inner_products import trajectory_of
 from calibrate.recording.record import record
 from calibrate.recording.recorder import Recorder
 from calibrate.runs.pairs import load_run
@@ -110,6 +111,23 @@ def test_every_pipeline_shows_the_recorder_what_it_shows_planning(name):
         recorded = recorder.finish().trajectory
     with generations(case.pipe, denoisers(case.pipe), [call]) as (generation,):
         same(recorded, record_trajectory(generation))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda steps: steps[:2],
+        lambda steps: [*steps[:3], ("a", torch.ones(6), torch.ones(6))],
+        lambda steps: [*steps[:3], ("a", torch.full((4,), torch.nan), torch.ones(4))],
+    ],
+    ids=["too short", "another size", "not finite"],
+)
+def test_a_generation_of_which_no_plan_can_be_made_costs_no_prompt(change):
+    steps = [("a", torch.randn(4), torch.randn(4)) for _ in range(4)]
+    end = torch.randn(2, 2)
+    own = trajectory_of(steps, end, None)
+    assert own.latents.shape == (5, 2, 2) and np.isnan(own.sigmas).all()
+    assert trajectory_of(change(steps), end, None) is None
 
 
 @pytest.mark.parametrize("replaceable", [True, False])
