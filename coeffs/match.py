@@ -102,7 +102,13 @@ def _of_checkpoint(facts: Facts, registry: Folder) -> list[Entry]:
 
 def _best(same: list[Entry], facts: Facts) -> Entry:
     subject = facts["checkpoint"] or facts["transformer_class"]
-    usable = [entry for entry in same if _is_usable(entry)]
+    usable = [
+        entry
+        for entry in same
+        if entry.status != "copied"
+        and entry.signal != "other"
+        and any(expert.branches for expert in entry.experts.values())
+    ]
     if not usable:
         known = ", ".join(f"{entry.label} ({entry.origin})" for entry in same)
         raise AmbiguousEntry(
@@ -116,11 +122,6 @@ def _best(same: list[Entry], facts: Facts) -> Entry:
             f"{len(newest)} sets fit {subject} equally well: {', '.join(newest)}; name one of them"
         )
     return best[-1]
-
-
-def _is_usable(entry: Entry) -> bool:
-    has_fit = any(expert.branches for expert in entry.experts.values())
-    return entry.status != "copied" and entry.signal != "other" and has_fit
 
 
 def _rank(entry: Entry, facts: Facts) -> tuple[bool, int, bool, int]:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +11,7 @@ from typing import Any
 
 from calibrate.errors import InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, one_line
 from calibrate.model.protocol import Settings
-from calibrate.model.table import ModelSpec, find_model, model_table, recognise
+from calibrate.model.table import Configuration, ModelSpec, find_model, model_table, recognise
 from calibrate.model.weights import as_recorded, calibrated, weights_sha256
 from calibrate.text import did_you_mean
 
@@ -139,7 +138,7 @@ def _identified(
     name: str,
     path: Path,
     pipeline_class: str,
-    config: Callable[[str], Settings],
+    config: Configuration,
     row: ModelSpec | None = None,
     **source: Any,
 ) -> Checkpoint:

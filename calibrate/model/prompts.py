@@ -100,13 +100,11 @@ def load_prompts(
     *,
     seed: int = 0,
     images: Iterable[AnyPath] = (),
-    count: int | None = None,
 ) -> PromptSet:
     """Read a shipped set (by name; ``default`` for None), a ``.txt`` or ``.jsonl`` file, or a list of texts.
 
-    Only the first ``count`` prompts are kept; all of them for None. The prompt at position i gets the seed
-    ``seed + i`` unless its line names one. ``images`` (files or folders) go round the prompts that name no image of
-    their own.
+    The prompt at position i gets the seed ``seed + i`` unless its line names one. ``images`` (files or folders) go
+    round the prompts that name no image of their own.
     """
     if source is None or isinstance(source, AnyPath):
         path = shipped_sets().get(str(source or "default"), Path(source or "default"))
@@ -140,7 +138,7 @@ def load_prompts(
         name=name,
         total=len(prompts),
         images=known,
-    ).first(count)
+    )
 
 
 def _prompt(line: _Line, images: tuple[str, ...], default_seed: int) -> Prompt:

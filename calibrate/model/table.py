@@ -9,6 +9,7 @@ from typing import Any
 
 from calibrate.model.protocol import Settings
 
+Configuration = Callable[[str], Settings]  # of a component by its name
 EMBEDDED_MODEL = "tiny-longcat-image"
 # Of a shipped set. On the embedded model the learning curve is flat from 4 prompts on (70 were recorded); 21 are three
 # of each of the default set's seven kinds. The curve fits 16 of them while 5 are held out, so that it still sees that
@@ -65,7 +66,7 @@ def find_model(name: str) -> ModelSpec | None:
 
 
 def recognise(
-    pipeline_class: str, name: str, config: Callable[[str], Settings]
+    pipeline_class: str, name: str, config: Configuration
 ) -> tuple[ModelSpec | None, str]:
     """The row of a checkpoint, and in words by what: its name, that of its origin, or settings that only it has.
 

@@ -61,10 +61,10 @@ def carried_over(new: Entry, old: Entry | None, say: Callable[[str], None]) -> E
         say(f"replaced an entry of another model, {old.label} ({old.transformer_class})")
         return new
     new = replace(new, plans=old.plans, **{name: getattr(old, name) for name in BY_HAND})
-    kept: tuple[str, ...] = ()
+    kept = []  # beginnings of the warnings that stay true
     if old.plans:
         say(f"kept {_count(old.plans, 'plan')}")
-        kept = (PLAN_WARNING,)
+        kept.append(PLAN_WARNING)
     same = same_gate(new, old)
     certificates = tuple(row for row in old.certificates if same or row.policy != "gate")
     if old.certificates:
@@ -74,14 +74,14 @@ def carried_over(new: Entry, old: Entry | None, say: Callable[[str], None]) -> E
     count = _count(verified, "verified threshold")
     if verified and same:
         say(f"kept {count}: the coefficients are the same")
-        kept += (VERIFIED_WARNING,)
+        kept.append(VERIFIED_WARNING)
         new = replace(new, thresholds=new.thresholds + verified)
     elif verified:
         say(
             f"dropped {count}: they belong to other coefficients; `calibrate verify` measures these"
         )
-    warnings = tuple(text for text in old.warnings if kept and text.startswith(kept))
-    return replace(new, warnings=new.warnings + warnings)
+    warnings = (text for text in old.warnings if text.startswith(tuple(kept)))
+    return replace(new, warnings=(*new.warnings, *warnings))
 
 
 def same_gate(one: Entry, other: Entry) -> bool:

@@ -6,7 +6,7 @@ can be read; everything else (what to record next, whether the run is complete) 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,18 +283,12 @@ def _refuse_links(path: Path) -> None:
 
 def differences(old: Settings, new: Settings) -> str:
     """The first few settings that differ, as ``name old -> new``."""
-    before = dict(_flat(old))
+    import pandas as pd
+
+    before, after = (pd.json_normalize(each).to_dict("records")[0] for each in (old, new))
     differing = [
         f"{name} {before.get(name)!r} -> {value!r}"
-        for name, value in _flat(new)
+        for name, value in after.items()
         if before.get(name) != value and name not in ("protocol_sha256", "run_id")
     ]
     return "; ".join(differing[:4]) or "another identity"
-
-
-def _flat(value: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item

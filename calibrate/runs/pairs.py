@@ -5,7 +5,7 @@ A run is a folder with ``run.yaml`` and ``pairs/*.parquet``, one file per finish
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,12 +125,23 @@ def load_run(source: AnyPath | pd.DataFrame | Iterable[AnyPath]) -> Run:
     folders = [RunFolder.open(path) for path in paths]
     if not folders:
         raise InvalidRun("no run folder given: name at least one")
-    first, *others = folders
-    for other in others:
-        _require_same_protocol(first, other)
-    rows = [_checked(read_pairs(file).to_pandas(), str(file)) for file in _shards(folders)]
+    first, tables = folders[0], []
+    for folder in folders:
+        for key in ("model", "protocol", "protocol_sha256", "checkpoint"):
+            ours, theirs = ({key: run.manifest.get(key)} for run in (first, folder))
+            if ours != theirs:
+                raise InvalidRun(
+                    f"{first.path} and {folder.path}: different {key} ({differences(ours, theirs)}); fit runs of one "
+                    "protocol together"
+                )
+        files = sorted(folder.path.glob("pairs/*.parquet"))
+        if not files:
+            raise InvalidRun(
+                f"{folder.path}: no finished prompt in pairs/; record at least one with `calibrate record`"
+            )
+        tables += [_checked(read_pairs(file).to_pandas(), str(file)) for file in files]
     return _run(
-        pd.concat(rows, ignore_index=True), first.manifest, first.path, _timing(folders)
+        pd.concat(tables, ignore_index=True), first.manifest, first.path, _timing(folders)
     )
 
 
@@ -139,16 +150,6 @@ def column_of(name: str, columns: Mapping[str, str], kind: str) -> str:
     if name not in columns:
         raise InvalidRun(f"{kind} {name!r}: the log has {', '.join(columns)}")
     return columns[name]
-
-
-def _shards(folders: list[RunFolder]) -> Iterator[Path]:
-    for folder in folders:
-        files = sorted((folder.path / "pairs").glob("*.parquet"))
-        if not files:
-            raise InvalidRun(
-                f"{folder.path}: no finished prompt in pairs/; record at least one with `calibrate record`"
-            )
-        yield from files
 
 
 def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -203,16 +204,6 @@ def _run(rows: pd.DataFrame, manifest: dict, path: Path | None, timing: dict) ->
             f"none of the {len(rows)} pairs is finite, the model produced NaN or infinity; try --dtype float32"
         )
     return Run(rows[usable].reset_index(drop=True), manifest, excluded, path, rows, timing)
-
-
-def _require_same_protocol(first: RunFolder, other: RunFolder) -> None:
-    for key in ("model", "protocol", "protocol_sha256", "checkpoint"):
-        ours, theirs = ({key: run.manifest.get(key)} for run in (first, other))
-        if ours != theirs:
-            raise InvalidRun(
-                f"{first.path} and {other.path}: different {key} ({differences(ours, theirs)}); fit runs of one "
-                "protocol together"
-            )
 
 
 def seconds_per_prompt(folder: RunFolder) -> float | None:
