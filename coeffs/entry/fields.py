@@ -184,13 +184,11 @@ def _union(kinds: tuple[Any, ...], value: Any) -> Any:
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     if len(kinds) == 1:
         return checked(kinds[0], value)
-    # Several kinds are scalars only. True is an int to Python; an int is a number to a file.
-    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-    if kind is int and int not in kinds:
-        kind = float
-    if kind is None or kind not in kinds:
-        _refuse(value, " or ".join(_SCALARS[kind][1] for kind in kinds))
-    return _scalar(kind, value)
+    # Several kinds are scalars only; a whole number stays one where both it and a number may stand.
+    for kind in (bool, int, float, str):
+        if kind in kinds and _is(kind, value):
+            return _scalar(kind, value)
+    _refuse(value, " or ".join(_SCALARS[kind][1] for kind in kinds))
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -213,11 +211,15 @@ _SCALARS: dict[Any, tuple[Any, str]] = {
 }
 
 
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a file's value is of the kind: True is an int to Python only."""
+    return isinstance(value, _SCALARS[kind][0]) and isinstance(value, bool) == (kind is bool)
+
+
 def _scalar(kind: Any, value: Any) -> Any:
-    accepted, words = _SCALARS[kind]
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+    if not _is(kind, value):
         hints = {str: "; put it in quotes", float: number_hint(str(value))}
-        _refuse(value, words + hints.get(kind, ""))
+        _refuse(value, _SCALARS[kind][1] + hints.get(kind, ""))
     if kind is float and not abs(value) <= MAX_NUMBER:
         _refuse(value, f"a finite number of at most {MAX_NUMBER:g}")
     if kind is int and abs(value) > 2**53:
@@ -230,13 +232,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 
 
 def _refuse(value: Any, expected: str) -> NoReturn:
-    if value is None:
-        shown = "nothing"
-    elif isinstance(value, dict):
-        shown = "a mapping"
-    elif isinstance(value, list | tuple):
-        shown = "a list"
-    else:
-        shown = f"the text {value!r}" if isinstance(value, str) else repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    names = {dict: "a mapping", list: "a list", tuple: "a list", types.NoneType: "nothing"}
+    text = f"the text {value!r}" if isinstance(value, str) else repr(value)
+    shown = names.get(type(value), text if len(text) <= 80 else f"{text[:77]}...")
     raise EntryError(f"{shown}: expected {expected}")
