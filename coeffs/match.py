@@ -105,9 +105,7 @@ def _best(same: list[Entry], facts: Facts) -> Entry:
     usable = [
         entry
         for entry in same
-        if entry.status != "copied"
-        and entry.signal != "other"
-        and any(expert.branches for expert in entry.experts.values())
+        if entry.status != "copied" and entry.signal != "other" and entry.has_polynomials
     ]
     if not usable:
         known = ", ".join(f"{entry.label} ({entry.origin})" for entry in same)

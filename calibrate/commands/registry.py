@@ -232,7 +232,7 @@ def publish(run: str, dry_run: bool, force: bool, registry: str | None) -> None:
     except CoeffsError:
         meant = "nothing"
     if meant != f"{entry.model}@{path.stem}":
-        folder = path.parents[len(Path(entry.model).parts)]
+        folder = registry or store.user_registry()
         click.echo(
             f"{entry.model} alone means {meant} here: put {folder} first in {store.ENVIRONMENT}",
             err=True,

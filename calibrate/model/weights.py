@@ -38,19 +38,17 @@ def _file_digest(path: Path, changed: int) -> bytes:
 def calibrated(folder: Path, pipeline_class: str) -> Entry | None:
     """The entry of the registry, or of a run in ``runs/``, that was made with these weights under whatever name."""
     entries: list[Entry] = []
-    with suppress(CoeffsError):  # a registry that is not there is no reason not to record
-        entries = coeffs.entries()
-    drafts: list[Entry] = []
-    for file in sorted(
-        Path("runs").glob("*/entry.yaml"), key=lambda file: file.stat().st_mtime
-    ):
+    drafts = Path("runs").glob("*/entry.yaml")
+    for file in sorted(drafts, key=lambda file: file.stat().st_mtime):
         with suppress(CoeffsError):
-            drafts.append(coeffs.load(file))
-    # Other weights of the class are not read for nothing: the embedded model's are known by their configuration.
+            entries.append(coeffs.load(file))
+    with suppress(CoeffsError):  # a registry that is not there is no reason not to record
+        entries += coeffs.entries()
+    # The last one counts: what was released, else the newest run. Other weights of the class are not read for nothing:
+    # the embedded model's are known by their configuration.
     hashed = {
         entry.checkpoint.sha256: entry
-        for entry in drafts
-        + entries  # the last one counts: what was released, else the newest run
+        for entry in entries
         if entry.pipeline_class == pipeline_class
         and entry.checkpoint.sha256
         and entry.model != EMBEDDED_MODEL

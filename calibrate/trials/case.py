@@ -205,7 +205,7 @@ def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Ent
                 f'coeffs.save(calibrate.fit("{run}"), "{file}")'
             )
         entry = coeffs.load(file or os.fspath(source), registry)
-    if not any(expert.branches for expert in entry.experts.values()):
+    if not entry.has_polynomials:
         raise InvalidOption(
             f"{entry.label}: no coefficients in it, only ratios or plans; nothing to verify with a gate"
         )

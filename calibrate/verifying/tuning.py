@@ -239,7 +239,7 @@ def published_entries(
         for entry in entries
         if entry.status != "measured" and entry.label != own.label and entry.signal != "other"
         if entry.transformer_class == transformer_class
-        if any(expert.branches for expert in entry.experts.values())
+        if entry.has_polynomials
     }
     # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
     repository = own.checkpoint.repository

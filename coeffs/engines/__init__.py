@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from coeffs.engines.setting import Carried, Request, stripped
+from coeffs.engines.text import Form
 from coeffs.entry.provenance import Source
 from coeffs.entry.schema import Entry, Expert, Fit
 from coeffs.errors import EngineError
@@ -74,7 +75,7 @@ def import_entry(text: str, engine: str, *, like: Entry | None = None, **facts: 
     return Entry(**known | _changes(carried, known))
 
 
-def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
+def _changes(carried: Carried, known: Form) -> Form:
     """The fields of an entry that a form's numbers change; what it already recommends or holds keeps its facts."""
     experts = {**known.get("experts", {})}
     for name, numbers in carried.coefficients.items():
@@ -88,7 +89,7 @@ def _changes(carried: Carried, known: dict[str, Any]) -> dict[str, Any]:
         held = (expert.mag_ratios or {}).values()
         if any(values not in held for values in ratios.values()):
             experts[name] = replace(expert, mag_ratios=ratios)
-    changed: dict[str, Any] = {"experts": experts or {"transformer": Expert()}}
+    changed: Form = {"experts": experts or {"transformer": Expert()}}
     threshold, schedule = carried.threshold, carried.schedule
     if threshold not in (None, *(row.threshold for row in known.get("thresholds", ()))):
         changed["thresholds"] = ({"threshold": threshold, "kind": "reported"},)

@@ -96,7 +96,7 @@ def setting(request: Request, sign_rule: Text = None) -> Setting:
     """
     entry, engine, facts, notes = request.entry, request.engine, request.facts, request.notes
     opening(request)
-    if not any(expert.branches for expert in entry.experts.values()):
+    if not entry.has_polynomials:
         raise EngineError(
             f"{entry.label} has no coefficients: export its ratios or plans to {' or '.join(plan_forms())}"
         )

@@ -204,6 +204,11 @@ class Entry(Record):
         return f"{self.model}@v{self.version}"
 
     @property
+    def has_polynomials(self) -> bool:
+        """Whether a gate can be made of it, and not only ratios or plans."""
+        return any(expert.branches for expert in self.experts.values())
+
+    @property
     def origin(self) -> str:
         return f"copied from {self.copied_from}" if self.copied_from else self.status
 

@@ -31,6 +31,7 @@ LINE_WIDTH = 115
 
 Path = tuple[str | int, ...]
 Lines = dict[Path, int]
+Plain = dict[str, Any]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBERS = {
@@ -118,7 +119,7 @@ def _value(events: Iterator[Any], path: Path, lines: Lines, first: Any = None) -
         return [
             _value(events, (*path, place), lines, part) for place, part in enumerate(parts)
         ]
-    items: dict[str, Any] = {}
+    items: Plain = {}
     for part in parts:
         key = _value(events, (*path, "?"), lines, part)
         if not isinstance(key, str) or len(key) > MAX_KEY:
@@ -182,7 +183,7 @@ def number_hint(text: str) -> str:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write(value: dict[str, Any]) -> str:
+def write(value: Plain) -> str:
     """Canonical text of a plain mapping: block style, lists of scalars in brackets."""
     return "".join(f"{line}\n" for line in _block(value, ""))
 
@@ -193,7 +194,7 @@ def format_float(value: float) -> str:
     return text if "." in text else text.replace("e", ".0e")  # YAML 1.1 reads 1e-05 as text
 
 
-def _block(mapping: dict[str, Any], indent: str) -> list[str]:
+def _block(mapping: Plain, indent: str) -> list[str]:
     lines = []
     inner = indent + "  "
     for key, value in mapping.items():
@@ -212,7 +213,7 @@ def _block(mapping: dict[str, Any], indent: str) -> list[str]:
     return lines
 
 
-def _list_item(item: dict[str, Any], indent: str) -> list[str]:
+def _list_item(item: Plain, indent: str) -> list[str]:
     line = f"{indent}- {_flow(item)}"
     nested = any(isinstance(value, dict | list) for value in item.values())
     if len(line) <= LINE_WIDTH and not nested:
