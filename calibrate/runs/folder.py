@@ -112,8 +112,10 @@ class RunFolder:
     @property
     def groups(self) -> list[Group]:
         """Every group that the run is to hold, in order."""
-        rows = self.manifest["prompts"]
-        return [Group(index=i, prompt=Prompt.from_dict(row)) for i, row in enumerate(rows)]
+        return [
+            Group(index=i, prompt=Prompt.from_dict(row))
+            for i, row in enumerate(self.manifest["prompts"])
+        ]
 
     def finished(self) -> set[str]:
         """Names of the groups whose pairs are on disk, by name only (`tidy` looks inside)."""
@@ -196,10 +198,9 @@ class RunFolder:
     def _write(self, prompts: PromptSet) -> None:
         import yaml
 
-        images = {name for prompt in prompts.prompts for name in prompt.image}
-        for name in sorted(images):
-            if not self.input_path(name).exists():
-                write_atomically(self.input_path(name), prompts.images[name].read_bytes())
+        for name, target in self.images.items():
+            if not target.exists():
+                write_atomically(target, prompts.images[name].read_bytes())
         text = yaml.safe_dump(self.manifest, sort_keys=False, allow_unicode=True, width=120)
         write_atomically(self.path / "run.yaml", text.encode())
 

@@ -109,7 +109,7 @@ def load_grams(source: AnyPath) -> list[GramLog]:
     scale = protocol.get("guidance_scale")
     logs: list[GramLog] = []
     first, begin = samples[0], 0
-    for expert in sorted(first, key=lambda name: int(first[name].get("first_step", 0))):
+    for expert in sorted(first, key=lambda name: first[name]["first_step"]):
         log = _log_of(expert, [sample[expert] for sample in samples], scale)
         if log.first_step != begin:
             raise NoPlan(
@@ -135,18 +135,14 @@ def _log_of(expert: str, parts: list[Arrays], scale: float | None) -> GramLog:
         sigmas=np.asarray(first["sigmas"], float),
         guided=np.stack([part["guided"] for part in parts]) if watched else None,
         expert=expert,
-        first_step=int(first.get("first_step", 0)),
+        first_step=int(first["first_step"]),
     )
 
 
 def _form(sample: dict[str, Arrays]) -> dict[str, tuple]:
     """What all samples of a run must have in common."""
     return {
-        expert: (
-            part["branches"].tolist(),
-            part["output"].shape,
-            int(part.get("first_step", 0)),
-        )
+        expert: (part["branches"].tolist(), part["output"].shape, int(part["first_step"]))
         for expert, part in sample.items()
     }
 
@@ -207,12 +203,14 @@ def at_steps(log: GramLog, num_steps: int) -> GramLog:
         )
     # The last recorded level belongs to step T-1; beyond it lies the end, where nothing is computed.
     places = np.linspace(0, steps - 1, num_steps)
-    recorded = np.arange(steps)
     # Each row holds the shares of the two recorded steps around a new one.
-    matrix = np.maximum(1 - np.abs(places[:, None] - recorded), 0)
-    sigmas = np.append(matrix @ log.sigmas[:steps], log.sigmas[-1])
-    seen = None if log.guided is None else matrix @ log.guided @ matrix.T
-    return replace(log, output=matrix @ log.output @ matrix.T, guided=seen, sigmas=sigmas)
+    matrix = np.maximum(1 - np.abs(places[:, None] - np.arange(steps)), 0)
+    return replace(
+        log,
+        output=matrix @ log.output @ matrix.T,
+        guided=None if log.guided is None else matrix @ log.guided @ matrix.T,
+        sigmas=np.append(matrix @ log.sigmas[:steps], log.sigmas[-1]),
+    )
 
 
 def interpolation_error(log: GramLog) -> float:
@@ -239,7 +237,7 @@ def read_gram(path: Path) -> dict[str, Arrays]:
         with np.load(path, allow_pickle=False) as arrays:
             for key in arrays.files:
                 expert, _, name = key.partition("/")
-                experts.setdefault(expert, {})[name] = arrays[key]
+                experts.setdefault(expert, {"first_step": 0})[name] = arrays[key]
     except Exception as error:  # zipfile and zlib have errors of their own
         raise RunFolderError(
             f"{path}: not a readable Gram log ({one_line(error)}); remove it and record anew"
