@@ -2,40 +2,37 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import time
 import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-import calibrate
 import coeffs
 from calibrate import fit, record
 from calibrate.errors import InvalidOption
 from calibrate.verifying.results import load_verification
+from calibrate.verifying.verify import verify
 
 pytestmark = pytest.mark.slow
 
 TIMES = ["seconds", "uncached_seconds"]
-# Ranks begin when all have loaded what they need, so that each finds prompts to claim.
-RANK = """
-import sys, time
-from pathlib import Path
+OPTIONS = dict(num_prompts=4, budgets=[3], policies=["gate", "uniform", "fewer-steps"])
 
-from calibrate.verifying.verify import verify
 
-run, ranks = Path(sys.argv[1]), int(sys.argv[2])
-Path(sys.argv[3]).touch()
-while len(list(run.parent.glob("ready-*"))) < ranks:
-    time.sleep(0.01)
-options = dict(num_prompts=4, budgets=[3], policies=["gate", "uniform", "fewer-steps"])
-found = verify(run, progress=False, device="cpu", **options)
-print("concluded" if found else "left")
-"""
+def rank_of(run: Path, rank: int, ranks: int) -> None:
+    """One rank; it begins when all are there, so that each finds prompts to claim."""
+    environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": 29555}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    (run.parent / f"ready-{rank}").touch()
+    while len(list(run.parent.glob("ready-*"))) < ranks:
+        time.sleep(0.01)
+    found = verify(run, progress=False, device="cpu", **OPTIONS)
+    (run.parent / f"said-{rank}").write_text("concluded" if found else "left")
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +44,17 @@ def recorded(tmp_path_factory):
 
 
 def verified(run: Path, ranks: int) -> list[str]:
-    """What each rank said at the end."""
-    environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_PORT": "29555"}
+    """What each rank said at the end. Forked: a process of its own would load everything for 5 s first."""
+    context = multiprocessing.get_context("fork")
     started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                RANK,
-                str(run),
-                str(ranks),
-                str(run.parent / f"ready-{rank}"),
-            ],
-            cwd=Path(calibrate.__file__).parents[1],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
+        context.Process(target=rank_of, args=(run, rank, ranks)) for rank in range(ranks)
     ]
-    said = [process.communicate(timeout=120)[0].strip() for process in started]
-    assert [process.returncode for process in started] == [0] * ranks
-    return said
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * ranks
+    return [(run.parent / f"said-{rank}").read_text() for rank in range(ranks)]
 
 
 def keys(file: Path) -> list[str]:
