@@ -8,10 +8,24 @@ from click import option
 
 from calibrate.model.loading import DTYPES
 from calibrate.model.table import DEFAULT_PROMPTS, EMBEDDED_MODEL
+from coeffs.errors import CoeffsError, did_you_mean
 
 FOLDER = click.Path(file_okay=False)
 POSITIVE = click.IntRange(min=1)
 DEGREE = click.IntRange(1, 6)
+
+
+class OneOf(click.Choice[str]):
+    """A choice that is refused in one line, with the name that was probably meant."""
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        if value in self.choices:
+            return value
+        hint = did_you_mean(value, self.choices)
+        known = f"is not one of {', '.join(map(repr, self.choices))}"
+        raise CoeffsError(f"{value!r} {f'is not known: {hint}' if hint else known}")
 
 
 def numbers(kind: type, expected: str) -> Callable[[str], list]:

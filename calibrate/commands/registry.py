@@ -7,28 +7,23 @@ import click
 from click import argument, option
 
 import coeffs
-from calibrate.commands.options import registry
+from calibrate.commands.options import OneOf, registry
 from calibrate.text import terminal_width
 from coeffs import describe, difference, store
 from coeffs import release as releases
 from coeffs.engines import ENGINES as ENGINE_NAMES
 from coeffs.engines import export_entry, import_entry
+from coeffs.engines.releases import takers
 from coeffs.entry.signals import SIGNALS
-from coeffs.errors import CheckFailed, CoeffsError, PublishError, WriteError, did_you_mean
+from coeffs.errors import (
+    CheckFailed,
+    CoeffsError,
+    EngineError,
+    PublishError,
+    WriteError,
+)
 
 NARROWEST = 60  # columns in which the tables can be read
-
-
-class OneOf(click.Choice[str]):
-    """A choice that says which name was probably meant."""
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        hint = did_you_mean(value, self.choices)
-        if hint and value not in self.choices:
-            self.fail(f"{value!r} is not known: {hint}", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 ENGINES = OneOf(list(ENGINE_NAMES))
@@ -159,6 +154,12 @@ def export(entry: str, out: str | None, registry: str | None, **form: Any) -> No
     Example:
         calibrate export alivilab/wan2.1-t2v-1.3b --to sglang --threshold 0.08
     """
+    for choice in ("threshold", "schedule", "release", "force"):
+        forms = takers(choice)
+        if form[choice] not in (None, False) and form["engine"] not in forms:
+            raise EngineError(
+                f"--{choice}: {form['engine']} has no place for it, only {', '.join(forms)}; leave it out"
+            )
     _put(export_entry(coeffs.load(entry, registry), **form), out)
 
 

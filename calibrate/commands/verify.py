@@ -12,6 +12,7 @@ from calibrate.commands.options import (
     NUMBERS,
     POSITIVE,
     WHOLE_NUMBERS,
+    OneOf,
     registry,
     rerunning_options,
 )
@@ -49,7 +50,7 @@ from calibrate.text import block
 @option(
     "--through",
     multiple=True,
-    type=click.Choice(["cache-dit", "diffusers-magcache"]),
+    type=OneOf(["cache-dit", "diffusers-magcache"]),
     help="Run the plans by this engine's own code from their export; repeat.",
 )
 @option("--lpips", is_flag=True, help="Add LPIPS to the measures; needs teacal[lpips].")

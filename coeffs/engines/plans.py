@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
 
+from coeffs.engines.releases import two_calls
 from coeffs.engines.setting import Carried, Request, certified, opening
 from coeffs.engines.text import Form, value_of
 from coeffs.entry.fields import Limits, Numbers, Text
@@ -99,6 +100,17 @@ def plan_of(entry: Entry, schedule: Text) -> Plan:
             f"schedule of {len(schedule)} steps: {entry.label} was measured with {steps}; give one letter for each"
         )
     return plans.get(schedule) or Plan(schedule=schedule)
+
+
+def guidance(request: Request) -> Form:
+    """cache-dit's setting for guidance in two calls a step; without it each call counts as a step."""
+    separate = two_calls(request.entry)
+    if separate is None:
+        request.notes.append(
+            "whether guidance takes two calls a step is not known: the engine's default for the model holds"
+        )
+        return {}
+    return {"enable_separate_cfg": separate}
 
 
 def read_mask(form: Form) -> Carried:

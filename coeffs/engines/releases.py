@@ -57,6 +57,14 @@ def plan_forms() -> list[str]:
     return [engine for engine, release in releases().items() if not release.signals]
 
 
+def takers(choice: str) -> list[str]:
+    """Forms that an option of ``calibrate export`` changes."""
+    if choice == "schedule":
+        return [*plan_forms(), "solver"]
+    of_plans = plan_forms() if choice == "threshold" else []
+    return [engine for engine in releases() if engine not in of_plans]
+
+
 def misfits(engine: str, entry: Entry) -> list[str]:
     """What the engine would ignore, misread or crash on in an entry's model; each with what to do."""
     release = releases()[engine]

@@ -5,8 +5,7 @@ It overrides the model's preset, whose own policy of masks is switched off. Tayl
 
 import json
 
-from coeffs.engines.plans import ONE_BLOCK, planned, read_mask
-from coeffs.engines.releases import two_calls
+from coeffs.engines.plans import ONE_BLOCK, guidance, planned, read_mask
 from coeffs.engines.setting import Carried, Request
 from coeffs.engines.text import Form, command_line, read_option
 
@@ -21,10 +20,8 @@ def write(request: Request) -> str:
         "enable_taylorseer": plan.order > 0,
         "steps_computation_mask": plan.mask,
         "steps_computation_policy": "static",
+        **guidance(request),
     }
-    separate = two_calls(request.entry)
-    if separate is not None:
-        form["enable_separate_cfg"] = separate
     options = {
         "--num_inference_steps": str(len(plan.schedule)),
         "--cache_method": "dbcache",
