@@ -3,7 +3,8 @@
     python -m benchmarks.engines.check [--folder FOLDER]
 
 Downloads the named releases without dependencies into FOLDER, outside the checkout, and prints the table of
-docs/registry.md. Exit code 1 if a parser refuses an export or would run another plan than was exported.
+docs/registry.md. Exit code 1 if a parser refuses an export, would run another plan than was exported, or an engine
+cannot wrap a class that we export to it.
 """
 
 import subprocess
@@ -17,6 +18,7 @@ import click
 
 import coeffs
 from benchmarks.engines import parsers
+from benchmarks.engines.adapters import refused_classes
 from coeffs.engines import export_entry
 from coeffs.engines.plans import wants_plan
 from coeffs.engines.releases import plan_forms, releases
@@ -120,7 +122,7 @@ def checked(form: str, folder: Path) -> tuple[str, list[str]]:
         root = downloaded(f"{package.requirement}=={release.version}", folder)
     parse = package.parser(root)
     accepted = equal = plans = count = 0
-    wrong = []
+    wrong = [*refused_classes(root)] if form == "sglang-cache-dit" else []
     for text, schedule in exports(form):
         count += 1
         plans += schedule is not None

@@ -13,9 +13,9 @@ MODELS = [entry.model for entry in PUBLISHED]
 ENGINE_RULES = {"vllm-omni": "abs", "tensorrt-llm": "abs", "mlx-teacache": "clamp"}
 
 
-def test_there_are_74_sets_of_coefficients_and_6_of_ratios():
-    assert (len(FITTED), len(RATIOS)) == (74, 6)
-    assert sum(entry.status == "copied" for entry in PUBLISHED) == 16
+def test_there_are_75_sets_of_coefficients_and_6_of_ratios():
+    assert (len(FITTED), len(RATIOS)) == (75, 6)
+    assert sum(entry.status == "copied" for entry in PUBLISHED) == 17
 
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=IDS)
@@ -112,6 +112,7 @@ def test_two_engines_contradict_each_other_on_flux():
         ("alivilab/cogvideox-5b", "time_embedding"),
         ("alivilab/hidream-i1-full", "time_embedding"),
         ("comfyui/lumina_2", "time_embedding"),
+        ("trtllm/qwen-image", "time_embedding"),
         ("vllm-omni/hunyuanimage3", "time_embedding"),
         ("lightx2v/wan2.2-ti2v-5b", "time_embedding"),
         ("comfyui/hidream-i1-dev", "other"),

@@ -54,7 +54,8 @@ def test_the_wrong_class(refused, engine):
 def test_two_experts(refused, engine):
     """TensorRT-LLM has a slot for each."""
     entry = entry_for(engine)
-    entry = two_experts(transformer_class=entry.transformer_class, signal=entry.signal)
+    same = {name: getattr(entry, name) for name in ("engine", "transformer_class", "signal")}
+    entry = two_experts(**same)
     choice = ("--threshold", "0.2") if engine in TEACACHE else ("--schedule", "CCSC" * 7)
     line = refused("export", entry, "--to", engine, *choice)
     assert "has one slot" in line or "counts the steps of each from 0" in line
@@ -68,7 +69,15 @@ def test_a_release_that_is_not_known(refused, engine):
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "json"])
 def test_an_entry_without_the_content(refused, engine):
-    entry = entry_for(engine, experts={"transformer": coeffs.Expert()}, plans=())
+    fit = {
+        "recommended": "pooled",
+        "branches": {"pooled": {"coefficients_high_to_low": [1.0, 0.1]}},
+    }
+    bare = {"experts": {"transformer": coeffs.Expert()}}
+    entry = entry_for(
+        engine,
+        **bare if engine in TEACACHE else {"experts": {"transformer": fit}, "plans": ()},
+    )
     line = refused("export", entry, "--to", engine)
     assert any(f"has no {what}" in line for what in ("coefficients", "plan", "mag_ratios"))
 

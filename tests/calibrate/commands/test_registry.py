@@ -58,7 +58,7 @@ def test_list_filters_and_prints_a_table():
         "vllm-omni/longcat-image@v1",
     ]
     assert lines[1].split()[:2] == ["sglang/longcat-image-borrowed@v1", "copied"]
-    assert len(calibrate("list", "--status", "copied").stdout.splitlines()) == 1 + 16
+    assert len(calibrate("list", "--status", "copied").stdout.splitlines()) == 1 + 17
     assert (
         len(
             calibrate(
