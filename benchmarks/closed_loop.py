@@ -87,9 +87,9 @@ def measured(
     from calibrate.trials.bench import Bench
     from calibrate.trials.case import open_case
     from calibrate.trials.measures import main_measure
-    from calibrate.trials.setting import Entered, plan_setting
-    from calibrate.verifying.lineup import Lineup, entered
-    from calibrate.verifying.tuning import TuningRuns
+    from calibrate.trials.setting import plan_setting
+    from calibrate.verifying.lineup import entered
+    from calibrate.verifying.tuning import Lineup
 
     budgets = [int(part) for part in computed.split(",")]
     known = {p.computed_steps for p in coeffs.load(Path(run) / "entry.yaml").plans or ()}
@@ -105,16 +105,15 @@ def measured(
         )
     case = open_case(run, model=model, registry=None, out=None, dtype=None, device="auto")
     judged = held_out_prompts(case.purposes, case.offered(prompts, seed, ()), num_prompts)
-    bench = Bench(case, judged, None, progress=True)
+    bench = Bench(case, judged)
     lineup = Lineup(
         entry=case.entry,
         run=case.run,
         num_steps=case.num_steps,
         budgets=budgets,
-        runs=TuningRuns(bench),
+        bench=bench,
     )
-    contest = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
-    settings = list(contest.settings)
+    settings, refused = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     for budget in budgets:
         guided = coeffs.Plan(schedule=uniform(case.num_steps, budget), forecast_of="guided")
         settings.append(plan_setting("uniform skipping, reuse guided", guided))
@@ -123,7 +122,7 @@ def measured(
         settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
     if curve is not None:
         settings += fits_on_fewer_prompts(case, curve)
-    rows, refused = bench.results(Entered(settings, contest.refused))
+    rows, refused = bench.results(settings, refused)
     return {
         "model": case.entry.model,
         "steps": case.num_steps,

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from calibrate.certifying.candidates import first_of, offered, setting_of, unseen
+from calibrate.certifying.candidates import KEPT_BACK, setting_of, unseen
 from calibrate.certifying.tiers import Demand, Tier
 from calibrate.errors import InvalidOption, one_line
 from calibrate.fitting.statistics import share_interval
 from calibrate.runs.lock import alone
 from calibrate.runs.purposes import AUDITED, note
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
-from calibrate.trials.lpips import Lpips
-from calibrate.trials.setting import Entered
+from calibrate.trials.case import Case, Images, Prompts, Say, open_case
 from coeffs import Certificate, Entry
 from coeffs.entry.certificates import chance, of_tier
 
 # Four misses among so many refute a risk of 5 %, as 27 % of misses give four times in five.
 NUM_PROMPTS = 20
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,9 @@ def audit(
     *,
     tiers: Sequence[str] = (),
     num_prompts: int = NUM_PROMPTS,
-    prompts: str | os.PathLike | Sequence[str] | None = None,
+    prompts: Prompts = None,
     seed: int = 0,
-    images: Iterable[str | os.PathLike] = (),
+    images: Images = (),
     lora: str | os.PathLike | None = None,
     progress: bool = True,
     say: Say = lambda text: None,
@@ -89,21 +85,20 @@ def audit(
     """
     case = open_case(source, **loading)
     certificates = _in_force(case.entry, tiers)
-    sets = offered(case, prompts, seed, images)
-    fresh = unseen(case.purposes, sets, AUDITED)
-    if len(fresh) < num_prompts:
+    sets = case.offered(prompts, seed, images, KEPT_BACK)
+    chosen = unseen(case.purposes, sets, num_prompts, AUDITED)
+    ids = {prompt.prompt_id for prompt in chosen.prompts}
+    if len(ids) < num_prompts:
         raise InvalidOption(
-            f"--num-prompts {num_prompts}: only {len(fresh)} that served nothing else; give others with --prompts"
+            f"--num-prompts {num_prompts}: only {len(ids)} that served nothing else; give others with --prompts"
         )
-    chosen = first_of(fresh, num_prompts, sets)
     # Their figures will be seen: no certificate rests on them afterwards.
-    note(case.folder, list(fresh)[:num_prompts], AUDITED)
+    note(case.folder, ids, AUDITED)
     samples = len(chosen.prompts)
     say(f"{2 * samples} uncached runs, {samples * len(certificates)} cached ones")
     _prepare(case, lora)
-    perceptual = Lpips() if any("lpips" in one.limits for one in certificates) else None
-    with closing(Bench(case, chosen, perceptual, progress)) as bench:
-        return [_audited(bench, one, len(certificates)) for one in certificates]
+    bench = Bench(case, chosen, any("lpips" in one.limits for one in certificates), progress)
+    return [_audited(bench, one, len(certificates)) for one in certificates]
 
 
 def _in_force(entry: Entry, tiers: Sequence[str]) -> list[Certificate]:
@@ -134,12 +129,12 @@ def _prepare(case: Case, lora: str | os.PathLike | None) -> None:
 
 def _audited(bench: Bench, certificate: Certificate, tests: int) -> Audited:
     setting = setting_of(certificate, bench.case.entry)
-    results, refused = bench.results(Entered([setting]))
+    results, refused = bench.results([setting])
     if results.empty:
         raise InvalidOption(f"tier {certificate.tier}: {refused[setting.policy]}")
     of_prompt = Tier(certificate.tier, certificate.limits).missed(results)
     missed, prompts = int(of_prompt.sum()), len(of_prompt)
     demand = Demand(certificate.risk, certificate.confidence, tests)
-    p = 1 - chance(missed - 1, prompts, demand.risk) if missed else 1.0
+    p = 1 - chance(missed - 1, prompts, demand.risk)
     proven = missed <= demand.most_missed(prompts)
     return Audited(certificate, missed, prompts, p, demand.level, proven, results)

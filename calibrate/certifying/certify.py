@@ -6,11 +6,11 @@ Results are kept as `calibrate verify` keeps them, so that an interrupted certif
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,22 @@ import pandas as pd
 
 import coeffs
 from calibrate import __version__
-from calibrate.certifying.candidates import POLICIES, first_of, offered, sequences, unseen
+from calibrate.certifying.candidates import KEPT_BACK, POLICIES, sequences, unseen
 from calibrate.certifying.tiers import USUAL_TIERS, Demand, Tier
 from calibrate.errors import InvalidOption
 from calibrate.fitting.draft import protocol_of
-from calibrate.model.prompts import PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.entry_file import same_gate, update_entry
-from calibrate.runs.folder import RunFolder
 from calibrate.runs.lock import alone
-from calibrate.runs.pairs import seconds_per_prompt
 from calibrate.runs.purposes import note
-from calibrate.text import duration
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
-from calibrate.trials.lpips import Lpips
+from calibrate.trials.case import Case, Images, Prompts, Say, open_case
 from calibrate.trials.measures import MEASURES, measured
-from calibrate.trials.setting import Entered, Setting
+from calibrate.trials.setting import Setting
 from coeffs import Certificate, Entry
 
 RISK = 0.05  # one prompt in twenty
 CONFIDENCE = 0.95  # the level of every interval in this project
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,15 +54,6 @@ class Certification:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A setting that was run, its results, and the tiers that it and all before it keep."""
-
-    setting: Setting
-    results: pd.DataFrame
-    kept: list[Tier]
-
-
 @alone("certifying")
 def certify(
     source: str | os.PathLike,
@@ -78,9 +63,9 @@ def certify(
     confidence: float = CONFIDENCE,
     policies: Sequence[str] = tuple(POLICIES),
     num_prompts: int | None = None,
-    prompts: str | os.PathLike | Sequence[str] | None = None,
+    prompts: Prompts = None,
     seed: int = 0,
-    images: Iterable[str | os.PathLike] = (),
+    images: Images = (),
     progress: bool = True,
     say: Say = lambda text: None,
     **loading: Any,
@@ -107,50 +92,46 @@ def certify(
     demand = Demand(risk, confidence, len(candidates) * len(tiers))
     count = num_prompts or demand.prompts_needed
     tried = [[one.policy, one.identity()] for settings in candidates for one in settings]
-    question = [
-        [str(tier) for tier in tiers],
-        risk,
-        confidence,
-        *policies,
-        count,
-        seed,
-        tried,
-    ]
+    limits = [str(tier) for tier in tiers]
+    question = [limits, risk, confidence, *policies, count, seed, tried]
     purpose = f"certifying {canonical_sha256(question)[:12]}"
-    sets = offered(case, prompts, seed, images)
-    fresh = unseen(case.purposes, sets, purpose)
-    _check_count(demand, count, len(fresh))
-    chosen = first_of(fresh, count, sets)
+    chosen = unseen(
+        case.purposes, case.offered(prompts, seed, images, KEPT_BACK), count, purpose
+    )
+    ids = {prompt.prompt_id for prompt in chosen.prompts}
+    demand.check(count, len(ids))
     misses = demand.most_missed(count)
-    _announce(
-        case,
-        candidates,
-        chosen,
-        f"{demand.tests} tests that pass with up to {misses} misses",
-        say,
+    samples, budgets = len(chosen.prompts), [one.budget for one in chain(*candidates)]
+    runs = samples * (2 + sum(budgets) / case.num_steps)
+    say(
+        f"{samples} samples of {chosen.name}, {demand.tests} tests that pass with up to {misses} misses: "
+        f"{2 * samples} uncached runs, up to {samples * len(budgets)} cached ones{case.time_of(runs)}"
     )
     # Before anything is run: who asks something else, or asks with more prompts, takes others.
-    note(case.folder, list(fresh)[:count], purpose)
-    perceptual = Lpips() if any("lpips" in tier.limits for tier in tiers) else None
+    note(case.folder, ids, purpose)
+    bench = Bench(case, chosen, any("lpips" in tier.limits for tier in tiers), progress)
     refused: dict[str, str] = {}
-    with closing(Bench(case, chosen, perceptual, progress)) as bench:
-        tests = [
-            _tested(bench, settings, tiers, misses, refused, say) for settings in candidates
-        ]
-        if not any(tests):
-            raise InvalidOption(f"no policy could be run ({'; '.join(refused.values())})")
-        certificates = []
-        for tier in tiers:
-            passed = [[test for test in sequence if tier in test.kept] for sequence in tests]
-            fastest = [sequence[-1] for sequence in passed if sequence]
-            certificates += [
-                _certificate(case, chosen, demand, tier, test) for test in fastest
-            ]
-    reached = {certificate.tier for certificate in certificates}
-    first = [sequence[0] for sequence in tests if sequence]
-    unreached = [
-        _unreached(tier, first, risk, misses) for tier in tiers if tier.name not in reached
-    ]
+    certified: dict[tuple[str, str], Certificate] = {}
+    first: list[tuple[Setting, pd.DataFrame]] = []
+    for settings in candidates:
+        kept = list(tiers)
+        for setting in settings:
+            say(f"{setting.policy} at {setting.budget} of {case.num_steps} steps")
+            rows, reasons = bench.results([setting])
+            refused |= reasons
+            if len(rows) and setting is settings[0]:
+                first.append((setting, rows))
+            kept = [t for t in kept if len(rows) and t.missed(rows).sum() <= misses]
+            for tier in kept:
+                certificate = _certificate(bench, demand, tier, setting, rows)
+                certified[tier.name, setting.policy] = certificate
+            if not kept:  # what comes after a failure is not tested
+                break
+    if not first:
+        raise InvalidOption(f"no policy could be run ({'; '.join(refused.values())})")
+    certificates = [one for t in tiers for one in certified.values() if one.tier == t.name]
+    reached = {tier for tier, _ in certified}
+    unreached = [_unreached(t, first, risk, misses) for t in tiers if t.name not in reached]
     _write(case, names, certificates, say)
     return Certification(tuple(certificates), tuple(unreached), refused, case.folder)
 
@@ -164,68 +145,18 @@ def checked_run(source: str | os.PathLike) -> Path:
     return Path(source)
 
 
-def _check_count(demand: Demand, count: int, there: int) -> None:
-    needed = max(demand.prompts_needed, count)
-    usable = min(count, there)
-    if usable >= needed:
-        return
-    advice = "" if usable == 0 else f", or for --risk {demand.lowest_risk(usable):g}"
-    raise InvalidOption(
-        f"impossible with {usable} prompts that served nothing else: risk {demand.risk:g} at confidence "
-        f"{demand.confidence:g} in {demand.tests} tests needs {needed}; ask for as many, of a larger set with "
-        f"--prompts{advice}"
-    )
-
-
-def _announce(
-    case: Case, candidates: list[list[Setting]], prompts: PromptSet, tests: str, say: Say
-) -> None:
-    """Say how many runs there will be at most, and about how long they take."""
-    samples = len(prompts.prompts)
-    budgets = [setting.budget for settings in candidates for setting in settings]
-    text = f"{samples} samples of {prompts.name}, {tests}: "
-    text += f"{2 * samples} uncached runs, up to {samples * len(budgets)} cached ones"
-    seconds = seconds_per_prompt(RunFolder.open(case.folder))
-    if seconds is not None:
-        runs = samples * (2 + sum(budgets) / case.num_steps)
-        text += f"; at most about {duration(seconds * runs)} by the recorded timing"
-    say(text)
-
-
-def _tested(
-    bench: Bench,
-    settings: list[Setting],
-    tiers: Sequence[Tier],
-    misses: int,
-    refused: dict[str, str],
-    say: Say,
-) -> list[Tried]:
-    """Run a policy's settings until every tier has failed: what comes after a failure is not tested."""
-    tests: list[Tried] = []
-    for setting in settings:
-        say(f"{setting.policy} at {setting.budget} of {bench.case.num_steps} steps")
-        rows, reasons = bench.results(Entered([setting]))
-        refused |= reasons
-        if rows.empty:
-            break
-        tiers = [tier for tier in tiers if tier.missed(rows).sum() <= misses]
-        tests.append(Tried(setting, rows, list(tiers)))
-        if not tiers:
-            break
-    return tests
-
-
 def _certificate(
-    case: Case, prompts: PromptSet, demand: Demand, tier: Tier, test: Tried
+    bench: Bench, demand: Demand, tier: Tier, setting: Setting, rows: pd.DataFrame
 ) -> Certificate:
-    rows, missed = test.results, tier.missed(test.results)
+    case, prompts, missed = bench.case, bench.prompts, tier.missed(rows)
+    means = rows[[measure.name for measure in measured(rows)]].mean()
     speedup = float((rows["uncached_seconds"] / rows["seconds"]).mean())
-    kind: Any = test.setting.kind
+    kind: Any = setting.kind
     return Certificate(
         tier=tier.name,
         policy=kind,
-        plan=test.setting.plan,
-        threshold=test.setting.threshold,
+        plan=setting.plan,
+        threshold=setting.threshold,
         limits=dict(tier.limits),
         risk=demand.risk,
         confidence=demand.confidence,
@@ -238,9 +169,7 @@ def _certificate(
         computed_steps=float(rows["computed_steps"].mean()),
         num_steps=case.num_steps,
         speedup=speedup if np.isfinite(speedup) else None,
-        figures={
-            measure.name: float(rows[measure.name].mean()) for measure in measured(rows)
-        },
+        figures=means.to_dict(),
         protocol=protocol_of(case.session.identity["protocol"]),
         source=coeffs.Source(
             run_id=case.manifest.get("run_id"),
@@ -253,16 +182,16 @@ def _certificate(
     )
 
 
-def _unreached(tier: Tier, tests: list[Tried], risk: float, misses: int) -> str:
+def _unreached(
+    tier: Tier, first: list[tuple[Setting, pd.DataFrame]], risk: float, misses: int
+) -> str:
     """What was asked for, and the strictest limit that the first test of some policy passes."""
     measure = MEASURES[next(iter(tier.limits))]
-    sign = 1 if measure.higher_is_better else -1
-    reach = [tier.within_reach(test.results, misses) for test in tests]
-    best = int(np.argmax(sign * np.array(reach)))
-    setting = tests[best].setting
+    reached = [(tier.within_reach(rows, misses), setting) for setting, rows in first]
+    reach, setting = max(reached, key=lambda pair: measure.sign * pair[0])
     return (
         f"{tier}: no policy keeps it for {100 - 100 * risk:.4g} % of all prompts; the best that is reachable is "
-        f"{measure.label} {reach[best]:.4g} {measure.unit} by {setting.policy} at {setting.budget} steps"
+        f"{measure.label} {reach:.4g} {measure.unit} by {setting.policy} at {setting.budget} steps"
     )
 
 

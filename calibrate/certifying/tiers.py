@@ -19,9 +19,9 @@ from calibrate.errors import InvalidOption
 from calibrate.trials.measures import MEASURES, capped
 from coeffs.entry.certificates import EXACT, LIMITS, chance, limits_text
 
-# Name on the command line -> measure.
 # As entries and exports take names.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+# Name on the command line -> measure.
 OPTIONS = {name.removesuffix("_db"): name for name in LIMITS}
 
 
@@ -45,32 +45,27 @@ class Tier:
     def missed(self, results: pd.DataFrame) -> pd.Series:
         """Prompt -> whether any of its samples is broken or misses a limit; identical samples miss none."""
         broken = results["broken"].astype(bool)
-        missed = pd.Series(False, index=results.index)
+        kept = pd.Series(True, index=results.index)
+        # Where all are broken, there are no figures.
         for name, limit in self.limits.items() if not broken.all() else ():
-            values = capped(results, _measured(name, results))
-            kept = values >= limit if MEASURES[name].higher_is_better else values <= limit
-            missed |= ~kept  # also where a sample has no figure
-        missed &= ~results["identical"].astype(bool)
-        missed |= broken
+            if name not in results:
+                known = ", ".join(measure for measure in LIMITS if measure in results)
+                raise InvalidOption(
+                    f"a limit on {name}, but these samples have {known}: set it on those"
+                )
+            sign = MEASURES[name].sign
+            kept &= sign * capped(results, name) >= sign * limit  # not without a figure
+        missed = broken | ~(kept | results["identical"].astype(bool))
         return missed.groupby(results["prompt_id"]).any()
 
     def within_reach(self, results: pd.DataFrame, misses: int) -> float:
         """The strictest limit on its first measure that all but ``misses`` prompts keep."""
-        name = next(iter(self.limits))
+        measure = MEASURES[next(iter(self.limits))]
         if results["broken"].all():
-            return MEASURES[name].broken
-        sign = 1 if MEASURES[name].higher_is_better else -1
-        worst = (sign * capped(results, name)).groupby(results["prompt_id"]).min()
-        return sign * float(worst.sort_values().iloc[misses])
-
-
-def _measured(name: str, results: pd.DataFrame) -> str:
-    if name not in results:
-        known = ", ".join(measure for measure in LIMITS if measure in results)
-        raise InvalidOption(
-            f"a limit on {name}, but these samples have {known}: set it on those"
-        )
-    return name
+            return measure.broken
+        figures = measure.sign * capped(results, measure.name)
+        worst = figures.groupby(results["prompt_id"]).min().sort_values()
+        return measure.sign * float(worst.iloc[misses])
 
 
 # `high` is the bar of SGLang's tier of that name: PSNR above 25 dB against the reference (its pull request 33453).
@@ -118,6 +113,18 @@ class Demand:
     def level(self) -> float:
         """The error probability of one test."""
         return (1 - self.confidence) / self.tests
+
+    def check(self, count: int, there: int) -> None:
+        """Refuse to prove it with ``count`` prompts of which only so many are ``there``."""
+        needed = max(self.prompts_needed, count)
+        if there >= needed:
+            return
+        advice = f", or for --risk {self.lowest_risk(there):g}" if there else ""
+        raise InvalidOption(
+            f"impossible with {there} prompts that served nothing else: risk {self.risk:g} at confidence "
+            f"{self.confidence:g} in {self.tests} tests needs {needed}; ask for as many, of a larger set with "
+            f"--prompts{advice}"
+        )
 
     @property
     def prompts_needed(self) -> int:

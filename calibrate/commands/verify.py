@@ -71,7 +71,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     from calibrate.runs.lock import folder_of
     from calibrate.trials.setting import PLAN
     from calibrate.verifying.advice import advise, export_line, python_lines
-    from calibrate.verifying.comparison import judge_plan, sentences
+    from calibrate.verifying.comparison import judge, sentences
     from calibrate.verifying.tables import verdict_table
     from calibrate.verifying.verify import verify as run_verification
 
@@ -100,7 +100,7 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
         click.echo(f"refused: {name}: {reason}")
     if done.facts["tuning"]:
         click.echo(f"tuning: {done.facts['tuning']}")
-    of_plan = judge_plan(done.results)
+    of_plan = judge(done.results, PLAN)
     # Where there is a plan, plan and gate are compared once.
     of_gate = [row for row in done.comparisons if not of_plan or row.baseline != PLAN]
     for sentence in sentences(of_plan) + sentences(of_gate):

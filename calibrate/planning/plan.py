@@ -226,10 +226,9 @@ def _results(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The runs of all settings, and the noise floor of these prompts."""
     from calibrate.trials.bench import Bench
-    from calibrate.trials.setting import Entered
 
-    bench = Bench(case, prompts, None, progress)
-    frame, refused = bench.results(Entered(settings))
+    bench = Bench(case, prompts, progress=progress)
+    frame, refused = bench.results(settings)
     if frame.empty or PLAN in refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no plan could be run ({reasons})")

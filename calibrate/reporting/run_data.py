@@ -20,9 +20,9 @@ from calibrate.model.table import EMBEDDED_MODEL
 from calibrate.runs.pairs import Run, load_run
 from calibrate.text import number
 from calibrate.trials.measures import capped, main_measure
-from calibrate.trials.setting import GATE, SHOWN, branches_of
+from calibrate.trials.setting import GATE, PLAN, SHOWN, branches_of
 from calibrate.verifying.advice import Advice, advise
-from calibrate.verifying.comparison import Comparison, judge_plan
+from calibrate.verifying.comparison import Comparison, judge
 from calibrate.verifying.results import Verification, load_verification
 from coeffs import Entry, Fit, Polynomial
 
@@ -154,7 +154,7 @@ class Findings:
     @property
     def plan_comparisons(self) -> list[Comparison]:
         """The plan against every other policy; nothing where no plan took part."""
-        return judge_plan(self.results)
+        return judge(self.results, PLAN)
 
     @cached_property
     def advice(self) -> Advice | None:

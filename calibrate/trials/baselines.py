@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from functools import cache, partial
-from itertools import cycle, zip_longest
+from itertools import cycle
 
 import numpy as np
 
 from calibrate.errors import CalibrateError
 
 DEFAULT_FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)
-LARGEST_THRESHOLD = (
-    1e9  # rules that still compute more here are not driven by their threshold
-)
+LARGEST_THRESHOLD = 1e9  # rules that still compute more here are not driven by it
 
 
 class InvalidBudget(CalibrateError, ValueError):
@@ -102,38 +100,36 @@ def magcache_at(ratios: Sequence[float], num_steps: int, computed: int) -> str:
     return min(map(nearest, loosening), key=lambda plan: abs(plan.count("C") - computed))
 
 
-# cache-dit 1.5.3, `steps_mask`: lengths of the computed and the cached stretches, in turn, of its named policies.
-# The first are for 28 steps and more or fewer, the others for distilled models of 10 to 15, 9 and 8 steps.
+# cache-dit 1.5.3, `steps_mask`: lengths of the stretches that its named policies compute and skip in turn. The first
+# are for 28 steps and more or fewer, the others for distilled models of at most 15, 9 and 8 steps.
 CACHE_DIT_MASKS = {
-    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
-    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
-    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
-    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
-}
-_FEW_STEPS = {
     "slow": {
-        15: ((4, 2, 2, 2, 1), (1, 1, 1, 1)),
-        9: ((5, 2, 1), (1,)),
-        8: ((5, 1, 1), (1,)),
+        28: (8, 1, 3, 2, 3, 2, 2, 2, 1, 3, 1),
+        15: (4, 1, 2, 1, 2, 1, 2, 1, 1),
+        9: (5, 1, 3),
+        8: (5, 1, 2),
     },
     "medium": {
-        15: ((4, 2, 1, 1, 1), (1, 1, 2, 2)),
-        9: ((5, 1, 1), (1, 1)),
-        8: ((4, 1, 1), (1, 1)),
+        28: (6, 1, 2, 3, 2, 3, 2, 3, 2, 3, 1),
+        15: (4, 1, 2, 1, 1, 2, 1, 2, 1),
+        9: (5, 1, 1, 1, 1),
+        8: (4, 1, 1, 1, 1),
     },
     "fast": {
-        15: ((3, 1, 1, 1, 1), (1, 2, 2, 3)),
-        9: ((4, 1, 1), (1, 2)),
-        8: ((3, 1, 1), (1, 2)),
+        28: (6, 1, 1, 3, 1, 4, 1, 5, 1, 4, 1),
+        15: (3, 1, 1, 2, 1, 2, 1, 3, 1),
+        9: (4, 1, 1, 2, 1),
+        8: (3, 1, 1, 2, 1),
     },
     "ultra": {
-        15: ((2, 1, 1, 1, 1), (1, 2, 3, 3)),
-        9: ((3, 1, 1), (2, 2)),
-        8: ((2, 1, 1), (2, 2)),
+        28: (4, 2, 1, 5, 1, 6, 1, 7, 1),
+        15: (2, 1, 1, 2, 1, 3, 1, 3, 1),
+        9: (3, 2, 1, 2, 1),
+        8: (2, 2, 1, 2, 1),
     },
 }
 MFLUX_PROTECTED = (
-    0.1  # mflux 0.24.0, `StepCache`: this share of first and of last steps computes
+    0.1  # mflux 0.24.0, `StepCache`: this share of first and last steps computes
 )
 MFLUX_MIN_STEPS = 10
 
@@ -145,38 +141,21 @@ def cache_dit_mask(name: str, num_steps: int) -> str:
     """
     if num_steps < 8:
         raise InvalidBudget(f"{num_steps} steps: cache-dit's masks are taken from 8 steps on")
-    stretches = CACHE_DIT_MASKS[name]
-    if num_steps < 16:
-        stretches = _FEW_STEPS[name][num_steps if num_steps < 10 else 15]
-    # Computed and cached stretches in turn; there is one more computed one.
-    computed, cached = lengths = list(stretches[0]), list(stretches[1])
-    if num_steps > 28:
-        _lengthen(lengths, num_steps)
-    for last in cycle((cached, computed)):
-        if sum(computed) + sum(cached) <= num_steps:
-            break
-        if last:
-            last[-1] -= 1
-            if last[-1] == 0:
-                last.pop()
-    stretches_in_turn = zip_longest(computed, cached, fillvalue=0)
-    schedule = "".join("C" * run + "S" * skipped for run, skipped in stretches_in_turn)
-    return schedule[:-1] + "C"
-
-
-def _lengthen(lengths: tuple[list[int], list[int]], num_steps: int) -> None:
-    """Grow the stretches in turn, each by half its share of the schedule, and the last computed one by a step."""
-    computed, cached = lengths
+    longest = next((steps for steps in (8, 9, 15) if num_steps <= steps), 28)
+    lengths = list(CACHE_DIT_MASKS[name][longest])
+    # Each grows by half its share of the schedule, the last one by a step.
     growth = num_steps / 28 * 0.5
-    turns = [
-        (part, index, max(int(part[index] * growth), 1))
-        for index in range(len(cached))
-        for part in lengths
-    ]
-    for part, index, steps in cycle([*turns, (computed, -1, 1)]):
-        part[index] += steps
-        if sum(computed) + sum(cached) >= num_steps:
-            return
+    grown = [max(int(length * growth), 1) for length in lengths[:-1]] + [1]
+    in_turn = cycle(range(len(lengths)))
+    while sum(lengths) < num_steps:
+        index = next(in_turn)
+        lengths[index] += grown[index]
+    skipped_first = cycle((1, 0))
+    while sum(lengths) > num_steps:
+        same = range(next(skipped_first), len(lengths), 2)
+        lengths[max(index for index in same if lengths[index])] -= 1
+    stretches = zip(cycle("CS"), lengths, strict=False)
+    return "".join(letter * length for letter, length in stretches)[:-1] + "C"
 
 
 def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
@@ -199,56 +178,47 @@ HOT, COLD = 0.05, 1e-5
 NEAR = 3
 
 
-def budcache(
-    num_steps: int, computed: int, error: Callable[[str], float], seed: int = 0
-) -> str:
+def budcache(num_steps: int, computed: int, error: Callable[[str], float]) -> str:
     """BudCache's search: of all schedules with a budget, one whose real result has little ``error``.
 
     The first quarter of the budget stays at the beginning; of the other computed steps one or two move at a time.
     """
     check_budget(computed, num_steps)
-    rng = np.random.default_rng(seed)
-    error = cache(error)  # the search comes back to what it has tried
+    rng = np.random.default_rng(0)
     first = max(1, computed // 4)
-    movable = np.arange(first, num_steps)
+    movable = range(first, num_steps)
 
-    def moved(schedule: str) -> str:
-        computes, skips = ([s for s in movable if schedule[s] == letter] for letter in "CS")
+    @cache  # the search comes back to what it has tried
+    def error_of(chosen: frozenset[int]) -> float:
+        return error(_schedule(chosen, num_steps))
+
+    def moved(chosen: frozenset[int]) -> frozenset[int]:
+        computes, skips = sorted(chosen)[first:], [s for s in movable if s not in chosen]
         if not computes or not skips:
-            return schedule
+            return chosen
         old = rng.choice(computes)
         near = [step for step in skips if abs(step - old) <= NEAR]
         new = rng.choice(near if near and rng.random() < 0.7 else skips)
-        return _with_moved(schedule, old, new)
+        return chosen - {old} | {new}
 
     others = rng.choice(movable, computed - first, replace=False)
-    current = best = _schedule([*range(first), *others], num_steps)
+    current = best = frozenset([*range(first), *others])
     for turn in range(ANNEALED):
         temperature = HOT * (COLD / HOT) ** (turn / ANNEALED)
         candidate = moved(current) if rng.random() < 0.9 else moved(moved(current))
-        rise = max(error(candidate) - error(current), 0.0)
+        rise = max(error_of(candidate) - error_of(current), 0.0)
         if rng.random() < np.exp(-rise / temperature):
             current = candidate
-        best = min(best, current, key=error)
+        best = min(best, current, key=error_of)
     for _ in range(SWEEPS):
-        better = min(_neighbours(best, first), key=error, default=best)
-        if error(better) >= error(best):
+        neighbours = [
+            best - {old} | {new}
+            for old in sorted(best)[first:]
+            for new in movable
+            if new not in best and abs(new - old) <= NEAR
+        ]
+        better = min(neighbours, key=error_of, default=best)
+        if error_of(better) >= error_of(best):
             break
         best = better
-    return best
-
-
-def _neighbours(schedule: str, first: int) -> list[str]:
-    """The schedules in which one computed step has moved by at most ``NEAR``."""
-    steps = range(first, len(schedule))
-    return [
-        _with_moved(schedule, old, new)
-        for old in steps
-        for new in steps
-        if schedule[old] == "C" and schedule[new] == "S" and abs(new - old) <= NEAR
-    ]
-
-
-def _with_moved(schedule: str, old: int, new: int) -> str:
-    chosen = {step for step, letter in enumerate(schedule) if letter == "C"}
-    return _schedule(chosen - {old} | {new}, len(schedule))
+    return _schedule(best, num_steps)

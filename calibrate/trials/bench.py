@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,17 @@ from calibrate.model.prompts import Prompt, PromptSet
 from calibrate.model.protocol import canonical_sha256
 from calibrate.recording.launch import rank
 from calibrate.recording.recorder import Recorder
-from calibrate.runs.lock import RunLock
+from calibrate.runs.lock import held
 from calibrate.runs.pairs import Run, load_run
 from calibrate.trials.case import Case
 from calibrate.trials.lpips import Lpips
 from calibrate.trials.measures import HIGHEST_DB, MEASURES, compare_all, main_measure
 from calibrate.trials.sampler import Reference, Sample, Sampler
-from calibrate.trials.setting import SHOWN, Entered, Refused, Setting, replayed
+from calibrate.trials.setting import SHOWN, Refused, Setting, replayed
 
 WAIT_SECONDS = 0.2  # between looks at what other ranks are at
-MEASURING_THREADS = (
-    4  # SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less
-)
+# SSIM of a 1024-pixel image takes 5 s of one core, a cached run often less.
+MEASURING_THREADS = 4
 # Part of every key: figures of older versions are not mixed with these.
 FORMAT = "capped at the floor"
 
@@ -47,47 +47,35 @@ class Bench:
     """Generates, measures and keeps: references and results.
 
     Args:
-        lock: Of the folder, by which ranks claim prompts; without one there are no other ranks.
+        lpips: Whether LPIPS is measured.
     """
 
     def __init__(
         self,
         case: Case,
         prompts: PromptSet,
-        perceptual: Lpips | None,
-        progress: bool,
-        lock: RunLock | None = None,
+        lpips: bool = False,
+        progress: bool = True,
     ) -> None:
-        self.case, self.prompts, self._lock = case, prompts, lock
-        self._perceptual, self._progress = perceptual, progress
-        self._bar: tqdm | None = None
+        self._perceptual = Lpips() if lpips else None
+        self.case, self.prompts, self._progress = case, prompts, progress
+        # By which ranks claim prompts; without it there are no other ranks.
+        self._lock = held.get(case.folder)
+        self._bar = tqdm(disable=True)
         images = {**case.recorded_images, **prompts.images}
-        self.sampler = Sampler(case.session, images, self._count)
+        self.sampler = Sampler(case.session, images, lambda: self._bar.update())
         self.folder = case.folder / "verify"
         arguments = {name: str(value) for name, value in case.session.arguments.items()}
         self._identity = canonical_sha256([case.identity, arguments, FORMAT])
-        self._seconds: dict[str, float] = {}  # of an uncached run, timed by this process
-        self._loaded: dict[str, Reference] = {}
+        self._seconds: dict[Prompt, float] = {}  # of an uncached run, timed by this process
+        self._loaded: dict[Prompt, Reference] = {}
 
-    def expect(self, runs: int) -> None:
-        """One bar for so many generations, until results are all there; more are added as tuning asks for them."""
-        if self._bar is None:
-            self._bar = tqdm(
-                desc="running", unit="run", disable=not self._progress, smoothing=0.1
-            )
-        self._bar.total = self._bar.n + runs
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """End the bar's line, so that what is printed next has one of its own."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _count(self) -> None:
-        if self._bar is not None:
-            self._bar.total = max(self._bar.total, self._bar.n + 1)
-            self._bar.update()
+    @contextmanager
+    def bar(self, runs: int) -> Iterator[None]:
+        """A bar of so many generations."""
+        shown = {"desc": "running", "unit": "run", "smoothing": 0.1}
+        with tqdm(total=runs, disable=not self._progress, **shown) as self._bar:
+            yield
 
     # --- ranks
 
@@ -119,16 +107,20 @@ class Bench:
 
     def reference(self, prompt: Prompt) -> Reference:
         """The uncached result of a prompt, from the folder or made now."""
-        name = self._name(prompt)
-        if name not in self._loaded:
-            stem = self.folder / "reference" / name
+        if prompt not in self._loaded:
+            stem = self._stem(prompt)
             if not self._has_reference(prompt):
                 self._make_reference(prompt).write(stem)
-            self._loaded = {name: Reference.load(stem)}  # one at a time: videos are large
-        return self._loaded[name]
+            self._loaded = {prompt: Reference.load(stem)}  # one at a time: videos are large
+        return self._loaded[prompt]
+
+    def _stem(self, prompt: Prompt) -> Path:
+        """What the names of its reference's files begin with."""
+        name = f"{prompt.prompt_id}-{prompt.seed}-{self._identity[:12]}"
+        return self.folder / "reference" / name
 
     def _has_reference(self, prompt: Prompt) -> bool:
-        return (self.folder / "reference" / f"{self._name(prompt)}.json").exists()
+        return self._stem(prompt).with_suffix(".json").exists()
 
     def signals(self) -> Run:
         """The recorded pairs of all held-out prompts, for an entry that comes without a run."""
@@ -141,11 +133,8 @@ class Bench:
             [self.reference(prompt).floor for prompt in self.prompts.prompts]
         )
         name = main_measure(floors)
-        mean, lowest = float(floors[name].mean()), float(floors[name].min())
+        mean, lowest = floors[name].agg(["mean", "min"]).tolist()
         return {"identical": lowest >= HIGHEST_DB, name: mean, f"worst_{name}": lowest}
-
-    def _name(self, prompt: Prompt) -> str:
-        return f"{prompt.prompt_id}-{prompt.seed}-{self._identity[:12]}"
 
     def _make_reference(self, prompt: Prompt) -> Reference:
         session = self.case.session
@@ -161,38 +150,31 @@ class Bench:
             )
         # Timed without the recorder, and after it, so that it is warm.
         second = self.sampler(prompt, perturbed=True)
-        self._seconds[self._name(prompt)] = second.seconds
+        self._seconds[prompt] = second.seconds
         floor = compare_all(second, first, self._perceptual)
         pairs = pd.DataFrame(rows).assign(prompt_id=prompt.prompt_id, seed=prompt.seed)
         return Reference(first.media, first.latents, pairs, floor)
 
-    def _uncached_seconds(self, prompt: Prompt) -> float:
-        """Wall time of an uncached run, timed anew by every process: machines are not always as busy."""
-        name = self._name(prompt)
-        if name not in self._seconds:
-            self._seconds[name] = self.sampler(prompt).seconds
-        return self._seconds[name]
-
     # --- runs
 
-    def results(self, entered: Entered) -> tuple[pd.DataFrame, dict[str, str]]:
-        """One row per setting and prompt, and the policies refused on the way; what is there is not run again.
+    def results(
+        self, settings: Sequence[Setting], refused: Mapping[str, str] | None = None
+    ) -> tuple[pd.DataFrame, dict[str, str]]:
+        """One row per setting and prompt, and the policies refused before and on the way (policy -> reason).
 
-        On ranks other than 0 the rows of the other ranks may be missing.
+        What is there is not run again. On ranks other than 0 the rows of the other ranks may be missing.
         """
-        done, refused = self._read_lines(), dict(entered.refused)
+        done, refused = self._read_lines(), dict(refused or {})
         prompts = self.prompts.prompts
-        keys = {
-            prompt: {self.key(setting, prompt): setting for setting in entered.settings}
-            for prompt in prompts
-        }
+        keys = {prompt: {self.key(s, prompt): s for s in settings} for prompt in prompts}
         every = [key for of_prompt in keys.values() for key in of_prompt]
         to_refer = sum(not self._has_reference(prompt) for prompt in prompts)
-        self.expect(sum(key not in done for key in every) + 2 * to_refer)
         half = self.case.num_steps / 2
-        budgets = {setting.budget for setting in entered.settings}
+        budgets = {setting.budget for setting in settings}
         shown = min(budgets, key=lambda budget: abs(budget - half), default=0)
         waiting: deque[tuple[str, Row, Future[Row]]] = deque()
+        # None on the CPU, where measuring would slow the timed runs down.
+        most = 0 if self.case.identity["device"] == "cpu" else 2 * MEASURING_THREADS
 
         def keep_measured(most: int) -> None:
             """Write finished results; wait for the oldest while more than ``most`` are being measured."""
@@ -201,42 +183,32 @@ class Bench:
                 done[key] = {**row, **figures.result()}
                 self._append(key, done[key])
 
-        def run(prompt: Prompt, pool: ThreadPoolExecutor) -> None:
-            done.update(
-                self._read_lines()
-            )  # a rank that was lost may have begun with the prompt
-            for key, setting in keys[prompt].items():
-                if setting.policy in refused or key in done:
-                    continue
-                reference = self.reference(prompt)
-                try:
-                    row, sample = self._run(setting, prompt)
-                except Refused as error:
-                    refused[setting.policy] = str(error)
-                    continue
-                if setting.budget == shown and setting.policy in SHOWN and sample.is_drawable:
-                    row |= {
-                        "sample": f"{key[:16]}.npz",
-                        "reference": f"{self._name(prompt)}.npz",
-                    }
-                    sample.write_picture(self.folder / "samples" / row["sample"])
-                waiting.append((key, row, pool.submit(self._measure, sample, reference)))
-                keep_measured(self._most_waiting)
-
-        with closing(self), ThreadPoolExecutor(MEASURING_THREADS) as pool:
+        missing = sum(key not in done for key in every) + 2 * to_refer
+        with self.bar(missing), ThreadPoolExecutor(MEASURING_THREADS) as pool:
             for prompt in self._claimed():
-                run(prompt, pool)
+                # A rank that was lost may have begun with the prompt.
+                done.update(self._read_lines())
+                for key, setting in keys[prompt].items():
+                    if setting.policy in refused or key in done:
+                        continue
+                    reference = self.reference(prompt)
+                    try:
+                        row, sample = self._run(setting, prompt)
+                    except Refused as error:
+                        refused[setting.policy] = str(error)
+                        continue
+                    if setting.budget == shown and setting.policy in SHOWN:
+                        row |= self._kept_picture(key, sample, prompt)
+                    waiting.append((key, row, pool.submit(self._measure, sample, reference)))
+                    keep_measured(most)
             keep_measured(0)
         rows = [done[key] for key in every if key in done]
         return pd.DataFrame([row for row in rows if row["policy"] not in refused]), refused
 
-    @property
-    def _most_waiting(self) -> int:
-        """Samples that may wait to be measured. None on the CPU, where measuring would slow the timed runs down."""
-        return 0 if self.case.identity["device"] == "cpu" else 2 * MEASURING_THREADS
-
     def _run(self, setting: Setting, prompt: Prompt) -> tuple[Row, Sample]:
-        uncached_seconds = self._uncached_seconds(prompt)
+        # Timed anew by every process: machines are not always as busy.
+        if prompt not in self._seconds:
+            self._seconds[prompt] = self.sampler(prompt).seconds
         sample = self.sampler.run(setting, prompt)
         row = {
             "policy": setting.policy,
@@ -248,13 +220,21 @@ class Bench:
             "computed_steps": sample.computed_steps,
             "num_steps": self.case.num_steps,
             "seconds": sample.seconds,
-            "uncached_seconds": uncached_seconds,
+            "uncached_seconds": self._seconds[prompt],
             "patterns": sample.patterns,
             "replayed": None,
         }
         if setting.kind == "gate":
             row |= replayed(setting, self.reference(prompt).pairs, sample.patterns)
         return row, sample
+
+    def _kept_picture(self, key: str, sample: Sample, prompt: Prompt) -> Row:
+        """For the report: the files of the sample and of its reference, where they can be drawn."""
+        if not sample.is_drawable:
+            return {}
+        name = f"{key[:16]}.npz"
+        sample.write_picture(self.folder / "samples" / name)
+        return {"sample": name, "reference": f"{self._stem(prompt).name}.npz"}
 
     def _measure(self, sample: Sample, reference: Reference) -> Row:
         """All measures of a sample against its reference, dB capped at the noise floor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,19 +19,18 @@ from calibrate.model.session import STEPS, Session, callable_session, load_sessi
 from calibrate.model.table import class_defaults, find_model
 from calibrate.runs.folder import RunFolder
 from calibrate.runs.lock import Source, folder_of
-from calibrate.runs.pairs import Run, load_run
+from calibrate.runs.pairs import Run, load_run, seconds_per_prompt
 from calibrate.runs.purposes import RECORDED, purposes
+from calibrate.text import duration
 from coeffs import Entry
 
 MIN_STEPS = 3  # the first step computes; of two there is nothing to compare
-PROTOCOL_OF_OWN = (
-    "num_steps",
-    "guidance_scale",
-    "height",
-    "width",
-    "num_frames",
-    "call_arguments",
-)
+SIZES = ("guidance_scale", "height", "width", "num_frames")
+PROTOCOL_OF_OWN = ("num_steps", *SIZES, "call_arguments")
+
+Prompts = str | os.PathLike | Sequence[str] | None
+Images = Iterable[str | os.PathLike]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +92,9 @@ class Case:
         return {} if self.run is None else self.run.manifest
 
     @property
-    def transformer_class(self) -> str:
-        return self.identity["classes"][0]
-
-    @property
     def recorded_prompts(self) -> list[Prompt]:
         """The prompts of the run; empty for an entry without one."""
-        if self.run is None:
-            return []
-        return [group.prompt for group in RunFolder.open(self.folder).groups]
+        return [Prompt.from_dict(row) for row in self.manifest.get("prompts", ())]
 
     @property
     def purposes(self) -> dict[str, str]:
@@ -110,15 +103,21 @@ class Case:
         return {**purposes(self.folder), **recorded}
 
     def offered(
-        self, prompts: Any, seed: int, images: Iterable[str | os.PathLike]
+        self, prompts: Prompts, seed: int, images: Images, *further: Mapping[str, str]
     ) -> list[PromptSet]:
-        """The set that was asked for, or the model's own and the one that is kept back beside it."""
-        own = self.prompt_source
-        sources = [own, HELD_OUT_SETS.get(own)] if prompts is None else [prompts]
-        images = list(images)
+        """The set that was asked for, or the model's own and those that are kept back beside it."""
+        own, images = self.prompt_source, list(images)
+        sources = [own, *(kept_back.get(own) for kept_back in (HELD_OUT_SETS, *further))]
         return [
-            load_prompts(source, seed=seed, images=images) for source in sources if source
+            load_prompts(source, seed=seed, images=images)
+            for source in (sources if prompts is None else [prompts])
+            if source
         ]
+
+    def time_of(self, runs: float) -> str:
+        """How long so many uncached runs take, for an announcement; empty where nothing was timed."""
+        seconds = self.run and seconds_per_prompt(RunFolder.open(self.folder))
+        return f"; about {duration(seconds * runs)} by the recorded timing" if seconds else ""
 
     @property
     def recorded_images(self) -> dict[str, Path]:
@@ -155,7 +154,7 @@ def open_case(
         recorded = None
     run = None if recorded is None else load_run(recorded)
     entry = _entry(source, recorded, registry)
-    folder = recorded or folder_of(entry, registry, out)
+    folder = folder_of(recorded or entry, registry, out)
     if out is not None and Path(out) != folder:
         raise InvalidOption(
             f"--out {out}: a run's verification goes into the run's own folder; leave --out away"
@@ -164,11 +163,6 @@ def open_case(
     name = str(manifest.get("model") or entry.model)
     weights = dict(manifest.get("checkpoint") or {"repository": entry.checkpoint.repository})
     protocol = manifest.get("protocol") or vars(entry.protocol)
-    loading = {"device": pick_device(device), "cpu_offload": cpu_offload}
-    loading |= {
-        "dtype": dtype or protocol.get("dtype") or "bfloat16",
-        "allow_pickle": allow_pickle,
-    }
     own = checkpoint = None
     if generate is not None:
         settings = {name: protocol.get(name) for name in PROTOCOL_OF_OWN}
@@ -184,7 +178,12 @@ def open_case(
         call=call,
         weights=weights,
         checkpoint=checkpoint,
-        loading=loading,
+        loading={
+            "device": pick_device(device),
+            "cpu_offload": cpu_offload,
+            "dtype": dtype or protocol.get("dtype") or "bfloat16",
+            "allow_pickle": allow_pickle,
+        },
         own=own,
     )
     if not isinstance(case.num_steps, int) or case.num_steps < MIN_STEPS:
@@ -198,7 +197,7 @@ def _entry(source: Source, run: Path | None, registry: str | Path | None) -> Ent
     if isinstance(source, Entry):
         entry = source
     else:
-        file = None if run is None else run / "entry.yaml"
+        file = run / "entry.yaml" if run else None
         if file is not None and not file.exists():
             raise InvalidOption(
                 f"{run}: no entry.yaml in it yet; run `calibrate fit {run}` first, in Python "
@@ -238,9 +237,8 @@ def _checkpoint(
                 f"{name}: other weights than the run was recorded on ({key} {here[:12]} instead of "
                 f"{there[:12]}); give the same checkpoint with --model, or record these"
             )
-    return replace(
-        checkpoint, spec=known or class_defaults(checkpoint.pipeline_class)
-    ), weights
+    spec = known or class_defaults(checkpoint.pipeline_class)
+    return replace(checkpoint, spec=spec), weights
 
 
 def _call(
@@ -255,11 +253,10 @@ def _call(
         recorded = {**manifest.get("call", {}), **pipe_args}
         return prepare_call(pipeline_call, None, pipe_args=recorded)
     protocol = vars(entry.protocol)
-    sizes = ("guidance_scale", "height", "width", "num_frames")
     return prepare_call(
         pipeline_call,
         checkpoint.spec,
         steps=protocol["num_steps"],
         pipe_args={**recorded_arguments(protocol), **pipe_args},
-        **{size: protocol[size] for size in sizes},
+        **{size: protocol[size] for size in SIZES},
     )

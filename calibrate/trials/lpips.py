@@ -62,18 +62,17 @@ class Lpips:
     @torch.inference_mode()
     def __call__(self, candidate: ArrayLike, reference: ArrayLike) -> float:
         """The distance; 0 for identical images."""
-        ours, theirs = map(self._frames, pair(candidate, reference))
+        both = torch.cat([*map(self._frames, pair(candidate, reference))])
         distance = 0.0
         for kernel, bias, head, stride, padding, pooled in self._layers:
             if pooled:
-                ours, theirs = (functional.max_pool2d(x, 3, stride=2) for x in (ours, theirs))
-            ours, theirs = (
-                functional.conv2d(x, kernel, bias, stride=stride, padding=padding).relu()
-                for x in (ours, theirs)
-            )
+                both = functional.max_pool2d(both, 3, stride=2)
+            both = functional.conv2d(
+                both, kernel, bias, stride=stride, padding=padding
+            ).relu()
             # Of unit length over its channels, so that no layer counts by its scale.
-            apart = functional.normalize(ours) - functional.normalize(theirs)
-            distance += float((head * apart.square()).sum(1).mean())
+            ours, theirs = functional.normalize(both).chunk(2)
+            distance += float((head * (ours - theirs).square()).sum(1).mean())
         return distance
 
     def _frames(self, array: np.ndarray) -> torch.Tensor:

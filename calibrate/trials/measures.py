@@ -19,9 +19,8 @@ from calibrate.errors import CalibrateError
 SSIM_TAPS = 11  # window, sigma and K of Wang et al. 2004
 SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-LOWEST_DB = (
-    -100.0
-)  # noise against silence has no ratio; this is below any limit that somebody sets
+# Noise against silence has no ratio; this is below any limit that somebody sets.
+LOWEST_DB = -100.0
 HIGHEST_DB = 100.0  # of identical samples where no noise floor was measured
 KINDS = {2: "audio", 3: "image", 4: "video"}  # by the number of axes
 
@@ -54,6 +53,11 @@ class Measure:
     broken: float
     text: str
     compute: Callable[[ArrayLike, ArrayLike], float] | None
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return 1 if self.higher_is_better else -1
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import apply_mag_cache
 from torch.utils.hooks import RemovableHandle
 
-from calibrate.trials.setting import Refused
+from calibrate.trials.setting import PatternsOf, Refused
 from runtime.compat.diffusers_private import hook_registry
 from runtime.watch.blocks import find_blocks
 
@@ -124,17 +126,20 @@ def _check(scheduler: Any) -> None:
 @contextmanager
 def diffusers_cache(
     modules: Modules, name: str, options: Mapping[str, Any]
-) -> Iterator[Callable[[], dict[str, str]]]:
+) -> Iterator[PatternsOf]:
     """One of diffusers' own caches on every denoiser. Raises :class:`Refused` where it cannot be enabled."""
     config = getattr(diffusers, f"{name}Config", None)
     if config is None:
         raise Refused(f"diffusers {diffusers.__version__} has no {name}")
     with cache_taken_off(modules):
         for module in modules.values():
-            if not hasattr(module, "enable_cache"):
+            # Some classes (Stable Diffusion 3) have blocks that MagCache knows, but no enable_cache.
+            direct = partial(apply_mag_cache, module) if name == "MagCache" else None
+            enable = getattr(module, "enable_cache", direct)
+            if enable is None:
                 raise Refused(f"{type(module).__name__} has no enable_cache")
             with refusing(f"{name} on {type(module).__name__}"):
-                module.enable_cache(config(**options))  # type: ignore[operator]
+                enable(config(**options))
         with counted(modules) as patterns_of:
             yield patterns_of
 
@@ -151,32 +156,30 @@ def refusing(what: str) -> Iterator[None]:
 @contextmanager
 def cache_taken_off(modules: Modules) -> Iterator[None]:
     """Afterwards diffusers' caches are disabled and every hook is off: a refusal half-way leaves some."""
-    before = {part: set(registry.hooks) for part, registry in _registries(modules)}
+    before = _hooks(modules)
     try:
         yield
     finally:
         for module in modules.values():
             if getattr(module, "is_cache_enabled", False):
                 module.disable_cache()  # type: ignore[operator]
-        for part, registry in _registries(modules):
-            for hook in set(registry.hooks) - before.get(part, set()):
-                registry.remove_hook(hook, recurse=False)
+        for registry, name in _hooks(modules) - before:
+            registry.remove_hook(name, recurse=False)
 
 
-def _registries(modules: Modules) -> list[tuple[torch.nn.Module, Any]]:
+def _hooks(modules: Modules) -> set[tuple[Any, str]]:
+    """Registry and name of all hooks of diffusers'."""
     parts = (part for module in modules.values() for part in module.modules())
-    registries = ((part, hook_registry(part)) for part in parts)
-    return [(part, registry) for part, registry in registries if registry is not None]
+    registries = filter(None, map(hook_registry, parts))
+    return {(registry, name) for registry in registries for name in registry.hooks}
 
 
 @contextmanager
-def counted(modules: Modules) -> Iterator[Callable[[], dict[str, str]]]:
+def counted(modules: Modules) -> Iterator[PatternsOf]:
     """Watch the last block of every denoiser; the function tells which calls computed it, branch by branch."""
-    with ExitStack() as stack:
-        letters = {
-            expert: stack.enter_context(_letters(module))
-            for expert, module in modules.items()
-        }
+    letters: dict[str, dict[float, str]] = {expert: defaultdict(str) for expert in modules}
+    watched = (_watched(module, letters[expert]) for expert, module in modules.items())
+    with taken_off([*chain.from_iterable(watched)]):
         yield lambda: {
             f"{expert}/branch {index}": "".join(branch)
             for expert, by_time in letters.items()
@@ -184,13 +187,11 @@ def counted(modules: Modules) -> Iterator[Callable[[], dict[str, str]]]:
         }
 
 
-@contextmanager
-def _letters(module: torch.nn.Module) -> Iterator[Mapping[float, str]]:
-    """Timestep -> one letter per call: C where a module inside the last block ran, S where it did not.
+def _watched(module: torch.nn.Module, letters: dict[float, str]) -> list[RemovableHandle]:
+    """Fill timestep -> one letter per call: C where a module inside the last block ran, S where it did not.
 
     Calls of one timestep belong to different branches, in turn.
     """
-    letters: dict[float, str] = defaultdict(str)
     ran: list[bool] = []
 
     def after(
@@ -203,8 +204,7 @@ def _letters(module: torch.nn.Module) -> Iterator[Mapping[float, str]]:
 
     leaves = [part for part in find_blocks(module)[-1][1].modules() if not [*part.children()]]
     inside = [leaf.register_forward_pre_hook(lambda *_: ran.append(True)) for leaf in leaves]
-    with taken_off([*inside, module.register_forward_hook(after, with_kwargs=True)]):
-        yield letters
+    return [*inside, module.register_forward_hook(after, with_kwargs=True)]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
 from calibrate.model.session import STEPS, Session
-from calibrate.runs.folder import write_atomically
+from calibrate.runs.files import write_arrays, write_json
 from calibrate.trials.measures import Made
 from calibrate.trials.rivals import (
     DIFFUSERS_CACHES,
@@ -26,7 +26,7 @@ from calibrate.trials.rivals import (
     second_order,
     taken_off,
 )
-from calibrate.trials.setting import Patterns, Refused, Setting, computed_steps
+from calibrate.trials.setting import Patterns, PatternsOf, Refused, Setting, computed_steps
 from calibrate.trials.through import KIND as THROUGH
 from calibrate.trials.through import run_through
 from runtime.apply import apply_tea_cache
@@ -62,9 +62,8 @@ class Sample(Made):
         picture = self.media[0]
         if picture.ndim == 4:
             picture = picture[len(picture) // 2]
-        file.parent.mkdir(parents=True, exist_ok=True)
         dtype = np.float32 if picture.ndim == 2 else np.float16  # pixels lie in [0, 1]
-        np.savez_compressed(file, image=picture.astype(dtype))
+        write_arrays(file, {"image": picture.astype(dtype)})
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,21 @@ class Reference(Made):
 
     def write(self, stem: Path) -> None:
         """Keep it in three files that begin with ``stem``; the last one says that it is complete."""
-        stem.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"media{index}": array for index, array in enumerate(self.media)}
         if self.latents is not None:
             arrays["latents"] = self.latents
-        savez: Any = np.savez_compressed  # its stub knows its own keywords only
-        savez(f"{stem}.npz", **arrays)
-        self.pairs.to_parquet(f"{stem}.parquet")
-        write_atomically(Path(f"{stem}.json"), json.dumps({"floor": self.floor}).encode())
+        write_arrays(stem.with_suffix(".npz"), arrays)
+        self.pairs.to_parquet(stem.with_suffix(".parquet"))
+        write_json(stem.with_suffix(".json"), {"floor": self.floor})
 
     @classmethod
     def load(cls, stem: Path) -> Reference:
-        with np.load(f"{stem}.npz") as stored:
+        with np.load(stem.with_suffix(".npz")) as stored:
             arrays = dict(stored)
         latents = arrays.pop("latents", None)
         media = [arrays[name] for name in sorted(arrays)]
-        floor = json.loads(Path(f"{stem}.json").read_text())["floor"]
-        return cls(media, latents, pd.read_parquet(f"{stem}.parquet"), floor)
+        pairs = pd.read_parquet(stem.with_suffix(".parquet"))
+        return cls(media, latents, pairs, **json.loads(stem.with_suffix(".json").read_text()))
 
 
 class Sampler:
@@ -148,27 +145,24 @@ class Sampler:
 
     def run(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation under ``setting``; the pipeline is as before afterwards."""
-        shorter = setting.budget if setting.kind == "fewer_steps" else None
-        foreign = setting.kind in (*DIFFUSERS_CACHES, THROUGH)
-        failing = (
-            refusing(f"{setting.policy} fails on this model") if foreign else nullcontext()
-        )
+        if setting.kind == "fewer_steps":
+            with second_order(self.session.driver) if setting.options else nullcontext():
+                sample = self(prompt, num_steps=setting.budget)
+            return replace(sample, computed_steps=float(setting.budget))
+        own = setting.kind in ("gate", "plan")
+        failing = nullcontext() if own else refusing(f"{setting.policy} fails on this model")
         with _applied(self.session, setting) as patterns_of:
             with failing:
-                sample = self(prompt, num_steps=shorter)
+                sample = self(prompt)
             patterns = patterns_of()
-        computed = computed_steps(patterns) if shorter is None else float(shorter)
-        return replace(sample, patterns=patterns, computed_steps=computed)
+        return replace(sample, patterns=patterns, computed_steps=computed_steps(patterns))
 
 
 @contextmanager
-def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patterns]]:
-    """Install a setting; the function that is yielded tells the patterns of the generation that followed."""
+def _applied(session: Session, setting: Setting) -> Iterator[PatternsOf]:
+    """Install a cache; the function that is yielded tells the patterns of the generation that followed."""
     options = dict(setting.options)
-    if setting.kind == "fewer_steps":
-        with second_order(session.driver) if options else nullcontext():
-            yield dict
-    elif setting.kind in DIFFUSERS_CACHES:
+    if setting.kind in DIFFUSERS_CACHES:
         with diffusers_cache(session.modules, setting.kind, options) as patterns_of:
             yield patterns_of
     elif setting.kind == THROUGH:
@@ -177,10 +171,8 @@ def _applied(session: Session, setting: Setting) -> Iterator[Callable[[], Patter
     else:
         if session.driver is None:  # nothing else tells how long the schedule is
             options["num_steps"] = session.num_steps
-        target = session.target
-        with apply_tea_cache(
-            target, setting.entry, schedule=setting.plan, **options
-        ) as cache:
+        entry, plan = setting.entry, setting.plan
+        with apply_tea_cache(session.target, entry, schedule=plan, **options) as cache:
             yield lambda: {
                 "/".join(key): seen.pattern for key, seen in cache.stats.branches.items()
             }
@@ -201,8 +193,8 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     def moved(value: torch.Tensor) -> torch.Tensor:
         signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device) * 2 - 1
         # A unit in the last place is eps/2 to eps of the value; 0.75 eps rounds to one of them.
-        change = 0.75 * torch.finfo(value.dtype).eps * signs
-        return (value.double() * (1 + change.double())).to(value.dtype)
+        change = 0.75 * torch.finfo(value.dtype).eps * signs.double()
+        return (value.double() * (1 + change)).to(value.dtype)
 
     def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """The latents come first: by position, or in the order of the pipeline's keywords."""
@@ -213,10 +205,8 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
                 break
         return tuple(given.pop(index) for index in range(len(args))), given
 
-    denoisers = modules.values()
-    with taken_off(
-        [m.register_forward_pre_hook(before, with_kwargs=True) for m in denoisers]
-    ):
+    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules.values()]
+    with taken_off(hooks):
         yield
 
 
@@ -224,11 +214,11 @@ def _last_place_noise(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
 def _captured_latents(pipeline: Any) -> Iterator[list[np.ndarray]]:
     """The first argument of every ``vae.decode``: the final latents of any pipeline that decodes."""
     kept: list[np.ndarray] = []
-    decoder = getattr(pipeline, "vae", None)
-    original = getattr(decoder, "decode", None)
-    if decoder is None or original is None:
+    decoder: Any = getattr(pipeline, "vae", None)
+    if not hasattr(decoder, "decode"):
         yield kept
         return
+    original = decoder.decode
 
     def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         kept.append(latents.detach().float().cpu().numpy())
@@ -264,6 +254,5 @@ def _array(sample: Any) -> np.ndarray:
     if isinstance(sample, torch.Tensor):
         sample = sample.detach().float().cpu()
     array = np.atleast_2d(sample)
-    if array.dtype == np.uint8:
-        array = array.astype(np.float32) / 255
-    return array.astype(np.float32)
+    largest = 255 if array.dtype == np.uint8 else 1
+    return array.astype(np.float32) / largest

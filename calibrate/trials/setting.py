@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 import coeffs
 from calibrate.errors import CalibrateError
-from calibrate.fitting.replay import Search, gate_config
+from calibrate.fitting.replay import Search
 from calibrate.model.protocol import canonical_sha256
 from calibrate.runs.pairs import load_run
 from coeffs import Entry, Plan
@@ -31,9 +31,12 @@ FORECASTS: dict[str, dict[str, Any]] = {
     "uniform skipping, linear outputs": {"forecast": "linear", "forecast_of": "output"},
     "uniform skipping, linear guided": {"forecast": "linear", "forecast_of": "guided"},
 }
-
+# What a plan's runs depend on besides its weights, and what the runtime does anyway.
+OF_PLAN = ("schedule", "forecast", "forecast_of")
+DEFAULTS: tuple[Any, ...] = (None, {}, "reuse", "residual")
 
 Patterns = Mapping[str, str]  # "expert/branch" -> "CCSC..."
+PatternsOf = Callable[[], Patterns]  # of the generation that followed
 
 
 class Refused(CalibrateError):
@@ -68,21 +71,18 @@ class Setting:
         """All that its results depend on, as plain data. Defaults are omitted, so equal runs have equal keys."""
         content = dict(self.options)
         if self.plan is not None:
-            content |= _content_of_plan(self.plan)
+            rows = self.plan.weights_by_step.items()
+            stated = {name: getattr(self.plan, name) for name in OF_PLAN}
+            stated["weights"] = {str(step): list(row) for step, row in rows}
+            content |= {
+                name: value for name, value in stated.items() if value not in DEFAULTS
+            }
         if self.entry is not None:
             # What decides: coefficients, domain, signs, window; not the tables and words beside them.
             beside: dict[str, Any] = dict(thresholds=(), plans=None, warnings=(), notes=None)
             bare = replace(self.entry, source=coeffs.Source(), certificates=(), **beside)
             content["entry"] = canonical_sha256(coeffs.dump(bare))
         return content
-
-
-@dataclass(frozen=True)
-class Entered:
-    """What is to be run, and what was refused and why (policy -> reason)."""
-
-    settings: Sequence[Setting]
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_setting(policy: str, plan: Plan | str, budget: int | None = None) -> Setting:
@@ -99,27 +99,20 @@ def gate_setting(policy: str, entry: Entry, budget: int, threshold: float) -> Se
     """A gate at a threshold, with six digits: more would make a new result of every tuning."""
     branches = branches_of(policy, entry)
     options: dict[str, Any] = {"threshold": float(f"{threshold:.6g}"), "branches": branches}
-    if gate_config(entry).compat:
+    if entry.status != "measured":
         options["compat"] = True
     return Setting(policy, "gate", budget, entry=entry, options=options)
 
 
 def branches_of(policy: str, entry: Entry) -> str:
     """Whether the guidance branches decide ``together`` or, as published implementations do, ``apart``."""
-    return "apart" if policy == APART_GATE or gate_config(entry).compat else "together"
+    apart = policy == APART_GATE or entry.status != "measured"
+    return "apart" if apart else "together"
 
 
-def _content_of_plan(plan: Plan) -> dict[str, Any]:
-    content: dict[str, Any] = {"schedule": plan.schedule}
-    if plan.forecast not in (None, "reuse"):
-        content["forecast"] = plan.forecast
-    if plan.forecast_of not in (None, "residual"):
-        content["forecast_of"] = plan.forecast_of
-    if plan.weights_by_step:
-        content["weights"] = {
-            str(step): list(row) for step, row in plan.weights_by_step.items()
-        }
-    return content
+def plans_of(entry: Entry, num_steps: int | None) -> list[Plan]:
+    """The entry's plans for this number of steps."""
+    return [plan for plan in entry.plans or () if len(plan.schedule) == num_steps]
 
 
 def computed_steps(patterns: Patterns) -> float:
@@ -131,17 +124,12 @@ def computed_steps(patterns: Patterns) -> float:
 
 def replayed(setting: Setting, pairs: pd.DataFrame, real: Patterns) -> dict[str, Any]:
     """What replay foresees of a gate from the uncached run's signals, and in how many steps the real run differs."""
-    entry, threshold = setting.entry, setting.threshold
-    assert entry is not None and threshold is not None, "only gates are replayed"
-    search = Search(load_run(pairs), entry, setting.options["branches"])
+    assert setting.entry is not None and setting.threshold is not None, "a gate"
+    search = Search(load_run(pairs), setting.entry, setting.options["branches"])
     names = search.trajectories["expert"] + "/" + search.trajectories["branch"]
-    patterns = dict(zip(names, search.patterns(threshold), strict=True))
+    patterns = dict(zip(names, search.patterns(setting.threshold), strict=True))
     wrong = [
         sum(a != b for a, b in zip(patterns[name], pattern, strict=True))
         for name, pattern in real.items()
     ]
-    return {
-        "replayed": patterns,
-        "replayed_steps": computed_steps(patterns),
-        "disagreement": float(np.mean(wrong)),
-    }
+    return {"replayed": patterns, "disagreement": float(np.mean(wrong))}

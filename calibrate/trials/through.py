@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 
 import yaml
-from diffusers.hooks import MagCacheConfig, apply_mag_cache
 
 from calibrate.errors import InvalidOption
 from calibrate.model.session import Session
-from calibrate.trials.rivals import cache_taken_off, counted, refusing
-from calibrate.trials.setting import Setting
+from calibrate.trials.rivals import cache_taken_off, counted, diffusers_cache, refusing
+from calibrate.trials.setting import Patterns, PatternsOf, Setting, plans_of
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
 from coeffs.engines.text import read_calls
@@ -42,7 +40,7 @@ def check_through(engine: str, entry: Entry, num_steps: int) -> list[Plan]:
     Raises:
         InvalidOption, EngineError: The engine is not installed, there is no such plan, or it cannot run one.
     """
-    plans = [plan for plan in entry.plans or () if len(plan.schedule) == num_steps]
+    plans = plans_of(entry, num_steps)
     if not plans:
         raise InvalidOption(
             f"--through: {entry.label} has no plan of {num_steps} steps; make some with `calibrate plan`"
@@ -53,7 +51,7 @@ def check_through(engine: str, entry: Entry, num_steps: int) -> list[Plan]:
 
 
 @contextmanager
-def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dict[str, str]]]:
+def run_through(session: Session, setting: Setting) -> Iterator[PatternsOf]:
     """Have the engine run the setting's form; the function that is yielded checks the executed patterns.
 
     Raises:
@@ -61,13 +59,12 @@ def run_through(session: Session, setting: Setting) -> Iterator[Callable[[], dic
         CheckFailed: It executed something else than was exported.
     """
     engine, text = setting.options["engine"], setting.options["form"]
-    _, applied = ENGINES[engine]
     assert setting.plan is not None
-    exported = setting.plan.schedule
+    exported, (_, applied) = setting.plan.schedule, ENGINES[engine]
     # Counted from before: an engine may put its own modules around the blocks.
     with counted(session.modules) as patterns_of:
 
-        def executed() -> dict[str, str]:
+        def executed() -> Patterns:
             patterns = patterns_of()
             for branch, pattern in patterns.items():
                 if pattern != exported:
@@ -100,12 +97,8 @@ def _cache_dit(session: Session, text: str) -> Iterator[None]:
 @contextmanager
 def _mag_cache(session: Session, text: str) -> Iterator[None]:
     ((_, arguments),) = read_calls(text, "MagCacheConfig")
-    for module in session.modules.values():
-        # Some classes (Stable Diffusion 3) have blocks that MagCache knows, but no enable_cache.
-        enable = getattr(module, "enable_cache", partial(apply_mag_cache, module))
-        with refusing(f"MagCache on {type(module).__name__}"):
-            enable(MagCacheConfig(**arguments))
-    yield
+    with diffusers_cache(session.modules, "MagCache", arguments):
+        yield
 
 
 # Engine -> what `calibrate export --to` calls its form of a plan, and what has its code run the exported text.

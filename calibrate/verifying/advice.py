@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from os import fspath
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pandas as pd
 from calibrate.fitting.statistics import ENOUGH_PROMPTS
 from calibrate.trials.baselines import uniform
 from calibrate.trials.measures import main_measure
-from calibrate.trials.setting import FEWER_STEPS, FORECASTS, GATE, PLAN
+from calibrate.trials.setting import FEWER_STEPS, FORECASTS, GATE, PLAN, plans_of
 from calibrate.verifying.comparison import Comparison, judge, summarize
 from coeffs import Entry, Plan
 from coeffs.engines import export_entry
@@ -58,24 +57,19 @@ class Advice:
 
 def advise(results: pd.DataFrame) -> Advice:
     """The best policy at about half of the steps, judged prompt by prompt against fewer steps without a cache."""
-    table = summarize(results)
-    measure = main_measure(results)
-    known = table["policy"].isin(DEPLOYABLE) & (table["broken"] == 0) & table[measure].notna()
+    table, measure = summarize(results), main_measure(results)
+    known = table["policy"].isin(DEPLOYABLE) & (table["broken"] == 0)
     usable = table[known & (table["speedup"] > 1)]
     if usable.empty:
-        return Advice(
-            None,
-            0,
-            {},
-            "Use none of these policies: each is slower than no cache or breaks.",
-            "",
-        )
+        use = "Use none of these policies: each is slower than no cache or breaks."
+        return Advice(None, 0, {}, use, "")
     budget = _operating_point(usable)
-    at_budget = usable[usable["budget"] == budget]
-    rows = {row["policy"]: row for row in at_budget.to_dict("records")}
+    rows = {
+        row["policy"]: row for row in usable.to_dict("records") if row["budget"] == budget
+    }
     base, *others = [policy for policy in DEPLOYABLE if policy in rows]
     compared = {
-        one.policy: one
+        policy: one
         for policy in others
         for one in judge(results, policy)
         if (one.baseline, one.budget) == (base, budget)
@@ -84,36 +78,33 @@ def advise(results: pd.DataFrame) -> Advice:
         policy: rows[policy][measure] - rows[base][measure] for policy in (base, *others)
     }
     gains |= {policy: one.difference for policy, one in compared.items()}
-    best, *rest = sorted(
-        gains, key=lambda policy: -gains[policy]
-    )  # of equal ones the simplest
+    # Of equal ones the simplest.
+    best, *rest = sorted(gains, key=lambda policy: -gains[policy])
     row = rows[best]
     unit = "dB" if measure == "psnr_db" else "dB SNR"
     worth = f"{row['speedup']:.2f}x, {row[measure]:.1f} {unit}, worst {row['worst']:.1f}"
     certainty = "It was compared with nothing else at these steps."
     if rest:
         cache, rival, sign = (rest[0], rest[0], -1) if best == base else (best, base, 1)
-        name = f"{_name(rows[rival])} ({rows[rival][measure]:.1f} dB)"
-        certainty = _certainty(name, rows[rival]["prompts"], compared.get(cache), sign)
-    enough = row["prompts"] >= ENOUGH_PROMPTS
-    use = f"Use {_name(row)}: {worth}."
-    return Advice(best, budget, row, use, certainty, 0 if enough else PROMPTS_TO_RUN)
+        certainty = _certainty(rows[rival], measure, compared.get(cache), sign)
+    needed = 0 if row["prompts"] >= ENOUGH_PROMPTS else PROMPTS_TO_RUN
+    return Advice(best, budget, row, f"Use {_name(row)}: {worth}.", certainty, needed)
 
 
 def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
     """How the advice is followed in Python, with the entry at ``path``; empty where its plan is gone from there."""
-    apply, file = "from runtime import apply_tea_cache\n\n", fspath(path)
+    apply = "from runtime import apply_tea_cache\n\n"
     if advice.policy == FEWER_STEPS:
         return f"pipe(prompt, num_inference_steps={advice.budget})"
     if advice.policy == GATE:
-        threshold = f"{advice.figures['threshold']:.6g}"
-        return f'{apply}apply_tea_cache(pipe, "{file}", threshold={threshold})'
+        threshold = advice.figures["threshold"]
+        return f'{apply}apply_tea_cache(pipe, "{path}", threshold={threshold:.6g})'
     plan = _plan(advice, entry)
     if plan is None:
         return ""
     if advice.policy == PLAN:
         used = f"schedule=entry.plans[{(entry.plans or ()).index(plan)}]"
-        return f'import coeffs\n{apply}entry = coeffs.load("{file}")\napply_tea_cache(pipe, entry, {used})'
+        return f'import coeffs\n{apply}entry = coeffs.load("{path}")\napply_tea_cache(pipe, entry, {used})'
     options = {"schedule": plan.schedule, **FORECASTS[advice.policy or ""]}
     stated = ", ".join(f'{name}="{value}"' for name, value in options.items())
     return f"{apply}apply_tea_cache(pipe, {stated})"
@@ -121,7 +112,7 @@ def python_lines(advice: Advice, entry: Entry, path: str | Path) -> str:
 
 def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
     """The command that exports what is advised, for the first engine that takes it; empty where none does."""
-    command = f"calibrate export {fspath(path)} --to"
+    command = f"calibrate export {path} --to"
     plan = _plan(advice, entry)
     if plan is not None:
         line = f"{command} cache-dit-mask --schedule {plan.schedule}"
@@ -129,7 +120,7 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
             return line
         return f"# The engine forecasts differently, or reuses: other figures than above.\n{line}"
     if advice.policy == GATE:
-        threshold = float(f"{advice.figures['threshold']:.6g}")
+        threshold = advice.figures["threshold"]
         for engine in GATE_ENGINES:
             with suppress(CoeffsError):
                 export_entry(entry, engine, threshold=threshold)
@@ -140,16 +131,15 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
 def _operating_point(usable: pd.DataFrame) -> int:
     """The budget with most policies that is nearest to half of the steps."""
     half = SHARE_COMPUTED * usable["num_steps"].iloc[0]
-    counts = usable.groupby("budget")["policy"].nunique()
-    fullest = counts[counts == counts.max()].index
-    return int(min(fullest, key=lambda budget: abs(budget - half)))
+    return int(min(usable["budget"].mode(), key=lambda budget: abs(budget - half)))
 
 
-def _certainty(name: str, prompts: int, compared: Comparison | None, sign: int) -> str:
-    """How sure it is that the advice is better than the rival called ``name``.
+def _certainty(rival: dict, measure: str, compared: Comparison | None, sign: int) -> str:
+    """How sure it is that the advice is better than the rival, which is a row of the summary.
 
     ``compared`` is a cache against the base; ``sign`` is 1 where the advice is the cache, -1 where it is the base.
     """
+    name, prompts = f"{_name(rival)} ({rival[measure]:.1f} dB)", rival["prompts"]
     if prompts < ENOUGH_PROMPTS:
         return f"Too few prompts ({prompts}) to tell it from {name}: run {PROMPTS_TO_RUN} prompts."
     if compared is None:
@@ -173,13 +163,9 @@ def _name(row: dict) -> str:
 
 def _plan(advice: Advice, entry: Entry) -> Plan | None:
     """The plan that was run: the entry's, or a uniform one; None for other policies, or where it is gone."""
+    num_steps = advice.figures.get("num_steps", 0)
     if advice.policy in FORECASTS:
-        schedule = uniform(advice.figures["num_steps"], advice.budget)
+        schedule = uniform(num_steps, advice.budget)
         return Plan(schedule=schedule, **FORECASTS[advice.policy])
-    for plan in entry.plans or () if advice.policy == PLAN else ():
-        if (len(plan.schedule), plan.computed_steps) == (
-            advice.figures["num_steps"],
-            advice.budget,
-        ):
-            return plan
-    return None
+    own = plans_of(entry, num_steps) if advice.policy == PLAN else []
+    return next((plan for plan in own if plan.computed_steps == advice.budget), None)

@@ -8,7 +8,9 @@ more. A sample with NaN or infinity counts as one in which nothing is left, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ import pandas as pd
 from calibrate.fitting.statistics import (
     ENOUGH_PROMPTS,
     MARGIN_DB,
+    NAN,
     holm,
     mean_interval,
     p_different,
@@ -92,43 +95,28 @@ class Comparison:
         return f"{means}, 95 % interval {self.low:+.1f} to {self.high:+.1f}"
 
 
-def judge(
-    results: pd.DataFrame, policy: str, baselines: Sequence[str] | None = None
-) -> list[Comparison]:
-    """The policy against each baseline (by default every other policy) at each budget, as one family of tests.
+def judge(results: pd.DataFrame, policy: str) -> list[Comparison]:
+    """The policy against every other one at each budget, as one family of tests.
 
     Runs outside a baseline's range of computed steps are left out; there is nothing where the policy did not run.
     """
-    if baselines is None:
-        baselines = [name for name in results["policy"].unique() if name != policy]
-    comparisons = []
-    for baseline in baselines:
+    rows: list[dict[str, Any]] = []
+    for baseline in results["policy"].unique():
+        if baseline == policy:
+            continue
         for budget, prompts in _paired(results, policy, baseline).groupby("budget"):
-            differences = prompts["difference"].to_numpy()
+            differences = prompts.pop("difference").to_numpy()
             difference, low, high = mean_interval(differences)
-            comparison = Comparison(
-                policy=policy,
-                baseline=baseline,
-                budget=int(budget),
-                num_steps=int(results["num_steps"].iloc[0]),
-                **prompts.drop(columns="difference").mean().to_dict(),
-                difference=difference,
-                low=low,
-                high=high,
-                prompts=len(prompts),
-                p=p_different(differences),
-                p_equal=p_not_equivalent(differences),
-            )
-            comparisons.append(comparison)
-    different = holm([one.p for one in comparisons]).tolist()
-    equal = holm([one.p_equal for one in comparisons]).tolist()
-    corrected = zip(comparisons, different, equal, strict=True)
-    return [replace(one, p=p, p_equal=p_equal) for one, p, p_equal in corrected]
-
-
-def judge_plan(results: pd.DataFrame) -> list[Comparison]:
-    """The plan against every other policy; nothing where no plan took part."""
-    return judge(results, PLAN)
+            rows.append({
+                "policy": policy, "baseline": baseline, "budget": int(budget),
+                "num_steps": int(results["num_steps"].iloc[0]), **prompts.mean().to_dict(),
+                "difference": difference, "low": low, "high": high, "prompts": len(prompts),
+                "p": p_different(differences), "p_equal": p_not_equivalent(differences),
+            })  # fmt: skip
+    for name in ("p", "p_equal"):
+        corrected = holm([row[name] for row in rows]).tolist()
+        rows = [{**row, name: p} for row, p in zip(rows, corrected, strict=True)]
+    return [Comparison(**row) for row in rows]
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
@@ -161,102 +149,95 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     tenth of the main measure; ``lost`` the share of prompts that lose more than 3 dB against plain fewer steps (or
     uniform skipping where those did not run) at equal steps; ``<measure>_of_mean`` the dB of the mean error.
     """
-    rows = []
-    for policy, runs in results.groupby("policy", sort=False):
-        others = [name for name in (FEWER_STEPS, UNIFORM) if name in set(results["policy"])]
-        plainest = next((name for name in others if name != policy), "")
-        paired = _paired(results, str(policy), plainest)
-        for budget, group in runs.groupby("budget", sort=False):
-            row = {
-                "policy": policy,
-                "budget": int(budget),
-                "threshold": group["threshold"].iloc[0],
-                "computed_steps": float(group["computed_steps"].mean()),
-                "num_steps": int(group["num_steps"].iloc[0]),
-                "prompts": int(group["prompt_id"].nunique()),
-                "broken": int(group["broken"].sum()),
-                "seconds": float(group["seconds"].mean()),
-                "speedup": float((group["uncached_seconds"] / group["seconds"]).mean()),
-                "measure": main_measure(results),
-                "at_floor": "at_floor" in group and bool(group["at_floor"].all()),
-            }
-            row |= _low_end(group, row["measure"])
-            row |= _lost(paired.query("budget == @budget")["difference"])
-            rows.append(row | _measures(group))
-    return pd.DataFrame(rows)
+    unit, measures = ["policy", "budget"], measured(results)
+    main = main_measure(results)
+    results = results.assign(
+        **{measure.name: capped(results, measure.name) for measure in measures},
+        speedup=results["uncached_seconds"] / results["seconds"],
+        at_floor=results.get("at_floor", False),
+    )
+    # A broken sample is below any limit.
+    results["quality"] = results[main].mask(results["broken"].astype(bool), -np.inf)
+    runs = results.groupby(unit, sort=False)
+    table = runs.agg(
+        threshold=("threshold", "first"),
+        computed_steps=("computed_steps", "mean"),
+        num_steps=("num_steps", "first"),
+        prompts=("prompt_id", "nunique"),
+        broken=("broken", "sum"),
+        speedup=("speedup", "mean"),
+        at_floor=("at_floor", "all"),
+        low=("quality", partial(np.quantile, q=LOW_QUANTILE, method="inverted_cdf")),
+        worst=("quality", "min"),
+    )
+    table["worst_prompt"] = runs["quality"].idxmin().map(results["prompt"])
+    table["measure"] = main
+    shares, unknown = _lost(results), (NAN, NAN, NAN)
+    table[["lost", "lost_low", "lost_high"]] = [
+        shares.get(key, unknown) for key in table.index
+    ]
+    by_prompt = results.groupby([*unit, "prompt_id"])
+    for measure in measures:
+        name, means = measure.name, by_prompt[measure.name].mean().dropna()
+        intervals = [mean_interval(means.get(key, ())) for key in table.index]
+        table[[name, f"{name}_low", f"{name}_high"]] = intervals
+        if measure.unit == "dB":
+            errors = (10 ** (-means / 10)).groupby(level=unit).mean()
+            table[f"{name}_of_mean"] = -10 * np.log10(errors)
+    return table.reset_index()
+
+
+def _lost(results: pd.DataFrame) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """By policy and budget: the share of prompts that lose more than ``LOST_DB``, with its interval."""
+    shares, policies = {}, results["policy"].unique()
+    plain = [name for name in (FEWER_STEPS, UNIFORM) if name in policies]
+    for policy in policies:
+        baseline = next((name for name in plain if name != policy), "")
+        differences = _paired(results, policy, baseline)["difference"]
+        for budget, lost in (differences < -LOST_DB).groupby("budget"):
+            shares[policy, budget] = share_interval(int(lost.sum()), len(lost))
+    return shares
 
 
 def _paired(results: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
     """By budget and prompt: the policy's quality, and the baseline's at equal computed steps."""
     results = results.assign(value=capped(results, main_measure(results)))
     ours, theirs = (results[results["policy"] == name] for name in (policy, baseline))
-    unit = ["prompt_id", "seed"]
-    curves = {
-        key: rows.groupby("computed_steps")["value"].mean()
-        for key, rows in theirs.groupby(unit)
-    }
+    curves = theirs.groupby(["prompt_id", "seed", "computed_steps"])["value"].mean()
 
-    def there(prompt: str, seed: int, steps: float) -> float:
-        curve = curves.get((prompt, seed))
+    def there(run: Any) -> float:
+        curve = curves.get((run.prompt_id, run.seed))
+        steps = run.computed_steps
         if curve is None or not curve.index[0] - SLACK <= steps <= curve.index[-1] + SLACK:
             return float("nan")
         return float(np.interp(steps, curve.index, curve))
 
-    runs = zip(*(ours[name] for name in (*unit, "computed_steps")), strict=True)
-    values = np.array([there(*run) for run in runs], float)
-    paired = ours.assign(baseline_value=values, difference=ours["value"] - values)
+    ours = ours.assign(baseline_value=np.array([*map(there, ours.itertuples())], float))
+    ours["difference"] = ours["value"] - ours["baseline_value"]
     columns = ["computed_steps", "value", "baseline_value", "difference"]
-    return paired[~np.isnan(values)].groupby(["budget", "prompt_id"])[columns].mean()
+    return (
+        ours.dropna(subset="baseline_value").groupby(["budget", "prompt_id"])[columns].mean()
+    )
 
 
 def _sentence(comparisons: list[Comparison]) -> str:
     """A policy against one baseline over all budgets, grouped by outcome, the most computed steps first."""
-    first = comparisons[0]
-    compared = [one.prompts for one in comparisons if one.outcome == "unknown"]
-    few = f"too few prompts for a verdict ({min(compared, default=0)}; at least {ENOUGH_PROMPTS})"
-    words = {**WORDS, "unknown": few}
-    parts: dict[str, list[str]] = {outcome: [] for outcome in words}
-    for one in sorted(comparisons, key=lambda one: -one.computed_steps):
-        place = f"{one.computed_steps:.3g} of {one.num_steps} steps ({one.figures})"
-        parts[one.outcome].append(place)
-    said = [f"{words[outcome]} at {', '.join(at)}" for outcome, at in parts.items() if at]
+    first, said = comparisons[0], []
+    comparisons = sorted(comparisons, key=lambda one: -one.computed_steps)
+    for outcome, words in WORDS.items():
+        same = [one for one in comparisons if one.outcome == outcome]
+        if same and outcome == "unknown":
+            fewest = min(one.prompts for one in same)
+            words += f" for a verdict ({fewest}; at least {ENOUGH_PROMPTS})"
+        places = [
+            f"{one.computed_steps:.3g} of {one.num_steps} steps ({one.figures})"
+            for one in same
+        ]
+        if same:
+            said.append(f"{words} at {', '.join(places)}")
     return f"{_named(first.policy)} against {_named(first.baseline)}: {'; '.join(said)}"
 
 
 def _named(policy: str) -> str:
     """The policy within a sentence."""
     return f"the {policy}" if policy.startswith((PLAN, GATE)) else policy
-
-
-def _measures(group: pd.DataFrame) -> dict[str, float]:
-    """Each measure's mean over prompts with its interval; of dB also the dB of the mean error."""
-    figures: dict[str, float] = {}
-    for measure in measured(group):
-        name = measure.name
-        of_prompt = capped(group, name).groupby(group["prompt_id"]).mean().dropna()
-        keys = name, f"{name}_low", f"{name}_high"
-        figures |= dict(zip(keys, mean_interval(of_prompt), strict=True))
-        if measure.unit == "dB":
-            errors = 10 ** (-of_prompt / 10)
-            figures[f"{name}_of_mean"] = float(-10 * np.log10(errors.mean()))
-    return figures
-
-
-def _low_end(group: pd.DataFrame, measure: str) -> dict[str, float | str]:
-    """The lowest tenth and the worst of all runs; a broken sample is below any limit."""
-    values = capped(group, measure).mask(group["broken"].astype(bool), -np.inf).dropna()
-    if values.empty:
-        return {"low": float("nan"), "worst": float("nan"), "worst_prompt": ""}
-    return {
-        "low": float(np.quantile(values, LOW_QUANTILE, method="inverted_cdf")),
-        "worst": float(values.min()),
-        "worst_prompt": group.loc[values.idxmin(), "prompt"],
-    }
-
-
-def _lost(differences: pd.Series) -> dict[str, float]:
-    """The share of prompts that lose more than ``LOST_DB``, with its interval; NaN where nothing was compared."""
-    share = (float("nan"),) * 3
-    if len(differences):
-        share = share_interval(int((differences < -LOST_DB).sum()), len(differences))
-    return dict(zip(("lost", "lost_low", "lost_high"), share, strict=True))

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.errors import CalibrateError, InvalidOption
+from calibrate.errors import EXPECTED, InvalidOption
 from calibrate.planning.results import uniform_fitted as fitted_plan
 from calibrate.runs.gram_log import NoPlan, load_grams
-from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import (
     CACHE_DIT_MASKS,
     budcache,
@@ -21,6 +20,7 @@ from calibrate.trials.baselines import (
     mflux_schedule,
     uniform,
 )
+from calibrate.trials.case import Say
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
@@ -29,69 +29,20 @@ from calibrate.trials.setting import (
     GATE,
     PLAN,
     UNIFORM,
-    Entered,
     Setting,
     plan_setting,
+    plans_of,
 )
 from calibrate.trials.through import ENGINES, through_setting
-from calibrate.verifying.tuning import (
-    TUNING_PROMPTS,
-    TuningRuns,
-    published_entries,
-    tuned_diffusers,
-    tuned_gate,
-)
+from calibrate.verifying.tuning import TUNING_PROMPTS, Lineup, tuned_diffusers, tuned_gate
 from coeffs import Entry, Plan
-from coeffs.errors import CoeffsError
-from runtime.errors import RuntimeCacheError
 
-USUAL = (
-    "gate",
-    "plan",
-    "uniform",
-    "fewer-steps",
-)  # what is deployed, and what it must beat
-ALL = "all"
+# What is deployed, and what it must beat.
+USUAL = ("gate", "plan", "uniform", "fewer-steps")
+ALL, PUBLISHED = "all", "published sets"
 # Real runs per budget that a policy takes to make its settings, as a rule; a search took 524 for 15 and 7 of 50 steps.
 TUNED = 2 * TUNING_PROMPTS
 SEARCHED = 262
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lineup:
-    """What policies make their settings from.
-
-    Attributes:
-        run: Recorded signals that replay may look at, and the Gram log where it has one.
-        budgets: Numbers of computed steps.
-        runs: Real runs of the tuning prompts.
-        given: The fitted gate's settings, where its thresholds were given instead of budgets.
-        known: The registry's entries.
-    """
-
-    entry: Entry
-    run: Run
-    num_steps: int
-    budgets: Sequence[int]
-    runs: TuningRuns
-    given: Sequence[Setting] = ()
-    known: Sequence[Entry] = ()
-    transformer_class: str | None = None
-
-    @property
-    def magnitudes(self) -> list[float]:
-        """MagCache's curve, mean over branches, 1 at step 0. Raises where the entry has none of this length."""
-        expert = next(iter(self.entry.experts.values()))
-        curves = [c for c in (expert.mag_ratios or {}).values() if len(c) == self.num_steps]
-        if not curves:
-            raise InvalidOption(
-                "the entry holds no magnitude ratios of this schedule; fit a run of it first"
-            )
-        return np.mean(curves, axis=0).tolist()
-
-    def planned(self, label: str, schedule: Callable[[int], str | Plan]) -> list[Setting]:
-        """The plan of every budget."""
-        return [plan_setting(label, schedule(budget), budget) for budget in self.budgets]
 
 
 Make = Callable[[Lineup, str], Sequence[Setting]]
@@ -116,44 +67,26 @@ class Policy:
     default: bool = True
 
 
-def gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequence[Setting]:
-    """The gate of an entry (by default the one that is verified), tuned to the budgets or as it was given."""
-    if label == GATE and lineup.given:
-        return lineup.given
-    return tuned_gate(label, entry or lineup.entry, lineup.budgets, lineup.run, lineup.runs)
-
-
-def planned(lineup: Lineup, label: str) -> list[Setting]:
-    """The entry's plans for these budgets, each with its forecast."""
-    return [plan_setting(label, plan) for plan in _plans(lineup)]
-
-
-def planned_through(lineup: Lineup, label: str, engine: str) -> list[Setting]:
-    """The entry's plans for these budgets as an engine's own code runs the exported form."""
-    return [through_setting(label, engine, lineup.entry, plan) for plan in _plans(lineup)]
-
-
-def _plans(lineup: Lineup) -> list[Plan]:
+def planned(lineup: Lineup, label: str, engine: str | None = None) -> list[Setting]:
+    """The entry's plans for these budgets, each with its forecast; or as an engine's own code runs their export."""
+    entry = lineup.entry
     plans = [
-        plan
-        for plan in lineup.entry.plans or ()
-        if len(plan.schedule) == lineup.num_steps and plan.computed_steps in lineup.budgets
+        p for p in plans_of(entry, lineup.num_steps) if p.computed_steps in lineup.budgets
     ]
     if not plans:
         wanted = ",".join(map(str, lineup.budgets))
         raise InvalidOption(
             f"no plan in the entry for these budgets; make some: calibrate plan --computed {wanted}"
         )
-    return plans
+    if engine is None:
+        return [plan_setting(label, plan) for plan in plans]
+    return [through_setting(label, engine, entry, plan) for plan in plans]
 
 
 def uniform_rule(lineup: Lineup, label: str) -> list[Setting]:
     """Every so-many-th step, with the label's forecast of the others."""
-    forecast = FORECASTS[label]
-    steps = lineup.num_steps
-    return lineup.planned(
-        label, lambda budget: Plan(schedule=uniform(steps, budget), **forecast)
-    )
+    make = partial(uniform, lineup.num_steps)
+    return lineup.planned(label, lambda n: Plan(schedule=make(n), **FORECASTS[label]))
 
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
@@ -199,18 +132,10 @@ def budcache_search(lineup: Lineup, label: str) -> list[Setting]:
     """Hundreds of real runs a budget, all of one prompt."""
 
     def error(schedule: str) -> float:
-        return lineup.runs.error(plan_setting(label, schedule))
+        return lineup.error(plan_setting(label, schedule))
 
     steps = lineup.num_steps
     return lineup.planned(label, lambda budget: budcache(steps, budget, error))
-
-
-def diffusers_cache(lineup: Lineup, label: str, cache: str) -> list[Setting]:
-    """One of diffusers' own caches, tuned to the budgets."""
-    options: dict[str, Any] = {}
-    if cache == "MagCache":
-        options = {"mag_ratios": lineup.magnitudes, "num_inference_steps": lineup.num_steps}
-    return tuned_diffusers(label, cache, lineup.budgets, options, lineup.runs)
 
 
 def _has_branches(entry: Entry) -> bool:
@@ -218,12 +143,12 @@ def _has_branches(entry: Entry) -> bool:
 
 
 POLICIES: dict[str, Policy] = {
-    "gate": Policy(GATE, gate, tuning=TUNED),
-    "apart": Policy(APART_GATE, gate, tuning=TUNED, enters=_has_branches),
+    "gate": Policy(GATE, tuned_gate, tuning=TUNED),
+    "apart": Policy(APART_GATE, tuned_gate, tuning=TUNED, enters=_has_branches),
     "plan": Policy(PLAN, planned, enters=lambda entry: bool(entry.plans)),
     **{
         f"plan-{engine}": Policy(
-            f"plan through {engine}", partial(planned_through, engine=engine), default=False
+            f"plan through {engine}", partial(planned, engine=engine), default=False
         )
         for engine in ENGINES
     },
@@ -238,16 +163,14 @@ POLICIES: dict[str, Policy] = {
     "cache-dit-masks": Policy("cache-dit's masks", cache_dit_masks),
     "mflux": Policy("mflux's rule", mflux_rule),
     "budcache": Policy("BudCache's search", budcache_search, tuning=SEARCHED, default=False),
-    "published": Policy(
-        "published sets", gate, tuning=TUNED
-    ),  # one policy a set, see _entrants
+    "published": Policy(PUBLISHED, tuned_gate, tuning=TUNED),
     "first-block-cache": Policy(
-        "FirstBlockCache", partial(diffusers_cache, cache="FirstBlockCache"), tuning=TUNED
+        "FirstBlockCache", partial(tuned_diffusers, cache="FirstBlockCache"), tuning=TUNED
     ),
     "mag-cache": Policy(
-        "MagCache (diffusers)", partial(diffusers_cache, cache="MagCache"), tuning=TUNED
+        "MagCache (diffusers)", partial(tuned_diffusers, cache="MagCache"), tuning=TUNED
     ),
-    "sea-cache": Policy("SeaCache", partial(diffusers_cache, cache="SeaCache"), tuning=TUNED),
+    "sea-cache": Policy("SeaCache", partial(tuned_diffusers, cache="SeaCache"), tuning=TUNED),
 }
 
 
@@ -261,35 +184,52 @@ def checked_policies(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def runs_to_come(
-    names: Sequence[str], entry: Entry, budgets: int, prompts: int, given: bool
-) -> tuple[int, int]:
-    """How many cached runs judge and tune, at most; ``given`` thresholds of the fitted gate are not tuned."""
-    policies = [POLICIES[name] for name in names if POLICIES[name].enters(entry)]
-    tuning = sum(p.tuning for p in policies if not (given and p.label == GATE))
-    return len(policies) * budgets * prompts, tuning * budgets
-
-
-def entered(lineup: Lineup, names: Sequence[str], say: Callable[[str], None]) -> Entered:
-    """All settings, policy by policy; what a model or a budget refuses is named, not fatal."""
+def entered(
+    lineup: Lineup, names: Sequence[str], say: Say
+) -> tuple[list[Setting], dict[str, str]]:
+    """All settings, policy by policy; what a model or a budget refuses is named, not fatal (policy -> reason)."""
     settings: list[Setting] = []
     refused: dict[str, str] = {}
     for policy in _entrants(lineup, names):
         say(f"preparing {policy.label}")
         try:
             settings += policy.make(lineup, policy.label)
-        except (CalibrateError, CoeffsError, RuntimeCacheError) as error:
+        except EXPECTED as error:
             refused[policy.label] = str(error)
-    return Entered(settings, refused)
+    return settings, refused
 
 
 def _entrants(lineup: Lineup, names: Sequence[str]) -> Iterator[Policy]:
-    for name in names:
-        policy = POLICIES[name]
-        if name == "published":  # each set is a policy of its own
-            for entry in published_entries(
-                lineup.known, lineup.transformer_class, lineup.entry
-            ):
-                yield Policy(f"{entry.model}'s gate", partial(gate, entry=entry))
+    for policy in (POLICIES[name] for name in names):
+        if policy.label == PUBLISHED:  # each set is a policy of its own
+            denoiser = lineup.bench.case.identity["classes"][0]
+            for entry in published_entries(lineup.known, denoiser, lineup.entry):
+                yield Policy(f"{entry.model}'s gate", partial(tuned_gate, entry=entry))
         elif policy.enters(lineup.entry):
             yield policy
+
+
+def published_entries(
+    entries: Sequence[Entry], transformer_class: str | None, own: Entry
+) -> list[Entry]:
+    """Newest published or copied sets of the same denoiser class that the runtime can gate with.
+
+    Those for the same checkpoint where there are any. Sets that differ by a factor only are taken once: a factor only
+    moves the threshold. ``entries`` are sorted by version.
+    """
+    newest = {
+        entry.model: entry
+        for entry in entries
+        if entry.status != "measured" and entry.label != own.label and entry.signal != "other"
+        if entry.transformer_class == transformer_class
+        if entry.has_polynomials
+    }
+    # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
+    repository = own.checkpoint.repository
+    here = [entry for entry in newest.values() if entry.checkpoint.repository == repository]
+    distinct: dict[tuple, Entry] = {}
+    for entry in here or newest.values():
+        coefficients = np.array(entry.fit().coefficients_high_to_low)
+        shape = (coefficients / (np.abs(coefficients).max() or 1.0)).round(9)
+        distinct.setdefault((*shape, entry.sign_rule, entry.signal), entry)
+    return list(distinct.values())

@@ -3,33 +3,32 @@
 import numpy as np
 import pandas as pd
 
-from calibrate.text import aligned, number
+from calibrate.text import aligned
 from calibrate.trials.measures import MEASURES, measured
 
 
 def verdict_table(summary: pd.DataFrame) -> str:
     """The summary as plain text: one row per policy and budget, intervals beside the main measure."""
     main = MEASURES[summary["measure"].iloc[0]]
-    others = [measure for measure in measured(summary) if measure is not main]
-    heads = ["policy", "threshold", "steps", "speed-up", f"{main.label} {main.unit}"]
-    heads += ["95 % interval", "of mean error", "lowest 10 %", "lose 3 dB"]
-    rows = []
-    for row in summary.to_dict("records"):
-        threshold, low, high = (
-            row["threshold"],
-            row[f"{main.name}_low"],
-            row[f"{main.name}_high"],
-        )
-        cells = [
-            row["policy"],
-            "-" if pd.isna(threshold) else f"{threshold:.4g}",
-            f"{row['computed_steps']:.1f} of {row['num_steps']}",
-            number(row["speedup"]),
-            number(row[main.name], main.digits) + (" (floor)" if row["at_floor"] else ""),
-            f"{low:.1f} to {high:.1f}" if np.isfinite(low) else "-",
-            number(row[f"{main.name}_of_mean"], main.digits),
-            "broken" if row["low"] == -np.inf else number(row["low"], main.digits),
-            "-" if np.isnan(row["lost"]) else f"{row['lost']:.0%}",
-        ]
-        rows.append([*cells, *(number(row[other.name], other.digits) for other in others)])
-    return aligned([*heads, *(other.label for other in others)], rows)
+    name, decimals = main.name, f"{{:.{main.digits}f}}"
+
+    def shown(column: str, form: str = decimals) -> pd.Series:
+        return summary[column].map(form.format, na_action="ignore").fillna("-")
+
+    columns = {
+        "policy": summary["policy"],
+        "threshold": shown("threshold", "{:.4g}"),
+        "steps": shown("computed_steps", "{:.1f}") + shown("num_steps", " of {}"),
+        "speed-up": shown("speedup", "{:.2f}"),
+        f"{main.label} {main.unit}": shown(name)
+        + np.where(summary["at_floor"], " (floor)", ""),
+        "95 % interval": shown(f"{name}_low", "{:.1f} to ") + shown(f"{name}_high", "{:.1f}"),
+        "of mean error": shown(f"{name}_of_mean"),
+        "lowest 10 %": shown("low").replace("-inf", "broken"),
+        "lose 3 dB": shown("lost", "{:.0%}"),
+    }
+    columns["95 % interval"] = columns["95 % interval"].replace("--", "-")  # too few prompts
+    for other in measured(summary):
+        if other is not main:
+            columns[other.label] = shown(other.name, f"{{:.{other.digits}f}}")
+    return aligned([*columns], [*zip(*columns.values(), strict=True)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from numpy.typing import ArrayLike
 
 from calibrate.errors import InvalidOption
 from calibrate.fitting.replay import Search
-from calibrate.runs.folder import write_atomically
+from calibrate.model.prompts import Prompt
+from calibrate.runs.files import write_json
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import threshold_for
 from calibrate.trials.bench import Bench
@@ -26,8 +28,9 @@ from calibrate.trials.setting import (
     Setting,
     branches_of,
     gate_setting,
+    plan_setting,
 )
-from coeffs import Entry
+from coeffs import Entry, Plan
 
 MISSED_BUDGET = 1.5  # a tuned policy this many steps off its budget is not comparable there
 TRIES = 4  # real counts per budget: replay is off by a step or two, which one correction mends as a rule
@@ -40,31 +43,63 @@ CACHE_THRESHOLDS = [float(f"{threshold:.4g}") for threshold in np.logspace(-4, 1
 TUNING_PROMPTS = 2
 
 
-class TuningRuns:
-    """Real runs of prompts that are not judged, by which policies find their settings; their figures are kept."""
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """What policies make their settings from, and real runs of prompts that are not judged; their figures are kept.
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self.prompts = (bench.case.recorded_prompts or bench.prompts.prompts)[:TUNING_PROMPTS]
+    Attributes:
+        run: Recorded signals that replay may look at, and the Gram log where it has one.
+        budgets: Numbers of computed steps.
+        given: The fitted gate's settings, where its thresholds were given instead of budgets.
+        known: The registry's entries.
+    """
+
+    entry: Entry
+    run: Run
+    num_steps: int
+    budgets: Sequence[int]
+    bench: Bench
+    given: Sequence[Setting] = ()
+    known: Sequence[Entry] = ()
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that policies are tuned by."""
+        case, judged = self.bench.case, self.bench.prompts
+        return (case.recorded_prompts or judged.prompts)[:TUNING_PROMPTS]
+
+    @property
+    def magnitudes(self) -> list[float]:
+        """MagCache's curve, mean over branches, 1 at step 0. Raises where the entry has none of this length."""
+        expert = next(iter(self.entry.experts.values()))
+        curves = [c for c in (expert.mag_ratios or {}).values() if len(c) == self.num_steps]
+        if not curves:
+            raise InvalidOption(
+                "the entry holds no magnitude ratios of this schedule; fit a run of it first"
+            )
+        return np.mean(curves, axis=0).tolist()
+
+    def planned(self, label: str, schedule: Callable[[int], str | Plan]) -> list[Setting]:
+        """The plan of every budget."""
+        return [plan_setting(label, schedule(budget), budget) for budget in self.budgets]
 
     def steps(self, setting: Setting) -> float:
         """Mean computed steps."""
 
         def count() -> float:
-            samples = [self._bench.sampler.run(setting, prompt) for prompt in self.prompts]
+            samples = [self.bench.sampler.run(setting, prompt) for prompt in self.prompts]
             return float(np.mean([sample.computed_steps for sample in samples]))
 
-        return self._kept(
-            self._bench.key(replace(setting, policy="", budget=0), *self.prompts), count
-        )
+        alike = replace(setting, policy="", budget=0)
+        return self._kept(self.bench.key(alike, *self.prompts), count)
 
     def error(self, setting: Setting) -> float:
         """Squared relative error of the first prompt's latents, or of its series."""
         prompt = self.prompts[0]
 
         def error() -> float:
-            sample = self._bench.sampler.run(setting, prompt)
-            figures = compare_all(sample, self._bench.reference(prompt))
+            sample = self.bench.sampler.run(setting, prompt)
+            figures = compare_all(sample, self.bench.reference(prompt))
             relative = figures.get("latent_rel_l2", figures.get("rel_l2"))
             if relative is None:
                 raise Refused(
@@ -72,15 +107,14 @@ class TuningRuns:
                 )
             return relative**2 if sample.is_finite else math.inf
 
-        return self._kept(f"error of {self._bench.key(setting, prompt)}", error)
+        return self._kept(f"error of {self.bench.key(setting, prompt)}", error)
 
     def _kept(self, key: str, figure: Callable[[], float]) -> float:
-        file = self._bench.folder / "tuning.json"
+        file = self.bench.folder / "tuning.json"
         figures = json.loads(file.read_text()) if file.exists() else {}
         if key not in figures:
             figures[key] = figure()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(figures).encode())
+            write_json(file, figures)
         return figures[key]
 
 
@@ -109,42 +143,42 @@ def tune_threshold(
     return best, counts[best]
 
 
-def tuned_gate(
-    name: str,
-    entry: Entry,
-    budgets: Sequence[int],
-    run: Run,
-    runs: TuningRuns,
-) -> list[Setting]:
-    """The gate at the thresholds whose real runs come nearest to the budgets.
+def tuned_gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequence[Setting]:
+    """The gate of an entry (by default the one that is verified) at thresholds whose real runs come near the budgets.
 
     What is taken from the prompts that are really run is by how much they leave their replay; the number of steps is
     that of all recorded prompts, or two of them would decide it.
     """
-    replayed, prompts = _replayed(name, entry, run)
-    ran = np.isin(prompts, [prompt.prompt_id for prompt in runs.prompts])
+    if label == GATE and lineup.given:
+        return lineup.given
+    entry = entry or lineup.entry
+    replayed, prompts = _replayed(label, entry, lineup.run)
+    ran = np.isin(prompts, [prompt.prompt_id for prompt in lineup.prompts])
     if not ran.any():  # they were not recorded: their own steps count then
         ran[:] = True
-    settings: dict[float | None, Setting] = {}
-    missed = []
-    for budget in budgets:
+    tried = []
+    for budget in lineup.budgets:
+        setting = partial(gate_setting, label, entry, budget)
 
-        def measured(threshold: float, budget: int = budget) -> float:
+        def measured(threshold: float, setting: Callable = setting) -> float:
             steps = replayed(threshold)
-            left = (
-                runs.steps(gate_setting(name, entry, budget, threshold)) - steps[ran].mean()
-            )
-            return float(steps.mean() + left)
+            return float(steps.mean() + lineup.steps(setting(threshold)) - steps[ran].mean())
 
         threshold, computed = tune_threshold(lambda t: replayed(t).mean(), measured, budget)
-        if abs(computed - budget) > MISSED_BUDGET:
-            missed.append(f"{computed:.3g} instead of {budget}")
-        else:
-            setting = gate_setting(name, entry, budget, threshold)
+        tried.append((setting(threshold), computed))
+    return _near(tried)
+
+
+def _near(tried: Sequence[tuple[Setting, float]]) -> list[Setting]:
+    """The settings whose computed steps in real runs are near to their budgets, each threshold once."""
+    settings: dict[float | None, Setting] = {}
+    for setting, computed in tried:
+        if abs(computed - setting.budget) <= MISSED_BUDGET:
             settings.setdefault(setting.threshold, setting)
     if not settings:
+        counts = sorted({round(computed, 1) for _, computed in tried})
         raise InvalidOption(
-            f"no threshold gives a number of computed steps near the budgets: {', '.join(missed)}"
+            f"no threshold gives a number of computed steps near the budgets, only {counts}"
         )
     return list(settings.values())
 
@@ -152,11 +186,9 @@ def tuned_gate(
 def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:
     """The gate at given thresholds; its budgets are the computed steps that replay expects."""
     replayed, _ = _replayed(GATE, entry, run)
-    means = replayed(thresholds).mean(axis=-1)
-    budgets = np.maximum(1, means.round().astype(int)).tolist()
-    return [
-        gate_setting(GATE, entry, *each) for each in zip(budgets, thresholds, strict=True)
-    ]
+    budgets = replayed(thresholds).mean(axis=-1).round().clip(1).astype(int).tolist()
+    each = zip(budgets, thresholds, strict=True)
+    return [gate_setting(GATE, entry, budget, threshold) for budget, threshold in each]
 
 
 def unsteady(entry: Entry, run: Run, settings: Sequence[Setting]) -> str:
@@ -195,59 +227,23 @@ def _replayed(
     return search.steps, search.prompts[search.prompt_of]
 
 
-def tuned_diffusers(
-    policy: str,
-    cache: str,
-    budgets: Sequence[int],
-    options: Mapping[str, Any],
-    runs: TuningRuns,
-) -> list[Setting]:
+def tuned_diffusers(lineup: Lineup, label: str, cache: str) -> Sequence[Setting]:
     """One of diffusers' caches at thresholds found by halving on real runs; every run serves all budgets."""
     counts: dict[float, float] = {}
+    options: dict[str, Any] = {}
+    if cache == "MagCache":
+        options = {"mag_ratios": lineup.magnitudes, "num_inference_steps": lineup.num_steps}
 
     def setting(threshold: float, budget: int = 0) -> Setting:
-        return Setting(policy, cache, budget, options={**options, "threshold": threshold})
+        return Setting(label, cache, budget, options={**options, "threshold": threshold})
 
     def fewer(threshold: float) -> float:
-        counts[threshold] = runs.steps(setting(threshold))
+        counts[threshold] = lineup.steps(setting(threshold))
         return -counts[threshold]
 
-    settings = []
-    for budget in budgets:
+    tried = []
+    for budget in lineup.budgets:
         bisect_left(CACHE_THRESHOLDS, -float(budget), key=fewer)
         nearest = min(counts, key=lambda threshold: abs(counts[threshold] - budget))
-        if abs(counts[nearest] - budget) <= MISSED_BUDGET:
-            settings.append(setting(nearest, budget))
-    if not settings:
-        raise InvalidOption(
-            "no threshold gives a number of computed steps near the budgets, only "
-            f"{sorted({round(count, 1) for count in counts.values()})}"
-        )
-    return settings
-
-
-def published_entries(
-    entries: Sequence[Entry], transformer_class: str | None, own: Entry
-) -> list[Entry]:
-    """Newest published or copied sets of the same denoiser class that the runtime can gate with.
-
-    Those for the same checkpoint where there are any. Sets that differ by a factor only are taken once: a factor only
-    moves the threshold. ``entries`` are sorted by version.
-    """
-    newest = {
-        entry.model: entry
-        for entry in entries
-        if entry.status != "measured" and entry.label != own.label and entry.signal != "other"
-        if entry.transformer_class == transformer_class
-        if entry.has_polynomials
-    }
-    # A class serves many checkpoints; sets for this very one are the fair opponents where there are any.
-    repository = own.checkpoint.repository
-    here = [entry for entry in newest.values() if entry.checkpoint.repository == repository]
-    distinct: dict[tuple, Entry] = {}
-    for entry in here or newest.values():
-        coefficients = np.array(entry.fit().coefficients_high_to_low)
-        scale = np.abs(coefficients).max() or 1.0
-        shape = tuple((coefficients / scale).round(9))
-        distinct.setdefault((shape, entry.sign_rule, entry.signal), entry)
-    return list(distinct.values())
+        tried.append((setting(nearest, budget), counts[nearest]))
+    return _near(tried)

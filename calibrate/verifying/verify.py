@@ -6,9 +6,7 @@ new fit makes only the gate's results anew.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,39 +19,34 @@ from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.recording.launch import rank, world_size
 from calibrate.runs.entry_file import VERIFIED_WARNING, same_gate, update_entry
-from calibrate.runs.folder import RunFolder
-from calibrate.runs.lock import alone, held
-from calibrate.runs.pairs import seconds_per_prompt
+from calibrate.runs.lock import Source, alone
 from calibrate.runs.purposes import JUDGED, held_out_prompts, note
-from calibrate.text import duration
 from calibrate.trials.baselines import DEFAULT_FRACTIONS, check_budget, default_budgets
 from calibrate.trials.bench import Bench
-from calibrate.trials.case import Case, open_case
-from calibrate.trials.lpips import Lpips
-from calibrate.trials.measures import MEASURES, measured
+from calibrate.trials.case import Case, Images, Prompts, Say, open_case
+from calibrate.trials.measures import measured
 from calibrate.trials.setting import GATE
 from calibrate.trials.through import check_through
 from calibrate.verifying.comparison import deciding, headline, judge
-from calibrate.verifying.lineup import Lineup, checked_policies, entered, runs_to_come
+from calibrate.verifying.lineup import POLICIES, checked_policies, entered
 from calibrate.verifying.results import Verification, write_verification
-from calibrate.verifying.tuning import TuningRuns, given_gate, unsteady
+from calibrate.verifying.tuning import Lineup, given_gate, unsteady
 from coeffs import Entry
 from runtime.compat.diffusers_private import lockstep_group
 
 NUM_PROMPTS = 10
 # Of an uncached run that a cached one takes.
 AVERAGE_SHARE = float(np.mean(DEFAULT_FRACTIONS))
-Say = Callable[[str], None]
 
 
 @alone("verifying", shared=True)
 def verify(
-    source: str | os.PathLike | Entry,
+    source: Source,
     *,
-    prompts: str | os.PathLike | Sequence[str] | None = None,
+    prompts: Prompts = None,
     num_prompts: int = NUM_PROMPTS,
     seed: int = 0,
-    images: Iterable[str | os.PathLike] = (),
+    images: Images = (),
     budgets: Sequence[int] | None = None,
     thresholds: Sequence[float] | None = None,
     policies: Sequence[str] | None = None,
@@ -95,22 +88,21 @@ def verify(
         )
     if any(value < 0 or not np.isfinite(value) for value in thresholds):
         raise InvalidOption(f"--thresholds {thresholds}: expected numbers of 0 or more")
-    perceptual = Lpips() if lpips else None
     case = open_case(source, registry=registry, **loading)
     for engine in through:
         plans = check_through(engine, case.entry, case.num_steps)
         budgets = budgets or [plan.schedule.count("C") for plan in plans if not thresholds]
     for budget in budgets or ():
         check_budget(budget, case.num_steps)
-    held_out = held_out_prompts(
-        case.purposes, case.offered(prompts, seed, images), num_prompts
-    )
+    sets = case.offered(prompts, seed, images)
+    held_out = held_out_prompts(case.purposes, sets, num_prompts)
     steps = sorted(set(budgets or default_budgets(case.num_steps)), reverse=True)
-    expected = _announce(case, chosen, steps, thresholds, held_out, say)
+    expected = _announce(
+        case, chosen, len(thresholds or steps), bool(thresholds), held_out, say
+    )
+    bench = Bench(case, held_out, lpips, progress)
     _check_ranks(case)
-    bench = Bench(case, held_out, perceptual, progress, held[case.folder])
-    with closing(bench), bench.alone():
-        bench.expect(expected)
+    with bench.bar(expected), bench.alone():
         recorded = case.run or bench.signals()
         given = given_gate(case.entry, thresholds, recorded) if thresholds else []
         lineup = Lineup(
@@ -119,21 +111,20 @@ def verify(
             num_steps=case.num_steps,
             budgets=sorted({setting.budget for setting in given}, reverse=True) or steps,
             given=given,
-            runs=TuningRuns(bench),
+            bench=bench,
             known=coeffs.entries(registry),
-            transformer_class=case.transformer_class,
         )
-        to_run = entered(lineup, chosen, say)
-    results, refused = bench.results(to_run)
+        settings, refused = entered(lineup, chosen, say)
+    results, refused = bench.results(settings, refused)
     if rank() != 0:
         return None
     if results.empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no policy could be run ({reasons})")
-    facts = _facts(case, bench, results, refused)
-    tuned = [setting for setting in to_run.settings if setting.policy == GATE and not given]
+    tuned = [setting for setting in settings if setting.policy == GATE and not given]
+    facts = _facts(bench, results, refused)
     facts["tuning"] = unsteady(case.entry, recorded, tuned)
-    verification = Verification(results, facts, case.folder / "verify")
+    verification = Verification(results, facts, bench.folder)
     write_verification(verification)
     note(case.folder, [prompt.prompt_id for prompt in held_out.prompts], JUDGED)
     _write_verified(case, verification, say)
@@ -152,61 +143,46 @@ def _check_ranks(case: Case) -> None:
 
 
 def _announce(
-    case: Case,
-    chosen: Sequence[str],
-    steps: Sequence[int],
-    thresholds: Sequence[float],
-    prompts: PromptSet,
-    say: Say,
+    case: Case, chosen: Sequence[str], budgets: int, given: bool, prompts: PromptSet, say: Say
 ) -> int:
     """Say how many runs there will be at most, and about how long they take; the number of runs."""
-    count, budgets = len(prompts.prompts), len(thresholds or steps)
-    judging, tuning = runs_to_come(chosen, case.entry, budgets, count, bool(thresholds))
+    count = len(prompts.prompts)
+    policies = [POLICIES[name] for name in chosen if POLICIES[name].enters(case.entry)]
+    judging = len(policies) * budgets * count
+    # Given thresholds of the fitted gate are not tuned.
+    tuning = budgets * sum(p.tuning for p in policies if not (given and p.label == GATE))
     text = f"{count} prompts, {budgets} budgets: {2 * count} uncached runs, {judging} cached ones"
     text += f", up to about {tuning} to tune by" if tuning else ""
-    seconds = None if case.run is None else seconds_per_prompt(RunFolder.open(case.folder))
-    if seconds is not None:
-        expected = seconds * (2 * count + AVERAGE_SHARE * (judging + tuning))
-        text += f"; about {duration(expected)} by the recorded timing"
-    say(text)
+    say(text + case.time_of(2 * count + AVERAGE_SHARE * (judging + tuning)))
     return 2 * count + judging + tuning
 
 
-def _facts(
-    case: Case, bench: Bench, results: pd.DataFrame, refused: dict[str, str]
-) -> dict[str, Any]:
+def _facts(bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> dict[str, Any]:
     """What a reader needs besides the results."""
-    comparisons = judge(results, GATE)
-    opening = headline(comparisons)
+    case, policies = bench.case, results["policy"]
+    broken = policies[results["broken"].astype(bool)].value_counts()
+    gate = results[policies == GATE]
+    opening = headline(judge(results, GATE))
     if GATE in refused:
         opening = f"The {GATE} could not be run: {refused[GATE]}."
-    broken = results.groupby("policy")["broken"].sum()
     return {
         "headline": opening,
-        "entry": case.entry.label,
-        "model": str(case.manifest.get("model") or case.entry.model),
-        "transformer_class": case.transformer_class,
         "device": case.session.device_name,
         "num_steps": case.num_steps,
         "prompts": [prompt.as_dict() for prompt in bench.prompts.prompts],
         "prompt_set": bench.prompts.name,
         "refused": refused,
-        "broken": {str(name): int(count) for name, count in broken[broken > 0].items()},
+        "broken": broken.to_dict(),
         "uncached_seconds": float(results["uncached_seconds"].mean()),
         "floor": bench.floor(),
-        "drift": _drift(results[results["policy"] == GATE]),
+        "drift": None if gate.empty else _drift(gate["disagreement"]),
         "measures": {measure.name: measure.text for measure in measured(results)},
     }
 
 
-def _drift(gate: pd.DataFrame) -> dict[str, float] | None:
-    """How far the replay lies from the real runs of the fitted gate; None where it did not run."""
-    if gate.empty:
-        return None
-    return {
-        "disagreeing_steps": float(gate["disagreement"].mean()),
-        "most_disagreeing_steps": float(gate["disagreement"].max()),
-    }
+def _drift(wrong: pd.Series) -> dict[str, float]:
+    """How far the replay lies from the real runs of the fitted gate."""
+    return {"disagreeing_steps": wrong.mean(), "most_disagreeing_steps": wrong.max()}
 
 
 def _write_verified(case: Case, verification: Verification, say: Say) -> None:
@@ -238,16 +214,12 @@ def verified_entry(entry: Entry, verification: Verification) -> Entry:
 
 
 def _threshold(row: dict[str, Any], device: str) -> coeffs.Threshold:
-    fields = coeffs.Threshold.__dataclass_fields__
-    figures = {name: row[name] for name in MEASURES if name in fields and name in row}
+    # A row's figures are called as the fields are.
+    fields = coeffs.Threshold.__dataclass_fields__.keys() & row.keys()
     return coeffs.Threshold(
-        threshold=row["threshold"],
-        computed_steps=row["computed_steps"],
-        num_steps=row["num_steps"],
-        speedup=row["speedup"],
         kind="verified",
         hardware=device,
         worst_psnr_db=row["worst"] if row["measure"] == "psnr_db" else None,
         note=f"{row['prompts']} held-out prompts; speed-up of the whole pipeline call",
-        **{name: value for name, value in figures.items() if np.isfinite(value)},
+        **{name: row[name] for name in fields if np.isfinite(row[name])},
     )

@@ -6,9 +6,10 @@ import pytest
 from coeffs_samples import certificate, sample_entry
 
 import coeffs
-from calibrate.certifying.candidates import first_of, offered, sequences, setting_of, unseen
+from calibrate.certifying.candidates import KEPT_BACK, sequences, setting_of, unseen
 from calibrate.errors import InvalidOption
 from calibrate.model.prompts import load_prompts
+from calibrate.trials.case import Case
 
 PLANS = tuple(
     coeffs.Plan(schedule=schedule) for schedule in ("CSSS" * 7, "CS" * 14, "CS" * 4)
@@ -63,20 +64,20 @@ def test_prompts_keep_all_their_seeds_and_serve_one_purpose(tmp_path):
     file.write_text("\n".join(lines))
     prompts = load_prompts(file)
     ids = [prompt.prompt_id for prompt in prompts.prompts[::2]]
-    fresh = unseen({ids[0]: "recorded", ids[1]: "certifying 1"}, [prompts], "certifying 1")
-    assert list(fresh) == ids[1:]
-    chosen = first_of(fresh, 1, [prompts])
+    known = {ids[0]: "recorded", ids[1]: "certifying 1"}
+    fresh = unseen(known, [prompts], 5, "certifying 1")
+    assert list(dict.fromkeys(prompt.prompt_id for prompt in fresh.prompts)) == ids[1:]
+    chosen = unseen(known, [prompts], 1, "certifying 1")
     assert [(prompt.prompt, prompt.seed) for prompt in chosen.prompts] == [
         ("b", 1),
         ("b", 2),
     ]
-    assert chosen.sha256 != first_of(fresh, 2, [prompts]).sha256
+    assert chosen.sha256 != fresh.sha256
 
 
 def test_models_of_still_images_have_enough_shipped_prompts_for_the_usual_tiers():
-    def own(prompts, seed, images):
-        return [load_prompts("default"), load_prompts("held-out")]
-
-    plain = SimpleNamespace(offered=own, prompt_source="default")
-    assert len(unseen({}, offered(plain, None, 0, ()))) == 200
-    assert len(offered(plain, "mine.txt", 0, ())) == 2
+    plain = SimpleNamespace(prompt_source="default")
+    usual = Case.offered(plain, None, 0, (), KEPT_BACK)
+    chosen = unseen({}, usual, 1000, "")
+    assert len({prompt.prompt_id for prompt in chosen.prompts}) == 200
+    assert len(Case.offered(plain, ["mine"], 0, (), KEPT_BACK)) == 1

@@ -321,7 +321,8 @@ def test_a_plan_for_two_experts_is_run_and_written_and_applied(experts):
 
 
 def test_plans_of_the_entry_enter_a_verification(folder):
-    from calibrate.verifying.lineup import Lineup, planned
+    from calibrate.verifying.lineup import planned
+    from calibrate.verifying.tuning import Lineup
 
     entry = coeffs.load(folder / "entry.yaml")
     weights = ((1.2, -0.2),) * 5
@@ -335,7 +336,7 @@ def test_plans_of_the_entry_enter_a_verification(folder):
 
     def settings(entry, budgets):
         run = load_run(folder)
-        lineup = Lineup(entry=entry, run=run, num_steps=10, budgets=budgets, runs=None)
+        lineup = Lineup(entry=entry, run=run, num_steps=10, budgets=budgets, bench=None)
         return planned(lineup, "plan")
 
     found = settings(dataclasses.replace(entry, plans=plans), [5, 2])

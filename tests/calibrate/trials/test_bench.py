@@ -93,7 +93,7 @@ class OneSetting:
         self.bench = Bench.__new__(Bench)
         self.bench.__dict__ |= {
             "case": SimpleNamespace(num_steps=8, identity={"device": device}),
-            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None, "_bar": None,
+            "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None,
             "_lock": None, "_progress": False, "folder": tmp_path, "_identity": "x",
         }  # fmt: skip
         self.ran, self.measured = [], []
@@ -107,10 +107,10 @@ class OneSetting:
         return row, SimpleNamespace(is_drawable=False)
 
     def results(self, measure):
-        from calibrate.trials.setting import Entered, plan_setting
+        from calibrate.trials.setting import plan_setting
 
         self.bench._measure = measure
-        return self.bench.results(Entered([plan_setting("plan", "CSCSCSCS")]))[0]
+        return self.bench.results([plan_setting("plan", "CSCSCSCS")])[0]
 
 
 def test_measuring_does_not_hold_up_the_model_on_a_gpu(tmp_path):

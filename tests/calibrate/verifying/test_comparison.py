@@ -31,7 +31,7 @@ def against_uniform(offset, prompts=8, noise=0.3, **by_budget):
         results(GATE, offset, prompts, 1, noise=noise),
         results(UNIFORM, 0.0, prompts, 2),
     )
-    return verdict.judge(pd.concat([ours, theirs], ignore_index=True), GATE, [UNIFORM])
+    return verdict.judge(pd.concat([ours, theirs], ignore_index=True), GATE)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,7 @@ def test_budgets_are_judged_apart():
     """Bug: +2 dB at one budget and -2 at another were one verdict of no difference."""
     ours = results(GATE, 0.0, seed=1)
     ours["psnr_db"] += ours["budget"].map({7: -2.5, 14: 2.5})
-    compared = verdict.judge(
-        pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE, [UNIFORM]
-    )
+    compared = verdict.judge(pd.concat([ours, results(UNIFORM, 0.0, seed=2)]), GATE)
     assert {one.budget: one.outcome for one in compared} == {7: "worse", 14: "better"}
 
 
@@ -87,7 +85,7 @@ def test_comparison_is_made_at_the_policys_own_computed_steps():
     gate["computed_steps"] += 3  # and half a dB better per step, as everyone here
     gate["psnr_db"] += 1.5
     uniform = results(UNIFORM, 0.0, budgets=(7, 14, 21), noise=0.0)
-    compared = verdict.judge(pd.concat([gate, uniform]), GATE, [UNIFORM])
+    compared = verdict.judge(pd.concat([gate, uniform]), GATE)
     assert [one.difference for one in compared] == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
@@ -96,11 +94,11 @@ def test_the_plan_is_judged_against_every_other_policy():
         [results(PLAN, 2.0), results(GATE, 0.0, seed=1), results(FEWER_STEPS, 5.0, seed=2)],
         ignore_index=True,
     )
-    outcomes = {(one.baseline, one.budget): one.outcome for one in verdict.judge_plan(table)}
+    outcomes = {(one.baseline, one.budget): one.outcome for one in verdict.judge(table, PLAN)}
     assert outcomes == {
         (GATE, 7): "better", (GATE, 14): "better", (FEWER_STEPS, 7): "worse", (FEWER_STEPS, 14): "worse",
     }  # fmt: skip
-    assert verdict.judge_plan(results(GATE, 0.0)) == []
+    assert verdict.judge(results(GATE, 0.0), PLAN) == []
 
 
 # --- summaries
@@ -125,7 +123,7 @@ def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
         results(UNIFORM, 0.0, seed=2, budgets=(7,)),
     )
     ours.loc[:3, ["broken", "psnr_db"]] = [True, None]
-    (compared,) = verdict.judge(pd.concat([ours, theirs]), GATE, [UNIFORM])
+    (compared,) = verdict.judge(pd.concat([ours, theirs]), GATE)
     assert compared.difference < -10
     summary = verdict.summarize(pd.concat([ours, theirs], ignore_index=True))
     assert summary.set_index("policy")["lost"][GATE] == 0.5

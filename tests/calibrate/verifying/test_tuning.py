@@ -10,10 +10,10 @@ import coeffs
 from calibrate.reporting.run_data import example_run
 from calibrate.runs.pairs import load_run
 from calibrate.trials.setting import GATE, gate_setting
+from calibrate.verifying.lineup import published_entries
 from calibrate.verifying.tuning import (
     STEADY,
     prompts_needed,
-    published_entries,
     tune_threshold,
     tuned_gate,
     unsteady,
@@ -84,8 +84,10 @@ def test_two_prompts_do_not_decide_what_all_recorded_ones_are_tuned_to(monkeypat
             return 20 / (1 + setting.threshold) + np.mean(halves[half][:2]) + 0.5
 
         ran = [SimpleNamespace(prompt_id=prompt) for prompt in prompts]
-        runs = SimpleNamespace(steps=counted, prompts=ran)
-        (setting,) = tuned_gate(GATE, entry, [12], half, runs)
+        lineup = SimpleNamespace(
+            entry=entry, run=half, budgets=[12], given=(), steps=counted, prompts=ran
+        )
+        (setting,) = tuned_gate(lineup, GATE)
         return 20 / (1 + setting.threshold)
 
     apart = abs(tuned("first", ["a", "b"]) - tuned("second", ["a", "b"]))

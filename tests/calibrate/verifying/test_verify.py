@@ -31,8 +31,9 @@ from calibrate.trials.setting import (
     UNIFORM,
     gate_setting,
 )
-from calibrate.verifying.lineup import POLICIES, Lineup, checked_policies
+from calibrate.verifying.lineup import POLICIES, checked_policies
 from calibrate.verifying.results import load_verification
+from calibrate.verifying.tuning import Lineup
 from calibrate.verifying.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def test_every_policy_runs_or_says_why_not(verified):
 
 def test_lpips_stands_beside_psnr_and_ssim(pipe, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "calibrate.verifying.verify.Lpips",
+        "calibrate.trials.bench.Lpips",
         lambda: type(
             "Distance", (), {"checksum": "x", "__call__": lambda self, a, b: 0.25}
         )(),
@@ -369,7 +370,7 @@ def uniform_setting(fitted, key, budget, num_steps=8, **other):
         run=run,
         num_steps=num_steps,
         budgets=[budget],
-        runs=None,
+        bench=None,
     )
     policy = POLICIES[key]
     (setting,) = policy.make(lineup, policy.label)
