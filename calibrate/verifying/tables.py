@@ -13,7 +13,8 @@ def verdict_table(summary: pd.DataFrame) -> str:
     name, decimals = main.name, f"{{:.{main.digits}f}}"
 
     def shown(column: str, form: str = decimals) -> pd.Series:
-        return summary[column].map(form.format, na_action="ignore").fillna("-")
+        values = summary[column]
+        return values.map(form.format).where(values.notna(), "-")
 
     columns = {
         "policy": summary["policy"],
