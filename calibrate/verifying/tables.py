@@ -13,8 +13,8 @@ def verdict_table(summary: pd.DataFrame) -> str:
     name, decimals = main.name, f"{{:.{main.digits}f}}"
 
     def shown(column: str, form: str = decimals) -> pd.Series:
-        values = summary[column]
-        return values.map(form.format).where(values.notna(), "-")
+        cells = summary[column].map(form.format, na_action="ignore")
+        return cells.astype(object).fillna("-")  # a column without figures is one of floats
 
     columns = {
         "policy": summary["policy"],
