@@ -117,6 +117,14 @@ def test_a_broken_sample_counts_as_nothing_left_and_below_any_limit():
     assert " broken" in verdict_table(pd.DataFrame([row]))
 
 
+def test_where_every_sample_is_broken_nothing_is_left():
+    """Such a policy had no figure, and a mean over policies left it out."""
+    table = results(GATE, 0.0, budgets=(7,)).assign(broken=True, psnr_db=None)
+    table = pd.concat([table, results(UNIFORM, 0.0)], ignore_index=True)
+    row = verdict.summarize(table).iloc[0]
+    assert (row["psnr_db"], row["low"]) == (0.0, -np.inf)
+
+
 def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():
     ours, theirs = (
         results(GATE, 0.0, budgets=(7,)),
