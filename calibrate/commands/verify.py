@@ -82,8 +82,9 @@ def verify(source: str, policies: str | None, **options: Any) -> None:
     else:
         tell(block(title, {"entry": source, "folder": str(of)}))
     chosen = policies.split(",") if policies else None
-    quiet: dict[str, Any] = {} if rank() == 0 else {"progress": False}
-    done = run_verification(source, policies=chosen, say=tell, **options, **quiet)
+    done = run_verification(
+        source, policies=chosen, say=tell, progress=rank() == 0, **options
+    )
     if done is None:
         tell(f"rank {rank()}: its share of the prompts is done; rank 0 concludes")
         return

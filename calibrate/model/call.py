@@ -16,9 +16,7 @@ MIN_STEPS = 2  # one pair needs two steps
 STEPS = "num_inference_steps"
 _SIZES = ("height", "width", "num_frames")
 # Ours to give: the recording sets them for every prompt.
-_RESERVED = {
-    *("prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt")
-}
+_RESERVED = {"prompt", "generator", "image", "num_images_per_prompt", "num_videos_per_prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)

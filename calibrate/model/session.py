@@ -65,7 +65,7 @@ class Session:
         return self.call.protocol.get("num_steps")
 
     @property
-    def deployed(self) -> dict[str, Any]:
+    def deployed(self) -> Settings:
         """What runs besides weights and arguments: classes of the denoisers, dtype and kind of device."""
         modules = self.modules.values()
         first = next(parameter for module in modules for parameter in module.parameters())

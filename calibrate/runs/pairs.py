@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from calibrate.errors import RunFolderError, one_line
-from calibrate.model.protocol import AnyPath
+from calibrate.model.protocol import AnyPath, Settings
 from calibrate.runs.files import PAIR_COLUMNS, PAIR_TYPES, read_pairs
 from calibrate.runs.folder import RunFolder, differences
 from coeffs.entry.signals import SIGNALS
@@ -53,7 +53,7 @@ class Run:
     """
 
     frame: pd.DataFrame
-    manifest: dict[str, Any]
+    manifest: Settings
     excluded: dict[str, int]
     path: Path | None
     rows: pd.DataFrame

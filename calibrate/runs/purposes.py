@@ -12,10 +12,11 @@ from calibrate.errors import InvalidPrompts, RunFolderError
 from calibrate.model.prompts import PromptSet
 from calibrate.runs.files import write_json
 
+Purposes = dict[str, str]  # of prompts, by their id
 RECORDED, CHOOSING, JUDGED, AUDITED = "recorded", "choosing", "judged", "audited"
 
 
-def purposes(run: Path) -> dict[str, str]:
+def purposes(run: Path) -> Purposes:
     """Prompt id -> ``choosing`` or ``judged``, of the prompts that were not recorded."""
     path = run / "purposes.json"
     try:
@@ -37,27 +38,25 @@ def note(run: Path, prompts: Iterable[str], purpose: str) -> None:
         write_json(run / "purposes.json", changed)
 
 
-def for_judging(known: dict[str, str], prompts: Sequence[str]) -> list[str]:
+def for_judging(known: Purposes, prompts: Sequence[str]) -> list[str]:
     """Those of the prompts that may judge."""
     return [prompt for prompt in prompts if known.get(prompt) not in (RECORDED, CHOOSING)]
 
 
-def for_choosing(known: dict[str, str], prompts: Sequence[str], count: int) -> list[str]:
+def for_choosing(known: Purposes, prompts: Sequence[str], count: int) -> list[str]:
     """Up to ``count`` prompts to choose by: those that did before, then unused ones, then judged ones."""
     order = {CHOOSING: 0, JUDGED: 2}
     free = [prompt for prompt in prompts if known.get(prompt) != RECORDED]
     return sorted(free, key=lambda prompt: order.get(known.get(prompt, ""), 1))[:count]
 
 
-def held_out_prompts(
-    known: dict[str, str], sets: Sequence[PromptSet], count: int
-) -> PromptSet:
+def held_out_prompts(known: Purposes, sets: Sequence[PromptSet], count: int) -> PromptSet:
     """Up to ``count`` prompts to judge by, of the first set that has some, whatever their seed."""
     return divided_prompts(known, sets, 0, count)[1]
 
 
 def divided_prompts(
-    known: dict[str, str], sets: Sequence[PromptSet], choosing: int, judging: int
+    known: Purposes, sets: Sequence[PromptSet], choosing: int, judging: int
 ) -> tuple[PromptSet, PromptSet]:
     """Prompts to choose by and others to judge by; where there are few, a third of them chooses."""
     for offered in sets:

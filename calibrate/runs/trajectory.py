@@ -8,15 +8,13 @@ receives: after guidance and whatever the pipeline makes of it.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.model.protocol import canonical_sha256, plain
+from calibrate.model.protocol import Settings, canonical_sha256, plain
 from calibrate.runs.files import write_arrays, write_atomically
 
 Array = NDArray[np.float64]
@@ -66,9 +64,7 @@ class Trajectory:
             return cls(np.load(file.with_suffix(".npy"), mmap_mode="c"), **arrays)
 
 
-def trajectory_folder(
-    run: Path, identity: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> Path:
+def trajectory_folder(run: Path, identity: Settings, arguments: Settings) -> Path:
     """Where a run keeps trajectories, by what they depend on.
 
     Args:
