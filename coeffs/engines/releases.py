@@ -22,7 +22,6 @@ class Release(Record):
     classes: Names = ()
     unsupported: Words = field(default_factory=dict)
     sign_rule: Literal["clamp", "signed", "abs"] | None = None
-    at_most: int = 7
     exactly: int | None = None
     windows: dict[str, tuple[int, int]] = field(default_factory=dict)
     experts: int = 1

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from coeffs.engines.releases import Release, misfits, plan_forms, releases
 from coeffs.entry.certificates import EXACT
 from coeffs.entry.fields import Edge, Number, Numbers, Text
-from coeffs.entry.polynomial import UNKNOWN_DOMAIN, falling_ranges, negative_ranges
+from coeffs.entry.polynomial import (
+    MAX_DEGREE,
+    UNKNOWN_DOMAIN,
+    falling_ranges,
+    negative_ranges,
+)
 from coeffs.entry.schema import Candidate, Entry
 from coeffs.errors import EngineError
 
@@ -170,7 +175,7 @@ def _fit(request: Request, expert: str) -> Candidate:
     """The recommended fit, or the entry's best alternative of a degree that the engine takes."""
     entry, engine, facts = request.entry, request.engine, request.facts
     fit = entry.fit(expert)
-    highest = (facts.exactly or facts.at_most) - 1
+    highest = facts.exactly - 1 if facts.exactly else MAX_DEGREE
     if fit.degree <= highest:
         return fit
     lower = [other for other in fit.alternatives if other.degree <= highest]
