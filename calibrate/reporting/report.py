@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from PIL import Image
 
 from calibrate.reporting import plots, run_plots
@@ -42,22 +41,21 @@ def report(folder: str | os.PathLike) -> Path:
     return path
 
 
-def fit_picture(findings: Findings) -> Figure:
-    """``fit.png``: pairs and fit per branch, residuals, signal and target over sigma."""
-    entry = findings.entry
-    steps = entry.protocol.num_steps or "?"
-    title = f"{entry.label}: {len(findings.run.prompts)} prompts, {steps} steps"
-    shown = findings.pairs(), findings.fits(), findings.bands()
-    return plots.fit_figure(*shown, signal=entry.signal, target=entry.target, title=title)
-
-
 def report_figures(findings: Findings) -> dict[str, Drawing]:
-    """Drawings by name; the page says where each belongs and what it shows."""
-    drawings: dict[str, Drawing] = {"fit": fit_picture(findings)}
+    """Drawings by name; the page says where each belongs and what it shows.
+
+    ``fit`` has the pairs and fit of the first expert's branches, residuals, signal and target in one figure.
+    """
     entry, experts = findings.entry, findings.run.experts
+    names: Any = {"signal": entry.signal, "target": entry.target}
+    steps, prompts = entry.protocol.num_steps or "?", len(findings.run.prompts)
+    title = f"{entry.label}: {prompts} prompts, {steps} steps"
+    drawings: dict[str, Drawing] = {}
     for expert in experts:
         shown = findings.pairs(expert), findings.fits(expert), findings.bands(expert)
-        drawn = plots.fit_plots(*shown, signal=entry.signal, target=entry.target)
+        if not drawings:
+            drawings["fit"] = plots.fit_figure(*shown, title=title, **names)
+        drawn = plots.fit_plots(*shown, **names)
         learning = findings.learning(expert)
         if len(learning):
             drawn["learning"] = plots.learning_curve(learning)

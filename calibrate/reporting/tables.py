@@ -1,6 +1,6 @@
 """The printed tables of a fit: one row per branch, threshold or scored entry."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,6 @@ SCORES = {
     "rank": ("spearman", 2),
 }
 SHARES = {"below": "below_domain", "above": "above_domain", "negative": "negative"}
-REPLAY_HEADER = (
-    *("threshold", "computed steps", "95 % interval", "single prompts"),
-    "expected speed-up",
-)
 
 
 def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
@@ -59,7 +55,7 @@ def fit_table(entry: Entry, fits: Sequence[BranchFit]) -> str:
     enough = (f"{fit.branch} {fit.enough or f'more than {prompts}'}" for fit in fits)
     return "\n".join((
         f"Fit of {entry.label}: {entry.signal} -> {entry.target}, {prompts} prompts (* recommended)",
-        aligned(list(rows[0]), [list(row.values()) for row in rows]),
+        _table(rows),
         "RMSE and rank correlation by leaving prompts out. /constant, /step mean: that RMSE over the one of the mean,",
         "and of each step's mean. x within step: rank correlation over prompts at the same step (0: x adds nothing).",
         f"Prompts needed: {', '.join(enough)}",
@@ -76,27 +72,28 @@ def candidate_table(run: Run, degree: int) -> str:
         )
         for (branch, signal), known in table.iterrows():
             label = f"{expert}/{branch}" if len(run.experts) > 1 else branch
-            figures = (number(known.get(target)) for target in TARGET_COLUMNS)
-            rows.append((label, signal, *figures))
-    body = aligned(("branch", "signal", *TARGET_COLUMNS), rows)
-    return f"Held-out R² by signal and target\n{body}"
+            figures = {target: number(known.get(target)) for target in TARGET_COLUMNS}
+            rows.append({"branch": label, "signal": signal} | figures)
+    return f"Held-out R² by signal and target\n{_table(rows)}"
 
 
 def score_table(scores: pd.DataFrame) -> str:
     """Others' coefficients on our pairs."""
-    rows = []
-    for row in scores.to_dict("records"):
-        rows.append((
-            f"{row['candidate']} {row['expert']}/{row['branch']}",
-            str(row["pairs"]),
-            *(number(row.get(figure), digits) for figure, digits in SCORES.values()),
-            *(percent(row.get(share)) for share in SHARES.values()),
-            row["target"],
-            row["note"],
-        ))  # fmt: skip
-    header = ("scored", "pairs", *SCORES, *SHARES, "target", "note")
+    rows = [
+        {
+            "scored": f"{row['candidate']} {row['expert']}/{row['branch']}",
+            "pairs": str(row["pairs"]),
+            **{
+                head: number(row.get(name), digits) for head, (name, digits) in SCORES.items()
+            },
+            **{head: percent(row.get(share)) for head, share in SHARES.items()},
+            "target": row["target"],
+            "note": row["note"],
+        }
+        for row in scores.to_dict("records")
+    ]
     note = "R² rescaled: with the best factor. below, above: pairs outside its domain. negative: predicted below 0."
-    return f"Others on these pairs\n{aligned(header, rows)}\n{note}"
+    return f"Others on these pairs\n{_table(rows)}\n{note}"
 
 
 def replay_table(
@@ -110,13 +107,13 @@ def replay_table(
         wanted = threshold_for_speedup(search, speedup)
         thresholds.add(wanted)
     rows = [
-        (
-            f"{row.threshold:.4g}" + (" <" if row.threshold == wanted else ""),
-            f"{row.computed_steps:.1f} of {row.num_steps:.0f}",
-            row.interval or "-",
-            row.prompts,
-            f"{row.speedup:.2f}x",
-        )
+        {
+            "threshold": f"{row.threshold:.4g}" + (" <" if row.threshold == wanted else ""),
+            "computed steps": f"{row.computed_steps:.1f} of {row.num_steps:.0f}",
+            "95 % interval": row.interval or "-",
+            "single prompts": row.prompts,
+            "expected speed-up": f"{row.speedup:.2f}x",
+        }
         for row in replayed(search, fits, sorted(thresholds)).itertuples()
     ]
     basis = "no timing: an upper bound"
@@ -125,6 +122,10 @@ def replay_table(
         basis = f"the stack is {100 * share:.0f} % of a call"
     return "\n".join((
         "Replay of the recorded trajectories with the gate",
-        aligned(REPLAY_HEADER, rows),
+        _table(rows),
         f"Speed-up of the denoiser alone ({basis}), as if skipping changed nothing: `calibrate verify` runs it.",
     ))  # fmt: skip
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    return aligned(list(rows[0]), [list(row.values()) for row in rows])
