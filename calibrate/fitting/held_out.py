@@ -172,18 +172,16 @@ def learning_curve(
         return pd.DataFrame(columns=["prompts", "rmse", "low", "high"]), None
     largest = len(prompts) - len(prompts) // 4
     sizes = [*(2 ** np.arange(np.ceil(np.log2(largest)), dtype=int)), largest]
-    random, rows = np.random.default_rng(0), []
-    for _ in range(REPEATS):
+    random, errors = np.random.default_rng(0), np.empty((REPEATS, len(sizes)))
+    for draw in errors:
         rank = random.permutation(len(prompts))[index]
         test = pairs[rank >= largest]
-        for size in sizes:
+        for place, size in enumerate(sizes):
             predicted = by_polynomial(pairs[rank < size], test, degree, method)
-            rows.append((size, rmse(test["y"], predicted)))
-    errors = pd.DataFrame(rows, columns=["prompts", "rmse"]).groupby("prompts")["rmse"]
-    known = errors.describe(percentiles=[0.1, 0.9])[["mean", "10%", "90%"]]
-    table = known.set_axis(["rmse", "low", "high"], axis=1).reset_index()
-    good = table["rmse"] <= (1 + tolerance) * table["rmse"].iloc[-1]
-    enough = int(table["prompts"][good].min())
+            draw[place] = rmse(test["y"], predicted)
+    means, (low, high) = errors.mean(axis=0), np.quantile(errors, [0.1, 0.9], axis=0)
+    table = pd.DataFrame({"prompts": sizes, "rmse": means, "low": low, "high": high})
+    enough = int(sizes[np.argmax(means <= (1 + tolerance) * means[-1])])
     return table, enough if enough < largest else None
 
 
