@@ -44,34 +44,32 @@ Fits = Mapping[str, Polynomial]
 
 def pairs_with_fit(
     pairs: pd.DataFrame,
-    fits: Fits,
-    bands: Mapping[str, pd.DataFrame] | None = None,
+    fit: Polynomial,
+    band: pd.DataFrame | None = None,
     ax: Axes | None = None,
     *,
     signal: str = "modulated_input",
     target: str = "output",
-    title: str = "Pairs and fit",
 ) -> Axes:
-    """Recorded pairs and each fitted polynomial over its domain.
+    """A branch's recorded pairs and its fitted polynomial over its domain.
 
     Args:
-        pairs: Columns ``x``, ``y`` and ``branch`` (``Run.pairs``).
-        bands: Per branch a table ``x, low, high``: the interval of the fitted curve.
+        pairs: Columns ``x``, ``y`` and ``branch`` (``Run.pairs``), of one branch.
+        band: Columns ``x``, ``low``, ``high``: the interval of the fitted curve.
     """
     ax = axes_or_new(ax)
-    for branch, rows in pairs.groupby("branch"):
-        label = f"{branch}: {len(rows)} pairs"
-        _points(ax, rows["x"], rows["y"], branch, len(pairs) > CROWDED, label)
-    for branch, polynomial in fits.items():
-        (color, _), note = BRANCH_STYLES[branch], "fit"
-        if bands and branch in bands:
-            band = bands[branch]
-            _range(ax, band["x"], band["low"], band["high"], color)
-            note = "fit, 95 % interval"
-        domain = polynomial.domain or (pairs["x"].min(), pairs["x"].max())
-        _curve(ax, polynomial, domain, color=color, label=f"{branch}: {note}")
+    branch, note = pairs["branch"].iloc[0], "fit"
+    color, _ = BRANCH_STYLES[branch]
+    label = f"{branch}: {len(pairs)} pairs"
+    _points(ax, pairs["x"], pairs["y"], branch, len(pairs) > CROWDED, label)
+    if band is not None:
+        _range(ax, band["x"], band["low"], band["high"], color)
+        note = "fit, 95 % interval"
+    domain = fit.domain or (pairs["x"].min(), pairs["x"].max())
+    _curve(ax, fit, domain, color=color, label=f"{branch}: {note}")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    return finish(ax, title, SIGNAL_LABELS[signal].replace("\n", " "), TARGET_LABELS[target])
+    x, y = SIGNAL_LABELS[signal].replace("\n", " "), TARGET_LABELS[target]
+    return finish(ax, f"{branch}: pairs and fit", x, y)
 
 
 def curves(
@@ -179,14 +177,9 @@ def fit_plots(
     """By name: pairs and fit of each branch, residuals, signal and target over sigma; on ``axes`` in this order."""
     places, plots = chain(axes, repeat(None)), {}
     for branch, own in pairs.groupby("branch"):
+        fit, band = _fit_of(fits, branch), (bands or {}).get(str(branch))
         plots[f"pairs-{branch}"] = pairs_with_fit(
-            own,
-            {str(branch): _fit_of(fits, branch)},
-            bands,
-            next(places),
-            signal=signal,
-            target=target,
-            title=f"{branch}: pairs and fit",
+            own, fit, band, next(places), signal=signal, target=target
         )
     plots["residuals"] = residuals(pairs, fits, next(places))
     for name, column, label in (

@@ -129,12 +129,10 @@ def sample_grid(
         gain = 2 ** np.floor(np.log2(1 / largest))
     count, height, width, _ = uncached.shape
     gap = max(1, width // 16)
-    # Red, green, blue and opacity of every cell and of the transparent gaps around it.
-    cells = np.zeros((count, height + gap, 3, width + gap, 4))
+    cells = np.ones((count, height + gap, 3, width + gap, 3))  # white between the images
     for column, images in enumerate((uncached, cached, gain * difference)):
-        cells[:, :height, column, :width, :3] = images
-        cells[:, :height, column, :width, 3] = 1
-    canvas = cells.reshape(count * (height + gap), -1, 4)[:-gap, :-gap]
+        cells[:, :height, column, :width] = images
+    canvas = cells.reshape(count * (height + gap), -1, 3)[:-gap, :-gap]
     ax = axes_or_new(ax, (5.2, 0.4 + 1.32 * count))
     ax.imshow(canvas.clip(0, 1), interpolation="nearest")
     ax.xaxis.tick_top()

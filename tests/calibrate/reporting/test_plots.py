@@ -54,7 +54,7 @@ LEARNING = pd.DataFrame(
 )
 CALLS = {
     "pairs_with_fit": lambda pairs, ax: plots.pairs_with_fit(
-        pairs, {"cond": FIT, "uncond": FIT}, ax=ax
+        pairs[pairs["branch"] == "cond"], FIT, ax=ax
     ),
     "curves": lambda _, ax: plots.curves(
         {"ours": FIT, "theirs": Polynomial((1.0, 0.0), sign_rule="signed")}, ax
@@ -81,7 +81,7 @@ def test_a_plot_draws_on_the_axis_it_is_given(name, pairs, tmp_path):
 
 
 def test_the_drawn_curve_is_the_polynomials_prediction(pairs):
-    ax = plots.pairs_with_fit(pairs, {"pooled": Polynomial((1.0, -0.025), (0.02, 0.03))})
+    ax = plots.pairs_with_fit(pairs, Polynomial((1.0, -0.025), (0.02, 0.03)))
     x, y = ax.lines[-1].get_data()
     assert (x[0], x[-1]) == (0.02, 0.03)
     np.testing.assert_allclose(
