@@ -28,7 +28,7 @@ RESAMPLES = 200
 # Whole step counts can leave a bootstrap with zero spread (coverage 50 to 95 %); adding half a step
 # per prompt restores at least 93 %.
 ROUNDING = 0.5
-RIDGE = 1e-8  # of the design's size: a root of double precision, below which nothing is determined
+FAINT = 1e-6  # of the design's size: directions below it are undetermined
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,16 @@ def bootstrap(
     design = powers.polyvander(scale_to_unit(pairs["x"].to_numpy(), fit.domain), degree)
     even = np.full(len(prompts), 1 / len(prompts))
     weights = np.random.default_rng(0).multinomial(len(prompts), even, resamples)
-    # A resample may leave a high power undetermined: a trace of ridge takes the smallest solution.
-    ridge = RIDGE * np.linalg.norm(design) * np.eye(degree + 1)
-    solve = shaped_solution if fit.method == "constrained" else np.linalg.solve
+    # A resample may leave a high power undetermined: the smallest solution is taken, of a shape by a trace of ridge.
+    ridge = FAINT * np.linalg.norm(design) * np.eye(degree + 1)
     scaled = []
     for root in np.sqrt(weights[:, index]):
-        q, r = np.linalg.qr(np.vstack([design * root[:, None], ridge]))
-        scaled.append(solve(r, root * pairs["y"].to_numpy() @ q[: len(pairs)]))
+        drawn, y = design * root[:, None], root * pairs["y"].to_numpy()
+        if fit.method == "constrained":
+            q, r = np.linalg.qr(np.vstack([drawn, ridge]))
+            scaled.append(shaped_solution(r, y @ q[: len(y)]))
+        else:
+            scaled.append(np.linalg.lstsq(drawn, y, FAINT)[0])
     terms = [Curve(row, domain=fit.domain) for row in np.eye(degree + 1)]
     exported = scaled @ np.array([powers_of_x(term, len(estimate) - 1) for term in terms])
     return Bootstrap(estimate, fit.domain, exported, weights, tuple(prompts))
