@@ -138,7 +138,7 @@ def _fit_branch(
         **stated(chosen),
         counts=Counts(
             prompts=pairs["prompt_id"].nunique(),
-            trajectories=len(pairs[["prompt_id", "seed", "branch"]].drop_duplicates()),
+            trajectories=pairs.groupby(["prompt_id", "seed", "branch"]).ngroups,
             pairs=len(pairs),
             excluded_non_finite=excluded,
         ),

@@ -161,8 +161,7 @@ def _run_warnings(run: Run) -> Iterator[str]:
         reasons = ", ".join(
             f"{count} with {reason}" for reason, count in run.excluded.items()
         )
-        total = sum(run.excluded.values())
-        yield f"{total} of {len(run.rows)} pairs excluded: {reasons}"
+        yield f"{sum(run.excluded.values())} of {len(run.rows)} pairs excluded: {reasons}"
     wanted = len({row["prompt_id"] for row in run.manifest.get("prompts", ())})
     if wanted > prompts:
         yield f"{prompts} of {wanted} prompts recorded: the run is incomplete"

@@ -186,7 +186,7 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
             f"speed-up {speedup:g} is out of reach: at most {expected.max():.2f} on this log; "
             "lift max_skips or use fewer steps"
         )
-    reached = int(np.argmax(expected >= speedup))
+    reached = np.argmax(expected >= speedup)
     low, high = search.grid[max(reached - 1, 0)], search.grid[reached]
     between = np.linspace(low, high, SEARCH_POINTS)
     return float(between[np.argmax(search.speedup(between) >= speedup)])
