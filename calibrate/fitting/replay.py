@@ -186,8 +186,8 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
             f"speed-up {speedup:g} is out of reach: at most {expected.max():.2f} on this log; "
             "lift max_skips or use fewer steps"
         )
-    reached = np.argmax(expected >= speedup)
-    low, high = search.grid[max(reached - 1, 0)], search.grid[reached]
+    before = max(int(np.argmax(expected >= speedup)) - 1, 0)
+    low, high = search.grid[before : before + 2]
     between = np.linspace(low, high, SEARCH_POINTS)
     return float(between[np.argmax(search.speedup(between) >= speedup)])
 
