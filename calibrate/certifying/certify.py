@@ -112,22 +112,20 @@ def certify(
     bench = Bench(case, chosen, any("lpips" in tier.limits for tier in tiers), progress)
     refused: dict[str, str] = {}
     certified: dict[tuple[str, str], Certificate] = {}
-    first: list[tuple[Setting, pd.DataFrame]] = []
     for settings in candidates:
         kept = list(tiers)
         for setting in settings:
             say(f"{setting.policy} at {setting.budget} of {case.num_steps} steps")
             rows, reasons = bench.results([setting])
             refused |= reasons
-            if len(rows) and setting is settings[0]:
-                first.append((setting, rows))
             kept = [t for t in kept if len(rows) and t.missed(rows).sum() <= misses]
             for tier in kept:
                 certificate = _certificate(bench, demand, tier, setting, rows)
                 certified[tier.name, setting.policy] = certificate
             if not kept:  # what comes after a failure is not tested
                 break
-    if not first:
+    first, _ = bench.results([settings[0] for settings in candidates])
+    if first.empty:
         raise InvalidOption(f"no policy could be run ({'; '.join(refused.values())})")
     certificates = [one for t in tiers for one in certified.values() if one.tier == t.name]
     reached = {tier for tier, _ in certified}
@@ -158,9 +156,7 @@ def _certificate(
         plan=setting.plan,
         threshold=setting.threshold,
         limits=dict(tier.limits),
-        risk=demand.risk,
-        confidence=demand.confidence,
-        tests=demand.tests,
+        **vars(demand),
         prompts=len(missed),
         missed=int(missed.sum()),
         broken=int(rows.groupby("prompt_id")["broken"].any().sum()),
@@ -182,16 +178,17 @@ def _certificate(
     )
 
 
-def _unreached(
-    tier: Tier, first: list[tuple[Setting, pd.DataFrame]], risk: float, misses: int
-) -> str:
+def _unreached(tier: Tier, first: pd.DataFrame, risk: float, misses: int) -> str:
     """What was asked for, and the strictest limit that the first test of some policy passes."""
     measure = MEASURES[next(iter(tier.limits))]
-    reached = [(tier.within_reach(rows, misses), setting) for setting, rows in first]
-    reach, setting = max(reached, key=lambda pair: measure.sign * pair[0])
+    reached = [
+        (tier.within_reach(rows, misses), policy, rows["budget"].iloc[0])
+        for policy, rows in first.groupby("policy", sort=False)
+    ]
+    reach, policy, steps = max(reached, key=lambda of_policy: measure.sign * of_policy[0])
     return (
         f"{tier}: no policy keeps it for {100 - 100 * risk:.4g} % of all prompts; the best that is reachable is "
-        f"{measure.label} {reach:.4g} {measure.unit} by {setting.policy} at {setting.budget} steps"
+        f"{measure.label} {reach:.4g} {measure.unit} by {policy} at {steps} steps"
     )
 
 
