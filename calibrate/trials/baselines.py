@@ -89,7 +89,6 @@ def magcache_at(ratios: Sequence[float], num_steps: int, computed: int) -> str:
     Starts from K = 3 skips in a row and 20 % retained steps, the paper's values, and loosens both where the budget
     lies below what they can reach.
     """
-    check_budget(computed, num_steps)
 
     def nearest(guards: tuple[int, float]) -> str:
         max_skips, retention = guards
@@ -150,6 +149,7 @@ def cache_dit_mask(name: str, num_steps: int) -> str:
     while sum(lengths) < num_steps:
         index = next(in_turn)
         lengths[index] += grown[index]
+    # What is too long gives up steps in turn: the last stretch that skips one, the last that computes one.
     skipped_first = cycle((1, 0))
     while sum(lengths) > num_steps:
         same = range(next(skipped_first), len(lengths), 2)
@@ -161,7 +161,6 @@ def cache_dit_mask(name: str, num_steps: int) -> str:
 def mflux_schedule(sigmas: Sequence[float], computed: int) -> str:
     """mflux's rule: of the steps between the protected ends, those whose noise level changed least are skipped."""
     num_steps = len(sigmas)
-    check_budget(computed, num_steps)
     if num_steps < MFLUX_MIN_STEPS:
         raise InvalidBudget(f"{num_steps} steps: mflux skips none below {MFLUX_MIN_STEPS}")
     protected = int(num_steps * MFLUX_PROTECTED)
@@ -183,7 +182,6 @@ def budcache(num_steps: int, computed: int, error: Callable[[str], float]) -> st
 
     The first quarter of the budget stays at the beginning; of the other computed steps one or two move at a time.
     """
-    check_budget(computed, num_steps)
     rng = np.random.default_rng(0)
     first = max(1, computed // 4)
     movable = range(first, num_steps)

@@ -40,6 +40,7 @@ class Case:
     The weights are loaded when ``session`` is asked for first, so that every setting can be checked before.
 
     Attributes:
+        manifest: Of the run; empty for an entry without one.
         folder: Where ``verify/`` and the entry go.
         weights: What is known of the checkpoint's weights.
         loading: Options of :func:`calibrate.model.session.load_session`.
@@ -48,6 +49,7 @@ class Case:
 
     entry: Entry
     run: Run | None
+    manifest: Mapping[str, Any]
     folder: Path
     call: Call
     weights: dict[str, Any]
@@ -88,12 +90,8 @@ class Case:
         return {**deployed, "weights": self.weights}
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
-        return {} if self.run is None else self.run.manifest
-
-    @property
     def recorded_prompts(self) -> list[Prompt]:
-        """The prompts of the run; empty for an entry without one."""
+        """The prompts of the run."""
         return [Prompt.from_dict(row) for row in self.manifest.get("prompts", ())]
 
     @property
@@ -174,6 +172,7 @@ def open_case(
     case = Case(
         entry=entry,
         run=run,
+        manifest=manifest,
         folder=folder,
         call=call,
         weights=weights,

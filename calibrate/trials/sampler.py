@@ -97,21 +97,18 @@ class Reference(Made):
         return cls(media, latents, pairs, **json.loads(stem.with_suffix(".json").read_text()))
 
 
+@dataclass(frozen=True)
 class Sampler:
     """Generates samples of one session with the same arguments and seeds.
 
-    Args:
+    Attributes:
         images: Where the images that prompts name are.
         finished: Called after every generation.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        images: Mapping[str, Path] | None = None,
-        finished: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.session, self._images, self._finished = session, images, finished
+    session: Session
+    images: Mapping[str, Path] | None = None
+    finished: Callable[[], object] = lambda: None
 
     def __call__(
         self, prompt: Prompt, *, num_steps: int | None = None, perturbed: bool = False
@@ -137,9 +134,9 @@ class Sampler:
         noise = _last_place_noise(session.modules) if perturbed else nullcontext()
         with torch.inference_mode(), noise, _captured_latents(session.pipeline) as latents:
             begun = _time()
-            output = session.generate(prompt, self._images, **overrides)
+            output = session.generate(prompt, self.images, **overrides)
             seconds = _time() - begun
-        self._finished()
+        self.finished()
         flat = np.concatenate([part.ravel() for part in latents]) if latents else None
         return Sample(_media(output), flat, seconds)
 
