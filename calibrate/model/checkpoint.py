@@ -172,7 +172,7 @@ def model_index(folder: Path) -> Settings:
     """The content of model_index.json: the pipeline's class, its components and settings."""
     path = folder / "model_index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_bytes())
         if not isinstance(index, dict):
             raise ValueError(f"{type(index).__name__} found, not an object")
     except FileNotFoundError:
@@ -192,7 +192,7 @@ def _config(component: Path) -> Settings:
     """A component's configuration; empty where there is none that can be read."""
     for name in ("config.json", "scheduler_config.json"):
         with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads((component / name).read_text(encoding="utf-8")))
+            return dict(json.loads((component / name).read_bytes()))
     return {}
 
 
@@ -245,7 +245,7 @@ def _refuse_code(folder: Path, index: Settings) -> None:
 def _names_remote_code(folder: Path) -> bool:
     for path in folder.glob("*config.json"):
         try:
-            if "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+            if "auto_map" in json.loads(path.read_bytes()):
                 return True
         except (OSError, ValueError, TypeError):
             return True  # unreadable: from_pretrained would not get further either

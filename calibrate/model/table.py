@@ -50,9 +50,7 @@ def model_table() -> tuple[ModelSpec, ...]:
     """Every row, in the order of the file."""
     import yaml
 
-    rows = yaml.safe_load(
-        (files("calibrate") / "data" / "models.yaml").read_text(encoding="utf-8")
-    )
+    rows = yaml.safe_load((files("calibrate") / "data" / "models.yaml").read_bytes())
     return tuple(ModelSpec(alias=alias, **row) for alias, row in rows.items())
 
 

@@ -175,7 +175,7 @@ class RunFolder:
     def _failure(self, name: str) -> Settings:
         path = self._failure_path(name)
         with suppress(OSError, ValueError, TypeError):
-            return {"kind": "unreadable", **json.loads(path.read_text(encoding="utf-8"))}
+            return {"kind": "unreadable", **json.loads(path.read_bytes())}
         return {"kind": "unreadable"} if path.exists() else {}
 
     @property
@@ -246,7 +246,7 @@ def _read_manifest(path: Path) -> Settings:
     import yaml
 
     try:
-        manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
+        manifest = yaml.safe_load(path.read_bytes())
         number = manifest.get("format", FORMAT)
         newer = number > FORMAT
         if not newer and not all("prompt_id" in row for row in manifest["prompts"]):

@@ -20,7 +20,7 @@ def purposes(run: Path) -> Purposes:
     """Prompt id -> ``choosing`` or ``judged``, of the prompts that were not recorded."""
     path = run / "purposes.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError):

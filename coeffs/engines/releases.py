@@ -47,8 +47,8 @@ def releases() -> dict[str, Release]:
     """Engine -> what its release can do."""
     import yaml  # here, so that `import coeffs` stays cheap
 
-    text = Path(__file__).with_name("releases.yaml").read_text(encoding="utf-8")
-    return {engine: checked(Release, facts) for engine, facts in yaml.safe_load(text).items()}
+    table = yaml.safe_load(Path(__file__).with_name("releases.yaml").read_bytes())
+    return {engine: checked(Release, facts) for engine, facts in table.items()}
 
 
 def plan_forms() -> list[str]:
