@@ -6,12 +6,14 @@ import itertools
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from coeffs.entry.fields import Text, plain
 from coeffs.entry.schema import Candidate, Entry, Expert, Threshold
 
 WIDTH = 100
+_names = attrgetter("model", "title", "checkpoint.repository", "transformer_class")
 COLUMNS = (
     "entry",
     "status",
@@ -72,13 +74,7 @@ def matching(
     """Entries of one engine, of one status, whose name, title, checkpoint or class has ``model``."""
     selected = []
     for entry in entries:
-        names = (
-            entry.model,
-            entry.title,
-            entry.checkpoint.repository,
-            entry.transformer_class,
-        )
-        named = (model or "").lower() in " ".join(filter(None, names)).lower()
+        named = (model or "").lower() in " ".join(filter(None, _names(entry))).lower()
         if named and engine in (None, entry.engine) and status in (None, entry.status):
             selected.append(entry)
     return selected

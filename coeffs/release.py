@@ -6,8 +6,11 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from coeffs.entry.fields import plain
 from coeffs.entry.polynomial import falling_ranges, negative_ranges
 from coeffs.entry.schema import Entry, Fit
 from coeffs.errors import CoeffsError, EntryError, PublishError, WriteError
@@ -18,6 +21,13 @@ CHECKSUMS = "CHECKSUMS"
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 _MACHINE_PATH = re.compile(
     r"(?:^|[\s=\"'])(?:/(?:home|root|Users|tmp|mnt|work)/|[A-Za-z]:\\|~/)"
+)
+# What a measured entry must state.
+_REQUIRED = (
+    "source.run_id",
+    "source.log_sha256",
+    "transformer_class",
+    "protocol.num_steps",
 )
 # Below it `calibrate fit` calls its own held-out figures and intervals rough.
 FEW_PROMPTS = 8
@@ -152,7 +162,9 @@ class Problem:
 def entry_problems(entry: Entry) -> list[Problem]:
     """Problems of an entry, fatal ones first, its own warnings last; other people's sets may lack what we measure."""
     measured = entry.status == "measured"
-    problems = [Problem(f"a machine's path in {name}: remove it") for name in _paths(entry)]
+    problems = [
+        Problem(f"a machine's path in {name}: remove it") for name in _paths(plain(entry))
+    ]
     doubts = [warning for warning in entry.warnings if _USELESS in warning]
     few = []
     for name, expert in entry.experts.items():
@@ -178,14 +190,8 @@ def entry_problems(entry: Entry) -> list[Problem]:
 
 
 def _measured_problems(entry: Entry) -> Iterator[Problem]:
-    required = {
-        "source.run_id": entry.source.run_id,
-        "source.log_sha256": entry.source.log_sha256,
-        "transformer_class": entry.transformer_class,
-        "protocol.num_steps": entry.protocol.num_steps,
-    }
-    for name, value in required.items():
-        if value is None:
+    for name in _REQUIRED:
+        if attrgetter(name)(entry) is None:
             yield Problem(f"{name} is missing: draft the entry with `calibrate fit RUN`")
     if not any(expert.branches or expert.mag_ratios for expert in entry.experts.values()):
         yield Problem("no coefficients and no mag_ratios")
@@ -216,11 +222,12 @@ def _fit_problems(name: str, fit: Fit, measured: bool) -> Iterator[Problem]:
         yield Problem(f"{name}: no held-out figure (needs at least two prompts)")
 
 
-def _paths(entry: Entry) -> list[str]:
-    """Names of the texts that hold a path of some machine."""
-    texts = {"notes": entry.notes, "checkpoint.repository": entry.checkpoint.repository}
-    texts |= {f"source.{name}": value for name, value in vars(entry.source).items()}
-    texts |= {f"warnings[{place}]": text for place, text in enumerate(entry.warnings)}
-    for name, value in entry.protocol.call_arguments.items():
-        texts[f"protocol.call_arguments.{name}"] = str(value)
-    return [name for name, text in texts.items() if _MACHINE_PATH.search(text or "")]
+def _paths(value: Any, name: str = "") -> Iterator[str]:
+    """Keys of the texts that hold a path of some machine."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _paths(item, f"{name}.{key}".lstrip("."))
+    elif _MACHINE_PATH.search(str(value)):
+        yield name

@@ -47,7 +47,7 @@ class Call:
             for name in ("negative_prompt", "image"):
                 if getattr(prompt, name) and not self.accepts(name):
                     raise InvalidOption(
-                        f"prompt {prompt.prompt!r} has one, but the pipeline takes no {name}"
+                        f"prompt {prompt.prompt!r}: the pipeline takes no {name}"
                     )
             if self.needs_image and not prompt.image:
                 raise InvalidOption(

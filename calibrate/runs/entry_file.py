@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ SAME = 1e-9  # relative: what two versions of numpy may make of the same pairs
 # What a user writes into an entry by hand, and no fit knows.
 BY_HAND = ("title", "notes", "max_skips", "start", "end")
 # Besides the polynomials, what a gate's decisions depend on.
-GATE = (
+_gate = attrgetter(
     "signal",
     "target",
     "forecast",
@@ -86,10 +87,8 @@ def carried_over(new: Entry, old: Entry | None, say: Callable[[str], None]) -> E
 
 def same_gate(one: Entry, other: Entry) -> bool:
     """Whether two entries decide alike at every threshold: what was verified of one is true of the other."""
-    if any(getattr(one, name) != getattr(other, name) for name in GATE):
-        return False
     ours, theirs = _polynomials(one), _polynomials(other)
-    return ours.keys() == theirs.keys() and all(
+    return (_gate(one), ours.keys()) == (_gate(other), theirs.keys()) and all(
         len(numbers) == len(theirs[key]) and np.allclose(numbers, theirs[key], SAME, 0)
         for key, numbers in ours.items()
     )
