@@ -363,6 +363,6 @@ def test_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
     def refuse(path, **options):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(type(folder), "read_text", refuse)
+    monkeypatch.setattr(type(folder), "read_bytes", refuse)
     with pytest.raises(InvalidCheckpoint, match=r"Permission denied.; check the rights"):
         find_checkpoint(folder)
