@@ -72,8 +72,8 @@ def learned(name: str) -> tuple[str, bool, list[str]]:
         hooks: StackHooks = cache._watch.stacks[0]
         for _, kwargs in zip(range(2), zoo.trajectory(name), strict=False):
             zoo.run(model, kwargs)
-        exits = list(dict.fromkeys(paths[module] for module in hooks._exit_modules))
-        attention = paths[hooks._attention[0]] or "the block itself"
+        exits = [paths[module] for module in hooks.exits]
+        attention = paths[hooks.attention[hooks.blocks[0][1]][0]] or "the block itself"
         return attention, hooks.time_embedding is not None, exits
 
 

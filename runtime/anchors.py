@@ -3,8 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +15,8 @@ from runtime.decide.forecast import Forecast
 from runtime.errors import InvalidSetting, WiringError
 
 
-@dataclass
-class Anchor:
-    """A computed step: when it was, its noise level, and one tensor per place."""
-
-    step: int
-    level: float
-    values: list[Tensor]
-
-
-class Anchors(list[Anchor]):
-    """The last computed steps, the newest first, as many as skipped steps still use.
+class Anchors(dict[int, dict[Hashable, Tensor]]):
+    """The last computed steps with what each left, by name; the newest last, as many as skipped steps still use.
 
     Args:
         forecast: What a skipped step makes of them.
@@ -42,34 +32,30 @@ class Anchors(list[Anchor]):
 
     def make_room(self, step: int) -> None:
         """``step`` is going to be computed: drop what no later step uses then."""
-        del self[self._forecast.kept_from(step) - 1 :]
+        for old in list(self)[::-1][self._forecast.kept_from(step) - 1 :]:
+            del self[old]
 
-    def add(self, step: int, values: list[Tensor]) -> None:
-        """``step`` was computed and left ``values``; those of a step that is known are further ones."""
-        if self._offload:
-            values = [value.to("cpu") for value in values]
-        if self and self[0].step == step:
-            self[0].values += values
-        else:
-            self.insert(0, Anchor(step, self._asked_level(step), values))
+    def add(self, step: int, name: Hashable, value: Tensor) -> None:
+        """``step`` was computed and left ``value``, which is the caller's to give away."""
+        self.setdefault(step, {})[name] = value.to("cpu") if self._offload else value
 
-    def forecast(self, step: int, index: int, device: torch.device) -> Tensor:
-        """Value ``index`` at the skipped ``step``; the kept tensor itself where it is reused as it is."""
-        levels = [anchor.level for anchor in self]
-        steps = [anchor.step for anchor in self]
-        weights = self._forecast.at(step, self._asked_level(step), levels, steps)
-        newest = self[0].values[index].to(device)
+    def forecast(self, step: int, name: Hashable, device: torch.device) -> Tensor:
+        """What is called ``name`` at the skipped ``step``; the kept tensor itself where it is reused as it is."""
+        steps = list(self)[::-1]
+        # Levels are asked for where the forecast needs them, since reading one may wait for the device.
+        level, *levels = [
+            self._level(at) if self._forecast.order else 0.0 for at in (step, *steps)
+        ]
+        weights = self._forecast.at(step, level, levels, steps)
+        newest, *older = (self[at][name] for at in steps)
+        newest = newest.to(device)
         if not any(weights[1:]):
             return newest if weights[0] == 1 else newest * weights[0]
         # In float32: weights of opposite sign cancel most of what a bfloat16 sum would still hold.
         total = newest.float() * weights[0]
-        for weight, anchor in zip(weights[1:], self[1:], strict=False):
-            total.add_(anchor.values[index].to(device), alpha=weight)
+        for weight, value in zip(weights[1:], older, strict=False):
+            total.add_(value.to(device), alpha=weight)
         return total
-
-    def _asked_level(self, step: int) -> float:
-        """0 where the forecast asks for no levels, since reading one may wait for the device."""
-        return self._level(step) if self._forecast.order else 0.0
 
 
 class Guided:
@@ -84,7 +70,7 @@ class Guided:
             so only fitted weights may.
     """
 
-    def __init__(self, anchors: Anchors, across_experts: bool) -> None:
+    def __init__(self, anchors: Anchors, across_experts: bool = False) -> None:
         self._anchors, self._across_experts = anchors, across_experts
         self.clear()
 
@@ -123,7 +109,7 @@ class Guided:
         if not self._skip:
             if index == 0:
                 self._anchors.make_room(self._step)
-            self._anchors.add(self._step, [value.detach().clone()])
+            self._anchors.add(self._step, index, value.detach().clone())
             return value
         forecast = self._anchors.forecast(self._step, index, value.device)
         if forecast.shape != value.shape:
@@ -153,9 +139,6 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
             "prediction alone; apply it with apply_tea_cache"
         )
     own: Any = type(scheduler)
-    forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step).planned_for(
-        plan.schedule
-    )
     computed = [step for step, letter in enumerate(plan.schedule) if letter == "C"]
     signature = inspect.signature(own.step)
 
@@ -170,7 +153,7 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
                     f"{len(self.timesteps)} steps: the plan is one of {len(plan.schedule)}; ask for as many"
                 )
             sigmas = getattr(self, "sigmas", -torch.arange(len(plan.schedule))).tolist()
-            self._anchors = Anchors(forecast, sigmas.__getitem__)
+            self._guided = Guided(Anchors(Forecast.of_plan(plan), sigmas.__getitem__))
             self._all_timesteps = self.timesteps
             self.timesteps = self._all_timesteps[computed]
             self._spans = list(pairwise([*computed, len(plan.schedule)]))
@@ -180,17 +163,12 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
             given = signature.bind(self, *args, **kwargs).arguments
             output, time, sample = list(given)[1:4]
             first, after = self._spans.pop(0)
-            value = given[output]
-            self._anchors.make_room(first)
-            self._anchors.add(first, [value.detach().clone()])
             # The scheduler's own rule looks up where it is in the whole schedule.
             shown, self.timesteps = self.timesteps, self._all_timesteps
             for step in range(first, after):
-                if step > first:
-                    given[output] = self._anchors.forecast(step, 0, value.device).to(
-                        value.dtype
-                    )
-                    given[time] = self.timesteps[step]
+                self._guided.decided(step, skip=step > first)
+                given[output] = self._guided.step(given[output])
+                given[time] = self.timesteps[step]
                 stepped = own.step(**given)
                 given[sample] = (
                     stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
@@ -198,9 +176,8 @@ def plan_scheduler(scheduler: Any, plan: Plan) -> Any:
             self.timesteps = shown
             return stepped
 
-    Planned.__name__ = (
-        own.__name__
-    )  # pipelines and their configurations know schedulers by name
+    # Pipelines and their configurations know schedulers by name.
+    Planned.__name__ = own.__name__
     planned = copy.deepcopy(scheduler)
     planned.__class__ = Planned
     return planned

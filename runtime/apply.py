@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 from torch.nn import Module
 
@@ -36,35 +36,49 @@ def denoisers(target: Any) -> dict[str, Module]:
         UnsupportedModel: The pipeline has no transformer.
     """
     if isinstance(target, Module):
-        modules = {"transformer": target}
-    elif isinstance(target, OwnLoop):
-        modules = target.modules
-    else:
-        modules = _components(target)
+        target = OwnLoop(target)
+    modules = target.modules if isinstance(target, OwnLoop) else _components(target)
     return {name: unwrapped(module) for name, module in modules.items()}
 
 
 def _components(pipeline: Any) -> dict[str, Module]:
     """The denoisers among a pipeline's components."""
-    components = getattr(pipeline, "components", None)
+    name, components = type(pipeline).__name__, getattr(pipeline, "components", None)
     if not isinstance(components, dict):
         raise UnsupportedModel(
-            f"{type(pipeline).__name__}: expected a diffusers pipeline, or the denoiser itself as a torch module"
+            f"{name}: expected a diffusers pipeline, or the denoiser itself as a torch module"
         )
     modules = {
-        name: module
-        for name, module in components.items()
-        if _DENOISER.match(name) and isinstance(module, Module)
+        component: module
+        for component, module in components.items()
+        if _DENOISER.match(component) and isinstance(module, Module)
     }
     if not modules:
         raise UnsupportedModel(
-            f"{type(pipeline).__name__}: none of its components ({', '.join(components)}) is a diffusion transformer; "
+            f"{name}: none of its components ({', '.join(components)}) is a diffusion transformer; "
             "pass the denoiser itself"
         )
     return modules
 
 
-class TeaCache:
+class Handle:
+    """Something that is installed on a pipeline's denoisers; a context manager."""
+
+    def __init__(self) -> None:
+        self.installed = ExitStack()
+
+    def remove(self) -> None:
+        """Take it off; the model gives the same results as before. Does nothing when it is off already."""
+        self.installed.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+class TeaCache(Handle):
     """An applied cache: statistics, reset, removal. Made by :func:`apply_tea_cache`; a context manager.
 
     Attributes:
@@ -77,26 +91,19 @@ class TeaCache:
     _watch: Watch | None = None  # where nothing is applied
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
         self.stats = Stats()
         self.settings = settings
         self.mismatches: list[str] = []
-        self._installed = ExitStack()
 
     def reset(self) -> None:
         """Forget the generation under way; the next denoiser call begins a new one. Statistics stay."""
         if self._watch is not None:
             self._watch.reset()
 
-    def remove(self) -> None:
-        """Take the cache off; the model gives the same results as before. Does nothing when it is off already."""
-        self._installed.close()
-
-    def __enter__(self) -> "TeaCache":
+    def __enter__(self) -> Self:
         self.reset()
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
 
     def differs(self, difference: str) -> None:
         """List and log what differs from what the entry was measured on, unless it is listed already."""
@@ -206,6 +213,8 @@ def apply_tea_cache(
 
 
 def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
+    if isinstance(target, Module):
+        target = OwnLoop(target)
     modules = denoisers(target)
     for module in modules.values():
         other = enabled_cache(module)
@@ -213,7 +222,7 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
             raise ApplyError(
                 f"{other} is enabled on {type(module).__name__}; call disable_cache() on it first"
             )
-    pipeline = None if isinstance(target, Module) else target
+    pipeline = target
     if isinstance(target, OwnLoop):
         pipeline = target.driver
         blocks = target.blocks if blocks is None else blocks
@@ -240,25 +249,17 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
 
     guided = None
     if settings.forecast_of == "guided":
-        across_experts = settings.forecast.kind == "fitted"
-        guided = Guided(
-            Anchors(settings.forecast, clock.level, asked.offload), across_experts
-        )
-
-    def new_anchors(in_force: Settings) -> Anchors:
-        # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
-        forecast = in_force.forecast if guided is None else Forecast()
-        return Anchors(forecast, clock.level, asked.offload)
+        anchors = Anchors(settings.forecast, clock.level, asked.offload)
+        guided = Guided(anchors, across_experts=settings.forecast.kind == "fitted")
 
     def new_handler(expert: str) -> CacheHandler:
-        return CacheHandler(expert, handle.stats, on_generation, new_anchors, guided)
+        return CacheHandler(expert, handle.stats, clock.level, on_generation, guided)
 
-    handle._watch = Watch(
-        modules, new_handler, clock, blocks, guided.step if guided else None
-    )
-    for stack in handle._watch.stacks:
+    on_step = guided.step if guided else None
+    handle._watch = watch = Watch(modules, new_handler, clock, blocks, on_step)
+    for stack in watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
-    handle._installed.enter_context(handle._watch.installed())
+    handle.installed.enter_context(watch.installed())
     for mismatch in settings.mismatches:
         handle.differs(mismatch)
     if settings.advice is not None:
@@ -277,4 +278,4 @@ def _free_after_generation(pipeline: Any, handle: TeaCache) -> None:
 
     attributes = vars(pipeline)
     attributes["maybe_free_model_hooks"] = free
-    handle._installed.callback(attributes.pop, "maybe_free_model_hooks", None)
+    handle.installed.callback(attributes.pop, "maybe_free_model_hooks", None)

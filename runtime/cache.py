@@ -1,6 +1,7 @@
 """What the cache does with what the hooks see: it measures the signal, asks the policy, keeps and reuses residuals."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 from zlib import crc32
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from runtime.anchors import Anchors, Guided
 from runtime.compat.diffusers_private import lockstep_group
+from runtime.decide.forecast import Forecast
 from runtime.decide.gate import Decision, Gate, Policy
 from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
@@ -18,6 +20,7 @@ from runtime.watch.call import Call, Handler, Trajectory, measured
 from runtime.watch.distance import ratio
 from runtime.watch.places import mapped, tensors
 from runtime.watch.ranks import agree, await_gathered
+from runtime.watch.wiring import Exit
 
 
 class _CachedTrajectory(Trajectory):
@@ -52,8 +55,8 @@ class CacheHandler(Handler):
     Args:
         expert: The denoiser's name in the pipeline (``transformer``, ``transformer_2``).
         stats: Where decisions are counted.
+        level: Noise level of a step.
         on_generation: Told the number of steps when a generation begins; says what is then in force.
-        new_anchors: Makes what keeps a trajectory's computed steps.
         guided: Forecasts the guided prediction, if the settings say so.
     """
 
@@ -63,16 +66,12 @@ class CacheHandler(Handler):
         self,
         expert: str,
         stats: Stats,
+        level: Callable[[int], float],
         on_generation: Callable[[int | None], Settings],
-        new_anchors: Callable[[Settings], Anchors],
         guided: Guided | None,
     ) -> None:
         self.expert, self.stats = expert, stats
-        self._on_generation, self._new_anchors, self._guided = (
-            on_generation,
-            new_anchors,
-            guided,
-        )
+        self._level, self._on_generation, self._guided = level, on_generation, guided
         # Where the first branch of the step stood, and whether it skips.
         self._lead: tuple[Position, bool] | None = None
 
@@ -88,8 +87,11 @@ class CacheHandler(Handler):
             self._guided.clear()
 
     def new_trajectory(self, branch: str) -> Trajectory:
-        policy = self.settings.new_policy(self.expert, branch)
-        return _CachedTrajectory(policy, self._new_anchors(self.settings))
+        settings = self.settings
+        # Of a guided prediction a skipped step's own output is not read: the last one stands in for it.
+        forecast = settings.forecast if self._guided is None else Forecast()
+        anchors = Anchors(forecast, self._level, settings.asked.offload)
+        return _CachedTrajectory(settings.new_policy(self.expert, branch), anchors)
 
     @torch.no_grad()
     def decide(self, call: Call, changed: bool) -> bool:
@@ -111,9 +113,8 @@ class CacheHandler(Handler):
         elif decision.skip and not trajectory.anchors:
             decision = Decision("first")
         if not decision.skip:
-            trajectory.anchors.make_room(
-                where.step
-            )  # frees what the stack's own memory can use
+            # Frees what the stack's own memory can use.
+            trajectory.anchors.make_room(where.step)
         if self._guided is not None:
             self._guided.decided(where.step, decision.skip)
         trajectory.past = crc32(decision.kind.encode(), trajectory.past)
@@ -121,12 +122,16 @@ class CacheHandler(Handler):
         return decision.skip
 
     def _decide(self, call: Call) -> Decision:
-        policy, where = _kept(call).policy, call.position
+        policy, step, num_steps = (
+            _kept(call).policy,
+            call.position.step,
+            call.position.num_steps,
+        )
         x = None
         if isinstance(policy, Gate) and policy.config.threshold > 0:
-            known = policy.known(step=where.step, num_steps=where.num_steps)
+            known = policy.known(step=step, num_steps=num_steps)
             x = self._change(call, needed=known is None)
-        return policy.step(x, step=where.step, num_steps=where.num_steps)
+        return policy.step(x, step=step, num_steps=num_steps)
 
     def _change(self, call: Call, needed: bool) -> float | None:
         """Relative L1 change of the signal since the previous step; the signal becomes the next reference."""
@@ -148,33 +153,34 @@ class CacheHandler(Handler):
         return x
 
     @torch.no_grad()
-    def leave(self, call: Call, index: int, value: Tensor, base: Tensor | None) -> Tensor:
+    def leave(self, call: Call, exit: Exit, value: Tensor, base: Tensor | None) -> None:
+        if self.settings.forecast_of != "residual":
+            return
+        residual = value.detach()
         if base is None:
-            return value.detach().clone()
-        # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where nobody else
-        # needs the copy of the stack's input, the residual takes its place.
-        out = base if call.observation is None and call.wiring.is_sole(index) else None
-        return torch.sub(value.detach().to(base), base, out=out)
-
-    def keep(self, call: Call, results: list[Tensor]) -> None:
-        if self.settings.forecast_of == "residual":
-            _kept(call).anchors.add(call.position.step, results)
+            residual = residual.clone()
+        else:
+            # Some models cast to float32 at the exit; the residual is kept in the stack's own dtype. Where no other
+            # exit needs the copy of the stack's input, the residual takes its place.
+            bases = [other.base for other in call.wiring.exits]
+            out = base if bases.count(exit.base) == 1 else None
+            residual = torch.sub(residual.to(base), base, out=out)
+        _kept(call).anchors.add(call.position.step, exit, residual)
 
     @torch.no_grad()
-    def enter(self, call: Call, index: int, base: Tensor | None) -> Tensor:
-        spec = call.wiring.exits[index].spec
+    def enter(self, call: Call, exit: Exit, base: Tensor | None) -> Tensor:
         if self.settings.forecast_of != "residual":  # the output is replaced as a whole
-            return spec.make() if base is None else base
-        device = spec.device if base is None else base.device
-        forecast = _kept(call).anchors.forecast(call.position.step, index, device)
+            return exit.spec.make() if base is None else base
+        device = exit.spec.device if base is None else base.device
+        forecast = _kept(call).anchors.forecast(call.position.step, exit, device)
         # A copy where the kept tensor itself would go out: whoever receives it may change it in place.
         return forecast.clone() if base is None else (base + forecast).to(base.dtype)
 
     @torch.no_grad()
     def finish(self, call: Call, output: Any) -> Any:
-        of_residual = self.settings.forecast_of == "residual"
-        replaced = None if of_residual else self._output_for(call, output)
-        where = call.position
+        where, replaced = call.position, None
+        if self.settings.forecast_of != "residual":
+            replaced = self._output_for(call, output)
         if where.num_steps is not None and where.step >= where.num_steps - 1:
             call.trajectory.restart()  # nothing follows: the decoder can use the memory
         return replaced
@@ -184,11 +190,12 @@ class CacheHandler(Handler):
         anchors, step = _kept(call).anchors, call.position.step
         outputs = [tensor for _, tensor in tensors(output)]
         if not call.skip:
-            anchors.add(step, [tensor.clone() for tensor in outputs])
+            for index, tensor in enumerate(outputs):
+                anchors.add(step, index, tensor.clone())
             return None
         if lockstep_group(call.root) is not None:
             await_gathered(outputs)
-        places = iter(range(len(outputs)))
+        places = count()
 
         def forecast(tensor: Tensor) -> Tensor:
             value = anchors.forecast(step, next(places), tensor.device)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from runtime.apply import denoisers
+from runtime.apply import Handle, denoisers
 from runtime.compat.diffusers_private import inner_forward, set_inner_forward
 from runtime.errors import ApplyError
 from runtime.watch.blocks import Blocks, find_blocks
@@ -28,33 +28,14 @@ class _CompiledForward:
         return self.compiled(*args, **kwargs)
 
 
-class CompiledBlocks:
+class CompiledBlocks(Handle):
     """Compiled blocks, as :func:`compile_blocks` leaves them; a context manager.
 
     Attributes:
         count: How many blocks are compiled, over all denoisers.
     """
 
-    def __init__(self, compiled: list[tuple[Module, _CompiledForward]]) -> None:
-        self._compiled = compiled
-
-    @property
-    def count(self) -> int:
-        return len(self._compiled)
-
-    def remove(self) -> None:
-        """Give every block its own forward back. Does nothing when that has been done."""
-        for block, forward in self._compiled:
-            forward.compiled = forward.uncompiled  # for hooks of others, which may hold it
-            if inner_forward(block) is forward:
-                set_inner_forward(block, forward.uncompiled)
-        self._compiled.clear()
-
-    def __enter__(self) -> "CompiledBlocks":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+    count = 0
 
 
 def compile_blocks(
@@ -90,13 +71,19 @@ def compile_blocks(
     ]
     for root, path, block in targets:
         _refuse(root, path, block)
-    options["fullgraph"] = fullgraph
-    compiled = [
-        (block, _CompiledForward(inner_forward(block), options)) for _, _, block in targets
-    ]
-    for block, forward in compiled:
-        set_inner_forward(block, forward)
-    return CompiledBlocks(compiled)
+    handle = CompiledBlocks()
+    for _, _, block in targets:
+        compiled = _CompiledForward(inner_forward(block), options | {"fullgraph": fullgraph})
+        set_inner_forward(block, compiled)
+        handle.installed.callback(_restore, block, compiled)
+        handle.count += 1
+    return handle
+
+
+def _restore(block: Module, compiled: _CompiledForward) -> None:
+    compiled.compiled = compiled.uncompiled  # for hooks of others, which may hold it
+    if inner_forward(block) is compiled:
+        set_inner_forward(block, compiled.uncompiled)
 
 
 def _refuse(root: Module, path: str, block: Module) -> None:

@@ -13,15 +13,18 @@ def facts_of(target: Any, modules: Mapping[str, Module]) -> dict[str, Any]:
     """Facts for :func:`coeffs.find` about a pipeline, a loop of one's own, or a bare denoiser."""
     scheduler = getattr(target, "scheduler", None)
     settings = [settings_of(scheduler, module) for module in modules.values()]
-    first = next(iter(modules.values()))
     is_pipeline = not isinstance(target, Module | OwnLoop)
     return {
-        "transformer_class": class_name(first),
+        "transformer_class": class_name(next(iter(modules.values()))),
         "pipeline_class": type(target).__name__ if is_pipeline else None,
         "checkpoint": repository_of(target) if is_pipeline else None,
-        **settings[0],
-        "quantization": next(filter(None, (one["quantization"] for one in settings)), None),
-        "lora": next(filter(None, (one["lora"] for one in settings)), None),
+        # Any of several denoisers may be quantised or have an adapter.
+        **{
+            name: next(
+                (stated[name] for stated in settings if stated[name] is not None), None
+            )
+            for name in settings[0]
+        },
     }
 
 

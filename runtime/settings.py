@@ -68,9 +68,9 @@ class Settings:
         """The policy of one branch of one expert; its own polynomial where the entry has one."""
         if self.gate is None:
             return FixedSchedule(self.schedule or "")
-        polynomial = self.own
-        if self.entry is not None:
-            polynomial = self.entry.fit(expert, branch).polynomial(self.entry.sign_rule)
+        entry, polynomial = self.entry, self.own
+        if entry is not None:
+            polynomial = entry.fit(expert, branch).polynomial(entry.sign_rule)
         assert polynomial is not None
         return Gate(polynomial, self.gate)
 
@@ -86,10 +86,9 @@ class Settings:
             "branches": self.branches,
             "forecast": self.forecast.kind,
             "forecast_of": self.forecast_of,
+            "quality": self.asked.quality,
+            "promise": self.certificate.promise if self.certificate else None,
         }
-        if self.certificate is not None:
-            promised = {"quality": self.certificate.tier, "promise": self.certificate.promise}
-            described |= promised
         return described if self.advice is None else described | {"advice": self.advice}
 
     def difference(
@@ -103,10 +102,18 @@ class Settings:
         Raises:
             InvalidSetting: Something differs and the settings are strict.
         """
-        difference = self._other_level(level)
-        other_length = None not in (num_steps, self.num_steps) and num_steps != self.num_steps
-        if other_length and (self.gate or self.certificate):
-            difference = f"num_steps: {self.num_steps} in the entry, {num_steps} here"
+        difference = None
+        tolerance = LEVEL_TOLERANCE * max(map(abs, self.sigmas), default=0.0)
+        for step, planned in enumerate(self.sigmas):
+            here = level(step)
+            if here is not None and abs(here - planned) > tolerance:
+                difference = (
+                    f"sigma of step {step}: {planned:.4g} in the plan, {here:.4g} here"
+                )
+                break
+        measured_steps = self.num_steps if self.gate or self.certificate else None
+        if None not in (num_steps, measured_steps) and num_steps != measured_steps:
+            difference = f"num_steps: {measured_steps} in the entry, {num_steps} here"
         if difference and self.asked.strict:
             made = "measured like" if self.gate else "planned for"
             raise InvalidSetting(
@@ -114,14 +121,6 @@ class Settings:
                 "or pass strict=False"
             )
         return difference
-
-    def _other_level(self, level: Callable[[int], float | None]) -> str | None:
-        tolerance = LEVEL_TOLERANCE * max(map(abs, self.sigmas), default=0.0)
-        for step, planned in enumerate(self.sigmas):
-            here = level(step)
-            if here is not None and abs(here - planned) > tolerance:
-                return f"sigma of step {step}: {planned:.4g} in the plan, {here:.4g} here"
-        return None
 
 
 def resolve(asked: Asked, model: Model) -> Settings:
@@ -146,9 +145,9 @@ def resolve(asked: Asked, model: Model) -> Settings:
     if choice is None:
         settings = _sourced(settings, model)
         choice = _choice(settings)
-    if isinstance(choice, str | coeffs.Plan):  # noqa: SIM108 - too long for one line
+    if isinstance(choice, str | coeffs.Plan):
         settings = _planned(settings, choice)
-    else:
+    elif choice is not None:
         settings = _gated(settings, choice, model)
     if settings.forecast_of == "guided":
         _check_guided(settings, model)
@@ -164,20 +163,17 @@ def for_steps(settings: Settings, model: Model, num_steps: int | None) -> Settin
     be watched and followed in the same way.
     """
     asked = settings.asked
-    fixed = (
-        asked.given("entry", "coefficients", "schedule", "quality")
-        or settings.forecast_of == "guided"
-    )
-    if fixed or num_steps in (None, settings.num_steps):
+    named = asked.given("entry", "coefficients", "schedule", "quality")
+    if named or settings.forecast_of == "guided" or num_steps in (None, settings.num_steps):
         return settings
     facts = {**model.facts, "num_steps": num_steps}
     try:
         other = resolve(asked, replace(model, facts=facts))
     except (CoeffsError, InvalidSetting):
         return settings  # what differs is said, as for a named entry
-    watched = (settings.signal, settings.forecast_of)
-    same_watch = (other.signal, other.forecast_of) == watched
-    return other if other.num_steps == num_steps and same_watch else settings
+    watched = (num_steps, settings.signal, settings.forecast_of)
+    same = (other.num_steps, other.signal, other.forecast_of) == watched
+    return other if same else settings
 
 
 def _check_guided(settings: Settings, model: Model) -> None:
@@ -209,6 +205,7 @@ def _sourced(settings: Settings, model: Model) -> Settings:
             f"{entry.label} was fitted to the error of a forecast, which no gate follows any more: fit its run again, "
             "or give one of its plans as schedule="
         )
+    mismatches: list[str] = []
     if asked.quality is not None:
         certificate, advice = certified_for(entry, asked.quality)
         # As the certified runs were: published sets decide as published.
@@ -219,17 +216,15 @@ def _sourced(settings: Settings, model: Model) -> Settings:
         entry = replace(
             entry, protocol=certificate.protocol, status="measured", copied_from=None
         )
-    mismatches = compare(entry, model.facts)[0]
-    if settings.certificate is not None:
-        mismatches = (*mismatches, *other_schedule(settings.certificate, model.facts))
+        mismatches = other_schedule(certificate, model.facts)
+    mismatches = [*compare(entry, model.facts)[0], *mismatches]
     if asked.strict and mismatches:
         raise EntryMismatch(
             f"{entry.label} was not measured like this: {'; '.join(mismatches)}; calibrate at these settings, "
             "or pass strict=False"
         )
-    return replace(
-        settings, entry=entry, signal=_watchable(entry.signal), mismatches=mismatches
-    )
+    signal = _watchable(entry.signal)
+    return replace(settings, entry=entry, signal=signal, mismatches=tuple(mismatches))
 
 
 def _watchable(signal: str) -> str:
@@ -258,7 +253,7 @@ def _planned(settings: Settings, schedule: "str | coeffs.Plan") -> Settings:
     if isinstance(plan, str):
         plan, policy = coeffs.Plan(schedule=FixedSchedule(plan).schedule), "schedule"
     if asked.forecast is None:
-        forecast = Forecast(plan.forecast or "reuse", plan.weights_by_step)
+        forecast = Forecast.of_plan(plan)
         forecast_of = asked.forecast_of or plan.forecast_of or "residual"
     return replace(
         settings,
@@ -273,25 +268,16 @@ def _planned(settings: Settings, schedule: "str | coeffs.Plan") -> Settings:
     )
 
 
-def _gated(settings: Settings, threshold: float | None, model: Model) -> Settings:
+def _gated(settings: Settings, threshold: float, model: Model) -> Settings:
     """With a gate at ``threshold``, its window and cap as asked for, else as the entry states them."""
     asked, entry = settings.asked, settings.entry
     length_known = model.has_scheduler or asked.num_steps is not None
-
-    def chosen(name: str, default: int | None) -> Any:
-        if asked.given(name):
-            return getattr(asked, name)
+    window: dict[str, Any] = {"start": 1, "end": int(length_known), "max_skips": None}
+    for name in window:
         stated = getattr(entry, name, None)
-        return default if stated is None else stated
-
-    assert threshold is not None
-    gate = GateConfig(
-        threshold=threshold,
-        start=chosen("start", 1),
-        end=chosen("end", int(length_known)),
-        max_skips=chosen("max_skips", None),
-        compat=asked.compat,
-    )
+        window[name] = window[name] if stated is None else stated
+    window |= {name: getattr(asked, name) for name in asked.given(*window)}
+    gate = GateConfig(threshold=threshold, compat=asked.compat, **window)
     if gate.needs_num_steps and not length_known:
         raise InvalidSetting(
             "a bare denoiser has no scheduler to ask for the number of steps: give num_steps=..., or start as a "

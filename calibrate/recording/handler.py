@@ -34,6 +34,7 @@ from runtime.watch.call import Call, Handler, Trajectory, measured
 from runtime.watch.places import tensors
 from runtime.watch.ranks import gathered
 from runtime.watch.scheduler import SchedulerClock, timestep
+from runtime.watch.wiring import Exit
 
 
 @dataclass
@@ -191,21 +192,11 @@ class RecordHandler(Handler):
         self._moments.mark("entered")
         return False
 
-    def leave(
-        self, call: Call, index: int, value: Tensor, base: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def leave(self, call: Call, exit: Exit, value: Tensor, base: Tensor | None) -> None:
         """Measures the generated stream at its exit; other streams are not part of the figures."""
         self._moments.mark("left")
-        if call.observation is not None:
-            # Which exit is the primary one is known only after the forward, and there is nothing to compare with yet.
-            return value.clone(), base
-        if index == 0:
+        if exit is call.wiring.exits[0]:
             self._measure_exit(call, value, base)
-        return None
-
-    def keep(self, call: Call, results: list[tuple[Tensor, Tensor | None] | None]) -> None:
-        if results[0] is not None:
-            self._measure_exit(call, *results[0])
 
     def finish(self, call: Call, output: Any) -> None:
         self._moments.mark("ended")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._common import _ATTENTION_CLASSES
-from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.hooks.hooks import StateManager
 from torch.nn import Module
 
 
@@ -20,10 +20,6 @@ class ContextReceiver(StateManager):
 
     def __init__(self) -> None:
         super().__init__(None)  # type: ignore[arg-type]  # makes no states
-
-    @property
-    def current(self) -> CacheContext | None:
-        return self._context
 
     @property
     def name(self) -> str | None:

@@ -11,8 +11,6 @@ from typing import Any
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip
 
-__all__ = ["compiled_by", "pause", "resume", "stays_python"]
-
 
 def stays_python(function: Callable) -> Callable:
     """Decorator: ``function`` is never traced, and the compiler is still on for what it calls."""

@@ -7,6 +7,7 @@ linearly in sigma under Euler's method is the Adams-Bashforth method of second o
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from coeffs import Plan
 from runtime.errors import InvalidSetting
 
 ORDERS = {"reuse": 0, "linear": 1, "quadratic": 2}
@@ -41,6 +42,11 @@ class Forecast:
             raise InvalidSetting(
                 f"forecast {self.kind!r} with a schedule: it follows any; only fitted has one"
             )
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> "Forecast":
+        """The forecast that a plan states, for its own schedule."""
+        return cls(plan.forecast or "reuse", plan.weights_by_step).planned_for(plan.schedule)
 
     @property
     def order(self) -> int:

@@ -68,17 +68,17 @@ class GateConfig:
             raise InvalidSetting(
                 f"threshold {self.threshold!r}: expected a number >= 0 (0 computes every step)"
             )
-        for name, value in (("start", self.start), ("end", self.end)):
+        for name in ("start", "end"):
+            value = getattr(self, name)
             most = 1 if isinstance(value, float) else math.inf
             if not _is_number(value) or not 0 <= value <= most:
                 raise InvalidSetting(
                     f"{name} {value!r}: expected a count of steps (int) or a fraction from 0.0 to 1.0 (float)"
                 )
-        if self.max_skips is not None and (
-            type(self.max_skips) is not int or self.max_skips < 1
-        ):
+        cap = self.max_skips
+        if cap is not None and (type(cap) is not int or cap < 1):
             raise InvalidSetting(
-                f"max_skips {self.max_skips!r}: expected a count >= 1, or None for no cap"
+                f"max_skips {cap!r}: expected a count >= 1, or None for no cap"
             )
 
     @property
@@ -147,15 +147,15 @@ class Gate:
         if x is None:
             return Decision("shape_changed")
         if not math.isfinite(x):
-            return Decision("non_finite", x)
+            return Decision("non_finite")
         if self.polynomial.above_domain(x):
-            return Decision("above_domain", x)
+            return Decision("above_domain")
         predicted = self.polynomial.predict(x)
         accumulated = self._accumulated + predicted
         if not math.isfinite(accumulated):
-            return Decision("non_finite", x, predicted)
+            return Decision("non_finite", predicted=predicted)
         kind = "skipped" if accumulated < self.config.threshold else "computed"
-        return Decision(kind, x, predicted, accumulated)
+        return Decision(kind, predicted=predicted, accumulated=accumulated)
 
 
 class FixedSchedule:
@@ -184,10 +184,10 @@ class FixedSchedule:
             raise InvalidSetting(
                 f"step {step + 1} of a schedule of {length}: plan for more steps"
             )
-        planned = "skipped" if self.schedule[step] == "S" else "computed"
-        kind = planned if self._started else "first"
-        self._started = True
-        return Decision(kind)
+        started, self._started = self._started, True
+        if not started:
+            return Decision("first")
+        return Decision("skipped" if self.schedule[step] == "S" else "computed")
 
 
 # What decides at every step of a trajectory.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 # More calls than this within one scheduler step are no CFG branches: the scheduler in view drives something else.
 MOST_BRANCHES = 8
+Times = tuple[float, float]  # lowest and highest of the timesteps that a call was given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class CallInfo:
         schedule: Identity of the schedule in force (a new one per generation); ``None`` without a pipeline.
         step_index: 0-based index of the scheduler's step; ``None`` where the scheduler keeps none.
         num_steps: Length of the schedule, if known.
-        timestep: Reads ``(lowest, highest)`` of the timestep; called only where needed, since on a GPU it waits.
+        timestep: Reads the timesteps; called only where needed, since on a GPU it waits.
         conditioning: Identities of the call's conditioning tensors (prompt embeddings and the like).
     """
 
@@ -30,7 +31,7 @@ class CallInfo:
     schedule: Hashable | None = None
     step_index: int | None = None
     num_steps: int | None = None
-    timestep: Callable[[], tuple[float, float] | None] = lambda: None
+    timestep: Callable[[], Times | None] = lambda: None
     conditioning: frozenset = frozenset()
 
 
@@ -76,17 +77,15 @@ class Tracker:
         """Forget everything: the next call begins a generation."""
         self._branches: list[_Branch] = []
         self._ordinal = -1
-        self._schedule: Hashable | None = None
-        self._index: int | None = None
+        # Schedule and index of the latest call, and where a scheduler stands that does not drive.
+        self._now: tuple[Hashable | None, int | None] = (None, None)
         self._stuck: Hashable | None = None
-        self._time: tuple[float, float] | None = None
+        self._time: Times | None = None
         self._rises: bool | None = None
 
     def locate(self, info: CallInfo) -> Position:
         """The trajectory and the step of this call."""
-        index = info.step_index
-        if index is not None and self._is_stuck(info, index):
-            index = None
+        index = None if self._is_stuck(info) else info.step_index
         time = info.timestep() if index is None else None
         event = self._event(info, index, time)
         if event == "generation":
@@ -95,7 +94,7 @@ class Tracker:
             self._stuck = stuck
         if event != "branch":
             self._ordinal += 1
-        self._schedule, self._index = info.schedule, index
+        self._now = info.schedule, index
         self._time = self._time if time is None else time
         branch, consecutive = self._visit(info)
         return Position(
@@ -109,16 +108,18 @@ class Tracker:
 
     # -- does a new step or a new generation begin with this call? ------------------------------------------------
 
-    def _is_stuck(self, info: CallInfo, index: int) -> bool:
+    def _is_stuck(self, info: CallInfo) -> bool:
         """Whether the scheduler in view stands still while the denoiser is driven by another one (a shared model)."""
-        now = (info.schedule, index)
+        now = info.schedule, info.step_index
+        if info.step_index is None:
+            return False
         if self._stuck not in (None, now):
             self._stuck, self._branches = None, []  # it moves again: it drives
         if self._stuck is None:
             names = [branch.name for branch in self._called()]
             again = info.context in names or len(names) >= MOST_BRANCHES
-            through = info.num_steps is not None and index >= info.num_steps
-            if through or (again and (self._schedule, self._index) == now):
+            through = info.num_steps is not None and info.step_index >= info.num_steps
+            if through or (again and self._now == now):
                 self._stuck, self._branches = now, []
         return self._stuck is not None
 
@@ -126,12 +127,10 @@ class Tracker:
         """The branches that were called at this step."""
         return [branch for branch in self._branches if branch.ordinal == self._ordinal]
 
-    def _event(
-        self, info: CallInfo, index: int | None, time: tuple[float, float] | None
-    ) -> str:
+    def _event(self, info: CallInfo, index: int | None, time: Times | None) -> str:
         """What begins with this call: a ``generation``, a ``step``, or only another ``branch``."""
-        before = self._index
-        if not self._branches or info.schedule != self._schedule:
+        schedule, before = self._now
+        if not self._branches or info.schedule != schedule:
             return "generation"
         if index is not None and before is not None:
             return "generation" if index < before else "step" if index > before else "branch"
@@ -150,9 +149,9 @@ class Tracker:
     def _evaluated_again(self, info: CallInfo) -> bool:
         """Whether the same branch runs once more at one timestep, as solvers of second order do."""
         if info.context is not None:
-            return any(branch.name == info.context for branch in self._called())
-        same = [branch for branch in self._called() if branch.seen == info.conditioning]
-        return bool(info.conditioning and same)
+            return info.context in [branch.name for branch in self._called()]
+        seen = [branch.seen for branch in self._called()]
+        return bool(info.conditioning) and info.conditioning in seen
 
     # -- which branch is it? --------------------------------------------------------------------------------------
 
@@ -165,7 +164,7 @@ class Tracker:
             return name, False
         # Pipelines pass the same embeddings at every step, so after one call other embeddings may mean another branch.
         # Custom loops often rebuild embeddings every step, so without a scheduler we trust call order.
-        known = branch.calls > 1 or info.context is not None or self._index is None
+        known = branch.calls > 1 or info.context is not None or self._now[1] is None
         known = known or not (branch.seen and now) or bool(branch.seen & now)
         consecutive = known and branch.ordinal == self._ordinal - 1
         branch.constant &= now
@@ -175,9 +174,8 @@ class Tracker:
     def _find(self, info: CallInfo) -> _Branch | None:
         now = info.conditioning
         if info.context is not None:
-            return next(
-                (branch for branch in self._branches if branch.name == info.context), None
-            )
+            named = (branch for branch in self._branches if branch.name == info.context)
+            return next(named, None)
         # All that stayed the same in a branch so far must be there again (one call alone proves nothing).
         free = [
             branch

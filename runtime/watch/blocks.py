@@ -20,13 +20,14 @@ _SIDE_STACK = re.compile(
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _LISTS = (nn.ModuleList, nn.Sequential)
 _PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-HOOK = "teacal_block"
+_HOOK = "teacal_block"
+_MARK = "_teacal_hooks"  # a denoiser whose blocks are hooked has this attribute
 Blocks = Sequence[str | Module]  # a stack named by hand
-# Ahead of every other entry in the hook chain: this attribute on the denoiser says whose hooks it carries.
-_OWNER = "_teacal_hooks"
+Stack = list[tuple[str, Module]]  # blocks with their paths
+Paths = dict[Module, str]
 
 
-def find_blocks(root: Module, blocks: Blocks | None = None) -> list[tuple[str, Module]]:
+def find_blocks(root: Module, blocks: Blocks | None = None) -> Stack:
     """The blocks of the main stack as ``(path, block)``, in the order of definition.
 
     Args:
@@ -38,14 +39,10 @@ def find_blocks(root: Module, blocks: Blocks | None = None) -> list[tuple[str, M
     """
     paths = {module: path for path, module in root.named_modules()}
     chosen = _main_lists(paths) if blocks is None else _named_by_hand(root, paths, blocks)
-    stack: list[tuple[str, Module]] = []
+    stack: Stack = []
     for module in chosen:
-        if isinstance(module, _LISTS):
-            stack += [
-                (f"{paths[module]}.{name}", child) for name, child in module.named_children()
-            ]
-        else:
-            stack.append((paths[module], module))
+        members = module.children() if isinstance(module, _LISTS) else [module]
+        stack += [(paths[block], block) for block in members]
     if not stack:
         raise UnsupportedModel(
             f"{type(root).__name__}: no list of transformer blocks with attention found "
@@ -54,7 +51,7 @@ def find_blocks(root: Module, blocks: Blocks | None = None) -> list[tuple[str, M
     return stack
 
 
-def _main_lists(paths: dict[Module, str]) -> list[Module]:
+def _main_lists(paths: Paths) -> list[Module]:
     """Lists of which every member has attention; none inside another."""
     chosen: list[Module] = []
     for module, path in paths.items():
@@ -66,18 +63,20 @@ def _main_lists(paths: dict[Module, str]) -> list[Module]:
     return chosen
 
 
-def _named_by_hand(root: Module, paths: dict[Module, str], blocks: Blocks) -> list[Module]:
+def _named_by_hand(root: Module, paths: Paths, blocks: Blocks) -> list[Module]:
     modules = {path: module for module, path in paths.items() if path}
-    chosen = [modules.get(block) if isinstance(block, str) else block for block in blocks]
-    for name, module in zip(blocks, chosen, strict=True):
-        if module not in modules.values():
+    chosen = []
+    for block in blocks:
+        module = modules.get(block) if isinstance(block, str) else block
+        if module is None or module not in modules.values():
             raise UnsupportedModel(
-                f"blocks={name!r}: {type(root).__name__} has no such module; its lists are {_listed(paths)}"
+                f"blocks={block!r}: {type(root).__name__} has no such module; its lists are {_listed(paths)}"
             )
-    return [module for module in chosen if module is not None]
+        chosen.append(module)
+    return chosen
 
 
-def _listed(paths: dict[Module, str]) -> str:
+def _listed(paths: Paths) -> str:
     """Paths of the lists that there are, for messages."""
     lists = [
         path for module, path in paths.items() if isinstance(module, nn.ModuleList) and path
@@ -112,24 +111,49 @@ def _looks_like_attention(name: str, module: Module) -> bool:
     return len(projections) >= 2 or isinstance(module, nn.MultiheadAttention)
 
 
-class BlockHook(ModelHook):
-    """Passes every call of a block to ``run(block, original forward, args, kwargs)``.
+@contextmanager
+def hooked(
+    root: Module,
+    blocks: Stack,
+    run: Callable,
+    receiver: ContextReceiver,
+    on_reset: Callable[[], None],
+) -> Iterator[None]:
+    """With every call of a block of ``root`` handed to ``run(block, original forward, args, kwargs)``.
 
     Args:
-        receiver: Where diffusers says the name of the CFG branch; it looks for one on stateful hooks.
+        receiver: Where diffusers says the name of the CFG branch.
         on_reset: Called when the pipeline says that a generation is over.
-    """
 
-    _is_stateful = True
+    Raises:
+        ApplyError: Another cache or recorder of this toolkit has hooks on ``root``.
+    """
+    if hasattr(root, _MARK):
+        raise ApplyError(
+            f"{type(root).__name__} already carries a cache or recorder of teacal; remove() that one first"
+        )
+    registry = HookRegistry.check_if_exists_or_initialize(root)
+    with ExitStack() as undo:
+        setattr(root, _MARK, True)
+        undo.callback(delattr, root, _MARK)
+        undo.callback(registry.invalidate_child_registries_cache)
+        for index, (_, block) in enumerate(blocks):
+            hook = _BlockHook(run, receiver, on_reset)
+            undo.callback(_unregister, block, hook)
+            # A model's context-parallel hook splits the sequence on the first block: ours must see what is left.
+            _register(block, hook, innermost=index == 0)
+        registry.invalidate_child_registries_cache()
+        yield
+
+
+class _BlockHook(ModelHook):
+    _is_stateful = True  # diffusers looks for a receiver on such hooks
 
     def __init__(
-        self,
-        run: Callable,
-        receiver: ContextReceiver | None = None,
-        on_reset: Callable[[], None] = lambda: None,
+        self, run: Callable, receiver: ContextReceiver, on_reset: Callable[[], None]
     ) -> None:
         super().__init__()
-        self.run: Callable | None = run
+        self.run: Callable | None = run  # None once it is removed: others may still call it
         self.receiver, self.on_reset = receiver, on_reset
 
     def initialize_hook(self, module: Module) -> Module:
@@ -148,23 +172,23 @@ class BlockHook(ModelHook):
         return module
 
 
-def register(block: Module, hook: BlockHook, innermost: bool = False) -> None:
+def _register(block: Module, hook: _BlockHook, innermost: bool) -> None:
     """Put ``hook`` on ``block``, around its other hooks or beneath all of them."""
     registry = HookRegistry.check_if_exists_or_initialize(block)
     with _taken_off(registry, list(registry.hooks) if innermost else []):
-        registry.register_hook(hook, HOOK)
+        registry.register_hook(hook, _HOOK)
 
 
-def unregister(block: Module, hook: BlockHook) -> None:
+def _unregister(block: Module, hook: _BlockHook) -> None:
     """Take ``hook`` off ``block``, whatever was put around it since."""
     hook.run, hook.on_reset = None, lambda: None
     registry = hook_registry(block)
-    if registry is None or registry.get_hook(HOOK) is not hook:
+    if registry is None or registry.get_hook(_HOOK) is not hook:
         return
     present = block.forward
     names = list(registry.hooks)
-    with _taken_off(registry, names[names.index(HOOK) + 1 :]):
-        registry.remove_hook(HOOK, recurse=False)
+    with _taken_off(registry, names[names.index(_HOOK) + 1 :]):
+        registry.remove_hook(_HOOK, recurse=False)
     if hook.beneath is not None and present == hook.beneath:
         block.forward = present  # accelerate's hook is gone, and took ours along
 
@@ -181,53 +205,3 @@ def _taken_off(registry: HookRegistry, names: list[str]) -> Iterator[None]:
     yield
     for name, hook in hooks.items():
         registry.register_hook(hook, name)
-
-
-class HookSet:
-    """The hooks on a denoiser and its blocks, installed and removed as one; derived by who handles them.
-
-    Attributes:
-        root: The denoiser.
-        blocks: Its blocks with their paths.
-        receiver: Hears the names of CFG branches.
-        undo: Takes out what is installed.
-        begin, end: Forward hooks of the denoiser; ``end`` also runs where the forward failed, with no output.
-        run_block: Takes the place of every block's forward.
-        reset: Called when the pipeline says that a generation is over.
-    """
-
-    begin: Callable
-    end: Callable
-    run_block: Callable
-    reset: Callable
-
-    def __init__(self, root: Module, blocks: list[tuple[str, Module]]) -> None:
-        self.root, self.blocks = root, blocks
-        self.receiver = ContextReceiver()
-        self.undo = ExitStack()
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """With the hooks in place, all or none; afterwards the model is as it was."""
-        root, undo = self.root, self.undo
-        if hasattr(root, _OWNER):
-            raise ApplyError(
-                f"{type(root).__name__} already carries a cache or recorder of teacal; remove() that one first"
-            )
-        with undo:
-            registry = HookRegistry.check_if_exists_or_initialize(root)
-            undo.callback(registry.invalidate_child_registries_cache)
-            setattr(root, _OWNER, self)
-            undo.callback(delattr, root, _OWNER)
-            undo.enter_context(root.register_forward_pre_hook(self.begin, with_kwargs=True))
-            undo.enter_context(
-                root.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-            )
-            for index, (_, block) in enumerate(self.blocks):
-                heard = () if index else (self.receiver, self.reset)
-                hook = BlockHook(self.run_block, *heard)
-                undo.callback(unregister, block, hook)
-                # A model's context-parallel hook splits the sequence on the first block: ours must see what is left.
-                register(block, hook, innermost=index == 0)
-            registry.invalidate_child_registries_cache()
-            yield

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from runtime.decide.tracker import Position
 from runtime.errors import UnsupportedModel
 from runtime.watch.distance import l1_sums
 from runtime.watch.observe import Observation
-from runtime.watch.places import Place, at, call_tensors, streams, tensors
-from runtime.watch.wiring import Spec, Wiring
+from runtime.watch.places import Arguments, Place, Streams, at, tensors
+from runtime.watch.wiring import Exit, Spec, Wiring
 
 
 class Trajectory:
@@ -68,16 +69,15 @@ class Call:
     Attributes:
         root: The denoiser.
         named: Its arguments by the names of its parameters.
-        time_embedding: Where it stands in the first block's arguments, if that is known.
         compiler: What ``torch.compile(model)`` runs the forward with.
-        decided, skip: Whether the first block was reached, and what was decided there.
+        time_embedding: Where it stands in the first block's arguments, if it is known to.
         observation: Learns the wiring while the forward runs; ``None`` where it is known.
-        head: The first block's arguments.
-        first_block: That block, its own forward, and its attention layers.
-        bases: Copies of the streams that enter the stack.
-        results: What the handler made of each exit's value.
+        decided, skip: Whether the first block was reached, and what was decided there.
+        first_block: That block, its own forward, and its attention layers; ``arguments``: what it was called with.
+        bases: The streams that enter the stack; copies where a block may change them in place.
+        left: The exits that a computed step has passed.
         overrides: Values that skipped exits still have to be given.
-        stand_ins: Zeros that skipped blocks return.
+        zeros: What skipped blocks return; all of them share one tensor of a kind, and may well write into it.
         counts: How often each module was called, within the forward and since the stack began.
     """
 
@@ -85,17 +85,17 @@ class Call:
     trajectory: Trajectory
     position: Position
     named: dict[str, Any]
-    time_embedding: Place | None = None
-    compiler: Any = None
+    compiler: Any
+    time_embedding: Place | None
+    observation: Observation | None = None
     decided: bool = False
     skip: bool = False
-    observation: Observation | None = None
-    head: tuple[tuple, dict] = ((), {})
     first_block: tuple[Module, Callable, list[Module]] = field(init=False)
-    bases: dict[Place, Tensor] = field(default_factory=dict)
-    results: dict[int, Any] = field(default_factory=dict)
-    overrides: dict[int, Tensor] = field(default_factory=dict)
-    stand_ins: dict[Spec, Tensor] = field(default_factory=dict)
+    arguments: Arguments = ((), {})
+    bases: Streams = field(default_factory=dict)
+    left: set[Exit] = field(default_factory=set)
+    overrides: dict[Exit, Tensor] = field(default_factory=dict)
+    zeros: Callable[[Spec], Tensor] = field(default_factory=lambda: cache(Spec.make))
     counts: Counter[Module] = field(default_factory=Counter)
     thread: int = field(default_factory=threading.get_ident)
 
@@ -120,17 +120,27 @@ class Call:
         """
         # Texts among the denoiser's arguments name modes (such as writing or reading a key-value cache).
         modes = [item for item in self.named.items() if isinstance(item[1], str)]
-        arguments = (self.head, self.named if with_arguments else None)
-        shapes = [(place, t.shape, t.dtype, t.device) for place, t in tensors(arguments)]
+        seen = (self.arguments, self.named if with_arguments else None)
+        shapes = [(place, Spec.of(tensor)) for place, tensor in tensors(seen)]
         return self.first_block[0], modes, shapes
 
     def keep_bases(self) -> None:
-        """Copy the streams that enter the stack, since a block may change its input in place."""
+        """Look up the streams that enter the stack."""
+        places = {exit.base for exit in self.wiring.exits if exit.base is not None}
         if self.observation is not None:
-            places = list(streams(*self.head))
-        else:
-            places = [exit.base for exit in self.wiring.exits if exit.base is not None]
-        self.bases = {place: at(place, *self.head).detach().clone() for place in set(places)}
+            places = set(self.observation.entering or ())
+        for place in places:
+            tensor = at(place, self.arguments)
+            self.bases[place] = tensor if self.skip else tensor.detach().clone()
+
+    def base(self, exit: Exit) -> Tensor | None:
+        """The stream at the stack's entry as it would stand at ``exit``."""
+        if exit.base is None:
+            return None
+        base = self.bases[exit.base]
+        for selection in exit.selections:
+            base = selection(base)
+        return base
 
 
 class Handler:
@@ -153,15 +163,15 @@ class Handler:
         """At the first block: whether to skip. ``changed``: not the shapes or modes of the step before."""
         raise NotImplementedError
 
-    def leave(self, call: Call, index: int, value: Tensor, base: Tensor | None) -> Any:
-        """A computed step's value at exit ``index``; ``base`` (the handler's to keep) is the stack's input there."""
+    def leave(self, call: Call, exit: Exit, value: Tensor, base: Tensor | None) -> None:
+        """A computed step's value at an exit; ``base`` (the handler's to keep) is the stack's input there.
+
+        While the wiring is being learned it comes after the forward, when the exits that matter are known.
+        """
         raise NotImplementedError
 
-    def keep(self, call: Call, results: list[Any]) -> None:
-        """What :meth:`leave` returned for the exits that matter, once all are known."""
-
-    def enter(self, call: Call, index: int, base: Tensor | None) -> Tensor:
-        """A skipped step's value for exit ``index``."""
+    def enter(self, call: Call, exit: Exit, base: Tensor | None) -> Tensor:
+        """A skipped step's value for an exit."""
         raise NotImplementedError
 
     def finish(self, call: Call, output: Any) -> Any:
@@ -179,7 +189,7 @@ class _StopForward(BaseException):
 
 def _modulated_input(call: Call) -> Tensor:
     """The probe: the first block's own forward, stopped at its first attention call."""
-    args, kwargs = call.head
+    args, kwargs = call.arguments
     block, original, attention = call.first_block
     # A block that is an attention layer itself has no forward to stop: its input is the signal.
     if block in attention:
@@ -212,17 +222,16 @@ def _hidden_states(call: Call, args: tuple, kwargs: dict) -> Tensor:
     value = kwargs.get("hidden_states")
     if isinstance(value, Tensor):
         return value
-    generated = at(call.wiring.primary, *call.head)
-    received = [tensor for _, tensor in call_tensors(args, kwargs)]
+    generated = at(call.wiring.primary, call.arguments)
+    received = [tensor for _, tensor in tensors((args, kwargs))]
     return next(
         (tensor for tensor in received if tensor.shape == generated.shape), received[0]
     )
 
 
 def _time_embedding(call: Call) -> Tensor | None:
-    # At the first step ever only what has been observed so far tells where it stands.
-    place = call.time_embedding or call.wiring.time_embedding
-    return None if place is None else at(place, *call.head)
+    place = call.time_embedding
+    return None if place is None else at(place, call.arguments)
 
 
 # One for each of coeffs.entry.signals.SIGNALS, by its name.

@@ -1,12 +1,17 @@
 """Tensors inside the arguments and results of a module call: where they are, and how to put others there."""
 
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from torch import Tensor
 
-# A place in a call: ("args", 0), ("kwargs", "hidden_states"), one step deeper for every list, tuple or dict.
+# What a module is called with: its positional arguments and its named ones.
+Arguments = tuple[tuple, dict]
+# A place in them: (0, 0), (1, "hidden_states"), one step deeper for every list, tuple or dict.
 Place = tuple[Any, ...]
+Streams = dict[Place, Tensor]
 
 
 def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
@@ -20,44 +25,30 @@ def tensors(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
             yield from tensors(value, (*place, key))
 
 
-def call_tensors(args: tuple, kwargs: dict) -> Iterator[tuple[Place, Tensor]]:
-    """The tensors of a call, positional ones first."""
-    return tensors({"args": args, "kwargs": kwargs})
-
-
-def at(place: Place, args: tuple, kwargs: dict) -> Any:
-    """What stands at ``place`` of a call; ``None`` where the call has no such place."""
-    value: Any = {"args": args, "kwargs": kwargs}
+def at(place: Place, tree: Any) -> Any:
+    """What stands at ``place``; ``None`` where there is no such place."""
     try:
-        for key in place:
-            value = value[key]
+        return reduce(getitem, place, tree)
     except (KeyError, IndexError, TypeError):
         return None
-    return value
 
 
-def streams(args: tuple, kwargs: dict) -> dict[Place, Tensor]:
+def streams(arguments: Arguments) -> Streams:
     """What may be a stream of hidden states among the arguments of a block."""
     return {
         place: tensor
-        for place, tensor in call_tensors(args, kwargs)
+        for place, tensor in tensors(arguments)
         if tensor.is_floating_point() and tensor.ndim > 1
     }
 
 
-def replaced(place: Place, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a call with ``value`` at ``place``; only the containers on the way are copied."""
-    both = _replaced({"args": args, "kwargs": kwargs}, place, value)
-    return both["args"], both["kwargs"]
-
-
-def _replaced(tree: Any, place: Place, value: Any) -> Any:
+def replaced(tree: Any, place: Place, value: Any) -> Any:
+    """``tree`` with ``value`` at ``place``; only the containers on the way are copied."""
     if not place:
         return value
-    key, *rest = place
     copy: Any = dict(tree) if isinstance(tree, dict) else list(tree)
-    copy[key] = _replaced(tree[key], tuple(rest), value)
-    return copy if isinstance(tree, dict) else _rebuild(tree, copy)
+    copy[place[0]] = replaced(copy[place[0]], place[1:], value)
+    return _rebuilt(tree, copy)
 
 
 def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> Any:
@@ -66,13 +57,15 @@ def mapped(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> An
         return function(tree)
     if isinstance(tree, dict):
         values = {key: mapped(value, function, leaf) for key, value in tree.items()}
-        return values if type(tree) is dict else type(tree)(**values)
+        return _rebuilt(tree, values)
     if isinstance(tree, list | tuple):
-        return _rebuild(tree, [mapped(item, function, leaf) for item in tree])
+        return _rebuilt(tree, [mapped(item, function, leaf) for item in tree])
     return tree
 
 
-def _rebuild(like: list | tuple, items: list) -> list | tuple:
-    if hasattr(like, "_fields"):  # a named tuple
-        return type(like)(*items)
-    return type(like)(items)
+def _rebuilt(like: Any, items: Any) -> Any:
+    """``items`` (a dict or a list) in a container like ``like``."""
+    kind = type(like)
+    if isinstance(items, dict):
+        return items if kind is dict else kind(**items)
+    return kind(*items) if hasattr(like, "_fields") else kind(items)  # a named tuple

@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 from torch.nn import Module
 
 from runtime.errors import ApplyError, WiringError
+from runtime.watch.blocks import Stack
 from runtime.watch.distance import ratio
 
 
@@ -66,7 +67,7 @@ def gathered(group: Any, mine: Tensor, names: object = None) -> Tensor:
     return torch.stack(parts)
 
 
-def refuse_inner_sharding(root: Module, blocks: list[tuple[str, Module]]) -> None:
+def refuse_inner_sharding(root: Module, blocks: Stack) -> None:
     """Skipping must not leave out a collective that other ranks, which decide for themselves, still wait for.
 
     ``fully_shard`` gathers a block's parameters in the block's own pre-hook, which runs on a skipped step too. What is

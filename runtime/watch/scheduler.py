@@ -3,16 +3,15 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from runtime.decide.tracker import CallInfo
+from runtime.decide.tracker import CallInfo, Times
 from runtime.watch.blocks import Blocks
 from runtime.watch.places import tensors
 
@@ -70,9 +69,13 @@ class SchedulerClock:
         self._levels: list[float] = []
         self._generation = 0
 
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self.pipeline, "scheduler", None)
+
     def call_info(self, named: dict[str, Any], context: str | None) -> CallInfo:
         """What is known of a denoiser call with the arguments ``named`` in the cache context ``context``."""
-        scheduler: Any = getattr(self.pipeline, "scheduler", None)
+        scheduler = self._scheduler
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self._timesteps:
             # Kept, so that no other tensor can be given its identity.
@@ -93,13 +96,11 @@ class SchedulerClock:
 
     def sigma(self, step: int) -> float | None:
         """Noise level of ``step``; ``None`` where the scheduler has no sigmas."""
-        sigmas = getattr(getattr(self.pipeline, "scheduler", None), "sigmas", None)
+        sigmas = getattr(self._scheduler, "sigmas", None)
         if sigmas is not self._sigmas:
             # They may lie on the device: read once per schedule, not once per step.
             self._sigmas = sigmas
-            self._levels = (
-                [] if sigmas is None else [float(level) for level in sigmas.tolist()]
-            )
+            self._levels = [] if sigmas is None else sigmas.tolist()
         return self._levels[step] if step < len(self._levels) else None
 
     def level(self, step: int) -> float:
@@ -173,7 +174,7 @@ def timestep(named: dict[str, Any]) -> Any:
     return next((named[name] for name in names if named.get(name) is not None), None)
 
 
-def _extent(value: Any) -> tuple[float, float] | None:
+def _extent(value: Any) -> Times | None:
     """Lowest and highest of the timesteps that a call was given."""
     if value is None:
         return None
@@ -183,17 +184,10 @@ def _extent(value: Any) -> tuple[float, float] | None:
     return low, high
 
 
-@dataclass(frozen=True)
-class _Identity:
-    """A conditioning tensor by its memory, which is held so that no other tensor can be given it meanwhile."""
-
-    key: tuple
-    memory: Any = field(compare=False)
-
-
-def _identities(named: dict[str, Any]) -> Iterator[_Identity]:
+def _identities(named: dict[str, Any]) -> Iterator[Hashable]:
+    """Conditioning tensors by their memory, which is held so that no other tensor can be given it meanwhile."""
     for name, value in named.items():
         if _CONDITIONING.search(name):
             for place, tensor in tensors(value):
-                key = (name, *place, tensor.data_ptr(), tuple(tensor.shape))
-                yield _Identity(key, tensor.untyped_storage())
+                memory, offset = tensor.untyped_storage(), tensor.storage_offset()
+                yield name, *place, memory, offset, tensor.shape
