@@ -130,12 +130,12 @@ def hooked_steps(
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            prediction, *others = args or (kwargs.pop(name),)
+            given = signature.bind(scheduler, *args, **kwargs)
+            prediction = given.arguments[name]
             if on_step is not None and isinstance(prediction, Tensor):
-                prediction = on_step(prediction)
-            stepped = own.step(scheduler, prediction, *others, **kwargs)
+                given.arguments[name] = on_step(prediction)
+            stepped = own.step(*given.args, **given.kwargs)
             if on_stepped is not None:
-                given = signature.bind(scheduler, prediction, *others, **kwargs)
                 on_stepped(scheduler, given.arguments, stepped)
             return stepped
 
