@@ -23,7 +23,7 @@ from runtime.stats import Stats
 from runtime.watch.blocks import Blocks
 from runtime.watch.hooks import Watch
 from runtime.watch.ranks import refuse_inner_sharding
-from runtime.watch.scheduler import OwnLoop, SchedulerClock
+from runtime.watch.scheduler import OwnLoop, SchedulerClock, hooked_steps
 
 _DENOISER = re.compile(r"^(transformer|denoiser|dit)(_\d+)?$")
 _logger = logging.getLogger(__name__)
@@ -255,11 +255,14 @@ def _installed(target: Any, asked: Asked, blocks: Blocks | None) -> TeaCache:
     def new_handler(expert: str) -> CacheHandler:
         return CacheHandler(expert, handle.stats, clock.level, on_generation, guided)
 
-    on_step = guided.step if guided else None
-    handle._watch = watch = Watch(modules, new_handler, clock, blocks, on_step)
+    handle._watch = watch = Watch(modules, new_handler, clock, blocks)
     for stack in watch.stacks:
         refuse_inner_sharding(stack.root, stack.blocks)
-    handle.installed.enter_context(watch.installed())
+    with ExitStack() as installed:
+        if guided is not None:
+            installed.enter_context(hooked_steps(pipeline, guided.step))
+        installed.enter_context(watch.installed())
+        handle.installed = installed.pop_all()
     for mismatch in settings.mismatches:
         handle.differs(mismatch)
     if settings.advice is not None:

@@ -22,7 +22,7 @@ from runtime.watch.blocks import Blocks, attention_modules, find_blocks, hooked
 from runtime.watch.call import Call, Handler, Trajectory
 from runtime.watch.observe import Observation
 from runtime.watch.places import Arguments, Place, at, mapped, replaced
-from runtime.watch.scheduler import SchedulerClock, hooked_steps
+from runtime.watch.scheduler import SchedulerClock
 from runtime.watch.wiring import Exit, Spec
 
 
@@ -34,7 +34,6 @@ class Watch:
         new_handler: Makes the handler of a denoiser, by its name.
         clock: Reads the scheduler of the pipeline that drives them.
         blocks: Names the stack by hand (see :func:`runtime.watch.blocks.find_blocks`).
-        on_step: Given what the pipeline's schedulers receive (see :func:`runtime.watch.scheduler.hooked_steps`).
     """
 
     def __init__(
@@ -43,9 +42,7 @@ class Watch:
         new_handler: Callable[[str], Handler],
         clock: SchedulerClock,
         blocks: Blocks | None = None,
-        on_step: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._pipeline, self._on_step = clock.pipeline, on_step
         self.stacks: list[StackHooks] = []
         for expert, module in modules.items():
             hooks = StackHooks(module, new_handler(expert), clock, self.stacks, blocks)
@@ -58,7 +55,6 @@ class Watch:
             undo.callback(self.reset)
             for stack in self.stacks:
                 undo.enter_context(stack.installed())
-            undo.enter_context(hooked_steps(self._pipeline, self._on_step))
             yield
 
     def reset(self) -> None:
