@@ -29,12 +29,6 @@ class BranchStats:
     def skipped(self) -> int:
         return self.pattern.count("S")
 
-    def add(self, decision: Decision) -> None:
-        self.pattern += "S" if decision.skip else "C"
-        self.reasons[decision.kind] += 1
-        if decision.x is not None:
-            self.last_x = decision.x
-
 
 @dataclass
 class Stats:
@@ -82,7 +76,10 @@ class Stats:
         return False
 
     def add(self, expert: str, branch: str, decision: Decision) -> None:
-        self.branches.setdefault((expert, branch), BranchStats()).add(decision)
+        stats = self.branches.setdefault((expert, branch), BranchStats())
+        stats.pattern += "S" if decision.skip else "C"
+        stats.reasons[decision.kind] += 1
+        stats.last_x = stats.last_x if decision.x is None else decision.x
         self.totals[decision.kind] += 1
 
     def __str__(self) -> str:
