@@ -17,7 +17,7 @@ from calibrate.runs.lock import alone
 from calibrate.runs.purposes import AUDITED, note
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, Images, Prompts, Say, open_case
-from coeffs import Certificate, Entry
+from coeffs import Certificate
 from coeffs.entry.certificates import chance, of_tier
 
 # Four misses among so many refute a risk of 5 %, as 27 % of misses give four times in five.
@@ -84,7 +84,14 @@ def audit(
             ``model``, ``dtype``, ``device`` or ``pipe_args`` than were certified.
     """
     case = open_case(source, **loading)
-    certificates = _in_force(case.entry, tiers)
+    entry = case.entry
+    known = dict.fromkeys(certificate.tier for certificate in entry.certificates)
+    if not known or not set(tiers) <= set(known):
+        raise InvalidOption(
+            f"{entry.label} is certified for {', '.join(known) or 'no tier'}; certify its run with `calibrate certify`"
+        )
+    # What is in force: of each tier the fastest cache, or fewer steps where no cache is certified.
+    certificates = [of_tier(entry.certificates, tier)[0] for tier in tiers or known]
     sets = case.offered(prompts, seed, images, KEPT_BACK)
     chosen = unseen(case.purposes, sets, num_prompts, AUDITED)
     ids = {prompt.prompt_id for prompt in chosen.prompts}
@@ -99,16 +106,6 @@ def audit(
     _prepare(case, lora)
     bench = Bench(case, chosen, any("lpips" in one.limits for one in certificates), progress)
     return [_audited(bench, one, len(certificates)) for one in certificates]
-
-
-def _in_force(entry: Entry, tiers: Sequence[str]) -> list[Certificate]:
-    """The certificate of each tier that is in force: the fastest cache, or fewer steps where no cache is certified."""
-    known = dict.fromkeys(certificate.tier for certificate in entry.certificates)
-    if not known or not set(tiers) <= set(known):
-        raise InvalidOption(
-            f"{entry.label} is certified for {', '.join(known) or 'no tier'}; certify its run with `calibrate certify`"
-        )
-    return [of_tier(entry.certificates, tier)[0] for tier in tiers or known]
 
 
 def _prepare(case: Case, lora: str | os.PathLike | None) -> None:

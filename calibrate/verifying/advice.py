@@ -63,7 +63,9 @@ def advise(results: pd.DataFrame) -> Advice:
     if usable.empty:
         use = "Use none of these policies: each is slower than no cache or breaks."
         return Advice(None, 0, {}, use, "")
-    budget = _operating_point(usable)
+    # The budget with most policies that is nearest to the operating point.
+    wanted = SHARE_COMPUTED * usable["num_steps"].iloc[0]
+    budget = int(min(usable["budget"].mode(), key=lambda budget: abs(budget - wanted)))
     rows = {
         row["policy"]: row for row in usable.to_dict("records") if row["budget"] == budget
     }
@@ -126,12 +128,6 @@ def export_line(advice: Advice, entry: Entry, path: str | Path) -> str:
                 export_entry(entry, engine, threshold=threshold)
                 return f"{command} {engine} --threshold {threshold:g}"
     return ""
-
-
-def _operating_point(usable: pd.DataFrame) -> int:
-    """The budget with most policies that is nearest to half of the steps."""
-    half = SHARE_COMPUTED * usable["num_steps"].iloc[0]
-    return int(min(usable["budget"].mode(), key=lambda budget: abs(budget - half)))
 
 
 def _certainty(rival: dict, measure: str, compared: Comparison | None, sign: int) -> str:

@@ -161,7 +161,11 @@ def _facts(bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> dict
     """What a reader needs besides the results."""
     case, policies = bench.case, results["policy"]
     broken = policies[results["broken"].astype(bool)].value_counts()
-    gate = results[policies == GATE]
+    # How far the replay lies from the real runs of the fitted gate.
+    gate, drift = results[policies == GATE], None
+    if len(gate):
+        wrong = gate["disagreement"]
+        drift = {"disagreeing_steps": wrong.mean(), "most_disagreeing_steps": wrong.max()}
     opening = headline(judge(results, GATE))
     if GATE in refused:
         opening = f"The {GATE} could not be run: {refused[GATE]}."
@@ -175,14 +179,9 @@ def _facts(bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> dict
         "broken": broken.to_dict(),
         "uncached_seconds": float(results["uncached_seconds"].mean()),
         "floor": bench.floor(),
-        "drift": None if gate.empty else _drift(gate["disagreement"]),
+        "drift": drift,
         "measures": {measure.name: measure.text for measure in measured(results)},
     }
-
-
-def _drift(wrong: pd.Series) -> dict[str, float]:
-    """How far the replay lies from the real runs of the fitted gate."""
-    return {"disagreeing_steps": wrong.mean(), "most_disagreeing_steps": wrong.max()}
 
 
 def _write_verified(case: Case, verification: Verification, say: Say) -> None:
