@@ -156,15 +156,16 @@ def tuned_gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequen
     ran = np.isin(prompts, [prompt.prompt_id for prompt in lineup.prompts])
     if not ran.any():  # they were not recorded: their own steps count then
         ran[:] = True
+
+    def measured(setting: Callable[[float], Setting], threshold: float) -> float:
+        steps = replayed(threshold)
+        return float(steps.mean() + lineup.steps(setting(threshold)) - steps[ran].mean())
+
     tried = []
     for budget in lineup.budgets:
         setting = partial(gate_setting, label, entry, budget)
-
-        def measured(threshold: float, setting: Callable = setting) -> float:
-            steps = replayed(threshold)
-            return float(steps.mean() + lineup.steps(setting(threshold)) - steps[ran].mean())
-
-        threshold, computed = tune_threshold(lambda t: replayed(t).mean(), measured, budget)
+        foreseen, real = lambda t: replayed(t).mean(), partial(measured, setting)
+        threshold, computed = tune_threshold(foreseen, real, budget)
         tried.append((setting(threshold), computed))
     return _near(tried)
 
