@@ -126,10 +126,10 @@ def computed_intervals(
     if len(known) < len(used):
         return np.full((2, len(thresholds)), np.nan)
     weights = known[0].weights  # the same draw for every branch
-    # Steps without a signal, or with one above the domain, are computed anyway.
+    gated = np.where(np.isnan(search.predicted), np.nan, search.x)
     curves = [
-        refit.curves(np.fmin(np.fmax(x, refit.domain[0]), refit.domain[1]))
-        for refit, x in zip(known, search.x, strict=True)
+        refit.curves(np.maximum(x, refit.domain[0]))
+        for refit, x in zip(known, gated, strict=True)
     ]
     predicted = np.stack(curves, axis=1).clip(0)
     of_generation = weights[:, search.prompt_of]

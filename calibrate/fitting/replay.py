@@ -48,6 +48,7 @@ class Search:
         shares: How much of each generation (columns) a trajectory's steps are: the mean of its branches, the sum of
             its experts.
         x: The leaders' signals, (trajectories, steps); NaN where unusable, and at the first step, which has no pair.
+        predicted: The changes predicted from them; NaN at steps that are computed at every threshold.
     """
 
     def __init__(self, run: Run, entry: Entry, branches: str = "together") -> None:
@@ -66,8 +67,7 @@ class Search:
         signals = rows.pivot(index=TRAJECTORY, columns="step", values=column)
         self.x = signals.reindex(leaders, columns=range(lengths.max())).to_numpy()
 
-        self.may_skip = np.zeros(self.x.shape, bool)
-        self.predicted = np.zeros(self.x.shape)
+        self.predicted = np.full(self.x.shape, np.nan)
         for row, (expert, leader) in enumerate(
             zip(keys["expert"], keys["leader"], strict=True)
         ):
@@ -76,7 +76,6 @@ class Search:
             for step, x in enumerate(self.x[row]):
                 forced = config.forced(step, int(self.num_steps[row]))
                 if np.isfinite(x) and not forced and not polynomial.above_domain(x):
-                    self.may_skip[row, step] = True
                     self.predicted[row, step] = polynomial.predict(x)
 
         self.seconds = np.array(
@@ -104,8 +103,7 @@ class Search:
         accumulated = streak = np.zeros(skipped.shape[:-1])
         for step in range(self.x.shape[1]):
             accumulated = accumulated + predicted[..., step]
-            allowed = self.may_skip[:, step] & (limit > 0) & (streak < cap)
-            skip = allowed & (accumulated < limit)
+            skip = (limit > 0) & (streak < cap) & (accumulated < limit)
             accumulated = np.where(skip, accumulated, 0.0)
             streak = np.where(skip, streak + 1, 0)
             skipped[..., step] = skip
@@ -155,7 +153,7 @@ class Search:
         positive = self.predicted[self.predicted > 0]
         if not len(positive):
             return np.array([0.0, 1e-9])
-        largest = 1.01 * self.predicted.sum(axis=1).max()
+        largest = 1.01 * np.nansum(self.predicted, axis=1).max()
         return np.append(0.0, np.geomspace(positive.min(), largest, SEARCH_POINTS))
 
 
