@@ -5,12 +5,13 @@ import io
 import itertools
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
-from coeffs.entry.fields import Text, plain
+from coeffs.entry.fields import Text, plain, stated
 from coeffs.entry.schema import Candidate, Entry, Expert, Threshold
+from coeffs.entry.strict_yaml import Plain
 
 WIDTH = 100
 _names = attrgetter("model", "title", "checkpoint.repository", "transformer_class")
@@ -43,7 +44,7 @@ _THRESHOLD_COLUMNS = {
 # --- many entries ---------------------------------------------------------------------------------
 
 
-def row(entry: Entry, shown_thresholds: int = 4) -> dict[str, Any]:
+def row(entry: Entry, shown_thresholds: int = 4) -> Plain:
     """The facts of an entry that a list shows; thresholds with their speed-up."""
     fits = [fit for expert in entry.experts.values() for fit in expert.branches.values()]
     figures = (fits and fits[0].figures) or {}
@@ -225,6 +226,6 @@ def span_of(fit: Candidate) -> str:
     return f"{fit.domain[0]:.4g} to {fit.domain[1]:.4g}" if fit.domain else "not published"
 
 
-def _pairs(values: Mapping[str, Any] | None) -> str:
-    known = {name: value for name, value in (values or {}).items() if value is not None}
-    return ", ".join(f"{name} {cell(value)}" for name, value in known.items())
+def _pairs(values: Plain | None) -> str:
+    known = stated(values or {}).items()
+    return ", ".join(f"{name} {cell(value)}" for name, value in known)

@@ -8,6 +8,7 @@ from coeffs.describe import WIDTH, columns, row, span_of
 from coeffs.entry.fields import Number, Text, plain
 from coeffs.entry.polynomial import UNKNOWN_DOMAIN
 from coeffs.entry.schema import Entry
+from coeffs.entry.strict_yaml import Plain
 
 # Curves that differ by more than a quarter skip visibly different steps at the same threshold.
 DISAGREEMENT = 0.25
@@ -38,7 +39,7 @@ def difference(first: Entry, second: Entry, width: int = WIDTH) -> str:
     return "\n".join(parts)
 
 
-def _compared_facts(entry: Entry) -> dict[str, Any]:
+def _compared_facts(entry: Entry) -> Plain:
     return {
         "status": entry.origin,
         "checkpoint": entry.checkpoint.repository,

@@ -8,6 +8,7 @@ from click import option
 from calibrate.commands.announce import leave_to_rank_0, tell, tell_next, tell_plan
 from calibrate.commands.options import FOLDER, POSITIVE, registry, rerunning_options
 from calibrate.text import aligned, block
+from coeffs.entry.fields import stated
 from coeffs.errors import CheckFailed
 
 LIMITS = ("psnr", "snr", "ssim", "lpips")
@@ -66,8 +67,8 @@ def certify(
     from calibrate.certifying.certify import checked_run
     from calibrate.certifying.tiers import USUAL_TIERS, parse_tier
 
-    given = {name: options.pop(name) for name in LIMITS}
-    limits = ",".join(f"{name}={limit}" for name, limit in given.items() if limit is not None)
+    given = stated({name: options.pop(name) for name in LIMITS})
+    limits = ",".join(f"{name}={limit}" for name, limit in given.items())
     if limits:
         tiers = (*tiers, f"{quality}:{limits}")
     chosen = list(map(parse_tier, tiers)) or USUAL_TIERS

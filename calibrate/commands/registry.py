@@ -14,6 +14,7 @@ from coeffs import release as releases
 from coeffs.engines import ENGINES as ENGINE_NAMES
 from coeffs.engines import export_entry, import_entry
 from coeffs.engines.releases import takers
+from coeffs.entry.fields import stated
 from coeffs.entry.signals import SIGNALS
 from coeffs.errors import (
     CheckFailed,
@@ -191,7 +192,7 @@ def import_form(
     Example:
         calibrate import cache_config.yaml --from tensorrt-llm --model flux2-dev --signal modulated_input
     """
-    given = {name: value for name, value in facts.items() if value is not None}
+    given = stated(facts)
     if "copied_from" in given:
         given["status"] = "copied"
     base = coeffs.load(like, registry) if like else None

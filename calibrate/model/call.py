@@ -11,6 +11,7 @@ from calibrate.model.prompts import Prompt
 from calibrate.model.protocol import Settings
 from calibrate.model.table import ModelSpec
 from calibrate.text import did_you_mean
+from coeffs.entry.fields import stated
 
 MIN_STEPS = 2  # one pair needs two steps
 STEPS = "num_inference_steps"
@@ -129,8 +130,7 @@ def _refuse_argument(name: str, flag: str, accepted: frozenset[str] | None) -> N
 def _table_defaults(spec: ModelSpec, guidance: str) -> Settings:
     values = {STEPS: spec.num_steps, guidance: spec.guidance_scale}
     values |= {name: getattr(spec, name) for name in _SIZES}
-    known = {name: value for name, value in values.items() if value is not None}
-    return known | spec.call_arguments
+    return stated(values) | spec.call_arguments
 
 
 def _guidance_argument(parameters: Mapping[str, inspect.Parameter]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from coeffs.entry.strict_yaml import number_hint
+from coeffs.entry.strict_yaml import Plain, number_hint
 from coeffs.errors import EntryError, did_you_mean
 
 # No calibration has larger numbers; powers of such coefficients still fit a float.
@@ -98,8 +98,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def stated(values: Plain) -> Plain:
+    """Without what is None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 @functools.cache
-def _defaults(cls: Any) -> dict[str, Any]:
+def _defaults(cls: Any) -> Plain:
     """Every field with its default, ``MISSING`` where it has none; for comparison only."""
     return {
         field.name: field.default
@@ -150,17 +155,17 @@ def _each(items: Iterable[tuple[str | int, Any, Any]]) -> Iterator[tuple[Any, An
             raise EntryError(error.problem, key, *error.path) from None
 
 
-def _record(cls: Any, given: dict[str, Any]) -> Any:
+def _record(cls: Any, given: Plain) -> Any:
     """The record of a mapping; ``null`` stands for a key that is not there."""
     defaults = _defaults(cls)
     for key in given:
         if key not in defaults:
             raise EntryError(f"unknown key: {_advice(str(key), defaults)}", str(key))
-    stated = {key: value for key, value in given.items() if value is not None}
+    values = stated(given)
     for name, default in defaults.items():
-        if default is MISSING and name not in stated:
+        if default is MISSING and name not in values:
             raise EntryError(f"missing key {name}")
-    return cls(**stated)
+    return cls(**values)
 
 
 def _advice(key: str, known: Iterable[str]) -> str:
