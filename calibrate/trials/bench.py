@@ -174,7 +174,7 @@ class Bench:
         shown = min(budgets, key=lambda budget: abs(budget - half), default=0)
         waiting: deque[tuple[str, Row, Future[Row]]] = deque()
         # None on the CPU, where measuring would slow the timed runs down.
-        most = 0 if self.case.identity["device"] == "cpu" else 2 * MEASURING_THREADS
+        may_wait = 0 if self.case.identity["device"] == "cpu" else 2 * MEASURING_THREADS
 
         def keep_measured(most: int) -> None:
             """Write finished results; wait for the oldest while more than ``most`` are being measured."""
@@ -197,10 +197,16 @@ class Bench:
                     except Refused as error:
                         refused[setting.policy] = str(error)
                         continue
-                    if setting.budget == shown and setting.policy in SHOWN:
-                        row |= self._kept_picture(key, sample, prompt)
+                    if (
+                        setting.budget == shown
+                        and setting.policy in SHOWN
+                        and sample.is_drawable
+                    ):
+                        row["sample"] = f"{key[:16]}.npz"
+                        row["reference"] = f"{self._stem(prompt).name}.npz"
+                        sample.write_picture(self.folder / "samples" / row["sample"])
                     waiting.append((key, row, pool.submit(self._measure, sample, reference)))
-                    keep_measured(most)
+                    keep_measured(may_wait)
             keep_measured(0)
         rows = [done[key] for key in every if key in done]
         return pd.DataFrame([row for row in rows if row["policy"] not in refused]), refused
@@ -227,14 +233,6 @@ class Bench:
         if setting.kind == "gate":
             row |= replayed(setting, self.reference(prompt).pairs, sample.patterns)
         return row, sample
-
-    def _kept_picture(self, key: str, sample: Sample, prompt: Prompt) -> Row:
-        """For the report: the files of the sample and of its reference, where they can be drawn."""
-        if not sample.is_drawable:
-            return {}
-        name = f"{key[:16]}.npz"
-        sample.write_picture(self.folder / "samples" / name)
-        return {"sample": name, "reference": f"{self._stem(prompt).name}.npz"}
 
     def _measure(self, sample: Sample, reference: Reference) -> Row:
         """All measures of a sample against its reference, dB capped at the noise floor."""
