@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 
 torch.set_num_threads(1)
 SCHEDULE = "CSCCSC"
-# Deep enough that a graph per block, or a guard on the block's identity, would show.
+# More blocks of each class than graphs: a graph per block, or a guard on the block's identity, would show.
 DEEP = {
-    "flux": {"num_layers": 5, "num_single_layers": 6},
-    "longcat_image": {"num_layers": 5, "num_single_layers": 6},
-    "wan21": {"num_layers": 10},
-    "qwen_image": {"num_layers": 10},
-    "qwen_image_zero_cond_t": {"num_layers": 10},
+    "flux": {"num_layers": 3, "num_single_layers": 4},
+    "longcat_image": {"num_layers": 3, "num_single_layers": 4},
+    "wan21": {"num_layers": 4},
+    "qwen_image": {"num_layers": 4},
+    "qwen_image_zero_cond_t": {"num_layers": 4},
 }
 # Graphs per class of blocks; single-stream blocks have a second one, for the first of them gets another layout.
 GRAPHS = {
@@ -138,7 +138,7 @@ def test_blocks_run_in_graphs_and_nothing_is_compiled_again(
     called = way(model, backend) if first == "compile" else model
     cache = apply_tea_cache(called, **GATE)
     called = way(model, backend) if first == "apply" else called
-    for generation in range(1, 4):
+    for generation in (1, 2):
         found = generate(name, called, STEPS)
         assert cache.stats.pattern == pattern
         assert equal(found, wanted)
