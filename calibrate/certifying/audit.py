@@ -30,7 +30,7 @@ class Audited:
 
     Attributes:
         missed: Of the new ``prompts``.
-        p: How likely so many misses are where the promise holds; below ``level`` it is called broken.
+        p: How likely so many misses are where the promise holds; below ``level`` it is broken.
         proven: Whether the new prompts alone would have certified it.
         results: One row per sample.
     """
@@ -45,15 +45,18 @@ class Audited:
 
     @property
     def holds(self) -> bool:
-        """Whether the misses are compatible with the promise."""
-        return self.p >= self.level
+        """Whether no greater share missed it than was promised."""
+        return self.missed <= self.certificate.risk * self.prompts
 
     @property
     def verdict(self) -> str:
         """Whether it holds, and how much that says."""
         counted = f"{self.missed} of {self.prompts} prompts missed it"
+        chance = f"which has probability {self.p:.2g} where it holds"
+        if self.p < self.level:
+            return f"no: {counted}, {chance}"
         if not self.holds:
-            return f"no: {counted}, which has probability {self.p:.2g} where it holds"
+            return f"in doubt: {counted}, {chance}; audit more prompts"
         if self.proven:
             return f"yes, proven anew: {counted}"
         _, low, high = share_interval(self.missed, self.prompts)

@@ -125,10 +125,10 @@ def audit(source: str, **options: Any) -> None:
     done = run_audit(source, say=tell, **options)
     for one in done:
         click.echo(f"{one.certificate.promise}\n  holds here: {one.verdict}")
-    broken = [one.certificate.tier for one in done if not one.holds]
-    if broken:
+    failed = [one.certificate.tier for one in done if not one.holds]
+    if failed:
         raise CheckFailed(
-            f'{", ".join(broken)}: broken here; certify in these settings, or use quality="exact"'
+            f'{", ".join(failed)}: not kept here; certify in these settings, or use quality="exact"'
         )
 
 

@@ -101,19 +101,23 @@ def test_an_entry_cannot_be_certified_because_it_does_not_tell_its_prompts(run):
     assert result.exit_code == 2 and "no run, and only a run tells" in result.stderr
 
 
-@pytest.mark.parametrize(("p", "code"), [(0.4, 0), (0.001, 1)])
-def test_an_audit_says_whether_the_promise_holds_and_exits_1_where_it_does_not(
-    run, monkeypatch, p, code
+@pytest.mark.parametrize(
+    ("missed", "p", "code", "verdict"),
+    [
+        (1, 0.6, 0, "yes, as far as so few prompts tell: 1 of 20 prompts missed it"),
+        (2, 0.3, 1, "in doubt: 2 of 20 prompts missed it"),
+        (4, 0.001, 1, "no: 4 of 20 prompts missed it"),
+    ],
+)
+def test_an_audit_says_whether_the_promise_holds_and_exits_1_where_more_missed_than_promised(
+    run, monkeypatch, missed, p, code, verdict
 ):
-    found = Audited(certificate(), 4, 20, p, 0.05, False, pd.DataFrame())
+    found = Audited(certificate(), missed, 20, p, 0.05, False, pd.DataFrame())
     calls = called(monkeypatch, auditing, [found])
     result = invoke(
         "audit", run, "--tier", "high", "--dtype", "float16", "--num-prompts", "20"
     )
     assert result.exit_code == code and certificate().promise in result.stdout
-    verdict = (
-        "no: 4 of 20 prompts missed it" if code else "yes, as far as so few prompts tell"
-    )
     assert f"holds here: {verdict}" in result.stdout
-    assert ("high: broken here" in result.stderr) == bool(code)
+    assert ("high: not kept here" in result.stderr) == bool(code)
     assert calls[0]["tiers"] == ("high",) and calls[0]["dtype"] == "float16"
