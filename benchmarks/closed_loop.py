@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import click
@@ -53,10 +54,11 @@ RIVALS = (
     help="Further ones: sea-cache,mag-cache,first-block-cache,magcache.",
 )
 @click.option("--beside", type=click.Path(exists=True, dir_okay=False), help="Another entry.")
+@click.option("--short", is_flag=True, help="Print the table of docs/planning.md.")
 @click.option(
     "--curve", type=int, help="Computed steps at which fits on fewer prompts are shown."
 )
-def main(run: str | None, name: str, **options: Any) -> None:
+def main(run: str | None, name: str, short: bool, **options: Any) -> None:
     path = RESULTS / f"{name}.json"
     if run is not None:
         figures = measured(run, **options)
@@ -64,7 +66,7 @@ def main(run: str | None, name: str, **options: Any) -> None:
             json.dumps({"surroundings": surroundings(), **figures}, indent=1) + "\n"
         )
         click.echo(f"{path}\n", err=True)
-    click.echo(markdown(json.loads(path.read_text())))
+    click.echo(markdown(json.loads(path.read_text()), short))
 
 
 def measured(
@@ -166,6 +168,7 @@ def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:
         policies[policy] = {
             "mean": float(values.mean()),
             "worst": float(values.min()),
+            "prompts": values.round(3).tolist(),
             "computed_steps": float(computed[policy]),
             "plan_minus": _interval((table[PLAN] - values).dropna())
             if PLAN in table
@@ -183,29 +186,57 @@ def _interval(difference: pd.Series) -> list[float]:
     return [mean, float(low), float(high)]
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Every policy at every budget, and the plan's gain over each."""
-    budgets = found["budgets"]
+def markdown(result: dict[str, Any], short: bool) -> str:
+    """Every policy at every budget and the plan's gain over each, or the short table of docs/planning.md."""
+    budgets = result["budgets"]
+    floor = "identical" if result["floor"]["identical"] else result["floor"]["worst_psnr_db"]
+    title = (
+        f"{result['model']}, {result['dtype']}, {result['prompts']} prompts, "
+        f"two uncached runs: {floor}"
+    )
+    head = _row(f"computed of {result['steps']}", [str(one["computed"]) for one in budgets])
+    rule = "|---" * (len(budgets) + 1) + "|"
+    if short:
+        return "\n".join([title, "", head, rule, *_short(budgets)])
     policies = list(dict.fromkeys(policy for one in budgets for policy in one["policies"]))
-    floor = "identical" if found["floor"]["identical"] else found["floor"]["worst_psnr_db"]
-    lines = [
-        f"{found['model']}, {found['dtype']}, {found['prompts']} prompts, "
-        f"two uncached runs: {floor}",
-        "",
-        _row(f"computed of {found['steps']}", [str(one["computed"]) for one in budgets]),
-        "|---" * (len(budgets) + 1) + "|",
+    cells = {name: [one["policies"].get(name) for one in budgets] for name in policies}
+    figures = [_row(name, [_cell(cell) for cell in row]) for name, row in cells.items()]
+    gains = [
+        _row(f"plan minus {name}", [_gain(cell) for cell in row])
+        for name, row in cells.items()
+        if name != "plan"
     ]
-    for policy in policies:
-        cells = [one["policies"].get(policy) for one in budgets]
-        lines.append(_row(policy, [_cell(cell) for cell in cells]))
-    lines.append("")
-    lines.append(_row("plan minus", [str(one["computed"]) for one in budgets]))
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    for policy in policies:
-        if policy != "plan":
-            cells = [one["policies"].get(policy) for one in budgets]
-            lines.append(_row(policy, [_gain(cell) for cell in cells]))
-    return "\n".join(lines)
+    return "\n".join([title, "", head, rule, *figures, "", head, rule, *gains])
+
+
+def _short(budgets: Sequence[dict[str, Any]]) -> list[str]:
+    """The plan, the other entry's, and of all rivals the best mean and the best worst prompt."""
+    plans, others, rivals, safest = [], [], [], []
+    for budget in budgets:
+        policies = dict(budget["policies"])
+        plans.append(policies.pop("plan", None))
+        others.append(policies.pop(BESIDE, None))
+        candidates = {k: v for k, v in policies.items() if not k.startswith("plan's")}
+        rivals.append(max(candidates.items(), key=lambda item: item[1]["mean"]))
+        safest.append(max(candidates.items(), key=lambda item: item[1]["worst"]))
+    named = list(dict.fromkeys(name for name, _ in rivals + safest))
+
+    def lettered(best: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        return [f"{_cell(cell)} {ascii_lowercase[named.index(name)]}" for name, cell in best]
+
+    legend = ", ".join(
+        f"{letter} {name}" for letter, name in zip(ascii_lowercase, named, strict=False)
+    )
+    return [
+        _row("**plan**", [f"**{_cell(cell)}**" for cell in plans]),
+        _row("the planner before", [_cell(cell) for cell in others]),
+        _row("best mean of a rival", lettered(rivals)),
+        _row("best worst prompt of one", lettered(safest)),
+        _row("plan minus the planner before", [_gain(cell) for cell in others]),
+        _row("plan minus the rival of best mean", [_gain(cell) for _, cell in rivals]),
+        "",
+        f"Rivals: {legend}.",
+    ]
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
