@@ -4,7 +4,7 @@
     python -m benchmarks.shifts runs/x --num-prompts 20
 
 Weights and activations in 8 and 4 bits are simulated: rounded to the integers that a kernel would compute with. The
-LoRA is a random change of rank 4 to the attention's weights, in a stated relation to their size.
+LoRA is a random change of rank 4 to weights, in a stated relation to their size.
 """
 
 from collections.abc import Callable
@@ -37,11 +37,11 @@ def quantise(module: torch.nn.Module, bits: int) -> None:
             layer.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded, inputs)))
 
 
-def adapt(module: torch.nn.Module, size: float) -> None:
-    """Add a random change of low rank to the attention's weights, ``size`` times as large as they are."""
+def adapt(module: torch.nn.Module, size: float, where: str = "attn") -> None:
+    """Add a random change of low rank to the linear layers named so, ``size`` times as large as their weights."""
     random = torch.Generator().manual_seed(0)
     for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear) and "attn" in name:
+        if isinstance(layer, torch.nn.Linear) and where in name:
             rows, columns = layer.weight.shape
             change = torch.randn(rows, RANK, generator=random) @ torch.randn(
                 RANK, columns, generator=random
@@ -57,8 +57,10 @@ SHIFTS: dict[str, tuple[Change, dict[str, Any]]] = {
     "W4A4": (lambda module: quantise(module, 4), {}),
     "guidance 6": (lambda module: None, {"pipe_args": {"guidance_scale": 6.0}}),
     "guidance 20": (lambda module: None, {"pipe_args": {"guidance_scale": 20.0}}),
-    "LoRA, 10 % of the weights": (lambda module: adapt(module, 0.1), {}),
-    "LoRA, 100 % of the weights": (lambda module: adapt(module, 1.0), {}),
+    "LoRA of the attention, 10 %": (lambda module: adapt(module, 0.1), {}),
+    "LoRA of the attention, 100 %": (lambda module: adapt(module, 1.0), {}),
+    "LoRA of the attention, 1000 %": (lambda module: adapt(module, 10.0), {}),
+    "LoRA of all linear layers, 100 %": (lambda module: adapt(module, 1.0, ""), {}),
 }
 
 
