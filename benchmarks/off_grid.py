@@ -33,12 +33,12 @@ from calibrate.planning.lockstep import Generation
 from calibrate.planning.search import computed_of
 from calibrate.planning.trajectories import (
     Runner,
-    Trajectory,
     load_trajectories,
     measured_gains,
 )
 from calibrate.runs.files import write_json
 from calibrate.runs.purposes import held_out_prompts
+from calibrate.runs.trajectory import Trajectory
 from calibrate.trials.bench import Bench
 from calibrate.trials.case import Case, open_case
 from calibrate.trials.measures import compare_all
