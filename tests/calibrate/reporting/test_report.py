@@ -266,8 +266,10 @@ def test_light_and_dark_and_narrow_are_provided_for(page):
     assert not re.search(r'<svg[^>]* width="\d', page)
 
 
-def test_the_same_run_gives_the_same_page(run, page):
-    assert report(run).read_text(encoding="utf-8") == page
+def test_the_same_run_gives_the_same_page_by_the_command_too(run, page):
+    result = CliRunner().invoke(cli, ["report", str(run)])
+    assert result.exit_code == 0 and result.stdout.strip().endswith("report.html")
+    assert (run / "report" / "report.html").read_text(encoding="utf-8") == page
 
 
 def test_texts_are_escaped(run):
@@ -291,9 +293,7 @@ def test_a_run_without_verification_is_reported_as_such(run, tmp_path):
         load_findings(folder).samples()
 
 
-def test_command_line(run, tmp_path):
-    result = CliRunner().invoke(cli, ["report", str(run)])
-    assert result.exit_code == 0 and result.stdout.strip().endswith("report.html")
+def test_a_folder_without_a_run_is_refused(tmp_path):
     result = CliRunner().invoke(cli, ["report", str(tmp_path)])
     assert result.exit_code == 2 and "Traceback" not in result.output
 
