@@ -199,7 +199,8 @@ def _watched(module: torch.nn.Module, letters: dict[float, str]) -> list[Removab
     ) -> None:
         time: Any = kwargs.get("timestep")
         known = isinstance(time, torch.Tensor)
-        letters[float(time.flatten()[0]) if known else len(letters)] += "C" if ran else "S"
+        # The mean, as tokens of a frame that is given have a time of their own, the same at every step.
+        letters[float(time.float().mean()) if known else len(letters)] += "C" if ran else "S"
         ran.clear()
 
     leaves = [part for part in find_blocks(module)[-1][1].modules() if not [*part.children()]]
