@@ -12,7 +12,6 @@ intervals are of the mean, 95 %.
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -21,8 +20,10 @@ import click
 import pandas as pd
 from scipy import stats
 
+import coeffs
 from benchmarks.common import RESULTS, surroundings
 
+UNIFORM_FITTED = "uniform skipping, fitted guided"
 BESIDE = "plan of the other entry"
 CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
 RIVALS = (
@@ -33,7 +34,7 @@ RIVALS = (
         "uniform-linear-output",
         "uniform-linear-guided",
     ),
-    *("uniform-fitted", "fewer-steps", "fewer-steps-2"),
+    *("fewer-steps", "fewer-steps-2"),
 )
 
 
@@ -82,7 +83,6 @@ def measured(
     curve: int | None,
 ) -> dict[str, Any]:
     """Plan, run and compare."""
-    import coeffs
     from calibrate.planning.plan import plan
     from calibrate.runs.purposes import held_out_prompts
     from calibrate.trials.baselines import uniform
@@ -122,8 +122,7 @@ def measured(
     if beside is not None:
         plans = coeffs.load(beside).plans or ()
         settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
-    if curve is not None:
-        settings += fits_on_fewer_prompts(case, curve)
+    settings += fitted(case, budgets, curve)
     rows, refused = bench.results(settings, refused)
     return {
         "model": case.entry.model,
@@ -136,23 +135,33 @@ def measured(
     }
 
 
-def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
-    """The plan's own schedule, its weights fitted on the first few recorded prompts."""
+def fitted(case: Any, budgets: list[int], curve: int | None) -> list[Any]:
+    """Uniform schedules fitted on all recorded prompts, and the plan of ``curve`` steps fitted on the first few."""
     from calibrate.planning.closed_loop import Fits
+    from calibrate.planning.search import uniform_between
     from calibrate.planning.trajectories import Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
 
-    own = next(p for p in case.entry.plans if p.computed_steps == computed)
     runner = Runner(case, True, say)
     trajectories = load_trajectories(runner)
-    settings = []
-    for count in CURVE:
-        if count <= len(trajectories):
-            fits = Fits(runner, trajectories[:count], None)
-            weights = fits.fit(own.schedule).weights
-            plan = replace(own, forecast="fitted", forecast_of="guided", weights=weights)
-            settings.append(plan_setting(f"plan's schedule, fitted on {count} prompts", plan))
-    return settings
+    fits = Fits(runner, trajectories, None)
+
+    def setting(policy: str, schedule: str, prompts: int | None = None) -> Any:
+        weights = fits.fit(schedule, prompts).weights
+        form = {"forecast": "fitted", "forecast_of": "guided", "weights": weights}
+        return plan_setting(policy, coeffs.Plan(schedule=schedule, **form))
+
+    walls, steps = trajectories[0].walls, case.num_steps
+    settings = [
+        setting(UNIFORM_FITTED, uniform_between(walls, steps, budget)) for budget in budgets
+    ]
+    own = [p.schedule for p in case.entry.plans if p.computed_steps == curve]
+    return settings + [
+        setting(f"plan's schedule, fitted on {count} prompts", schedule, count)
+        for schedule in own
+        for count in CURVE
+        if count <= len(trajectories)
+    ]
 
 
 def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:

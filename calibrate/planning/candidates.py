@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -36,9 +37,12 @@ KINDS = {
     "planned for hard prompts, linear costs": ("linear", True, False),
     "planned, reuse costs": ("reuse", False, False),
 }
-# What the fits of one budget may cost, in recordings of all prompts: all kinds up to 12 of 50 steps, three at 25.
-FITS = 1.5
-LEAST_FITTED = 3
+# Planned schedules of a budget: all kinds up to a quarter of the steps, three at half.
+KINDS_TIMES_SHARE = 1.5
+LEAST_KINDS = 3
+# They are fitted on so few of the recorded prompts that all of them together cost this share of recording.
+SCREENING = 0.25
+LEAST_SCREENING = 2  # prompts
 # Fitted plans that are run to choose among. Their order on the recorded prompts is nearly that on others.
 FINALISTS = 3
 
@@ -50,7 +54,7 @@ class Candidate:
     Attributes:
         plan: The schedule and forecast; ``None`` for fewer steps.
         cost: Open-loop error of its schedule as a fraction of the path, NaN for fewer steps.
-        recorded_db: Of a fitted plan: its score on the latents of the recorded prompts, on which it was fitted.
+        recorded_db: Of a fitted plan: its score on the latents of the prompts on which it was fitted.
     """
 
     name: str
@@ -68,8 +72,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Basis:
-    """What schedules and weights are made from.
+class Planner:
+    """Schedules and candidates of any budget; every table of costs is made once.
 
     Attributes:
         what: The quantity that plans forecast.
@@ -84,29 +88,29 @@ class Basis:
     gaussian: Problem | None = None
     fits: Fits | None = None
 
+    @cached_property
+    def _linear(self) -> Array:
+        return self.problem.costs("linear")
 
-class Planner:
-    """Schedules for any budget up to ``most``; every table of costs is made once."""
-
-    def __init__(self, basis: Basis, most: int) -> None:
-        self.basis, self.problem = basis, basis.problem
-        self._linear = self.problem.costs("linear")
-        problems = (self.problem, basis.gaussian or self.problem)
-        self._best = {
-            name: best_schedules(problems[by_size].costs(forecast, for_worst), most)
+    @cached_property
+    def _best(self) -> dict[str, list[str]]:
+        problems = (self.problem, self.gaussian or self.problem)
+        return {
+            name: best_schedules(problems[by_size].costs(forecast, for_worst))
             for name, (forecast, for_worst, by_size) in KINDS.items()
         }
 
     def schedules(self, computed: int) -> dict[str, str]:
         """Name -> the best schedule by that cost."""
-        return {name: best[computed - 1][0] for name, best in self._best.items()}
+        return {name: best[computed - 1] for name, best in self._best.items()}
 
     def to_fit(self, computed: int, most: int | None = None) -> dict[str, str]:
         """Name -> schedule, each schedule once: the best by several costs, and the uniform one last.
 
-        ``most`` planned ones; by default as many as :data:`FITS` allows.
+        ``most`` planned ones; by default all kinds up to a quarter of the steps, three at half.
         """
-        most = most or max(LEAST_FITTED, int(FITS * self.problem.num_steps / computed))
+        kinds = int(KINDS_TIMES_SHARE * self.problem.num_steps / computed)
+        most = most or max(LEAST_KINDS, kinds)
         even = self.uniform(computed)
         named: dict[str, str] = {}
         for name, schedule in self.schedules(computed).items():
@@ -120,21 +124,32 @@ class Planner:
 
     def entrants(self, computed: int, most: int | None = None) -> list[Candidate]:
         """Uniform forecasts without a fit, and planned schedules: fitted where they can be, else linear or reused."""
-        fits, what, even = self.basis.fits, self.basis.what, self.uniform(computed)
+        fits, what, even = self.fits, self.what, self.uniform(computed)
         plans = [
             self.candidate(name, even, forecast, of)
             for name, (forecast, of) in BASELINES.items()
             if of in ("residual", what)
         ]
         if fits is not None:
+            named = self.to_fit(computed, most)
+            cost = len(named) * computed / self.problem.num_steps
+            few = max(LEAST_SCREENING, int(SCREENING / cost * fits.prompts))
             return plans + [
-                self.candidate(name, schedule, "reuse", what, fits.fit(schedule))
-                for name, schedule in self.to_fit(computed, most).items()
+                self.candidate(name, schedule, "reuse", what, fits.fit(schedule, few))
+                for name, schedule in named.items()
             ]
         return plans + [
             self.candidate(name, schedule, "reuse" if "reuse" in name else "linear", what)
             for name, schedule in self.schedules(computed).items()
         ]
+
+    def completed(self, winner: Candidate) -> Candidate:
+        """With weights fitted on all recorded prompts, where they were fitted on a few."""
+        plan = winner.plan
+        if self.fits is None or plan is None or plan.forecast != "fitted":
+            return winner
+        own = self.fits.fit(plan.schedule)
+        return self.candidate(winner.name, plan.schedule, "reuse", self.what, own)
 
     def candidate(
         self, name: str, schedule: str, forecast: str, of: Quantity, own: Fit | None = None

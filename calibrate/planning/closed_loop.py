@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calibrate.model.prompts import Prompt
 from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation
 from calibrate.planning.search import computed_of
@@ -72,14 +73,13 @@ def fit(
         walls: Steps where another denoiser takes over: predictions before them are not used.
         advance: Called after every evaluation of the denoiser.
     """
-    kept: list[list[torch.Tensor]] = [[] for _ in running]
+    samples = [(*pair, list[torch.Tensor]()) for pair in zip(running, teachers, strict=True)]
     rows: dict[int, Weights] = {}
     errors = []
     for generation in running:
         generation.resume()
         advance()
     for first, after in pairwise([*computed_of(schedule), len(schedule)]):
-        samples = list(zip(running, teachers, kept, strict=True))
         for generation, _, predictions in samples:
             if first in walls:
                 predictions.clear()
@@ -100,10 +100,9 @@ def fit(
 
 def combined(weights: Sequence[float], predictions: Sequence[torch.Tensor]) -> torch.Tensor:
     """The weighted sum, in float32; predictions beyond the weights are not used."""
-    total = torch.zeros_like(predictions[0], dtype=torch.float32)
-    for weight, prediction in zip(weights, predictions, strict=False):
-        total += weight * prediction.float()
-    return total
+    pairs = zip(weights, predictions, strict=False)
+    terms = (weight * prediction.float() for weight, prediction in pairs)
+    return sum(terms, start=torch.zeros(()))
 
 
 def linearised(
@@ -154,55 +153,59 @@ def _relative(latents: torch.Tensor, teacher: torch.Tensor) -> float:
 
 
 class Fits:
-    """Weights of any schedule on all recorded prompts, kept beside their trajectories.
+    """Weights of any schedule on recorded prompts, kept beside their trajectories.
 
     Args:
-        trajectories: Those of the first recorded prompts, as many as a fit is to see.
+        trajectories: Those of the recorded prompts.
         anchors: Most predictions that a forecast uses; all for None.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        trajectories: Sequence[Trajectory],
-        anchors: int | None,
+        self, runner: Runner, trajectories: Sequence[Trajectory], anchors: int | None
     ) -> None:
         self._runner, self._trajectories, self._anchors = runner, trajectories, anchors
-        self._groups = runner.groups[: len(trajectories)]
 
-    def fit(self, schedule: str) -> Fit:
-        """The weights of a schedule and what they miss; fitted now where the run folder does not have them."""
-        names = [group.name for group in self._groups]
+    @property
+    def prompts(self) -> int:
+        """How many there are to fit on."""
+        return len(self._trajectories)
+
+    def fit(self, schedule: str, prompts: int | None = None) -> Fit:
+        """The weights of a schedule and what they miss; fitted now where the run folder does not have them.
+
+        ``prompts``: on so many of the recorded ones, the first; by default on all.
+        """
+        groups = self._runner.groups[: prompts or self.prompts]
+        names = [group.name for group in groups]
         key = canonical_sha256([schedule, self._anchors, RIDGE, names])[:16]
         file = self._runner.folder / f"fit-{key}.json"
         if not file.exists():
-            own = self._fitted(schedule)
-            written = {
-                "schedule": schedule,
-                "anchors": self._anchors,
-                "errors": own.errors.tolist(),
-            }
-            write_json(
-                file, {**written, "rows": {str(step): own.rows[step] for step in own.rows}}
-            )
+            own = self._fitted(schedule, [group.prompt for group in groups])
+            written: dict[str, Any] = {"schedule": schedule, "anchors": self._anchors}
+            written["rows"] = {str(step): own.rows[step] for step in own.rows}
+            write_json(file, {**written, "errors": own.errors.tolist()})
         kept = json.loads(file.read_text())
         rows = {int(step): tuple(row) for step, row in kept["rows"].items()}
         return Fit(rows, np.array(kept["errors"]))
 
-    def _fitted(self, schedule: str) -> Fit:
-        computed, prompts = schedule.count("C"), [group.prompt for group in self._groups]
+    def _fitted(self, schedule: str, prompts: Sequence[Prompt]) -> Fit:
+        runs = schedule.count("C") * len(prompts)
+        share = runs / len(schedule) / len(self._runner.groups)
         self._runner.say(
-            f"fitting {computed} of {len(schedule)} steps on {len(prompts)} prompts: "
-            f"{computed / len(schedule):.0%} of what their uncached runs took"
+            f"fitting {schedule.count('C')} of {len(schedule)} steps on {len(prompts)} prompts: "
+            f"{share:.0%} of what recording took"
         )
-        runs = computed * len(prompts)
         with (
             self._runner.bar(total=runs, desc="fitting", unit="step") as bar,
             self._runner.running(prompts) as running,
         ):
-            teachers = [
-                torch.from_numpy(trajectory.latents) for trajectory in self._trajectories
-            ]
-            walls = self._trajectories[0].walls
-            options = {"anchors": self._anchors, "walls": walls, "advance": bar.update}
-            return fit(running, teachers, schedule, **options)
+            own = self._trajectories[: len(prompts)]
+            teachers = [torch.from_numpy(trajectory.latents) for trajectory in own]
+            return fit(
+                running,
+                teachers,
+                schedule,
+                anchors=self._anchors,
+                walls=own[0].walls,
+                advance=bar.update,
+            )

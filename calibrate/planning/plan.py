@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.planning.candidates import (
     BASELINES,
-    Basis,
     Candidate,
     Planner,
     Quantity,
@@ -43,7 +43,7 @@ from calibrate.planning.trajectories import (
     problem_of,
 )
 from calibrate.runs.entry_file import update_entry
-from calibrate.runs.gram_log import GramLog, NoPlan, at_steps, load_grams
+from calibrate.runs.gram_log import NoPlan, at_steps, load_grams
 from calibrate.runs.lock import alone
 from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import CHOOSING, JUDGED, divided_prompts, note
@@ -84,8 +84,8 @@ def plan(
         computed: Numbers of computed steps; or ``speedup`` of the denoiser.
         steps: Plan for this many steps instead of the recorded number.
         choosing: Held-out prompts on which the winner is chosen; ``num_prompts`` others judge it.
-        candidates: Planned schedules of a budget whose weights are fitted, beside the uniform one; by default as
-            many as cost one and a half recordings, at least three.
+        candidates: Planned schedules of a budget whose weights are fitted, beside the uniform one; by default six up
+            to a quarter of the steps, three at half.
         loading: How the model is loaded and called, as :func:`calibrate.trials.case.open_case` takes it: such as
             ``generate`` and ``modules`` for a model of your own.
         anchors: Most predictions that a forecast uses, where memory counts; all by default.
@@ -96,10 +96,9 @@ def plan(
     if (computed is None) == (speedup is None):
         raise InvalidOption("--computed and --speedup: give exactly one of them")
     if not runs:
-        basis = _from_the_log(source, steps)
-        planner, budgets = _planner(basis, computed, speedup, source, say)
-        logged = {budget: planner.entrants(budget) for budget in budgets}
-        return [Planned(budget, own, _least_cost(own)) for budget, own in logged.items()]
+        planner = _from_the_log(source, steps)
+        budgets = _budgets(planner.problem, computed, speedup, source, say)
+        return [_without_runs(budget, planner.entrants(budget)) for budget in budgets]
     case = open_case(
         source, model=model, registry=None, out=None, dtype=dtype, device=device, **loading
     )
@@ -109,24 +108,25 @@ def plan(
         check_budget(budget, case.num_steps)
     offered = case.offered(prompts, seed, images)
     divided = divided_prompts(case.purposes, offered, choosing, num_prompts)
-    basis = _from_runs(case, steps, anchors, progress, say)
-    planner, budgets = _planner(basis, computed, speedup, source, say)
+    planner = _from_runs(case, steps, anchors, progress, say)
+    budgets = _budgets(planner.problem, computed, speedup, source, say)
     entered = {
         budget: planner.entrants(budget, candidates) + fewer_steps(budget)
         for budget in budgets
     }
-    planned = _proven(case, entered, divided, progress, say)
+    planned = _proven(case, planner, entered, divided, progress, say)
     keep(case.folder, planned)
     # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
     update_entry(
         case.folder / "entry.yaml",
-        lambda now: planned_entry(now or case.entry, basis.sigmas, planned),
+        lambda now: planned_entry(now or case.entry, planner.sigmas, planned),
     )
     return planned
 
 
 def _proven(
     case: Case,
+    planner: Planner,
     entered: dict[int, list[Candidate]],
     divided: tuple[PromptSet, PromptSet],
     progress: bool,
@@ -139,31 +139,42 @@ def _proven(
     say(f"choosing by runs of {len(first.prompts)} held-out prompts")
     ran = [candidate for entrants in entered.values() for candidate in finalists(entrants)]
     tried, _ = _results(case, first, [candidate.setting() for candidate in ran], progress)
-    scores = {budget: scores_of(rows) for budget, rows in tried.groupby("budget")}
-    winners = {budget: _winner(own, scores[budget]) for budget, own in entered.items()}
+    scores = {budget: scores_of(rows) for budget, rows in tried.items()}
+    winners = {
+        budget: planner.completed(_winner(own, scores[budget]))
+        for budget, own in entered.items()
+    }
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
     settings = [winner.setting(PLAN) for winner in winners.values()]
     settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
     judged, floor = _results(case, rest, settings, progress)
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
-    figures = {
-        budget: judged_figures(rows, floor) for budget, rows in judged.groupby("budget")
-    }
-    return [Planned(b, entered[b], winners[b], figures[b], scores[b]) for b in entered]
+    return [
+        Planned(b, own, winners[b], judged_figures(judged[b], floor), scores[b])
+        for b, own in entered.items()
+    ]
 
 
 def _from_the_log(
     source: str | os.PathLike, steps: int | None, what: Quantity | None = None
-) -> Basis:
+) -> Planner:
     """From the Gram log: the guided prediction where all experts have it, or what is asked for."""
-    logs = _at_steps(load_grams(source), steps)
+    logs = load_grams(source)
+    recorded = sum(log.num_steps for log in logs)
+    if steps not in (None, recorded):
+        if len(logs) > 1:
+            names = ", ".join(log.expert for log in logs)
+            raise NoPlan(
+                f"{steps} steps from a log of {recorded} by {names}, who would take over elsewhere; record {steps}"
+            )
+        logs = [at_steps(logs[0], steps)]
     what = what or ("guided" if all(log.guided is not None for log in logs) else "output")
-    return Basis(Problem.of(logs, what), what, sigmas_of(logs))
+    return Planner(Problem.of(logs, what), what, sigmas_of(logs))
 
 
 def _from_runs(
     case: Case, steps: int | None, anchors: int | None, progress: bool, say: Say
-) -> Basis:
+) -> Planner:
     """From trajectories, with measured and with Gaussian gains; from the log where no solver can be watched."""
     try:
         runner = Runner(case, progress, say)
@@ -172,7 +183,7 @@ def _from_runs(
         say(f"{error}; planning forecasts of its outputs, without fitted weights")
         return _from_the_log(case.folder, steps, "output")
     gains = measured_gains(runner, trajectories)
-    return Basis(
+    return Planner(
         problem_of(trajectories, gains),
         "guided",
         trajectories[0].sigmas,
@@ -181,15 +192,14 @@ def _from_runs(
     )
 
 
-def _planner(
-    basis: Basis,
+def _budgets(
+    problem: Problem,
     computed: Sequence[int] | None,
     speedup: float | None,
     source: str | os.PathLike,
     say: Say,
-) -> tuple[Planner, list[int]]:
-    """The planner, and the numbers of computed steps, the largest first."""
-    problem = basis.problem
+) -> list[int]:
+    """The numbers of computed steps, the largest first."""
     if speedup is not None:
         steps = np.diff([*problem.walls, problem.num_steps])
         timing = sorted(load_run(source).timing.items())[: len(steps)]
@@ -207,24 +217,25 @@ def _planner(
         f"planning {', '.join(map(str, budgets))} of {problem.num_steps} steps from "
         f"{len(problem.gram)} samples"
     )
-    return Planner(basis, budgets[0]), budgets
+    return budgets
 
 
-def _least_cost(entrants: list[Candidate]) -> Candidate:
-    """Without runs: the planned schedule with the least open-loop error."""
-    return min((c for c in entrants if c.name not in BASELINES), key=lambda c: c.cost)
+def _without_runs(budget: int, entrants: list[Candidate]) -> Planned:
+    """The planned schedule with the least open-loop error wins."""
+    planned = [candidate for candidate in entrants if candidate.name not in BASELINES]
+    return Planned(budget, entrants, min(planned, key=attrgetter("cost")))
 
 
 def _winner(entrants: list[Candidate], scores: dict[str, float]) -> Candidate:
     """The best plan by runs alone; fewer steps are none."""
-    plans = [c for c in entrants if c.plan is not None and c.name in scores]
-    return max(plans, key=lambda candidate: scores[candidate.name])
+    plans = [candidate for candidate in entrants if candidate.plan is not None]
+    return max(plans, key=lambda plan: scores.get(plan.name, -np.inf))
 
 
 def _results(
     case: Case, prompts: PromptSet, settings: list[Setting], progress: bool
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The runs of all settings, and the noise floor of these prompts."""
+) -> tuple[dict[int, pd.DataFrame], dict[str, Any]]:
+    """The runs of all settings by budget, and the noise floor of these prompts."""
     from calibrate.trials.bench import Bench
 
     bench = Bench(case, prompts, progress=progress)
@@ -232,7 +243,7 @@ def _results(
     if frame.empty or PLAN in refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise InvalidOption(f"no plan could be run ({reasons})")
-    return frame, bench.floor()
+    return dict(iter(frame.groupby("budget"))), bench.floor()
 
 
 def budget_for(
@@ -251,16 +262,3 @@ def budget_for(
             f"--speedup {speedup:g}: expected 1 to {fastest:.3g} for this model and {num_steps} steps"
         )
     return computed
-
-
-def _at_steps(logs: list[GramLog], steps: int | None) -> list[GramLog]:
-    """The logs for another number of steps, where that is sound."""
-    recorded = sum(log.num_steps for log in logs)
-    if steps in (None, recorded):
-        return logs
-    if len(logs) > 1:
-        names = ", ".join(log.expert for log in logs)
-        raise NoPlan(
-            f"{steps} steps from a log of {recorded} by {names}, who would take over elsewhere; record {steps}"
-        )
-    return [at_steps(logs[0], steps)]

@@ -23,7 +23,7 @@ from calibrate.planning.candidates import (
 from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.files import write_atomically
 from calibrate.runs.gram_log import NoPlan
-from calibrate.text import aligned
+from calibrate.text import aligned, number
 from calibrate.trials.measures import capped, main_measure
 from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, PLAN
 
@@ -98,14 +98,10 @@ def judged_figures(rows: pd.DataFrame, floor: Mapping[str, Any]) -> Figures:
         f"floor_{main}": floor.get(main),
         **own.reindex(columns=["ssim", "latent_rel_l2"]).mean().dropna(),
     }
-    for name in (PLAN, *BASELINES, *SOLVERS):
-        if name in table:
-            figures[f"{_prefix(name)}{main}"] = table[name].mean()
-            figures[f"{_prefix(name)}worst_{main}"] = table[name].min()
-    return {
-        name: None if value is None or not np.isfinite(value) else float(value)
-        for name, value in figures.items()
-    }
+    for name in table.columns.intersection([PLAN, *BASELINES, *SOLVERS]):
+        figures[f"{_prefix(name)}{main}"] = table[name].mean()
+        figures[f"{_prefix(name)}worst_{main}"] = table[name].min()
+    return pd.Series(figures, dtype=float).replace(np.inf, np.nan).dropna().to_dict()
 
 
 def planned_entry(
@@ -175,11 +171,10 @@ def _kept(folder: Path) -> list[dict[str, Any]]:
 
 def _described(candidate: Candidate) -> dict[str, Any]:
     plan = {name: getattr(candidate.plan, name) for name in FORECAST if candidate.plan}
-    cost, recorded_db = candidate.cost, candidate.recorded_db
     return {
         "name": candidate.name,
-        "open_loop_error": cost,
-        "recorded_db": recorded_db,
+        "open_loop_error": candidate.cost,
+        "recorded_db": candidate.recorded_db,
         **plan,
     }
 
@@ -203,34 +198,20 @@ def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
 
 def plan_table(planned: Sequence[Planned]) -> str:
     """The table of the command."""
-    header = [
-        "computed",
-        "winner",
-        "dB (worst)",
-        *SHOWN,
-        "noise floor",
-        "speed-up",
-        "schedule",
-    ]
-    rows = []
-    for own in planned:
-        fidelities = [_cell(own, name) for name in (PLAN, *SHOWN)]
-        floor, speedup = own.db(PLAN, "floor_"), own.figures.get("speedup")
-        cells = [
-            "-" if floor is None else f"{floor:.1f}",
-            f"{speedup:.2f}x" if speedup else "-",
+    columns = ["computed", "winner", "dB (worst)", *SHOWN]
+    rows = [
+        [
+            *(str(own.computed), own.winner.name),
+            *(_cell(own, name) for name in (PLAN, *SHOWN)),
+            number(own.db(PLAN, "floor_"), 1),
+            f"{own.figures['speedup']:.2f}x" if "speedup" in own.figures else "-",
+            own.plan.schedule,
         ]
-        rows.append(
-            [
-                str(own.computed),
-                own.winner.name,
-                *fidelities,
-                *cells,
-                own.plan.schedule,
-            ]
-        )
+        for own in planned
+    ]
     chosen = [f"{own.computed} computed: {own.chosen}" for own in planned if own.chosen]
-    return "\n".join([aligned(header, rows), *chosen])
+    table = aligned([*columns, "noise floor", "speed-up", "schedule"], rows)
+    return "\n".join([table, *chosen])
 
 
 def _cell(own: Planned, policy: str) -> str:

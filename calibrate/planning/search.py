@@ -40,8 +40,8 @@ def uniform_between(walls: Sequence[int], num_steps: int, computed: int) -> str:
     return schedule_of(chosen, num_steps)
 
 
-def best_schedules(costs: Array, most: int) -> list[tuple[str, float]]:
-    """The best schedule of 1, 2, up to ``most`` computed steps, and its cost: infinite where there is none.
+def best_schedules(costs: Array) -> list[str]:
+    """The best schedules of 1, 2, up to all steps; any where every one costs infinitely much.
 
     Args:
         costs: As from :meth:`calibrate.planning.problem.Problem.costs`, shape (T + 1, T, T + 1): the computed step
@@ -53,14 +53,14 @@ def best_schedules(costs: Array, most: int) -> list[tuple[str, float]]:
     reached[0, 0] = 0.0
     backs: list[NDArray[np.int64]] = []
     best = []
-    for _ in range(most):
+    for _ in range(steps):
         ends = reached + costs[:, :, steps]
         older, newest = divmod(int(ends.argmin()), steps)
         chosen = [newest]
         for back in reversed(backs):
             older, newest = int(back[older - 1, newest]), older - 1
             chosen.append(newest)
-        best.append((schedule_of(chosen, steps), float(ends.min())))
+        best.append(schedule_of(chosen, steps))
         longer = reached[:, :, None] + costs[:, :, :steps]
         backs.append(longer.argmin(0))
         reached = np.full_like(reached, np.inf)

@@ -59,7 +59,7 @@ class Runner:
         self.case, self.session, self.say = case, case.session, say
         if not self.session.solver_is_replaceable:
             raise NoSolver(
-                "no scheduler that generate(prompt, seed) takes and steps, to be watched"
+                "no scheduler whose steps could be watched, or generate(prompt, seed) takes none"
             )
         self.groups = RunFolder.open(case.folder).groups
         self.folder = trajectory_folder(case.folder, case.identity, self.session.arguments)

@@ -19,13 +19,14 @@ from calibrate.planning import closed_loop, trajectories
 from calibrate.planning import plan as planning
 from calibrate.planning.candidates import (
     BASELINES,
-    Basis,
+    UNIFORM_FITTED,
     Candidate,
     Planner,
     fewer_steps,
     finalists,
     score,
 )
+from calibrate.planning.closed_loop import Fit
 from calibrate.planning.plan import budget_for, plan
 from calibrate.planning.problem import Problem
 from calibrate.planning.results import (
@@ -73,13 +74,13 @@ def a_plan(computed, **figures):
     return Planned(computed, [candidate], candidate, figures)
 
 
-def a_planner(folder, most, what="guided"):
+def a_planner(folder, what="guided", fits=None):
     logs = load_grams(folder)
-    return Planner(Basis(Problem.of(logs, what), what, logs[0].sigmas), most)
+    return Planner(Problem.of(logs, what), what, logs[0].sigmas, fits=fits)
 
 
 def test_schedules_compute_their_budget_and_the_uniform_one_is_last(folder):
-    planner = a_planner(folder, 7)
+    planner = a_planner(folder)
     for computed in (2, 4, 7):
         named = planner.to_fit(computed, 2)
         assert list(named)[-1] == "uniform, fitted guided" and 1 <= len(named) <= 3
@@ -88,9 +89,9 @@ def test_schedules_compute_their_budget_and_the_uniform_one_is_last(folder):
 
 
 def test_simple_candidates_hold_all_baselines(folder):
-    guided = a_planner(folder, 4).entrants(4)
+    guided = a_planner(folder).entrants(4)
     assert [c.name for c in guided[:4]] == [*BASELINES]
-    outputs = a_planner(folder, 4, "output").entrants(4)
+    outputs = a_planner(folder, "output").entrants(4)
     assert {c.plan.forecast_of for c in outputs} == {"residual", "output"}
     assert all(math.isfinite(c.cost) for c in (*guided, *outputs))
     assert [c.setting().options for c in fewer_steps(4)] == [{}, {"solver_order": 2}]
@@ -144,10 +145,43 @@ def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
 
 
 def test_small_budgets_try_every_kind_of_schedule(folder):
-    planner = a_planner(folder, 9)
+    planner = a_planner(folder)
     assert len(planner.to_fit(9)) <= 4
     every = {*planner.schedules(3).values(), planner.uniform(3)}
     assert sorted(planner.to_fit(3).values()) == sorted(every)
+
+
+class Asked:
+    """Fits of twenty prompts that only note what they were asked for; more prompts give other weights."""
+
+    prompts = 20
+
+    def __init__(self):
+        self.asked = []
+
+    def fit(self, schedule, prompts=None):
+        count = prompts or self.prompts
+        self.asked.append((schedule, count))
+        skipped = [step for step, letter in enumerate(schedule) if letter == "S"]
+        return Fit({step: (float(count),) for step in skipped}, np.full((count, 1), 0.1))
+
+
+@pytest.mark.parametrize("computed", [2, 5])
+def test_candidates_are_fitted_on_few_prompts_and_the_winner_on_all(folder, computed):
+    fits = Asked()
+    planner = a_planner(folder, fits=fits)
+    entrants = planner.entrants(computed)
+    few = {count for _, count in fits.asked}
+    assert len(few) == 1 and 2 <= min(few) < 20
+    cost = sum(count / 20 * schedule.count("C") / 10 for schedule, count in fits.asked)
+    assert cost <= 0.25 or few == {2}
+    fitted = next(c for c in entrants if c.plan.forecast == "fitted")
+    winner = planner.completed(fitted)
+    assert fits.asked[-1] == (fitted.plan.schedule, 20)
+    assert winner.plan.weights[0] == (20.0,) and winner.name == fitted.name
+    # What needs no fit is not fitted.
+    count, simple = len(fits.asked), entrants[0]
+    assert planner.completed(simple) is simple and len(fits.asked) == count
 
 
 def test_plans_without_runs_touch_nothing(folder):
@@ -187,9 +221,17 @@ def test_real_runs_choose_judge_and_write_the_plan(folder, monkeypatch):
         "progress": False,
     }
     said = []
+    # A random model has no winner to count on.
+    monkeypatch.setattr(
+        planning,
+        "_winner",
+        lambda entrants, scores: next(c for c in entrants if c.name == UNIFORM_FITTED),
+    )
     first = plan(folder, **options, say=said.append)
     assert len(first) == 1 and first[0].figures["prompts"] == 2
-    assert any("fitting 5 of 10 steps on 4 prompts: 50%" in text for text in said)
+    fits = [text for text in said if text.startswith("fitting")]
+    assert fits[0] == "fitting 5 of 10 steps on 2 prompts: 25% of what recording took"
+    assert fits[-1] == "fitting 5 of 10 steps on 4 prompts: 50% of what recording took"
     entry = coeffs.load(folder / "entry.yaml")
     found = entry.plans[0]
     assert found.computed_steps == 5 and found.schedule == first[0].plan.schedule
