@@ -6,7 +6,7 @@ collective, so every group has a deadline and is killed when it passes.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import cycle, islice
@@ -387,12 +387,19 @@ SCENARIOS = {
 }
 
 
-def rank_main(rank: int, world: int, folder: str) -> None:
+def rank_main(rank: int, folder: str) -> None:
+    """All scenarios of four ranks, then those of two, in which the last two have no part."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    for world in (4, 2):
+        if rank < world:
+            rank_of_group(rank, world, folder)
+
+
+def rank_of_group(rank: int, world: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo",
-        f"file://{folder}/store",
+        f"file://{folder}/store-{world}",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=60),
@@ -401,17 +408,24 @@ def rank_main(rank: int, world: int, folder: str) -> None:
         torch.accelerator, "device_count", lambda: 1
     ):  # diffusers divides by it
         for scenario in SCENARIOS[world]:
-            torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}-{rank}.pt")
+            torch.save(scenario(rank, world), file_of(folder, scenario, rank, world))
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def run_ranks(world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What every scenario returned on every rank; a group that hangs is killed."""
+def file_of(folder: Path | str, scenario: Callable, rank: int, world: int) -> Path:
+    return Path(folder) / f"{scenario.__name__}-{rank}-of-{world}.pt"
+
+
+def run_ranks(folder: Path) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """What every scenario returned on every rank of two and of four; a group that hangs is killed.
+
+    The same processes for both, for each loads torch and diffusers anew.
+    """
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=rank_main, args=(rank, world, str(folder)), daemon=True)
-        for rank in range(world)
+        context.Process(target=rank_main, args=(rank, str(folder)), daemon=True)
+        for rank in range(4)
     ]
     for process in ranks:
         process.start()
@@ -422,20 +436,28 @@ def run_ranks(world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
         stuck = [process for process in ranks if process.is_alive()]
         for process in stuck:
             process.kill()
-    assert not stuck, f"{len(stuck)} of {world} ranks did not finish in {DEADLINE} s"
-    assert [process.exitcode for process in ranks] == [0] * world
+    assert not stuck, f"{len(stuck)} of 4 ranks did not finish in {DEADLINE} s"
+    assert [process.exitcode for process in ranks] == [0] * 4
     return {
-        scenario.__name__: [
-            torch.load(folder / f"{scenario.__name__}-{rank}.pt") for rank in range(world)
-        ]
-        for scenario in SCENARIOS[world]
+        world: {
+            scenario.__name__: [
+                torch.load(file_of(folder, scenario, rank, world)) for rank in range(world)
+            ]
+            for scenario in scenarios
+        }
+        for world, scenarios in SCENARIOS.items()
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
-def ranks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def groups() -> dict[int, dict[str, list[dict[str, Any]]]]:
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(request.param, Path(folder))
+        return run_ranks(Path(folder))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+def ranks(request: pytest.FixtureRequest, groups: dict) -> dict[str, list[dict[str, Any]]]:
+    return groups[request.param]
 
 
 @pytest.fixture(scope="module")
