@@ -171,6 +171,9 @@ def _facts(bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> dict
         opening = f"The {GATE} could not be run: {refused[GATE]}."
     return {
         "headline": opening,
+        "entry": case.entry.label,
+        "model": case.manifest.get("model") or case.entry.model,
+        "transformer_class": case.identity["classes"][0],
         "device": case.session.device_name,
         "num_steps": case.num_steps,
         "prompts": [prompt.as_dict() for prompt in bench.prompts.prompts],

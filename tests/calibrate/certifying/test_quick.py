@@ -1,6 +1,7 @@
 """One prompt through verification, certification and audit of a real but tiny transformer, within a second or two."""
 
 import dataclasses
+import json
 
 from tiny_pipeline import TinyPipeline
 
@@ -25,6 +26,9 @@ def test_one_prompt_is_verified_another_certified_and_a_third_audited(tmp_path):
     )
     assert (rows.loc[[PLAN, UNIFORM, FEWER_STEPS], "computed_steps"] == 3).all()
     assert (rows["psnr_db"] > 10).all() and (rows["prompts"] == 1).all()
+    facts = json.loads((run / "verify" / "verification.json").read_text())
+    assert facts["entry"] == entry.label and facts["model"] == entry.model
+    assert facts["transformer_class"] == entry.transformer_class
 
     tiers = [Tier("any", {"psnr_db": 5.0}), Tier("none", {"psnr_db": 1000.0})]
     certified = certify(
