@@ -40,9 +40,8 @@ KINDS = {
 # Planned schedules of a budget: all kinds up to a quarter of the steps, three at half.
 KINDS_TIMES_SHARE = 1.5
 LEAST_KINDS = 3
-# They are fitted on so few of the recorded prompts that all of them together cost this share of recording; on all
-# where that is less than three: with two, runs of the embedded model choose another plan at 15 of 50 steps, with
-# three at 9 the same.
+# They are fitted on so few of the recorded prompts that all of them together cost this share of recording, but on
+# three at least: with two, runs of the embedded model choose another plan at 15 of 50 steps, with three the same.
 SCREENING = 0.25
 LEAST_SCREENING = 3
 # Fitted plans that are run to choose among. Their order on the recorded prompts is nearly that on others.
@@ -135,8 +134,7 @@ class Planner:
         if fits is not None:
             named = self.to_fit(computed, most)
             cost = len(named) * computed / self.problem.num_steps
-            few = int(SCREENING / cost * fits.prompts)
-            few = few if few >= LEAST_SCREENING else fits.prompts
+            few = max(LEAST_SCREENING, int(SCREENING / cost * fits.prompts))
             return plans + [
                 self.candidate(name, schedule, "reuse", what, fits.fit(schedule, few))
                 for name, schedule in named.items()

@@ -170,15 +170,15 @@ class Asked:
 def test_candidates_are_fitted_on_few_prompts_and_the_winner_on_all(
     folder, computed, prompts
 ):
-    """On all where a quarter of recording is too little for three prompts."""
-    fits, few = Asked(), prompts == 20
+    """On three where a quarter of recording is too little for them."""
+    fits = Asked()
     fits.prompts = prompts
     planner = a_planner(folder, fits=fits)
     entrants = planner.entrants(computed)
     (count,) = {count for _, count in fits.asked}
-    assert 3 <= count < prompts if few else count == prompts
+    assert 3 <= count < prompts
     cost = sum(count / prompts * schedule.count("C") / 10 for schedule, count in fits.asked)
-    assert cost <= 0.25 or not few
+    assert cost <= 0.25 or count == 3
     fitted = next(c for c in entrants if c.plan.forecast == "fitted")
     winner = planner.completed(fitted)
     assert fits.asked[-1] == (fitted.plan.schedule, prompts)
