@@ -46,7 +46,10 @@ class Audited:
     @property
     def holds(self) -> bool:
         """Whether no greater share missed it than was promised."""
-        return self.missed <= self.certificate.risk * self.prompts
+        promised = (
+            self.certificate.risk * self.prompts + 1e-9
+        )  # 0.29 * 100 is a little less than 29
+        return self.p >= self.level and self.missed <= promised
 
     @property
     def verdict(self) -> str:

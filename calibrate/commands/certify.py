@@ -128,7 +128,8 @@ def audit(source: str, **options: Any) -> None:
     failed = [one.certificate.tier for one in done if not one.holds]
     if failed:
         raise CheckFailed(
-            f'{", ".join(failed)}: not kept here; certify in these settings, or use quality="exact"'
+            f"{', '.join(failed)}: not shown to hold here; audit more prompts where in doubt, certify in these "
+            'settings, or use quality="exact"'
         )
 
 

@@ -25,7 +25,8 @@ class OneOf(click.Choice[str]):
             return value
         hint = did_you_mean(value, self.choices)
         known = f"is not one of {', '.join(map(repr, self.choices))}"
-        raise CoeffsError(f"{value!r} {f'is not known: {hint}' if hint else known}")
+        option = f"{param.opts[0]}: " if param else ""
+        raise CoeffsError(f"{option}{value!r} {f'is not known: {hint}' if hint else known}")
 
 
 def numbers(kind: type, expected: str) -> Callable[[str], list]:

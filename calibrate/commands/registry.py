@@ -157,7 +157,10 @@ def export(entry: str, out: str | None, registry: str | None, **form: Any) -> No
     """
     for choice in ("threshold", "schedule", "release", "force"):
         forms = takers(choice)
-        if form[choice] not in (None, False) and form["engine"] not in forms:
+        given = (
+            form[choice] is not None and form[choice] is not False
+        )  # a threshold of 0 is one
+        if given and form["engine"] not in forms:
             raise EngineError(
                 f"--{choice}: {form['engine']} has no place for it, only {', '.join(forms)}; leave it out"
             )

@@ -63,7 +63,7 @@ class Bench:
         self._lock = held.get(case.folder)
         self._bar = tqdm(disable=True)
         images = {**case.recorded_images, **prompts.images}
-        self.sampler = Sampler(case.session, images, lambda: self._bar.update())
+        self.sampler = Sampler(case.session, images, self._count)
         self.folder = case.folder / "verify"
         arguments = {name: str(value) for name, value in case.session.arguments.items()}
         self._identity = canonical_sha256([case.identity, arguments, FORMAT])
@@ -72,10 +72,16 @@ class Bench:
 
     @contextmanager
     def bar(self, runs: int) -> Iterator[None]:
-        """A bar of so many generations."""
+        """A bar of so many generations, and of those that come as tuning asks for them."""
         shown = {"desc": "running", "unit": "run", "smoothing": 0.1}
-        with tqdm(total=runs, disable=not self._progress, **shown) as self._bar:
+        silent = not (self._progress and runs)
+        with tqdm(total=runs, disable=silent, **shown) as self._bar:
             yield
+
+    def _count(self) -> None:
+        if self._bar.total is not None:
+            self._bar.total = max(self._bar.total, self._bar.n + 1)
+        self._bar.update()
 
     # --- ranks
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from inspect import signature
-from itertools import chain
 from typing import Any
 
 import diffusers
@@ -178,8 +177,9 @@ def _hooks(modules: Modules) -> set[tuple[Any, str]]:
 def counted(modules: Modules) -> Iterator[PatternsOf]:
     """Watch the last block of every denoiser; the function tells which calls computed it, branch by branch."""
     letters: dict[str, dict[float, str]] = {expert: defaultdict(str) for expert in modules}
-    watched = (_watched(module, letters[expert]) for expert, module in modules.items())
-    with taken_off([*chain.from_iterable(watched)]):
+    with ExitStack() as stack:
+        for expert, module in modules.items():
+            stack.enter_context(taken_off(_watched(module, letters[expert])))
         yield lambda: {
             f"{expert}/branch {index}": "".join(branch)
             for expert, by_time in letters.items()

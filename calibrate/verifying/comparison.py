@@ -158,6 +158,9 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     )
     # A broken sample is below any limit.
     results["quality"] = results[main].mask(results["broken"].astype(bool), -np.inf)
+    results = results[
+        results["quality"].notna()
+    ]  # other rows, of a damaged table, say nothing
     runs = results.groupby(unit, sort=False)
     table = runs.agg(
         threshold=("threshold", "first"),
@@ -183,7 +186,7 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
         table[[name, f"{name}_low", f"{name}_high"]] = intervals
         if measure.unit == "dB":
             errors = (10 ** (-means / 10)).groupby(level=unit).mean()
-            table[f"{name}_of_mean"] = -10 * np.log10(errors)
+            table[f"{name}_of_mean"] = 10 * np.log10(1 / errors)
     return table.reset_index()
 
 

@@ -171,9 +171,9 @@ def tuned_gate(lineup: Lineup, label: str, entry: Entry | None = None) -> Sequen
 
 
 def _near(tried: Sequence[tuple[Setting, float]]) -> list[Setting]:
-    """The settings whose computed steps in real runs are near to their budgets, each threshold once."""
+    """The settings whose computed steps in real runs are near to their budgets, each threshold at the nearest."""
     settings: dict[float | None, Setting] = {}
-    for setting, computed in tried:
+    for setting, computed in sorted(tried, key=lambda one: abs(one[1] - one[0].budget)):
         if abs(computed - setting.budget) <= MISSED_BUDGET:
             settings.setdefault(setting.threshold, setting)
     if not settings:
@@ -181,7 +181,7 @@ def _near(tried: Sequence[tuple[Setting, float]]) -> list[Setting]:
         raise InvalidOption(
             f"no threshold gives a number of computed steps near the budgets, only {counts}"
         )
-    return list(settings.values())
+    return sorted(settings.values(), key=lambda setting: -setting.budget)
 
 
 def given_gate(entry: Entry, thresholds: Sequence[float], run: Run) -> list[Setting]:

@@ -145,7 +145,7 @@ def _check_ranks(case: Case) -> None:
 def _announce(
     case: Case, chosen: Sequence[str], budgets: int, given: bool, prompts: PromptSet, say: Say
 ) -> int:
-    """Say how many runs there will be at most, and about how long they take; the number of runs."""
+    """Say how many runs there will be at most, and how long they take; the number of them before any is judged."""
     count = len(prompts.prompts)
     policies = [POLICIES[name] for name in chosen if POLICIES[name].enters(case.entry)]
     judging = len(policies) * budgets * count
@@ -154,7 +154,7 @@ def _announce(
     text = f"{count} prompts, {budgets} budgets: {2 * count} uncached runs, {judging} cached ones"
     text += f", up to about {tuning} to tune by" if tuning else ""
     say(text + case.time_of(2 * count + AVERAGE_SHARE * (judging + tuning)))
-    return 2 * count + judging + tuning
+    return 2 * count + tuning
 
 
 def _facts(bench: Bench, results: pd.DataFrame, refused: dict[str, str]) -> dict[str, Any]:

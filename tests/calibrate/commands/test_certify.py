@@ -1,5 +1,7 @@
 """What ``certify`` and ``audit`` print, and their exit codes."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from analysis_data import make_frame, make_run
@@ -119,5 +121,20 @@ def test_an_audit_says_whether_the_promise_holds_and_exits_1_where_more_missed_t
     )
     assert result.exit_code == code and certificate().promise in result.stdout
     assert f"holds here: {verdict}" in result.stdout
-    assert ("high: not kept here" in result.stderr) == bool(code)
+    assert ("high: not shown to hold here" in result.stderr) == bool(code)
     assert calls[0]["tiers"] == ("high",) and calls[0]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("missed", "prompts", "p", "level", "holds"),
+    [
+        (29, 100, 0.5, 0.05, True),  # exactly the promised share, whatever floats make of it
+        (30, 100, 0.4, 0.05, False),
+        (1, 20, 0.64, 0.7, False),  # refuted at a low confidence
+    ],
+)
+def test_an_audit_holds_at_the_promised_share_and_not_where_it_is_refuted(
+    missed, prompts, p, level, holds
+):
+    promise = dataclasses.replace(certificate(), risk=0.29)
+    assert Audited(promise, missed, prompts, p, level, False, pd.DataFrame()).holds == holds

@@ -13,9 +13,10 @@ from calibrate.model.checkpoint import find_checkpoint
 from calibrate.model.loading import load_pipeline
 from calibrate.model.prompts import load_prompts
 from calibrate.trials.baselines import magcache
-from calibrate.trials.rivals import diffusers_cache, second_order
+from calibrate.trials.rivals import counted, diffusers_cache, second_order
 from calibrate.trials.sampler import Sampler
 from calibrate.trials.setting import Refused, Setting
+from runtime import UnsupportedModel
 
 pytestmark = pytest.mark.slow
 
@@ -248,3 +249,12 @@ def test_a_cache_of_diffusers_that_fails_while_running_is_refused_and_taken_off(
         options = {"threshold": 0.1}
         sampler.run(Setting("FirstBlockCache", "FirstBlockCache", 4, options=options), prompt)
     np.testing.assert_array_equal(sampler(prompt).media[0], before)
+
+
+def test_no_hook_stays_where_a_later_denoiser_cannot_be_watched():
+    pipe = TinyPipeline()
+    modules = {"transformer": pipe.transformer, "transformer_2": torch.nn.Linear(2, 2)}
+    with pytest.raises(UnsupportedModel), counted(modules):
+        pass
+    hooks = [part._forward_hooks for part in pipe.transformer.modules()]
+    assert not any(hooks)

@@ -123,6 +123,14 @@ def test_where_every_sample_is_broken_nothing_is_left():
     table = pd.concat([table, results(UNIFORM, 0.0)], ignore_index=True)
     row = verdict.summarize(table).iloc[0]
     assert (row["psnr_db"], row["low"]) == (0.0, -np.inf)
+    assert str(float(row["psnr_db_of_mean"])) == "0.0", "not -0.0"
+
+
+def test_samples_without_the_main_measure_say_nothing():
+    """Those of a damaged table ended in a traceback of pandas."""
+    table = results(GATE, 0.0, budgets=(7,)).assign(psnr_db=None)
+    table = pd.concat([table, results(UNIFORM, 0.0)], ignore_index=True)
+    assert set(verdict.summarize(table)["policy"]) == {UNIFORM}
 
 
 def test_a_policy_that_breaks_on_prompts_loses_against_one_that_does_not():

@@ -15,6 +15,7 @@ from calibrate.verifying.tuning import (
     STEADY,
     prompts_needed,
     tune_threshold,
+    tuned_diffusers,
     tuned_gate,
     unsteady,
 )
@@ -32,6 +33,12 @@ def test_tuning_corrects_what_replay_gets_wrong():
     threshold, computed = tune_threshold(lambda t: 20 / (1 + t), measured, 10)
     assert computed == pytest.approx(10, abs=0.5) and threshold == pytest.approx(1.5, abs=0.2)
     assert len(calls) <= 3
+
+
+def test_a_threshold_that_serves_two_budgets_stands_at_the_nearer():
+    lineup = SimpleNamespace(budgets=[8, 7], steps=lambda setting: 7.0, num_steps=10)
+    (setting,) = tuned_diffusers(lineup, "SeaCache", "SeaCache")
+    assert setting.budget == 7
 
 
 def test_published_sets_of_the_class_enter_once_per_shape():
