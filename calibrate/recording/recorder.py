@@ -57,17 +57,18 @@ class Recorder:
         self._sigmas: Any = None
 
     def __enter__(self) -> "Recorder":
-        self._installed.enter_context(self._watch.installed())
         on_stepped = self._stepped if self._gram else None
-        self._installed.enter_context(hooked_steps(self._pipeline, None, on_stepped))
+        with ExitStack() as stack:
+            stack.enter_context(self._watch.installed())
+            stack.enter_context(hooked_steps(self._pipeline, None, on_stepped))
+            self._installed = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._installed.close()
         self.start()
 
-    def _stepped(self, scheduler: Any, arguments: dict[str, Any], stepped: Any) -> None:
-        _, prediction, *_ = arguments.values()  # behind the scheduler itself
+    def _stepped(self, scheduler: Any, prediction: Any, sample: Any, stepped: Any) -> None:
         end = (
             stepped[0]
             if isinstance(stepped, tuple)
@@ -75,7 +76,7 @@ class Recorder:
         )
         if isinstance(prediction, Tensor):
             for handler in self._latest:
-                handler.stepped(prediction, arguments.get("sample"))
+                handler.stepped(prediction, sample)
         self._end = end.detach().clone() if isinstance(end, Tensor) else None
         self._steps, self._sigmas = self._steps + 1, getattr(scheduler, "sigmas", None)
 

@@ -113,7 +113,7 @@ class SchedulerClock:
 def hooked_steps(
     pipeline: Any,
     on_step: Callable[[Tensor], Tensor] | None,
-    on_stepped: Callable[[Any, dict[str, Any], Any], None] | None = None,
+    on_stepped: Callable[[Any, Any, Any, Any], None] | None = None,
 ) -> Iterator[None]:
     """While ``on_step`` sees what a pipeline's schedulers receive as the model's output, and gives them its result.
 
@@ -121,22 +121,25 @@ def hooked_steps(
     A scheduler is hooked by its class, not by an attribute: pipelines copy schedulers, and the copy of an attribute
     would drive the original. Afterwards copies of them are left alone. ``None`` hooks nothing.
 
-    ``on_stepped`` is told the scheduler, the arguments of its step and what the step returned.
+    ``on_stepped`` is told the scheduler, the prediction and the sample that its step received, and what it returned.
     """
 
     def subclass(own: Any) -> type:
-        signature = inspect.signature(own.step)
-        name = list(signature.parameters)[1]
+        received = _step_arguments(own)
 
         @functools.wraps(own.step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(scheduler, *args, **kwargs)
-            prediction = given.arguments[name]
+            given = dict(zip(received, args, strict=False)) | kwargs
+            prediction = given.get(received[0])
             if on_step is not None and isinstance(prediction, Tensor):
-                given.arguments[name] = on_step(prediction)
-            stepped = own.step(*given.args, **given.kwargs)
+                prediction = on_step(prediction)
+                if args:
+                    args = (prediction, *args[1:])
+                else:
+                    kwargs[received[0]] = prediction
+            stepped = own.step(scheduler, *args, **kwargs)
             if on_stepped is not None:
-                on_stepped(scheduler, given.arguments, stepped)
+                on_stepped(scheduler, prediction, given.get("sample"), stepped)
             return stepped
 
         names = {
@@ -150,17 +153,27 @@ def hooked_steps(
     parts = [*components.values(), getattr(pipeline, "scheduler", None)]
     schedulers = {id(part): part for part in parts if hasattr(part, "set_timesteps")}
     hooked: list[tuple[Any, type, type]] = []
-    for scheduler in schedulers.values() if on_step or on_stepped else ():
-        own = type(scheduler)
-        scheduler.__class__ = subclass(own)
-        hooked.append((scheduler, own, type(scheduler)))
     try:
+        for scheduler in schedulers.values() if on_step or on_stepped else ():
+            own = type(scheduler)
+            scheduler.__class__ = subclass(own)
+            hooked.append((scheduler, own, type(scheduler)))
         yield
     finally:
         on_step = on_stepped = None
         for scheduler, own, replaced in hooked:
             if type(scheduler) is replaced:
                 scheduler.__class__ = own
+
+
+def _step_arguments(own: Any) -> list[str]:
+    """Names of what a scheduler's step receives; a step of ``*args`` receives what the step that it overrides does."""
+    steps = [own.step, *(base.step for base in own.__mro__ if hasattr(base, "step"))]
+    received = [list(inspect.signature(step).parameters.values())[1:] for step in steps]
+    named = (
+        them for them in received if them[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    )
+    return [parameter.name for parameter in next(named, received[0])]
 
 
 def is_time(name: str) -> bool:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipeline import TinyExperts, TinyPipeline
 
 import coeffs
@@ -220,6 +221,17 @@ def test_a_model_output_given_by_name_is_replaced_as_well():
         by_name = generate(named)
     with apply_tea_cache(pipe, schedule=PLAN):
         assert torch.equal(by_name, generate(pipe))
+
+
+def test_a_step_that_passes_all_its_arguments_on_is_forecast():
+    class PassesOn(FlowMatchEulerDiscreteScheduler):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    pipe, plain = TinyPipeline(), TinyPipeline()
+    pipe.scheduler = PassesOn.from_config(pipe.scheduler.config)
+    with apply_tea_cache(pipe, schedule=PLAN), apply_tea_cache(plain, schedule=PLAN):
+        assert torch.equal(generate(pipe), generate(plain))
 
 
 def test_a_copy_of_the_scheduler_is_forecast_as_itself():

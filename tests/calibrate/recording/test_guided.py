@@ -1,11 +1,13 @@
 """The Gram log of the guided prediction: what the scheduler receives, whoever made it."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipeline import TinyExperts, TinyPipeline
 
 from calibrate.recording.recorder import Recorder
@@ -50,6 +52,38 @@ def test_every_pipeline_logs_what_its_scheduler_receives(name):
         np.testing.assert_allclose(gram[f"{expert}/guided"], (own @ own.T).numpy(), rtol=1e-9)
         first += steps
     assert first == len(rows) == case.evaluations
+
+
+def test_a_step_that_passes_all_its_arguments_on_is_heard():
+    class PassesOn(FlowMatchEulerDiscreteScheduler):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    pipe = TinyPipeline()
+    pipe.scheduler = PassesOn.from_config(pipe.scheduler.config)
+    gram, rows = recorded(
+        pipe,
+        lambda: pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0)).images,
+    )
+    guided = gram["transformer/guided"]
+    np.testing.assert_allclose(guided, (rows @ rows.T).numpy(), rtol=1e-9)
+
+
+def test_hooks_come_off_where_a_scheduler_cannot_be_heard():
+    class WithUnheard(TinyPipeline):
+        @property
+        def components(self):
+            return super().components | {"other": SimpleNamespace(set_timesteps=None)}
+
+    pipe = WithUnheard()
+    own = type(pipe.scheduler)
+    with (
+        pytest.raises(AttributeError, match="step"),
+        Recorder(denoisers(pipe), pipe, gram=True),
+    ):
+        pass
+    assert type(pipe.scheduler) is own
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
 
 
 def test_experts_log_their_own_steps():
