@@ -144,13 +144,13 @@ class Planner:
             for name, schedule in self.schedules(computed).items()
         ]
 
-    def completed(self, winner: Candidate) -> Candidate:
+    def completed(self, candidate: Candidate) -> Candidate:
         """With weights fitted on all recorded prompts, where they were fitted on a few."""
-        plan = winner.plan
+        plan = candidate.plan
         if self.fits is None or plan is None or plan.forecast != "fitted":
-            return winner
+            return candidate
         own = self.fits.fit(plan.schedule)
-        return self.candidate(winner.name, plan.schedule, "reuse", self.what, own)
+        return self.candidate(candidate.name, plan.schedule, "reuse", self.what, own)
 
     def candidate(
         self, name: str, schedule: str, forecast: str, of: Quantity, own: Fit | None = None

@@ -19,6 +19,7 @@ from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.planning.candidates import (
     BASELINES,
+    UNIFORM_FITTED,
     Candidate,
     Planner,
     Quantity,
@@ -144,6 +145,11 @@ def _proven(
         budget: planner.completed(_winner(own, scores[budget]))
         for budget, own in entered.items()
     }
+    # Verifications read the uniform one's weights from plan.json, as a rival that has seen what the winner has.
+    kept = {
+        budget: [planner.completed(c) if c.name == UNIFORM_FITTED else c for c in own]
+        for budget, own in entered.items()
+    }
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
     settings = [winner.setting(PLAN) for winner in winners.values()]
     settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
@@ -151,7 +157,7 @@ def _proven(
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
     return [
         Planned(b, own, winners[b], judged_figures(judged[b], floor), scores[b])
-        for b, own in entered.items()
+        for b, own in kept.items()
     ]
 
 
