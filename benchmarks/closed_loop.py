@@ -122,8 +122,8 @@ def measured(
     if beside is not None:
         plans = coeffs.load(beside).plans or ()
         settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
-    settings += fitted(case, budgets, curve)
-    rows, refused = bench.results(settings, refused)
+    fits, unfitted = fitted(case, budgets, curve)
+    rows, refused = bench.results(settings + fits, refused | unfitted)
     return {
         "model": case.entry.model,
         "steps": case.num_steps,
@@ -135,15 +135,23 @@ def measured(
     }
 
 
-def fitted(case: Any, budgets: list[int], curve: int | None) -> list[Any]:
-    """Uniform schedules fitted on all recorded prompts, and the plan of ``curve`` steps fitted on the first few."""
+def fitted(
+    case: Any, budgets: list[int], curve: int | None
+) -> tuple[list[Any], dict[str, str]]:
+    """Uniform schedules fitted on all recorded prompts, and the plan of ``curve`` steps fitted on the first few.
+
+    Where no solver can be watched there are none: the policy is refused, with the reason.
+    """
     from calibrate.planning.closed_loop import Fits
     from calibrate.planning.search import uniform_between
-    from calibrate.planning.trajectories import Runner, load_trajectories
+    from calibrate.planning.trajectories import NoSolver, Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
 
-    runner = Runner(case, True, say)
-    trajectories = load_trajectories(runner)
+    try:
+        runner = Runner(case, True, say)
+        trajectories = load_trajectories(runner)
+    except NoSolver as error:
+        return [], {UNIFORM_FITTED: str(error)}
     fits = Fits(runner, trajectories, None)
 
     def setting(policy: str, schedule: str, prompts: int | None = None) -> Any:
@@ -156,12 +164,13 @@ def fitted(case: Any, budgets: list[int], curve: int | None) -> list[Any]:
         setting(UNIFORM_FITTED, uniform_between(walls, steps, budget)) for budget in budgets
     ]
     own = [p.schedule for p in case.entry.plans if p.computed_steps == curve]
-    return settings + [
+    settings += [
         setting(f"plan's schedule, fitted on {count} prompts", schedule, count)
         for schedule in own
         for count in CURVE
         if count <= len(trajectories)
     ]
+    return settings, {}
 
 
 def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:

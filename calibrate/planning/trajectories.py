@@ -7,7 +7,7 @@ Runs keep both: trajectories as :mod:`calibrate.runs.trajectory` says, mostly si
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from calibrate.errors import CalibrateError
 from calibrate.model.prompts import Prompt
+from calibrate.model.protocol import Settings
 from calibrate.planning.lockstep import Generation, generations
 from calibrate.planning.problem import TINY, Problem
 from calibrate.recording.inner_products import trajectory_of
@@ -33,11 +34,17 @@ GAIN_SAMPLES = 2
 GAIN_PLACES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 # Relative size of the error: far above the rounding of bfloat16, small enough to be linear.
 ERROR_SIZE = 0.03
+# What the protocol says of a pipeline that a trajectory depends on, besides weights, dtype and arguments.
+STATED = ("scheduler", "shift", "quantization", "lora")
 LEAD = 3  # real predictions before the error: what solvers of up to third order remember
 
 
 class NoSolver(CalibrateError):
     """A pipeline whose solver cannot be watched."""
+
+
+class NotFinite(NoSolver):
+    """A prompt of whose generation no plan can be made; others may do."""
 
 
 class Runner:
@@ -48,7 +55,7 @@ class Runner:
         say: Is told in words what is going to be run.
 
     Attributes:
-        groups: The recorded prompts.
+        groups: The recorded prompts; once they are loaded, those with a trajectory.
         folder: Where what it finds is kept, by what that depends on: model, weights, dtype, arguments.
 
     Raises:
@@ -62,7 +69,8 @@ class Runner:
                 "no scheduler whose steps could be watched, or generate(prompt, seed) takes none"
             )
         self.groups = RunFolder.open(case.folder).groups
-        self.folder = trajectory_folder(case.folder, case.identity, self.session.arguments)
+        identity = {**case.identity, **_changes(case.manifest, self.session.identity)}
+        self.folder = trajectory_folder(case.folder, identity, self.session.arguments)
         self.bar = partial(tqdm, disable=not progress)
 
     def running(self, prompts: Sequence[Prompt]) -> Any:
@@ -78,22 +86,42 @@ class Runner:
         return generations(self.session.driver, self.session.modules, calls)
 
 
+def _changes(recorded: Mapping[str, Any], identity: Settings) -> Settings:
+    """What of the pipeline is not as it was recorded; empty for the recorded one, whose trajectories are then read."""
+    there, here = _stated(recorded), _stated(identity)
+    return {name: here.get(name) for name in there if here.get(name) != there[name]}
+
+
+def _stated(identity: Mapping[str, Any]) -> Settings:
+    protocol, config = (identity.get(name) or {} for name in ("protocol", "scheduler_config"))
+    stated = {name: protocol[name] for name in STATED if name in protocol}
+    return {**stated, **{f"scheduler's {name}": config[name] for name in config}}
+
+
 def load_trajectories(runner: Runner) -> list[Trajectory]:
     """Those of all recorded prompts; what the run folder lacks is run now.
 
+    Prompts whose generation is not finite are left out, also of ``runner.groups``.
+
     Raises:
-        NoSolver: The pipeline does not step a scheduler of its own once per step.
+        NoSolver: The pipeline does not step a scheduler of its own once per step, or no prompt is left.
     """
     files = {group.name: runner.folder / f"{group.name}.npz" for group in runner.groups}
-    missing = [group for group in runner.groups if not files[group.name].exists()]
+    missing = [group for group in runner.groups if not Trajectory.is_kept(files[group.name])]
     if missing:
         runner.say(
             f"running {len(missing)} recorded prompts uncached, to see what their solver sees"
         )
         for group in runner.bar(missing, "uncached", unit="prompt"):
             with runner.running([group.prompt]) as (generation,):
-                record_trajectory(generation).write(files[group.name])
-    return [Trajectory.read(file) for file in files.values()]
+                try:
+                    record_trajectory(generation).write(files[group.name])
+                except NotFinite as error:
+                    runner.say(f"prompt {group.index} is left out: {error}")
+                    runner.groups = [own for own in runner.groups if own != group]
+    if not runner.groups:
+        raise NoSolver("no recorded prompt has finite predictions")
+    return [Trajectory.read(files[group.name]) for group in runner.groups]
 
 
 def record_trajectory(generation: Generation) -> Trajectory:
@@ -109,6 +137,10 @@ def record_trajectory(generation: Generation) -> Trajectory:
         call = generation.resume()
     end = generation.latents if call is None and steps else None
     trajectory = trajectory_of(steps, end, sigmas)
+    if trajectory is None and end is not None:
+        seen = [end, *(own for _, *pair in steps for own in pair)]
+        if not all(own.isfinite().all() for own in seen):
+            raise NotFinite("its predictions or latents are not finite")
     if trajectory is None:
         raise NoSolver(
             "the pipeline does not hand one finite prediction per step to scheduler.step; only its outputs can be "

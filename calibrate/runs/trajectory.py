@@ -8,17 +8,22 @@ receives: after guidance and whatever the pipeline makes of it.
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.errors import CorruptShard, one_line
 from calibrate.model.protocol import Settings, canonical_sha256, plain
 from calibrate.runs.files import write_arrays, write_atomically
 
 Array = NDArray[np.float64]
 FORMAT = "what each step of the solver does"  # part of the folder's name: other formats are not read
+# What reading a truncated or overwritten .npy or .npz raises.
+DAMAGED = (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,26 @@ class Trajectory:
         others = {name: value for name, value in vars(self).items() if name != "latents"}
         write_arrays(file, others)  # last: this file says that both are there
 
+    @staticmethod
+    def is_kept(file: Path) -> bool:
+        """Whether both files are there."""
+        return file.exists() and file.with_suffix(".npy").exists()
+
     @classmethod
     def read(cls, file: Path) -> Trajectory:
-        with np.load(file, allow_pickle=False) as arrays:
-            return cls(np.load(file.with_suffix(".npy"), mmap_mode="c"), **arrays)
+        """What :meth:`write` kept.
+
+        Raises:
+            CorruptShard: One of the files is damaged.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return cls(np.load(file.with_suffix(".npy"), mmap_mode="c"), **arrays)
+        except DAMAGED as error:
+            raise CorruptShard(
+                f"{file}: it or the .npy beside it is damaged ({one_line(error)}); delete it, and planning makes "
+                "both anew"
+            ) from None
 
 
 def trajectory_folder(run: Path, identity: Settings, arguments: Settings) -> Path:
