@@ -34,9 +34,9 @@ GAIN_SAMPLES = 2
 GAIN_PLACES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 # Relative size of the error: far above the rounding of bfloat16, small enough to be linear.
 ERROR_SIZE = 0.03
+LEAD = 3  # real predictions before the error: what solvers of up to third order remember
 # What the protocol says of a pipeline that a trajectory depends on, besides weights, dtype and arguments.
 STATED = ("scheduler", "shift", "quantization", "lora")
-LEAD = 3  # real predictions before the error: what solvers of up to third order remember
 
 
 class NoSolver(CalibrateError):
