@@ -37,6 +37,10 @@ class CompiledBlocks(Handle):
 
     count = 0
 
+    def remove(self) -> None:
+        super().remove()
+        self.count = 0
+
 
 def compile_blocks(
     target: Any,

@@ -46,14 +46,14 @@ class Recording:
         timing: Per expert: mean seconds of a denoiser call and of its block stack, and the number of calls.
         non_finite: Rows in which a distance is not finite (they are kept in ``rows``).
         gram: Inner products of all steps for planning, named as in :mod:`calibrate.runs.gram_log`; empty without them.
-        trajectory: What the solver saw, where the pipeline steps one once per step.
+        trajectory: Makes what the solver saw, where the pipeline steps one once per step; for the rank that keeps it.
     """
 
     rows: list[Row] = field(default_factory=list)
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
     non_finite: int = 0
     gram: dict[str, Any] = field(default_factory=dict)
-    trajectory: SolverTrajectory | None = None
+    trajectory: Callable[[], SolverTrajectory | None] | None = None
 
 
 class Moments:
@@ -191,6 +191,9 @@ class RecordHandler(Handler):
                 self._compare(call, signal.column, value)
         self._moments.mark("entered")
         return False
+
+    def reached_exit(self) -> None:
+        self._moments.mark("left")
 
     def leave(self, call: Call, exit: Exit, value: Tensor, base: Tensor | None) -> None:
         """Measures the generated stream at its exit; other streams are not part of the figures."""

@@ -6,16 +6,18 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibrate.errors import EXPECTED, Incomplete
+from calibrate.errors import EXPECTED, Incomplete, one_line
 from calibrate.model.session import Session
 from calibrate.recording.launch import Party, rank, world_size
 from calibrate.recording.notes import costs
 from calibrate.runs.folder import Group, RunFolder
 from calibrate.runs.lock import RunLock
+from calibrate.runs.trajectory import Trajectory
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 # So many first prompts failing alike mean that the call is wrong, not the prompts.
@@ -133,16 +135,30 @@ class Loop:
             return
         self.outcomes.append(None)
         if self.party.leads:
-            if self.trajectories is not None and recording.trajectory is not None:
-                recording.trajectory.write(self.trajectories / f"{group.name}.npz")
-                self.kept = recording.trajectory.latents.nbytes
             self.run.write_group(group, recording.rows, recording.timing, recording.gram)
+            if self.trajectories is not None and recording.trajectory is not None:
+                self._keep(recording.trajectory, self.trajectories / f"{group.name}.npz")
         if self.party.leads and recording.non_finite:
             logger.warning(
                 "%s: %d of %d pairs are not finite; kept, left out of every fit",
                 group.name,
                 recording.non_finite,
                 len(recording.rows),
+            )
+
+    def _keep(self, make: Callable[[], Trajectory | None], file: Path) -> None:
+        """Keep what the solver saw; whatever goes wrong costs no pairs: planning runs again what it lacks."""
+        try:
+            trajectory = make()
+            if trajectory is not None:
+                trajectory.write(file)
+                self.kept = trajectory.latents.nbytes
+        except Exception as error:
+            reason = one_line(error) or type(error).__name__
+            logger.warning(
+                "%s: no trajectory (%s); its pairs are kept, planning runs it again",
+                file.stem,
+                reason,
             )
 
     def _fail(self, group: Group, kind: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -109,7 +110,7 @@ class Recorder:
             steps |= handler.take(recording)
         if len(steps) == self._steps:  # one prediction a step, and no step unseen
             in_order = [steps[step] for step in sorted(steps)]
-            recording.trajectory = trajectory_of(in_order, self._end, self._sigmas)
+            recording.trajectory = partial(trajectory_of, in_order, self._end, self._sigmas)
         number_steps(recording.rows)
         distances = ("x", "y_output", "y_hidden", "y_residual")
         recording.non_finite = sum(

@@ -163,6 +163,9 @@ class Handler:
         """At the first block: whether to skip. ``changed``: not the shapes or modes of the step before."""
         raise NotImplementedError
 
+    def reached_exit(self) -> None:
+        """While the wiring is being learned: a value leaves the stack, at an exit that may or may not matter."""
+
     def leave(self, call: Call, exit: Exit, value: Tensor, base: Tensor | None) -> None:
         """A computed step's value at an exit; ``base`` (the handler's to keep) is the stack's input there.
 

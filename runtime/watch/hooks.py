@@ -263,7 +263,8 @@ class StackHooks:
                 call.overrides[exit] = self.handler.enter(call, exit, call.base(exit))
 
     def _observe(self, call: Call) -> None:
-        call.observation = Observation(self.root, self.attention, call.named)
+        reached = self.handler.reached_exit
+        call.observation = Observation(self.root, self.attention, call.named, reached)
 
     def _leave(self, call: Call, exit: Exit, value: Tensor) -> None:
         call.left.add(exit)

@@ -45,7 +45,8 @@ class Observation(TorchFunctionMode):
     """Watches one computed forward of ``root`` and learns its :class:`Wiring`.
 
     Use: make it before the forward (or at the first block) with the denoiser's arguments by ``named``, then
-    :meth:`head`, :meth:`block` around every block, and :meth:`finish` with the output.
+    :meth:`head`, :meth:`block` around every block, and :meth:`finish` with the output. ``on_exit`` is called at every
+    exit that comes in question.
 
     Attributes:
         left: Copies of what left the stack, at every exit that came in question.
@@ -53,8 +54,15 @@ class Observation(TorchFunctionMode):
         time_embedding: Where in the first block's arguments the time embedding stands, if it is handed there.
     """
 
-    def __init__(self, root: Module, blocks: Iterable[Module], named: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: Module,
+        blocks: Iterable[Module],
+        named: dict[str, Any],
+        on_exit: Callable[[], None],
+    ) -> None:
         super().__init__()
+        self._on_exit = on_exit
         self.root, self.wiring = root, Wiring()
         self.left: dict[Exit, Tensor] = {}
         self.entering: Streams | None = None
@@ -158,6 +166,7 @@ class Observation(TorchFunctionMode):
             if mark.carried:
                 base, selections = self._base(self.entering, tensor, mark.carried)
                 exit = Exit(module, number, place, Spec.of(tensor), base, selections)
+                self._on_exit()
                 self.left[exit] = tensor.detach().clone()
         self._passed = frozenset(self.left.keys() - before)
 

@@ -196,6 +196,7 @@ def test_removal_leaves_the_model_as_it_was(name: str) -> None:
     with compile_blocks(model, backend=Backend()) as compiled:
         assert compiled.count >= 3
         generate(name, model)
+    assert compiled.count == 0
     assert equal(generate(name, model), plain)
     assert [dict(module.__dict__) for module in model.modules()] == state
 

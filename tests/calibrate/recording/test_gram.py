@@ -1,5 +1,7 @@
 """The Gram log: what the recorder multiplies, how branches combine, other step counts, damaged logs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,29 @@ def test_what_the_recorder_holds_counts_the_outputs_for_planning():
             held[gram] = recorder.held_bytes()
     outputs = [tensor for row in recorded(pipe)[1].values() for tensor in row]
     assert held[True] - held[False] >= sum(4 * tensor.numel() for tensor in outputs)
+
+
+def test_seconds_of_the_stack_end_where_it_is_left(monkeypatch):
+    """Bug: where a call was observed, those of the layers after the stack were among them."""
+    clock = {"now": 0.0}
+    host = SimpleNamespace(perf_counter=lambda: clock["now"])
+    monkeypatch.setattr("calibrate.recording.handler.time", host)
+    pipe = TinyPipeline()
+    for module, seconds in (
+        (pipe.transformer.transformer_blocks[1], 8.0),
+        (pipe.transformer.proj_out, 1.0),
+    ):
+
+        def passes(*seen, seconds=seconds):
+            clock["now"] += seconds
+
+        module.register_forward_hook(passes)
+    with torch.inference_mode(), Recorder(denoisers(pipe), pipe) as recorder:
+        recorder.start()
+        pipe("a fish", STEPS, generator=torch.Generator().manual_seed(0))
+        timing = recorder.finish().timing
+    expected = {"call_seconds": 9.0, "stack_seconds": 8.0, "calls": 2 * STEPS}
+    assert timing == {"transformer": expected}
 
 
 def test_long_rows_are_multiplied_in_pieces():

@@ -8,6 +8,7 @@ import tiny_pipelines
 import torch
 from tiny_pipeline import TinyExperts, TinyPipeline
 
+import calibrate.recording.recorder
 import coeffs
 from calibrate.fitting.draft import fit
 from calibrate.planning.lockstep import generations
@@ -16,6 +17,7 @@ from calibrate.recording.inner_products import trajectory_of
 from calibrate.recording.record import record
 from calibrate.recording.recorder import Recorder
 from calibrate.runs.pairs import load_run
+from calibrate.runs.trajectory import Trajectory
 from calibrate.trials.case import open_case
 from runtime import OwnLoop, denoisers
 
@@ -108,7 +110,7 @@ def test_every_pipeline_shows_the_recorder_what_it_shows_planning(name):
     ):
         recorder.start()
         call(case.pipe)
-        recorded = recorder.finish().trajectory
+        recorded = recorder.finish().trajectory()
     with generations(case.pipe, denoisers(case.pipe), [call]) as (generation,):
         same(recorded, record_trajectory(generation))
 
@@ -128,6 +130,38 @@ def test_a_generation_of_which_no_plan_can_be_made_costs_no_prompt(change):
     own = trajectory_of(steps, end, None)
     assert own.latents.shape == (5, 2, 2) and np.isnan(own.sigmas).all()
     assert trajectory_of(change(steps), end, None) is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["trajectory_of", "write"])
+def test_a_trajectory_that_cannot_be_kept_costs_no_pairs(
+    tmp_path, monkeypatch, caplog, where, error
+):
+    def fail(*arguments):
+        raise error
+
+    if where == "write":
+        monkeypatch.setattr(Trajectory, "write", fail)
+    else:
+        monkeypatch.setattr(calibrate.recording.recorder, "trajectory_of", fail)
+    run = record(TinyPipeline(), prompts=TEXTS, steps=6, out=tmp_path, progress=False)
+    assert run.is_complete and not run.failures() and not files_of(tmp_path)
+    assert [message.count("no trajectory") for message in caplog.messages] == [1, 1]
+
+
+def test_no_trajectory_is_made_where_none_is_kept(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        calibrate.recording.recorder, "trajectory_of", lambda *seen: made.append(seen)
+    )
+    pipe = TinyPipeline()
+
+    def generate(prompt, seed):
+        return pipe(prompt, generator=torch.Generator().manual_seed(seed)).images
+
+    loop = OwnLoop(pipe.transformer, pipe.scheduler)
+    options = {"generate": generate, "modules": loop, "prompts": TEXTS, "progress": False}
+    assert record("toy", out=tmp_path, **options).is_complete and not made
 
 
 @pytest.mark.parametrize("replaceable", [True, False])
