@@ -76,7 +76,8 @@ class Trajectory:
             CorruptShard: One of the files is damaged.
         """
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # Opened here, as numpy leaves a damaged file open.
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 return cls(np.load(file.with_suffix(".npy"), mmap_mode="c"), **arrays)
         except DAMAGED as error:
             raise CorruptShard(
