@@ -12,6 +12,7 @@ intervals are of the mean, 95 %.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -23,7 +24,6 @@ from scipy import stats
 import coeffs
 from benchmarks.common import RESULTS, surroundings
 
-UNIFORM_FITTED = "uniform skipping, fitted guided"
 BESIDE = "plan of the other entry"
 CURVE = (3, 5, 10, 20)  # recorded prompts that a fit sees
 RIVALS = (
@@ -34,7 +34,7 @@ RIVALS = (
         "uniform-linear-output",
         "uniform-linear-guided",
     ),
-    *("fewer-steps", "fewer-steps-2"),
+    *("uniform-fitted", "fewer-steps", "fewer-steps-2"),
 )
 
 
@@ -122,8 +122,9 @@ def measured(
     if beside is not None:
         plans = coeffs.load(beside).plans or ()
         settings += [plan_setting(BESIDE, p) for p in plans if p.computed_steps in budgets]
-    fits, unfitted = fitted(case, budgets, curve)
-    rows, refused = bench.results(settings + fits, refused | unfitted)
+    if curve is not None:
+        settings += fits_on_fewer_prompts(case, curve)
+    rows, refused = bench.results(settings, refused)
     return {
         "model": case.entry.model,
         "steps": case.num_steps,
@@ -135,42 +136,24 @@ def measured(
     }
 
 
-def fitted(
-    case: Any, budgets: list[int], curve: int | None
-) -> tuple[list[Any], dict[str, str]]:
-    """Uniform schedules fitted on all recorded prompts, and the plan of ``curve`` steps fitted on the first few.
-
-    Where no solver can be watched there are none: the policy is refused, with the reason.
-    """
+def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
+    """The plan's own schedule, its weights fitted on the first few recorded prompts."""
     from calibrate.planning.closed_loop import Fits
-    from calibrate.planning.search import uniform_between
-    from calibrate.planning.trajectories import NoSolver, Runner, load_trajectories
+    from calibrate.planning.trajectories import Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
 
-    try:
-        runner = Runner(case, True, say)
-        trajectories = load_trajectories(runner)
-    except NoSolver as error:
-        return [], {UNIFORM_FITTED: str(error)}
-    fits = Fits(runner, trajectories, None)
-
-    def setting(policy: str, schedule: str, prompts: int | None = None) -> Any:
-        weights = fits.fit(schedule, prompts).weights
-        form = {"forecast": "fitted", "forecast_of": "guided", "weights": weights}
-        return plan_setting(policy, coeffs.Plan(schedule=schedule, **form))
-
-    walls, steps = trajectories[0].walls, case.num_steps
-    settings = [
-        setting(UNIFORM_FITTED, uniform_between(walls, steps, budget)) for budget in budgets
-    ]
-    own = [p.schedule for p in case.entry.plans if p.computed_steps == curve]
-    settings += [
-        setting(f"plan's schedule, fitted on {count} prompts", schedule, count)
-        for schedule in own
+    own = next(p for p in case.entry.plans if p.computed_steps == computed)
+    runner = Runner(case, True, say)
+    fits = Fits(runner, load_trajectories(runner), None)
+    form = {"forecast": "fitted", "forecast_of": "guided"}
+    return [
+        plan_setting(
+            f"plan's schedule, fitted on {count} prompts",
+            replace(own, weights=fits.fit(own.schedule, count).weights, **form),
+        )
         for count in CURVE
-        if count <= len(trajectories)
+        if count <= fits.prompts
     ]
-    return settings, {}
 
 
 def of_budget(rows: pd.DataFrame, budget: int, measure: str) -> dict[str, Any]:

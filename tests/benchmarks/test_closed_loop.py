@@ -2,11 +2,16 @@
 
 from types import SimpleNamespace
 
-from benchmarks.closed_loop import UNIFORM_FITTED, fitted
+from benchmarks.closed_loop import RIVALS
+from calibrate.verifying.lineup import POLICIES, entered
 
 
-def test_without_a_solver_to_watch_the_fitted_rival_is_refused():
+def test_without_a_solver_to_watch_the_fitted_rival_is_refused(tmp_path):
     """Bug: the benchmark ended."""
-    case = SimpleNamespace(session=SimpleNamespace(solver_is_replaceable=False))
-    settings, refused = fitted(case, [5], None)
-    assert not settings and "no scheduler" in refused[UNIFORM_FITTED]
+    assert "uniform-fitted" in RIVALS
+    lineup = SimpleNamespace(
+        run=SimpleNamespace(path=tmp_path), num_steps=10, budgets=[5], entry=None
+    )
+    lineup.planned = lambda label, schedule: [schedule(5)]
+    settings, refused = entered(lineup, ["uniform-fitted"], print)
+    assert not settings and "calibrate plan" in refused[POLICIES["uniform-fitted"].label]
