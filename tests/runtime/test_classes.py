@@ -295,7 +295,7 @@ def test_class_is_exact(name: str, dtype: torch.dtype) -> None:
     assert any(not torch.equal(skipped, computed) for skipped, computed in pairs), (
         "nothing was skipped"
     )
-    assert_identical(outputs_of(name, model, dtype, 2), plain[:2])
+    assert_identical(outputs_of(name, model, dtype, STEPS), plain)
     assert not any(
         module._forward_pre_hooks or module._forward_hooks for module in model.modules()
     )

@@ -34,6 +34,8 @@ GRAPHS = {
     "qwen_image": 1,
     "qwen_image_zero_cond_t": 1,
 }
+# Fewer than the blocks of a class, so that one graph for each of them reaches the limit too.
+RECOMPILES = 3
 ATTENTION = {"wan21": 2}  # attention calls per block
 
 
@@ -65,7 +67,8 @@ class Backend:
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+        yield
     torch._dynamo.reset()
 
 
@@ -102,6 +105,8 @@ def method(model: torch.nn.Module, backend: Backend) -> torch.nn.Module:
 
 
 def regional(model: torch.nn.Module, backend: Backend) -> torch.nn.Module:
+    # The hooks are compiled along, with guards on each block's own: torch's usual limit.
+    torch._dynamo.config.recompile_limit = 8
     model.compile_repeated_blocks(backend=backend)
     return model
 

@@ -15,7 +15,7 @@ from PIL import Image
 import coeffs
 from calibrate.fitting.draft import fit as draft_entry
 from calibrate.recording.record import record
-from calibrate.reporting.report import render, report
+from calibrate.reporting.report import report
 from calibrate.reporting.run_data import load_findings
 from calibrate.runs.pairs import load_run
 from calibrate.verifying.lineup import FEWER_STEPS, FEWER_STEPS_2, GATE, UNIFORM
@@ -38,7 +38,6 @@ class Kind:
         branch: The one whose decisions are looked at.
         measure: What it is judged by.
         refused: Why the second-order solver is no comparison.
-        drawn: Whether the report's plots are drawn: they are those of other runs where one denoiser makes images.
     """
 
     pipe: Any
@@ -48,7 +47,6 @@ class Kind:
     experts: tuple[str, ...] = ("transformer",)
     measure: str = "psnr_db"
     refused: str = ""
-    drawn: bool = True
     images: list = field(default_factory=list)
 
 
@@ -89,7 +87,6 @@ def video(tmp_path) -> Kind:
         VIDEO,
         (5, 64, 64, 3),
         refused=SECOND_ORDER,
-        drawn=False,
     )
 
 
@@ -122,7 +119,7 @@ def edit(tmp_path) -> Kind:
     options = dict(
         height=16, width=16, guidance_scale=3.0, pipe_args={"negative_prompt": " "}
     )
-    return Kind(pipe, options, (16, 16, 3), images=[tmp_path / "red.png"], drawn=False)
+    return Kind(pipe, options, (16, 16, 3), images=[tmp_path / "red.png"])
 
 
 @pytest.mark.parametrize("build", [video, two_experts, audio, edit])
@@ -181,11 +178,7 @@ def test_a_verification_from_recording_to_findings(build, tmp_path):
     timed.assign(uncached_seconds=2 * timed["seconds"]).to_parquet(
         folder / "verify" / "results.parquet"
     )
-    page = (
-        report(folder).read_text(encoding="utf-8")
-        if kind.drawn
-        else render(load_findings(folder), {})
-    )
+    page = report(folder).read_text(encoding="utf-8")
     text = _words(page)
     advice = load_findings(folder).advice
     assert advice.use in text and advice.certainty in text
