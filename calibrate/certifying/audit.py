@@ -46,9 +46,8 @@ class Audited:
     @property
     def holds(self) -> bool:
         """Whether no greater share missed it than was promised."""
-        promised = (
-            self.certificate.risk * self.prompts + 1e-9
-        )  # 0.29 * 100 is a little less than 29
+        # Their product may lie below the whole number that is promised: 0.29 * 100.
+        promised = self.certificate.risk * self.prompts + 1e-9
         return self.p >= self.level and self.missed <= promised
 
     @property

@@ -158,9 +158,8 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     )
     # A broken sample is below any limit.
     results["quality"] = results[main].mask(results["broken"].astype(bool), -np.inf)
-    results = results[
-        results["quality"].notna()
-    ]  # other rows, of a damaged table, say nothing
+    # Rows without it, of a damaged table, say nothing.
+    results = results[results["quality"].notna()]
     runs = results.groupby(unit, sort=False)
     table = runs.agg(
         threshold=("threshold", "first"),
