@@ -12,7 +12,6 @@ intervals are of the mean, 95 %.
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -114,6 +113,7 @@ def measured(
         num_steps=case.num_steps,
         budgets=budgets,
         bench=bench,
+        say=say,
     )
     settings, refused = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
     for budget in budgets:
@@ -139,17 +139,14 @@ def measured(
 def fits_on_fewer_prompts(case: Any, computed: int) -> list[Any]:
     """The plan's own schedule, its weights fitted on the first few recorded prompts."""
     from calibrate.planning.closed_loop import Fits
-    from calibrate.planning.trajectories import Runner, load_trajectories
     from calibrate.trials.setting import plan_setting
 
     own = next(p for p in case.entry.plans if p.computed_steps == computed)
-    runner = Runner(case, True, say)
-    fits = Fits(runner, load_trajectories(runner), None)
-    form = {"forecast": "fitted", "forecast_of": "guided"}
+    fits = Fits.of(case, True, say)
     return [
         plan_setting(
             f"plan's schedule, fitted on {count} prompts",
-            replace(own, weights=fits.fit(own.schedule, count).weights, **form),
+            fits.fit(own.schedule, count).plan(own.schedule),
         )
         for count in CURVE
         if count <= fits.prompts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -157,9 +157,8 @@ class Planner:
         self, name: str, schedule: str, forecast: str, of: Quantity, own: Fit | None = None
     ) -> Candidate:
         """A plan, with the weights of a fit where there is one; its cost is that of linear forecasts."""
-        plan = coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=of)
-        if own and own.weights:
-            plan = replace(plan, forecast="fitted", weights=own.weights)
+        simple = coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=of)
+        plan = own.plan(schedule) if own else simple
         cost = schedule_cost(self._linear, schedule)
         recorded_db = score(own.decibels) if own else None
         return Candidate(name, plan.schedule.count("C"), plan, cost, recorded_db)

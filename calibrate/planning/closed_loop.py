@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from calibrate.model.prompts import Prompt
 from calibrate.model.protocol import canonical_sha256
 from calibrate.planning.lockstep import Generation
-from calibrate.planning.search import computed_of
-from calibrate.planning.trajectories import Runner
+from calibrate.planning.search import computed_of, uniform_between
+from calibrate.planning.trajectories import Runner, load_trajectories
 from calibrate.runs.files import write_json
 from calibrate.runs.trajectory import Trajectory
+from calibrate.trials.case import Case, Say
+from coeffs import Plan
 
 Array = NDArray[np.float64]
 RIDGE = 1e-5  # of the mean diagonal; measured: 1e-6 to 1e-4 differ by less than 0.3 dB
@@ -52,6 +54,15 @@ class Fit:
     def decibels(self) -> Array:
         """Signal-to-noise ratio of each sample's latents at the end."""
         return -20 * np.log10(np.maximum(self.errors[:, -1], 1e-12))
+
+    def plan(self, schedule: str) -> Plan:
+        """The schedule with these weights; without any where it skips nothing."""
+        return Plan(
+            schedule=schedule,
+            forecast="fitted" if self.rows else "reuse",
+            forecast_of="guided",
+            weights=self.weights or None,
+        )
 
 
 def fit(
@@ -163,22 +174,34 @@ class Fits:
     def __init__(
         self, runner: Runner, trajectories: Sequence[Trajectory], anchors: int | None
     ) -> None:
-        self._runner, self._trajectories, self._anchors = runner, trajectories, anchors
+        self.runner, self.trajectories, self._anchors = runner, trajectories, anchors
+
+    @classmethod
+    def of(cls, case: Case, progress: bool, say: Say, anchors: int | None = None) -> Fits:
+        """On the prompts of a case's run. Raises NoSolver where no solver can be watched."""
+        runner = Runner(case, progress, say)
+        return cls(runner, load_trajectories(runner), anchors)
 
     @property
     def prompts(self) -> int:
         """How many there are to fit on."""
-        return len(self._trajectories)
+        return len(self.trajectories)
+
+    def uniform(self, computed: int) -> Plan:
+        """The uniform schedule, with weights fitted on all of them."""
+        first = self.trajectories[0]
+        schedule = uniform_between(first.walls, first.num_steps, computed)
+        return self.fit(schedule).plan(schedule)
 
     def fit(self, schedule: str, prompts: int | None = None) -> Fit:
         """The weights of a schedule and what they miss; fitted now where the run folder does not have them.
 
         ``prompts``: on so many of the recorded ones, the first; by default on all.
         """
-        groups = self._runner.groups[: prompts or self.prompts]
+        groups = self.runner.groups[: prompts or self.prompts]
         names = [group.name for group in groups]
         key = canonical_sha256([schedule, self._anchors, RIDGE, names])[:16]
-        file = self._runner.folder / f"fit-{key}.json"
+        file = self.runner.folder / f"fit-{key}.json"
         if not file.exists():
             own = self._fitted(schedule, [group.prompt for group in groups])
             written: dict[str, Any] = {"schedule": schedule, "anchors": self._anchors}
@@ -190,16 +213,16 @@ class Fits:
 
     def _fitted(self, schedule: str, prompts: Sequence[Prompt]) -> Fit:
         runs = schedule.count("C") * len(prompts)
-        share = runs / len(schedule) / len(self._runner.groups)
-        self._runner.say(
+        share = runs / len(schedule) / len(self.runner.groups)
+        self.runner.say(
             f"fitting {schedule.count('C')} of {len(schedule)} steps on {len(prompts)} prompts: "
             f"{share:.0%} of what recording took"
         )
         with (
-            self._runner.bar(total=runs, desc="fitting", unit="step") as bar,
-            self._runner.running(prompts) as running,
+            self.runner.bar(total=runs, desc="fitting", unit="step") as bar,
+            self.runner.running(prompts) as running,
         ):
-            own = self._trajectories[: len(prompts)]
+            own = self.trajectories[: len(prompts)]
             teachers = [torch.from_numpy(trajectory.latents) for trajectory in own]
             return fit(
                 running,

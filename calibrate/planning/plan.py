@@ -19,7 +19,6 @@ from calibrate.errors import InvalidOption
 from calibrate.model.prompts import PromptSet
 from calibrate.planning.candidates import (
     BASELINES,
-    UNIFORM_FITTED,
     Candidate,
     Planner,
     Quantity,
@@ -37,9 +36,7 @@ from calibrate.planning.results import (
 )
 from calibrate.planning.trajectories import (
     NoSolver,
-    Runner,
     gaussian_gains,
-    load_trajectories,
     measured_gains,
     problem_of,
 )
@@ -145,11 +142,6 @@ def _proven(
         budget: planner.completed(_winner(own, scores[budget]))
         for budget, own in entered.items()
     }
-    # Verifications read the uniform one's weights from plan.json, as a rival that has seen what the winner has.
-    kept = {
-        budget: [planner.completed(c) if c.name == UNIFORM_FITTED else c for c in own]
-        for budget, own in entered.items()
-    }
     say(f"judging winners and rivals on {len(rest.prompts)} other held-out prompts")
     settings = [winner.setting(PLAN) for winner in winners.values()]
     settings += [c.setting() for c in ran if c.plan is None or c.name in BASELINES]
@@ -157,7 +149,7 @@ def _proven(
     note(case.folder, [prompt.prompt_id for prompt in rest.prompts], JUDGED)
     return [
         Planned(b, own, winners[b], judged_figures(judged[b], floor), scores[b])
-        for b, own in kept.items()
+        for b, own in entered.items()
     ]
 
 
@@ -183,18 +175,18 @@ def _from_runs(
 ) -> Planner:
     """From trajectories, with measured and with Gaussian gains; from the log where no solver can be watched."""
     try:
-        runner = Runner(case, progress, say)
-        trajectories = load_trajectories(runner)
+        fits = Fits.of(case, progress, say, anchors)
     except NoSolver as error:
         say(f"{error}; planning forecasts of its outputs, without fitted weights")
         return _from_the_log(case.folder, steps, "output")
-    gains = measured_gains(runner, trajectories)
+    trajectories = fits.trajectories
+    gains = measured_gains(fits.runner, trajectories)
     return Planner(
         problem_of(trajectories, gains),
         "guided",
         trajectories[0].sigmas,
         gaussian=problem_of(trajectories, gaussian_gains(trajectories)),
-        fits=Fits(runner, trajectories, anchors),
+        fits=fits,
     )
 
 

@@ -16,13 +16,11 @@ import coeffs
 from calibrate.planning.candidates import (
     BASELINES,
     UNIFORM,
-    UNIFORM_FITTED,
     Candidate,
     score,
 )
 from calibrate.runs.entry_file import PLAN_WARNING
 from calibrate.runs.files import write_atomically
-from calibrate.runs.gram_log import NoPlan
 from calibrate.text import aligned, number
 from calibrate.trials.measures import capped, main_measure
 from calibrate.trials.setting import FEWER_STEPS, FEWER_STEPS_2, PLAN
@@ -177,23 +175,6 @@ def _described(candidate: Candidate) -> dict[str, Any]:
         "recorded_db": candidate.recorded_db,
         **plan,
     }
-
-
-def uniform_fitted(folder: Path, num_steps: int, computed: int) -> coeffs.Plan:
-    """The uniform schedule with the weights that planning fitted for it.
-
-    Raises:
-        NoPlan: This budget was not planned.
-    """
-    for row in _kept(folder):
-        if (row["steps"], row["computed"]) == (num_steps, computed):
-            for kept in row["candidates"]:
-                if kept["name"] == UNIFORM_FITTED:
-                    return coeffs.Plan(**{name: kept[name] for name in FORECAST})
-    raise NoPlan(
-        f"no weights of the uniform schedule at {computed} of {num_steps} steps; "
-        f"run `calibrate plan {folder} --computed {computed}` first"
-    )
 
 
 def plan_table(planned: Sequence[Planned]) -> str:

@@ -1,7 +1,7 @@
 """Uncached trajectories of the recorded prompts as the solver sees them, and what is left of errors at the end.
 
 Runs keep both: trajectories as :mod:`calibrate.runs.trajectory` says, mostly since they were recorded, and beside them
-``sensitivity.json``.
+``gains.json``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from calibrate.runs.trajectory import Trajectory, trajectory_folder
 from calibrate.trials.case import Case
 
 Array = NDArray[np.float64]
-# Two samples at six places: gains of one prompt lie within 20 % of another's on the embedded model, and vary slowly.
+# Gains vary slowly with the step: two samples at five places. With the uncached run of each, seven runs in all.
 GAIN_SAMPLES = 2
-GAIN_PLACES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+GAIN_PLACES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Relative size of the error: far above the rounding of bfloat16, small enough to be linear.
 ERROR_SIZE = 0.03
-LEAD = 3  # real predictions before the error: what solvers of up to third order remember
 # What the protocol says of a pipeline that a trajectory depends on, besides weights, dtype and arguments.
 STATED = ("scheduler", "shift", "quantization", "lora")
 
@@ -176,45 +175,62 @@ def gaussian_gains(trajectories: Sequence[Trajectory]) -> Array:
 
 
 def measured_gains(runner: Runner, trajectories: Sequence[Trajectory]) -> Array:
-    """How much of a small error is left at the end, shape (T + 1,): measured at some steps, interpolated between."""
+    """How much of a small error is left at the end, shape (T + 1,): measured at some steps, interpolated between.
+
+    The geometric mean over a few prompts, as decibels are averaged: on some models one prompt's gains are a hundred
+    times another's.
+    """
     steps = trajectories[0].num_steps
     places = sorted({max(1, int(place * steps)) for place in GAIN_PLACES})
-    file = runner.folder / "sensitivity.json"
+    file = runner.folder / "gains.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    for group, trajectory in list(zip(runner.groups, trajectories, strict=True))[
-        :GAIN_SAMPLES
-    ]:
-        own = known.setdefault(group.name, [])
-        left = places[len(own) :]
-        for place in runner.bar(left, f"sensitivity of prompt {group.index}", unit="run"):
+    samples = list(zip(runner.groups, trajectories, strict=True))[:GAIN_SAMPLES]
+    for group, trajectory in samples:
+        if group.name in known:
+            continue
+        with runner.running([group.prompt]) as (generation,):
+            predictions = predictions_of(generation)
+        own = known[group.name] = []
+        for place in runner.bar(places, f"sensitivity of prompt {group.index}", unit="run"):
             with runner.running([group.prompt]) as (generation,):
-                own.append(gain_of(generation, trajectory, place))
-            write_json(file, known)
-    gains = np.mean([*known.values()], axis=0)
+                own.append(gain_of(generation, trajectory, predictions, place))
+        write_json(file, known)
+    logarithms = np.log(np.maximum([known[group.name] for group, _ in samples], TINY))
     # The error of step t is in the latents before step t + 1; at the end all of it is left.
     known_at = [*(place + 1 for place in places), steps]
-    return np.interp(np.arange(steps + 1), known_at, [*gains, 1.0])
+    return np.interp(np.arange(steps + 1), known_at, [*np.exp(logarithms.mean(0)), 1.0])
 
 
-def gain_of(generation: Generation, trajectory: Trajectory, step: int) -> float:
-    """What is left at the end of an error made at one step, relative to its size there.
+def predictions_of(generation: Generation) -> list[torch.Tensor]:
+    """What the solver receives at every step of an uncached generation."""
+    call, predictions = generation.resume(), []
+    while call is not None:
+        predictions.append(call.prediction.to("cpu", copy=True))
+        call = generation.resume()
+    return predictions
 
-    The error has the direction of reusing the prediction before. Steps before it are taken from the trajectory.
+
+def gain_of(
+    generation: Generation,
+    trajectory: Trajectory,
+    predictions: Sequence[torch.Tensor],
+    step: int,
+) -> float:
+    """What is left at the end of an error made at one step, relative to what the step makes of it in the latents.
+
+    The error has the direction of reusing the prediction before. Until then the solver gets the uncached predictions,
+    so that whatever it remembers is right.
     """
-    states = torch.from_numpy(trajectory.latents)
     generation.resume()
-    for index in range(step):
-        before = generation.waiting.prediction
-        generation.resume(latents=states[index], skip_next=index + 1 < step - LEAD)
-    call = generation.waiting
-    state = states[step].to(call.latents)
-    right = call.advanced([call.prediction], state)
-    moved = (call.advanced([before], state) - right).norm().clamp_min(1e-12)
-    share = float(ERROR_SIZE * right.norm() / moved)
-    wrong = torch.lerp(call.prediction.float(), before.float(), share).to(call.prediction)
-    made = (call.advanced([wrong], state) - right).norm()
-    generation.resume(wrong, state)
+    for prediction in predictions[:step]:
+        generation.resume(prediction, skip_next=True)
+    before, right = (predictions[at].float() for at in (step - 1, step))
+    move = abs(float(trajectory.solver[1][step]))
+    size = ERROR_SIZE * float(np.linalg.norm(trajectory.latents[step]))
+    share = size / max(move * float((before - right).norm()), 1e-12)
+    wrong = torch.lerp(right, before, share).to(predictions[step])
+    generation.resume(wrong)
     while generation.call is not None:
         generation.resume()
-    left = (generation.latents.float().cpu() - states[-1]).norm()
-    return float(left) / float(made)
+    left = generation.latents.float().cpu() - torch.from_numpy(trajectory.latents[-1])
+    return float(left.norm()) / max(move * float((wrong.float() - right).norm()), 1e-12)

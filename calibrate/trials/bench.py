@@ -58,7 +58,7 @@ class Bench:
         progress: bool = True,
     ) -> None:
         self._perceptual = Lpips() if lpips else None
-        self.case, self.prompts, self._progress = case, prompts, progress
+        self.case, self.prompts, self.progress = case, prompts, progress
         # By which ranks claim prompts; without it there are no other ranks.
         self._lock = held.get(case.folder)
         self._bar = tqdm(disable=True)
@@ -74,7 +74,7 @@ class Bench:
     def bar(self, runs: int) -> Iterator[None]:
         """A bar of so many generations, and of those that come as tuning asks for them."""
         shown = {"desc": "running", "unit": "run", "smoothing": 0.1}
-        silent = not (self._progress and runs)
+        silent = not (self.progress and runs)
         with tqdm(total=runs, disable=silent, **shown) as self._bar:
             yield
 

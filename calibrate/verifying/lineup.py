@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from calibrate.errors import EXPECTED, InvalidOption
-from calibrate.planning.results import uniform_fitted as fitted_plan
-from calibrate.runs.gram_log import NoPlan, load_grams
+from calibrate.planning.closed_loop import Fits
+from calibrate.runs.gram_log import load_grams
 from calibrate.trials.baselines import (
     CACHE_DIT_MASKS,
     budcache,
@@ -90,11 +90,13 @@ def uniform_rule(lineup: Lineup, label: str) -> list[Setting]:
 
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
-    """The same with the weights that planning fitted for these schedules."""
-    folder = lineup.run.path
-    if folder is None:
-        raise NoPlan("no run, and so no fitted weights; verify the folder of a planned run")
-    return lineup.planned(label, partial(fitted_plan, folder, lineup.num_steps))
+    """The same with weights fitted on the recorded prompts, as a plan's are."""
+    if lineup.run.path is None:
+        raise InvalidOption(
+            "no run, and so no prompts to fit weights on; verify the folder of a run"
+        )
+    fits = Fits.of(lineup.bench.case, lineup.bench.progress, lineup.say)
+    return lineup.planned(label, fits.uniform)
 
 
 def fewer_steps(lineup: Lineup, label: str, **options: Any) -> list[Setting]:

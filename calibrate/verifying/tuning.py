@@ -21,6 +21,7 @@ from calibrate.runs.files import write_json
 from calibrate.runs.pairs import Run
 from calibrate.trials.baselines import threshold_for
 from calibrate.trials.bench import Bench
+from calibrate.trials.case import Say
 from calibrate.trials.measures import compare_all
 from calibrate.trials.setting import (
     GATE,
@@ -52,6 +53,7 @@ class Lineup:
         budgets: Numbers of computed steps.
         given: The fitted gate's settings, where its thresholds were given instead of budgets.
         known: The registry's entries.
+        say: Is told in words what is going to be run.
     """
 
     entry: Entry
@@ -61,6 +63,7 @@ class Lineup:
     bench: Bench
     given: Sequence[Setting] = ()
     known: Sequence[Entry] = ()
+    say: Say = lambda text: None
 
     @property
     def prompts(self) -> Sequence[Prompt]:

@@ -113,6 +113,7 @@ def verify(
             given=given,
             bench=bench,
             known=coeffs.entries(registry),
+            say=say,
         )
         settings, refused = entered(lineup, chosen, say)
     results, refused = bench.results(settings, refused)

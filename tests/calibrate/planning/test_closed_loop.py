@@ -16,13 +16,20 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from tiny_pipeline import TinyExperts, TinyPipeline
 
 import coeffs
+from calibrate.planning import trajectories as trajectories_module
 from calibrate.planning.closed_loop import RIDGE, combined, fit, solve
 from calibrate.planning.lockstep import generations
-from calibrate.planning.trajectories import gain_of, gaussian_gains, record_trajectory
+from calibrate.planning.trajectories import (
+    gain_of,
+    gaussian_gains,
+    predictions_of,
+    record_trajectory,
+)
 from calibrate.runs.trajectory import Trajectory
 from coeffs.engines import export_entry
 from runtime import apply_tea_cache
@@ -33,6 +40,9 @@ SCHEDULERS = {
     "ddim": DDIMScheduler(clip_sample=False, set_alpha_to_one=True),
     "large sigmas": EulerDiscreteScheduler(),
     "multistep": DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    ),
+    "corrected": UniPCMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction"
     ),
     "stochastic": EulerAncestralDiscreteScheduler(),
@@ -317,14 +327,18 @@ def test_gaussian_gains_are_ratios_of_sizes():
     np.testing.assert_allclose(gaussian_gains([one, one]), 0.5 / sizes, rtol=1e-6)
 
 
+def gain(pipeline, trajectory, step):
+    with running(pipeline, [0]) as (generation,):
+        predictions = predictions_of(generation)
+    with running(pipeline, [0]) as (generation,):
+        return gain_of(generation, trajectory, predictions, step), predictions
+
+
 def test_the_gain_of_a_linear_model_is_that_of_its_matrix():
     """Behind the last step nothing is left to change an error; before it, the remaining steps do."""
     pipeline = LinePipeline(SCHEDULERS["euler"])
     trajectory = trajectories(pipeline, [0])[0]
-    for step in (3, 9):
-        with running(pipeline, [0]) as (generation,):
-            gain = gain_of(generation, trajectory, step)
-        assert gain == pytest.approx(1.0, rel=1e-3) if step == 9 else gain > 0
+    assert gain(pipeline, trajectory, 9)[0] == pytest.approx(1.0, rel=1e-3)
     sigmas = pipeline.scheduler.sigmas.double()
     matrix = pipeline.transformer.matrix.detach()
     kept = torch.eye(8, dtype=torch.float64)
@@ -332,11 +346,21 @@ def test_the_gain_of_a_linear_model_is_that_of_its_matrix():
         kept = kept @ (
             torch.eye(8, dtype=torch.float64) + (sigmas[step + 1] - sigmas[step]) * matrix
         )
-    with running(pipeline, [0]) as (generation,):
-        gain = gain_of(generation, trajectory, 3)
-    predictions = torch.from_numpy(trajectory.latents[2:4]).double().flatten(1) @ matrix
-    error = predictions[0] - predictions[1]
-    assert gain == pytest.approx(float((error @ kept).norm() / error.norm()), rel=1e-2)
+    measured, predictions = gain(pipeline, trajectory, 3)
+    error = (predictions[2] - predictions[3]).double().flatten(1)
+    assert measured == pytest.approx(float((error @ kept).norm() / error.norm()), rel=1e-2)
+
+
+@pytest.mark.parametrize("solver", sorted(SCHEDULERS))
+def test_without_an_error_nothing_is_left_of_it(solver, monkeypatch):
+    """Bug: UniPC steps from latents that it remembers, and gains were those of another generation."""
+    monkeypatch.setattr(trajectories_module, "ERROR_SIZE", 0.0)
+    pipeline = LinePipeline(SCHEDULERS[solver])
+    trajectory = trajectories(pipeline, [0])[0]
+    scale = float(np.linalg.norm(trajectory.latents[-1]))
+    for step in (1, 4, 9):
+        # What is left is divided by the smallest error there is.
+        assert gain(pipeline, trajectory, step)[0] * 1e-12 < 1e-5 * scale
 
 
 def test_two_experts_share_no_predictions():

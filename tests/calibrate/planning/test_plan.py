@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,6 @@ import coeffs
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption
 from calibrate.fitting.draft import fit as draft_entry
-from calibrate.model.prompts import load_prompts
 from calibrate.planning import closed_loop, trajectories
 from calibrate.planning import plan as planning
 from calibrate.planning.candidates import (
@@ -34,15 +32,12 @@ from calibrate.planning.problem import Problem
 from calibrate.planning.results import (
     Planned,
     fewer_steps_verdict,
-    keep,
     planned_entry,
     scores_of,
-    uniform_fitted,
 )
 from calibrate.recording.record import record
 from calibrate.runs.gram_log import NoPlan, load_grams
 from calibrate.runs.pairs import load_run
-from calibrate.trials.setting import PLAN
 from runtime import apply_tea_cache
 
 TEXTS = [f"a thing number {number}" for number in range(4)]
@@ -191,29 +186,6 @@ def test_candidates_are_fitted_on_few_prompts_and_the_winner_on_all(
     # What needs no fit is not fitted.
     count, simple = len(fits.asked), entrants[0]
     assert planner.completed(simple) is simple and len(fits.asked) == count
-
-
-def test_the_uniform_rival_that_is_kept_has_seen_what_the_winner_has(
-    folder, monkeypatch, tmp_path
-):
-    """Bug: plan.json kept its weights of a few prompts, and verifications ran those."""
-    planner = a_planner(folder, fits=Asked())
-    entrants = planner.entrants(2)
-    ran = {"psnr_db": 30.0, "seconds": 1.0, "uncached_seconds": 1.0, "seed": 0}
-    rows = pd.DataFrame(
-        {"policy": name, "prompt_id": "p", "identical": False, "broken": False, **ran}
-        for name in (PLAN, *(candidate.name for candidate in entrants))
-    )
-    monkeypatch.setattr(planning, "_results", lambda *args: ({2: rows}, {}))
-    monkeypatch.setattr(planning, "_winner", lambda own, scores: own[0])
-    texts = load_prompts(UNSEEN)
-    case = SimpleNamespace(folder=tmp_path)
-    entered = {2: entrants}
-    planned = planning._proven(case, planner, entered, (texts, texts), False, print)
-    keep(tmp_path, planned)
-    plan_of_rival = uniform_fitted(tmp_path, 10, 2)
-    assert plan_of_rival.schedule == planner.uniform(2)
-    assert {row for row in plan_of_rival.weights} == {(20.0,)}
 
 
 def test_plans_without_runs_touch_nothing(folder):

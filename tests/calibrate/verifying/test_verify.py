@@ -15,14 +15,15 @@ import coeffs
 from calibrate.cli import cli
 from calibrate.errors import InvalidOption, InvalidPrompts
 from calibrate.fitting.draft import fit as draft_entry
-from calibrate.planning.candidates import UNIFORM_FITTED
+from calibrate.model.prompts import load_prompts
 from calibrate.planning.plan import plan
 from calibrate.recording.record import record
-from calibrate.runs.gram_log import NoPlan
 from calibrate.runs.pairs import load_run
 from calibrate.runs.purposes import purposes
 from calibrate.trials import baselines as policies
 from calibrate.trials.baselines import InvalidBudget
+from calibrate.trials.bench import Bench
+from calibrate.trials.case import open_case
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS_2,
@@ -363,14 +364,14 @@ def test_a_run_without_a_fit_says_what_to_do(fitted, pipe, tmp_path):
 UNIFORM_KEYS = ("uniform", "uniform-linear", "uniform-linear-output")
 
 
-def uniform_setting(fitted, key, budget, num_steps=8, **other):
-    run = dataclasses.replace(load_run(fitted), **other)
+def uniform_setting(fitted, key, budget, path=None, **other):
+    run = dataclasses.replace(load_run(fitted), path=path)
     lineup = Lineup(
         entry=coeffs.load(fitted / "entry.yaml"),
         run=run,
-        num_steps=num_steps,
+        num_steps=8,
         budgets=[budget],
-        bench=None,
+        **{"bench": None, **other},
     )
     policy = POLICIES[key]
     (setting,) = policy.make(lineup, policy.label)
@@ -387,21 +388,27 @@ def test_uniform_settings_say_their_forecast_and_nothing_that_the_runtime_does_a
     assert described["uniform-linear-output"] == linear
 
 
-def test_fitted_uniform_plans_are_those_that_planning_kept(fitted, tmp_path):
-    copy = tmp_path / "planned"
-    shutil.copytree(fitted, copy, ignore=shutil.ignore_patterns("verify"))
-    with pytest.raises(NoPlan, match=r"calibrate plan .* --computed 3"):
-        uniform_setting(copy, "uniform-fitted", 3)
-    with pytest.raises(NoPlan, match="no run"):
-        uniform_setting(fitted, "uniform-fitted", 3, path=None)
-    schedule = policies.uniform(8, 3)
-    weights = [[1.5, -0.5]] * 5
-    own = {"name": UNIFORM_FITTED, "schedule": schedule, "forecast": "fitted"}
-    own |= {"forecast_of": "guided", "weights": weights}
-    row = {"steps": 8, "computed": 3, "candidates": [own]}
-    (copy / "plan.json").write_text(json.dumps([row]))
-    plan = uniform_setting(copy, "uniform-fitted", 3).plan
-    assert plan.schedule == schedule and plan.weights_by_step[1] == (1.5, -0.5)
+@pytest.mark.slow
+def test_the_fitted_uniform_rival_has_seen_all_recorded_prompts(fitted, pipe, tmp_path):
+    """Bug: it had the weights of a few, and needed a plan of the same budget."""
+    run, said = tmp_path / "run", []
+    shutil.copytree(fitted, run, ignore=shutil.ignore_patterns("verify", "trajectories"))
+    bench = Bench(open_case(run, model=pipe), load_prompts(UNSEEN), progress=False)
+    made = uniform_setting(run, "uniform-fitted", 3, path=run, bench=bench, say=said.append)
+    plan = made.plan
+    assert plan.schedule == policies.uniform(8, 3) and plan.forecast == "fitted"
+    count = len(load_run(run).manifest["prompts"])
+    assert said[-1].startswith(f"fitting 3 of 8 steps on {count} prompts")
+    (file,) = run.glob("trajectories/*/fit-*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [list(row) for row in plan.weights] == [
+        rows[str(step)] for step in (1, 2, 4, 5, 7)
+    ]
+
+
+def test_without_a_run_nothing_can_be_fitted(fitted):
+    with pytest.raises(InvalidOption, match="no run"):
+        uniform_setting(fitted, "uniform-fitted", 3)
 
 
 # --- gates
