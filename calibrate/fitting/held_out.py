@@ -101,7 +101,7 @@ def rival_figures(pairs: pd.DataFrame) -> Figures:
     :func:`spearman_within_step` with its interval.
     """
     known: Figures = {}
-    rivals = {"constant": 0, "step_mean": pairs.groupby(SCHEDULE).ngroup()}
+    rivals = {"constant": 0, "step_mean": _moments(pairs)}
     for name, moment in rivals.items():
         unseen = held_out(pairs.assign(moment=moment), by_moment)
         known |= _agreement(pairs["y"].to_numpy(), unseen, f"_{name}")
@@ -113,7 +113,7 @@ def spearman_within_step(pairs: pd.DataFrame) -> Figures:
 
     The interval is the jackknife's: each prompt left out in turn and the rest ranked anew, Student's t.
     """
-    columns = pairs["x"], pairs["y"], pairs.groupby(SCHEDULE).ngroup()
+    columns = pairs["x"], pairs["y"], _moments(pairs)
     value, left_out, low, high = spearman(*columns), [], None, None
     for prompt in pairs["prompt_id"].unique():
         others = pairs["prompt_id"] != prompt
@@ -141,7 +141,10 @@ def compare_candidates(
         pairs = run.pairs(signal, target, expert, branch)
         if pairs.empty:
             continue
-        known = figures(pairs, fit_polynomial(pairs["x"], pairs["y"], degree))
+        x, y = pairs["x"], pairs["y"]
+        result = fit_polynomial(x, y, degree)
+        known = _agreement(y.to_numpy(), result(x))
+        known |= _agreement(y.to_numpy(), held_out(pairs, refit(result)), "_held_out")
         rows.append({
             "signal": signal,
             "target": target,
@@ -149,7 +152,7 @@ def compare_candidates(
             "pairs": len(pairs),
             "r2": known["r2"],
             "r2_held_out": known["r2_held_out"],
-            "spearman_within_step": spearman_within_step(pairs)["spearman_within_step"],
+            "spearman_within_step": spearman(x, y, _moments(pairs)),
         })  # fmt: skip
     table = pd.DataFrame(rows)
     return table.sort_values("r2_held_out", ascending=False, kind="stable", ignore_index=True)
@@ -173,16 +176,22 @@ def learning_curve(
     largest = len(prompts) - len(prompts) // 4
     sizes = [*(2 ** np.arange(np.ceil(np.log2(largest)), dtype=int)), largest]
     random, errors = np.random.default_rng(0), np.empty((REPEATS, len(sizes)))
+    x, y = pairs["x"].to_numpy(), pairs["y"].to_numpy()
     for draw in errors:
         rank = random.permutation(len(prompts))[index]
-        test = pairs[rank >= largest]
+        test = rank >= largest
         for place, size in enumerate(sizes):
-            predicted = by_polynomial(pairs[rank < size], test, degree, method)
-            draw[place] = rmse(test["y"], predicted)
+            fitted = fit_polynomial(x[rank < size], y[rank < size], degree, method)
+            draw[place] = rmse(y[test], fitted.within_domain(x[test]))
     means, (low, high) = errors.mean(axis=0), np.quantile(errors, [0.1, 0.9], axis=0)
     table = pd.DataFrame({"prompts": sizes, "rmse": means, "low": low, "high": high})
     enough = int(sizes[np.argmax(means <= (1 + tolerance) * means[-1])])
     return table, enough if enough < largest else None
+
+
+def _moments(pairs: pd.DataFrame) -> pd.Series:
+    """The moment of the schedule that each pair belongs to, as a number."""
+    return pairs.groupby(SCHEDULE).ngroup()
 
 
 def _agreement(y: np.ndarray, predicted: np.ndarray | None, suffix: str = "") -> Figures:

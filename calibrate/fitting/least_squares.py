@@ -59,7 +59,7 @@ class FitResult(Polynomial):
 
     def within_domain(self, x: ArrayLike) -> np.ndarray:
         """Values with x clamped to the domain: the gate clamps below it and computes above it."""
-        return self(np.clip(x, *self.domain))
+        return self(np.clip(np.asarray(x, float), *self.domain))
 
 
 def fit_polynomial(
