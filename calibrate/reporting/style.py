@@ -67,6 +67,10 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "calibrate",
 }
+NO_LAYOUT: dict[Any, Any] = {
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+}
 # Ticks are made when the figure is drawn, in whatever style is then in force: these are set on the axes.
 TICKS: dict[str, Any] = {
     "color": GREY,
@@ -125,6 +129,13 @@ def save(drawing: Drawing, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(drawing, path)
     return path
+
+
+def keep_layout(drawing: Drawing) -> None:
+    """Draw what is written from now on in the places of the last time: finding them takes longer than drawing."""
+    figure: Any = drawing.figure
+    with mpl.rc_context(NO_LAYOUT):
+        figure.set_layout_engine(None)
 
 
 def as_svg(drawing: Drawing, title: str = "") -> str:
