@@ -45,7 +45,8 @@ LEAST_KINDS = 3
 # 1.2 dB (-0.5 to 2.9) and 0.7 dB (-0.2 to 1.6) less, for a third of the cost.
 SCREENING = 0.25
 LEAST_SCREENING = 3
-# Fitted plans that are run to choose among. Their order on the recorded prompts is nearly that on others.
+# Planned schedules that are run to choose among: as many as cost one uncached run together, but three at least. Their
+# order on a few recorded prompts is nearly that on others at large budgets, and less so at small ones.
 FINALISTS = 3
 
 
@@ -175,10 +176,11 @@ def score(values: Array) -> float:
 
 
 def finalists(entrants: Sequence[Candidate]) -> list[Candidate]:
-    """Those that are worth real runs: of the fitted plans the best on recorded prompts, and all that are uniform."""
+    """Those that are worth real runs: of the planned ones the best on recorded prompts, and all that are uniform."""
     planned = [c for c in entrants if c.recorded_db is not None and c.name != UNIFORM_FITTED]
     planned.sort(key=lambda candidate: -(candidate.recorded_db or 0.0))
-    return [candidate for candidate in entrants if candidate not in planned[FINALISTS:]]
+    most = max([FINALISTS, *(len(c.plan.schedule) // c.computed for c in planned if c.plan)])
+    return [candidate for candidate in entrants if candidate not in planned[most:]]
 
 
 def fewer_steps(computed: int) -> list[Candidate]:

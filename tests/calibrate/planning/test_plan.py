@@ -128,19 +128,20 @@ def test_a_third_of_the_prompts_says_what_the_worst_are():
     assert score(np.array([30.0])) == 30.0
 
 
-def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts():
-    values = (30.0, 34.0, 31.0, 33.0, 20.0)
-    names = ("a", "b", "c", "d", "uniform, fitted guided")
-    fitted = [
-        Candidate(name, 1, recorded_db=db) for name, db in zip(names, values, strict=True)
-    ]
-    names = [candidate.name for candidate in finalists([*fitted, *fewer_steps(1)])]
+@pytest.mark.parametrize(
+    ("schedule", "left"), [(None, "bcd"), ("CSCSCS", "bcd"), ("CSSSSS", "abcd")]
+)
+def test_fitted_plans_that_are_worth_runs_are_the_best_on_recorded_prompts(schedule, left):
+    """Three of them, and more where together they cost no more than one uncached run."""
+    values = {"a": 30.0, "b": 34.0, "c": 31.0, "d": 33.0, "uniform, fitted guided": 20.0}
+    plan = schedule and coeffs.Plan(schedule=schedule)
+    count = schedule.count("C") if schedule else 1
+    fitted = [Candidate(name, count, plan, recorded_db=db) for name, db in values.items()]
+    names = [candidate.name for candidate in finalists([*fitted, *fewer_steps(count)])]
     assert names == [
-        "b",
-        "c",
-        "d",
+        *left,
         "uniform, fitted guided",
-        *(c.name for c in fewer_steps(1)),
+        *(c.name for c in fewer_steps(count)),
     ]
 
 
