@@ -80,14 +80,17 @@ def learned(name: str) -> tuple[str, bool, list[str]]:
 def contexts() -> dict[str, tuple[int, int]]:
     """Per class: pipeline files that name the guidance branch, and all that use the class."""
     counts: dict[str, list[bool]] = defaultdict(list)
+    tested = {tiny.cls for tiny in zoo.TINY.values()}
     for path in sorted(
         (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
     ):
         source = path.read_text(encoding="utf-8")
+        if not any(cls in source for cls in tested):
+            continue  # parsing it would only take time
         names = {
             node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
         }
-        for cls in names & {tiny.cls for tiny in zoo.TINY.values()}:
+        for cls in names & tested:
             counts[cls].append(".cache_context(" in source)
     return {cls: (sum(named), len(named)) for cls, named in counts.items()}
 

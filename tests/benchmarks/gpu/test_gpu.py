@@ -1,12 +1,10 @@
 """The one command for all figures, at toy size on the CPU."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
@@ -50,23 +48,14 @@ def untrainable(name: str) -> planning.Kind:
 
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path):
     path = tmp_path / "rows.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--toy",
-        "--rounds",
-        "1",
-        "--out",
-        str(path),
-    ]
-    with subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+    process = forked.start(
+        "benchmarks.gpu", ["--toy", "--rounds", "1", "--out", str(path)], tmp_path / "err"
+    )
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     kept = json.loads(path.read_text())["rows"]
     first, second = (case.name for case in all_cases(toy=True)[:2])
     assert first in kept

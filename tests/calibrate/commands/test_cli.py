@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import click
+import forked
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -358,27 +359,15 @@ def test_error_of_the_operating_system_without_a_file_name_is_one_line(recording
 
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "calibrate",
-        "record",
-        "--steps",
-        "40",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not (tmp_path / "run.yaml").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 3, err
+    words = ["record", "--steps", "40", "--device", "cpu", "--out", str(tmp_path / "run")]
+    process = forked.start("calibrate", words, tmp_path / "err")
+    while not (tmp_path / "run" / "run.yaml").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 3, err
     assert "run the same command again to continue" in err and "Traceback" not in err
 
 

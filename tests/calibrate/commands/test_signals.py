@@ -2,7 +2,7 @@
 
     SIGNAL_MOMENTS=40 python -m pytest tests/calibrate/commands/test_signals.py
 
-spreads that many moments over all commands; the suite interrupts the longest three once.
+spreads that many moments over all commands, each in a process of its own; the suite interrupts the longest three once.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -26,11 +27,10 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(calibrate.__file__).parents[1]
 MOMENTS = int(os.environ.get("SIGNAL_MOMENTS", 0))
-QUICK = (
-    "record",
-    "plan",
-    "verify",
-)  # the suite interrupts those that run for long, once each
+# The suite interrupts those that run for long, once each: two at work, in a fork that need not load anything, and
+# the third in a process of its own, while it loads.
+FORKED = () if MOMENTS else ("record", "verify")
+QUICK = (*FORKED, "plan")
 # "RUN" stands for the folder that each command works on.
 COMMANDS = {
     "record": "record --num-prompts 4 --steps 5 --device cpu --out RUN",
@@ -55,19 +55,23 @@ def arguments_of(command, folder):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """A small run with its entry, which every command gets a copy of, and the seconds that its process took."""
+    """A small run with its entry, which every command gets a copy of, and the seconds that making it took."""
     folder = tmp_path_factory.mktemp("signals") / "run"
     begun = time.monotonic()
-    subprocess.run(
-        arguments_of("run", folder), cwd=REPOSITORY, check=True, capture_output=True
-    )
+    if MOMENTS:
+        command = arguments_of("run", folder)
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    else:
+        finish("run", folder)
     return folder, time.monotonic() - begun
 
 
 def finish(command, folder):
-    """Run a command to its end, in this process, which has loaded what takes others 5 s."""
+    """The seconds that a command takes to its end, in this process, which has loaded what takes others 5 s."""
+    begun = time.monotonic()
     done = CliRunner().invoke(cli, words_of(command, folder))
     assert done.exit_code == 0, done.output
+    return time.monotonic() - begun
 
 
 def pairs_of(folder):
@@ -82,8 +86,21 @@ def handles(pid, number):
     return int(caught.split()[1], 16) >> (number - 1) & 1
 
 
+def wait_for_the_first_line(process):
+    while not handles(process.pid, signal.SIGTERM):
+        time.sleep(0.002)
+
+
 def interrupt(command, folder, number, after):
     """(exit code, stderr) of a command that gets a signal so many seconds after its first line."""
+    if command in FORKED:
+        err = folder.with_suffix(".err")
+        process = forked.start("calibrate", words_of(command, folder), err)
+        wait_for_the_first_line(process)
+        time.sleep(after)
+        os.kill(process.pid, number)
+        process.join(120)
+        return process.exitcode, err.read_text()
     process = subprocess.Popen(
         arguments_of(command, folder),
         cwd=REPOSITORY,
@@ -91,8 +108,7 @@ def interrupt(command, folder, number, after):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not handles(process.pid, signal.SIGTERM):
-        time.sleep(0.002)
+    wait_for_the_first_line(process)
     time.sleep(after)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
@@ -106,11 +122,14 @@ def interrupt(command, folder, number, after):
 def test_every_command_ends_cleanly_at_any_moment(command, recorded, tmp_path):
     folder = tmp_path / "run"
     undisturbed, longest = recorded
-    if command in ("record", "run"):
-        undisturbed = tmp_path / "undisturbed"
-        finish(command, undisturbed)
-    else:  # no other command writes pairs
+    if command not in ("record", "run"):  # no other command writes pairs
         shutil.copytree(undisturbed, folder)
+    if command in ("record", "run", *FORKED):
+        before, undisturbed = folder, tmp_path / "undisturbed"
+        if before.exists():
+            shutil.copytree(before, undisturbed)
+        seconds = finish(command, undisturbed)
+        longest = seconds if command in FORKED else longest
     moments = random.Random(command)
     outcomes = []
     for _ in range(max(1, MOMENTS // len(COMMANDS))):
