@@ -79,6 +79,9 @@ class Denoiser(nn.Module):
         )[0]
 
 
+ENCODED_TOGETHER = 32  # clips: a call takes as long for a few as for one
+
+
 @dataclass
 class TrainingData:
     """Everything the loop draws from, computed once."""
@@ -97,13 +100,16 @@ def prepare_data(
     vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, recipe: Recipe
 ) -> TrainingData:
     """Render and encode clips of every caption and tokenize the captions as the pipeline does."""
-    captions = all_captions()
-    latents = torch.stack(
+    captions, clips = all_captions(), recipe.clips_per_caption
+    together = max(1, ENCODED_TOGETHER // clips)
+    latents = torch.cat(
         [
-            encode_clips(vae, render(caption, recipe.clips_per_caption, recipe.side))
-            for caption in captions
+            encode_clips(vae, torch.cat([render(each, clips, recipe.side) for each in part]))
+            for part in (
+                captions[i : i + together] for i in range(0, len(captions), together)
+            )
         ]
-    )
+    ).unflatten(0, (len(captions), clips))
     tokens = tokenize(tokenizer, [*(caption.text for caption in captions), ""])
     return TrainingData(latents, tokens.to(recipe.device))
 

@@ -7,38 +7,50 @@ import os
 import shutil
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny_pipeline import TinyPipeline
 
 import coeffs
 from calibrate import fit, record
 from calibrate.errors import InvalidOption
+from calibrate.model.prompts import Prompt
+from calibrate.trials.bench import Bench
 from calibrate.verifying.results import load_verification
 from calibrate.verifying.verify import verify
 
 pytestmark = pytest.mark.slow
 
 TIMES = ["seconds", "uncached_seconds"]
-OPTIONS = dict(num_prompts=4, budgets=[3], policies=["gate", "uniform", "fewer-steps"])
+PROMPTS = [f"a thing number {number}" for number in range(7)]
+OPTIONS = dict(prompts=PROMPTS[:4], budgets=[3], policies=["gate", "uniform", "fewer-steps"])
 
 
 def rank_of(run: Path, rank: int, ranks: int) -> None:
-    """One rank; it begins when all are there, so that each finds prompts to claim."""
+    """One rank; it goes on from its first prompt when all have one."""
     environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": 29555}
     os.environ.update({name: str(value) for name, value in environment.items()})
-    (run.parent / f"ready-{rank}").touch()
-    while len(list(run.parent.glob("ready-*"))) < ranks:
-        time.sleep(0.01)
-    found = verify(run, progress=False, device="cpu", **OPTIONS)
+    pipe, claimed = TinyPipeline(), Bench._claimed
+
+    def waited_for(bench: Bench) -> Iterator[Prompt]:
+        for prompt in claimed(bench):
+            (run.parent / f"ready-{rank}").touch()
+            while len(list(run.parent.glob("ready-*"))) < ranks:
+                time.sleep(0.01)
+            yield prompt
+
+    Bench._claimed = waited_for
+    found = verify(run, model=pipe, progress=False, **OPTIONS)
     (run.parent / f"said-{rank}").write_text("concluded" if found else "left")
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "one" / "run"
-    record(num_prompts=3, steps=6, device="cpu", out=folder, progress=False)
+    record(TinyPipeline(), prompts=PROMPTS[4:], steps=6, out=folder, progress=False)
     coeffs.save(fit(folder), folder / "entry.yaml")
     return folder
 
