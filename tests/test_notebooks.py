@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 pytestmark = pytest.mark.slow
@@ -17,16 +18,21 @@ def code_of(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One for all notebooks, which forgets what the one before defined: each kernel loads pandas and plots anew."""
+    client = "jupyter_client.asynchronous.AsyncKernelClient"
+    manager = KernelManager(kernel_name="python3", client_class=client)
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_runs(name, tmp_path):
+def test_notebook_runs(name, kernel):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=120,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(FOLDER.parent)}},
-    )
-    client.execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    place = {"metadata": {"path": str(FOLDER.parent)}}
+    NotebookClient(notebook, km=kernel, timeout=120, resources=place).execute()
     assert any(
         "image/png" in output.get("data", {})
         for cell in code_of(notebook)
