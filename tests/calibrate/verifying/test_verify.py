@@ -41,6 +41,7 @@ pytestmark = pytest.mark.slow
 
 TEXTS = [f"a thing number {number}" for number in range(5)]
 UNSEEN = [f"another thing {number}" for number in range(4)]
+JUDGED = UNSEEN[:3]  # the fewest with a spread of their own
 QUICK = ("gate", "uniform", "fewer-steps", "magcache")
 # FLUX has many published sets; BudCache's search takes many runs and has its own test.
 ALL = tuple(name for name in POLICIES if name not in ("published", "budcache"))
@@ -67,7 +68,7 @@ def fitted(pipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def verified(pipe, fitted):
     return verify(
-        fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+        fitted, model=pipe, prompts=JUDGED, budgets=[6, 4], policies=ALL, progress=False
     )
 
 
@@ -173,7 +174,7 @@ def test_verified_thresholds_go_into_the_entry_and_the_runtime_uses_them(
 def test_a_second_verification_runs_nothing_again(verified, fitted, pipe):
     lines = (fitted / "verify" / "results.jsonl").read_text()
     again = verify(
-        fitted, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+        fitted, model=pipe, prompts=JUDGED, budgets=[6, 4], policies=ALL, progress=False
     )
     assert (fitted / "verify" / "results.jsonl").read_text() == lines
     assert again.headline == verified.headline
@@ -195,7 +196,7 @@ def test_an_interrupted_verification_continues(verified, fitted, pipe, tmp_path)
         "\n".join(lines[: len(lines) // 2]) + '\n{"key": "ab'
     )
     again = verify(
-        copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=ALL, progress=False
+        copy, model=pipe, prompts=JUDGED, budgets=[6, 4], policies=ALL, progress=False
     )
     pd.testing.assert_series_equal(again.results["psnr_db"], verified.results["psnr_db"])
     keys = [
@@ -218,9 +219,9 @@ def test_a_new_fit_makes_only_the_gates_results_anew(verified, fitted, pipe, tmp
     shutil.copytree(fitted, copy)
     before = len((copy / "verify" / "results.jsonl").read_text().split("\n"))
     coeffs.save(draft_entry(load_run(copy), degree=1), copy / "entry.yaml")
-    verify(copy, model=pipe, prompts=UNSEEN, budgets=[6, 4], policies=QUICK, progress=False)
+    verify(copy, model=pipe, prompts=JUDGED, budgets=[6, 4], policies=QUICK, progress=False)
     added = len((copy / "verify" / "results.jsonl").read_text().split("\n")) - before
-    assert 0 < added <= 2 * len(UNSEEN)
+    assert 0 < added <= 2 * len(JUDGED)
 
 
 def test_thresholds_can_be_given(fitted, pipe):
@@ -456,7 +457,7 @@ def test_the_command_opens_with_advice_and_never_says_nan(verified, fitted, monk
     first, *_ = output.splitlines()
     assert first.startswith("Use ")
     assert "nan" not in re.split(r"[^a-z]+", output.lower()) and "- to -" not in output
-    words = "the plan against uniform skipping: too few prompts for a verdict (4; at least 8)"
+    words = "the plan against uniform skipping: too few prompts for a verdict (3; at least 8)"
     assert words in output
 
 
