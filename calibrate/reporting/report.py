@@ -16,7 +16,7 @@ from PIL import Image
 
 from calibrate.reporting import plots, run_plots
 from calibrate.reporting.run_data import Findings, figures_table, load_findings
-from calibrate.reporting.style import Drawing, as_svg, keep_layout, save
+from calibrate.reporting.style import Drawing, as_svg, lay_out, save
 from calibrate.runs.folder import write_atomically
 from calibrate.text import number
 from calibrate.trials.measures import MEASURES, main_measure, measured
@@ -34,9 +34,9 @@ def report(folder: str | os.PathLike) -> Path:
     findings = load_findings(folder)
     target, drawings = findings.folder / "report", report_figures(findings)
     for name, drawing in drawings.items():
+        lay_out(drawing)
         for suffix in ("png", "svg"):
             save(drawing, target / f"{name}.{suffix}")
-            keep_layout(drawing)
     path = target / "report.html"
     write_atomically(path, render(findings, drawings).encode())
     return path

@@ -71,6 +71,7 @@ NO_LAYOUT: dict[Any, Any] = {
     "figure.autolayout": False,
     "figure.constrained_layout.use": False,
 }
+DPI = 150  # of files
 # Ticks are made when the figure is drawn, in whatever style is then in force: these are set on the axes.
 TICKS: dict[str, Any] = {
     "color": GREY,
@@ -131,11 +132,15 @@ def save(drawing: Drawing, path: Path) -> Path:
     return path
 
 
-def keep_layout(drawing: Drawing) -> None:
-    """Draw what is written from now on in the places of the last time: finding them takes longer than drawing."""
+def lay_out(drawing: Drawing) -> None:
+    """Find the places of all parts, once for every format: that takes longer than drawing them."""
     figure: Any = drawing.figure
-    with mpl.rc_context(NO_LAYOUT):
+    before = figure.dpi
+    with mpl.rc_context(STYLE | NO_LAYOUT):
+        figure.dpi = DPI
+        figure.get_layout_engine().execute(figure)
         figure.set_layout_engine(None)
+        figure.dpi = before
 
 
 def as_svg(drawing: Drawing, title: str = "") -> str:
@@ -159,4 +164,4 @@ def as_svg(drawing: Drawing, title: str = "") -> str:
 def _write(drawing: Drawing, target: Path | io.StringIO, **options: Any) -> None:
     figure: Any = drawing.figure
     with mpl.rc_context(STYLE):
-        figure.savefig(target, dpi=150, **options)
+        figure.savefig(target, dpi=DPI, **options)
