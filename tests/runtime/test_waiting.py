@@ -6,12 +6,12 @@ tensors hold nothing to read.
 """
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 import zoo
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import coeffs
@@ -21,7 +21,6 @@ from runtime import ApplyError, Forecast, InvalidSetting, apply_tea_cache, denoi
 from runtime.watch.places import mapped
 
 torch.set_num_threads(1)
-FOLDER = Path(__file__).parents[2] / "calibrate" / "embedded" / "tiny-longcat-image"
 STEPS = 6
 PLAN = "CCSCSS"
 KINDS = (
@@ -31,8 +30,8 @@ KINDS = (
     Forecast("fitted", {2: (1.5, -0.5), 4: (1.4, -0.4), 5: (1.2,)}),
 )
 CALL = {
-    "height": 32,
-    "width": 32,
+    "height": 16,
+    "width": 16,
     "num_inference_steps": STEPS,
     "guidance_scale": 4.5,
     "output_type": "latent",
@@ -58,9 +57,7 @@ class Reads(TorchFunctionMode):
 
 @pytest.fixture(scope="module")
 def pipe():
-    found = DiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
-    found.set_progress_bar_config(disable=True)
-    return found
+    return tiny_pipelines.longcat_image().pipe
 
 
 def generate(pipe) -> torch.Tensor:
