@@ -54,18 +54,21 @@ class Search:
     def __init__(self, run: Run, entry: Entry, branches: str = "together") -> None:
         self.config = config = gate_config(entry)
         column = column_of(entry.signal, SIGNAL_COLUMNS, "signal")
+        groups = run.rows.groupby(TRAJECTORY)
+        first, last = groups["step"].min(), groups["step"].max()
+        keys, lengths = first.index.to_frame(index=False), (last - first).to_numpy() + 2
         # A second expert's steps may be counted on from the first's: its own first step lies before its first pair.
-        start = run.rows.groupby(TRAJECTORY)["step"].transform("min") - 1
-        rows = run.rows.assign(step=run.rows["step"] - start)
-        lengths = rows.groupby(TRAJECTORY)["step"].max() + 1
-        keys = lengths.index.to_frame(index=False)
-        keys["leader"] = keys["branch"]
+        trajectory = groups.ngroup().to_numpy()
+        step = run.rows["step"].to_numpy() - first.to_numpy()[trajectory] + 1
+        signals = np.full((len(keys), lengths.max()), np.nan)
+        signals[trajectory, step] = run.rows[column]
+        leader = np.arange(len(keys))
         if branches == "together":
-            keys["leader"] = keys.groupby(GENERATION)["branch"].transform(_called_first)
-        leaders = pd.MultiIndex.from_frame(keys[[*GENERATION, "leader"]])
-        self.trajectories, self.num_steps = keys, lengths[leaders].to_numpy()
-        signals = rows.pivot(index=TRAJECTORY, columns="step", values=column)
-        self.x = signals.reindex(leaders, columns=range(lengths.max())).to_numpy()
+            called = keys.assign(row=leader, later=keys["branch"] != "cond")
+            of_generation = called.sort_values("later", kind="stable").groupby(GENERATION)
+            leader = of_generation["row"].transform("first").sort_index().to_numpy()
+        keys["leader"] = keys["branch"].to_numpy()[leader]
+        self.trajectories, self.num_steps, self.x = keys, lengths[leader], signals[leader]
 
         self.predicted = np.full(self.x.shape, np.nan)
         for row, (expert, leader) in enumerate(
@@ -188,7 +191,3 @@ def threshold_for_speedup(search: Search, speedup: float) -> float:
     low, high = search.grid[before : before + 2]
     between = np.linspace(low, high, SEARCH_POINTS)
     return float(between[np.argmax(search.speedup(between) >= speedup)])
-
-
-def _called_first(branches: pd.Series) -> str:
-    return "cond" if "cond" in set(branches) else branches.iloc[0]
