@@ -6,13 +6,17 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 
-def start(module: str, words: Sequence[str], err: Path) -> ForkProcess:
+
+def start(module: str, words: Sequence[str], err: Path) -> BaseProcess:
     """``python -m module words``, with stderr in a file and without stdout."""
-    process = multiprocessing.get_context("fork").Process(
+    # A fork cannot use a GPU that the process before it has used.
+    method = "spawn" if torch.cuda.is_initialized() else "fork"
+    process = multiprocessing.get_context(method).Process(
         target=_run, args=(module, words, err), daemon=True
     )
     process.start()

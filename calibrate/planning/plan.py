@@ -113,7 +113,7 @@ def plan(
         for budget in budgets
     }
     planned = _proven(case, planner, entered, divided, progress, say)
-    keep(case.folder, planned)
+    keep(case.folder, planned, anchors)
     # Planning takes hours, in which a fit may have written the entry anew: its plans are all that changes.
     update_entry(
         case.folder / "entry.yaml",

@@ -143,13 +143,17 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
     return f"use fewer steps instead, without a cache, at {where}"
 
 
-def keep(folder: Path, planned: Sequence[Planned]) -> None:
-    """``plan.json``: every budget with its candidates and what they gave; other budgets are kept."""
+def keep(folder: Path, planned: Sequence[Planned], anchors: int | None = None) -> None:
+    """``plan.json``: every budget with its candidates and what they gave; other budgets are kept.
+
+    Weights of candidates that did not win are those of a few prompts.
+    """
     rows = {(row["steps"], -row["computed"]): row for row in _kept(folder)}
     for own in planned:
         rows[_size(own.plan)] = {
             "steps": len(own.plan.schedule),
             "computed": own.computed,
+            "anchors": anchors,
             "winner": _described(own.winner),
             "chosen": own.chosen,
             "figures": own.figures,
@@ -159,6 +163,12 @@ def keep(folder: Path, planned: Sequence[Planned]) -> None:
         }
     text = json.dumps([rows[size] for size in sorted(rows)], indent=2)
     write_atomically(folder / "plan.json", f"{text}\n".encode())
+
+
+def anchors_of(folder: Path) -> int | None:
+    """Most predictions that the forecasts of any plan of this run use; None where that was not bounded."""
+    bounds = [row["anchors"] for row in _kept(folder) if row.get("anchors")]
+    return min(bounds, default=None)
 
 
 def _kept(folder: Path) -> list[dict[str, Any]]:

@@ -181,24 +181,34 @@ def measured_gains(runner: Runner, trajectories: Sequence[Trajectory]) -> Array:
     times another's.
     """
     steps = trajectories[0].num_steps
-    places = sorted({max(1, int(place * steps)) for place in GAIN_PLACES})
+    places = sorted({max(1, min(int(place * steps), steps - 2)) for place in GAIN_PLACES})
     file = runner.folder / "gains.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     samples = list(zip(runner.groups, trajectories, strict=True))[:GAIN_SAMPLES]
     for group, trajectory in samples:
-        if group.name in known:
-            continue
-        with runner.running([group.prompt]) as (generation,):
-            predictions = predictions_of(generation)
-        own = known[group.name] = []
-        for place in runner.bar(places, f"sensitivity of prompt {group.index}", unit="run"):
+        own = known.setdefault(group.name, [])
+        if left := places[len(own) :]:
+            with runner.running([group.prompt]) as (generation,):
+                predictions = predictions_of(generation)
+        for place in runner.bar(left, f"sensitivity of prompt {group.index}", unit="run"):
             with runner.running([group.prompt]) as (generation,):
                 own.append(gain_of(generation, trajectory, predictions, place))
-        write_json(file, known)
-    logarithms = np.log(np.maximum([known[group.name] for group, _ in samples], TINY))
+            write_json(file, known)
+    return interpolated(places, [known[group.name] for group, _ in samples], steps)
+
+
+def interpolated(
+    places: Sequence[int], gains: Sequence[Sequence[float]], steps: int
+) -> Array:
+    """Gains at all steps from those at some, shape (samples, places); those that are not positive say nothing."""
+    table = np.array(gains, float)
+    table[~(np.isfinite(table) & (table > 0))] = np.nan
+    logarithms = np.ma.masked_invalid(np.log(table)).mean(0).filled(np.nan)
     # The error of step t is in the latents before step t + 1; at the end all of it is left.
-    known_at = [*(place + 1 for place in places), steps]
-    return np.interp(np.arange(steps + 1), known_at, [*np.exp(logarithms.mean(0)), 1.0])
+    known_at = np.append(np.array(places) + 1, steps)
+    values = np.append(np.exp(logarithms), 1.0)
+    known = np.isfinite(values)
+    return np.interp(np.arange(steps + 1), known_at[known], values[known])
 
 
 def predictions_of(generation: Generation) -> list[torch.Tensor]:
@@ -219,7 +229,7 @@ def gain_of(
     """What is left at the end of an error made at one step, relative to what the step makes of it in the latents.
 
     The error has the direction of reusing the prediction before. Until then the solver gets the uncached predictions,
-    so that whatever it remembers is right.
+    so that whatever it remembers is right. Zero where the two predictions are the same.
     """
     generation.resume()
     for prediction in predictions[:step]:

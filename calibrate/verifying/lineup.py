@@ -11,6 +11,7 @@ import numpy as np
 
 from calibrate.errors import EXPECTED, InvalidOption
 from calibrate.planning.closed_loop import Fits
+from calibrate.planning.results import anchors_of
 from calibrate.runs.gram_log import load_grams
 from calibrate.trials.baselines import (
     CACHE_DIT_MASKS,
@@ -43,6 +44,7 @@ ALL, PUBLISHED = "all", "published sets"
 # Real runs per budget that a policy takes to make its settings, as a rule; a search took 524 for 15 and 7 of 50 steps.
 TUNED = 2 * TUNING_PROMPTS
 SEARCHED = 262
+RECORDED = 20  # prompts of a run, each of which a fit runs once
 
 
 Make = Callable[[Lineup, str], Sequence[Setting]]
@@ -91,11 +93,12 @@ def uniform_rule(lineup: Lineup, label: str) -> list[Setting]:
 
 def uniform_fitted(lineup: Lineup, label: str) -> list[Setting]:
     """The same with weights fitted on the recorded prompts, as a plan's are."""
-    if lineup.run.path is None:
+    folder, bench = lineup.run.path, lineup.bench
+    if folder is None:
         raise InvalidOption(
             "no run, and so no prompts to fit weights on; verify the folder of a run"
         )
-    fits = Fits.of(lineup.bench.case, lineup.bench.progress, lineup.say)
+    fits = Fits.of(bench.case, bench.progress, lineup.say, anchors_of(folder))
     return lineup.planned(label, fits.uniform)
 
 
@@ -157,7 +160,9 @@ POLICIES: dict[str, Policy] = {
     "uniform": Policy(UNIFORM, uniform_rule),
     "uniform-linear": Policy("uniform skipping, linear forecast", uniform_rule),
     "uniform-linear-output": Policy("uniform skipping, linear outputs", uniform_rule),
-    "uniform-fitted": Policy("uniform skipping, fitted guided", uniform_fitted),
+    "uniform-fitted": Policy(
+        "uniform skipping, fitted guided", uniform_fitted, tuning=RECORDED
+    ),
     "uniform-linear-guided": Policy("uniform skipping, linear guided", uniform_rule),
     "fewer-steps": Policy(FEWER_STEPS, fewer_steps),
     "fewer-steps-2": Policy(FEWER_STEPS_2, partial(fewer_steps, solver_order=2)),

@@ -27,6 +27,7 @@ from calibrate.planning.lockstep import generations
 from calibrate.planning.trajectories import (
     gain_of,
     gaussian_gains,
+    interpolated,
     predictions_of,
     record_trajectory,
 )
@@ -361,6 +362,12 @@ def test_without_an_error_nothing_is_left_of_it(solver, monkeypatch):
     for step in (1, 4, 9):
         # What is left is divided by the smallest error there is.
         assert gain(pipeline, trajectory, step)[0] * 1e-12 < 1e-5 * scale
+
+
+def test_gains_that_say_nothing_are_left_out():
+    """Bug: one prompt whose prediction did not change at a step made errors there free for all."""
+    gains = [[0.0, 2.0, float("nan")], [4.0, 8.0, float("inf")]]
+    np.testing.assert_allclose(interpolated([1, 3, 5], gains, 6), [4, 4, 4, 4, 4, 2.5, 1])
 
 
 def test_two_experts_share_no_predictions():

@@ -94,7 +94,7 @@ class OneSetting:
         self.bench.__dict__ |= {
             "case": SimpleNamespace(num_steps=8, identity={"device": device}),
             "prompts": load_prompts(["a", "b", "c"]), "_perceptual": None,
-            "_lock": None, "_progress": False, "folder": tmp_path, "_identity": "x",
+            "_lock": None, "progress": False, "folder": tmp_path, "_identity": "x",
         }  # fmt: skip
         self.ran, self.measured = [], []
         self.bench._has_reference = lambda prompt: True

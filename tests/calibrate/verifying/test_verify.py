@@ -403,6 +403,12 @@ def test_the_fitted_uniform_rival_has_seen_all_recorded_prompts(fitted, pipe, tm
     (file,) = run.glob("trajectories/*/fit-*.json")
     rows = json.loads(file.read_text())["rows"]
     assert {str(step): list(row) for step, row in plan.weights_by_step.items()} == rows
+    assert max(map(len, plan.weights)) == 3
+    # Where plans were bounded, so is their rival.
+    bounds = [{"steps": 8, "computed": 4, "anchors": bound} for bound in (None, 2)]
+    (run / "plan.json").write_text(json.dumps(bounds))
+    bounded = uniform_setting(run, "uniform-fitted", 3, path=run, bench=bench).plan
+    assert max(map(len, bounded.weights)) == 2
 
 
 def test_without_a_run_nothing_can_be_fitted(fitted):
