@@ -33,10 +33,10 @@ MODELS: dict[str, Callable[[], Generator]] = {
 POLICIES = {"load": ("all", "budcache"), "wind": ("all",)}
 STUDIES = {
     "load": Study(
-        NUM_STEPS, (25, 15, 10, 7), recorded=20, choosing=12, planned=12, judged=48
+        NUM_STEPS, (25, 15, 10, 7, 5), recorded=20, choosing=12, planned=12, judged=48
     ),
     # A generation takes seconds here: 100 calls over 289 tokens.
-    "wind": Study(NUM_STEPS, (25, 15, 10), recorded=8, choosing=2, planned=2, judged=8),
+    "wind": Study(NUM_STEPS, (25, 15, 10, 5), recorded=8, choosing=2, planned=2, judged=8),
 }
 # Minutes on a CPU: shows that everything runs, on too few prompts for figures.
 QUICK = {
