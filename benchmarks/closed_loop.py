@@ -115,7 +115,7 @@ def measured(
         bench=bench,
         say=say,
     )
-    settings, refused = entered(lineup, [*RIVALS, *filter(None, policies.split(","))], say)
+    settings, refused = entered(lineup, [*RIVALS, *filter(None, policies.split(","))])
     for budget in budgets:
         guided = coeffs.Plan(schedule=uniform(case.num_steps, budget), forecast_of="guided")
         settings.append(plan_setting("uniform skipping, reuse guided", guided))

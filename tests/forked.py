@@ -8,17 +8,19 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
+def context() -> Any:
+    """Of forks; where the process has used a GPU, which a fork of it cannot, of processes of their own."""
+    return multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+
+
 def start(module: str, words: Sequence[str], err: Path) -> BaseProcess:
     """``python -m module words``, with stderr in a file and without stdout."""
-    # A fork cannot use a GPU that the process before it has used.
-    method = "spawn" if torch.cuda.is_initialized() else "fork"
-    process = multiprocessing.get_context(method).Process(
-        target=_run, args=(module, words, err), daemon=True
-    )
+    process = context().Process(target=_run, args=(module, words, err), daemon=True)
     process.start()
     return process
 

@@ -157,9 +157,8 @@ def export(entry: str, out: str | None, registry: str | None, **form: Any) -> No
     """
     for choice in ("threshold", "schedule", "release", "force"):
         forms = takers(choice)
-        given = (
-            form[choice] is not None and form[choice] is not False
-        )  # a threshold of 0 is one
+        # Not by equality: a threshold of 0 is given.
+        given = form[choice] is not None and form[choice] is not False
         if given and form["engine"] not in forms:
             raise EngineError(
                 f"--{choice}: {form['engine']} has no place for it, only {', '.join(forms)}; leave it out"

@@ -142,9 +142,7 @@ def compare_candidates(
         if pairs.empty:
             continue
         x, y = pairs["x"], pairs["y"]
-        result = fit_polynomial(x, y, degree)
-        known = _agreement(y.to_numpy(), result(x))
-        known |= _agreement(y.to_numpy(), held_out(pairs, refit(result)), "_held_out")
+        known = figures(pairs, fit_polynomial(x, y, degree))
         rows.append({
             "signal": signal,
             "target": target,

@@ -26,9 +26,9 @@ BASELINES: dict[str, tuple[str, Quantity]] = {
     "uniform, reuse guided": ("reuse", "guided"),
 }
 # Costs that schedules are planned by: forecast, whether its high quantile instead of its mean, and whether with the
-# gains of Gaussian data instead of the measured ones. No kind is always best: on the embedded model the first wins at
-# 9 of 50 steps (47.9 dB; the second 45.7), the second at 15 (61.0 dB; the first 60.1); the third spares the worst
-# prompts of a load model with sigmas up to 157 (at 15 of 50 steps 21 dB; the first 6).
+# gains of Gaussian data instead of the measured ones. No kind is always best. Scores on choosing prompts: on the
+# embedded model the last wins at 9 of 50 steps (46.5 dB; the first 42.6) and the second at 15 (58.7 dB; the first
+# 57.5), on a load model with sigmas up to 157 the third at 15 (45.9 dB; the second 42.2).
 KINDS = {
     "planned": ("fitted", False, False),
     "planned, linear costs": ("linear", False, False),
@@ -129,7 +129,7 @@ class Planner:
         """Uniform forecasts without a fit, and planned schedules: fitted where they can be, else linear or reused."""
         fits, what, even = self.fits, self.what, self.uniform(computed)
         plans = [
-            self.candidate(name, even, forecast, of)
+            self.candidate(name, _simple(even, forecast, of))
             for name, (forecast, of) in BASELINES.items()
             if of in ("residual", what)
         ]
@@ -137,12 +137,15 @@ class Planner:
             named = self.to_fit(computed, most)
             cost = len(named) * computed / self.problem.num_steps
             few = max(LEAST_SCREENING, int(SCREENING / cost * fits.prompts))
+            fitted = {name: fits.fit(schedule, few) for name, schedule in named.items()}
             return plans + [
-                self.candidate(name, schedule, "reuse", what, fits.fit(schedule, few))
-                for name, schedule in named.items()
+                self.candidate(name, own.plan(named[name]), own)
+                for name, own in fitted.items()
             ]
         return plans + [
-            self.candidate(name, schedule, "reuse" if "reuse" in name else "linear", what)
+            self.candidate(
+                name, _simple(schedule, "reuse" if "reuse" in name else "linear", what)
+            )
             for name, schedule in self.schedules(computed).items()
         ]
 
@@ -152,17 +155,18 @@ class Planner:
         if self.fits is None or plan is None or plan.forecast != "fitted":
             return candidate
         own = self.fits.fit(plan.schedule)
-        return self.candidate(candidate.name, plan.schedule, "reuse", self.what, own)
+        return self.candidate(candidate.name, own.plan(plan.schedule), own)
 
-    def candidate(
-        self, name: str, schedule: str, forecast: str, of: Quantity, own: Fit | None = None
-    ) -> Candidate:
-        """A plan, with the weights of a fit where there is one; its cost is that of linear forecasts."""
-        simple = coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=of)
-        plan = own.plan(schedule) if own else simple
-        cost = schedule_cost(self._linear, schedule)
+    def candidate(self, name: str, plan: coeffs.Plan, own: Fit | None = None) -> Candidate:
+        """A plan and what its fit says of it, where it has one; its cost is that of linear forecasts."""
+        cost = schedule_cost(self._linear, plan.schedule)
         recorded_db = score(own.decibels) if own else None
         return Candidate(name, plan.schedule.count("C"), plan, cost, recorded_db)
+
+
+def _simple(schedule: str, forecast: str, of: Quantity) -> coeffs.Plan:
+    """A plan without weights of its own."""
+    return coeffs.Plan(schedule=schedule, forecast=forecast, forecast_of=of)
 
 
 def score(values: Array) -> float:

@@ -143,7 +143,7 @@ def fewer_steps_verdict(planned: Sequence[Planned]) -> str | None:
     return f"use fewer steps instead, without a cache, at {where}"
 
 
-def keep(folder: Path, planned: Sequence[Planned], anchors: int | None = None) -> None:
+def keep(folder: Path, planned: Sequence[Planned], anchors: int | None) -> None:
     """``plan.json``: every budget with its candidates and what they gave; other budgets are kept.
 
     Weights of candidates that did not win are those of a few prompts.

@@ -201,14 +201,11 @@ def interpolated(
     places: Sequence[int], gains: Sequence[Sequence[float]], steps: int
 ) -> Array:
     """Gains at all steps from those at some, shape (samples, places); those that are not positive say nothing."""
-    table = np.array(gains, float)
-    table[~(np.isfinite(table) & (table > 0))] = np.nan
-    logarithms = np.ma.masked_invalid(np.log(table)).mean(0).filled(np.nan)
+    logarithms = np.ma.log(np.array(gains, float)).mean(0)  # masked where one is not finite
+    known = ~np.ma.getmaskarray(logarithms)
     # The error of step t is in the latents before step t + 1; at the end all of it is left.
-    known_at = np.append(np.array(places) + 1, steps)
-    values = np.append(np.exp(logarithms), 1.0)
-    known = np.isfinite(values)
-    return np.interp(np.arange(steps + 1), known_at[known], values[known])
+    known_at = [*(np.array(places)[known] + 1), steps]
+    return np.interp(np.arange(steps + 1), known_at, [*np.exp(logarithms[known]), 1.0])
 
 
 def predictions_of(generation: Generation) -> list[torch.Tensor]:

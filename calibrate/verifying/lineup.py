@@ -21,7 +21,6 @@ from calibrate.trials.baselines import (
     mflux_schedule,
     uniform,
 )
-from calibrate.trials.case import Say
 from calibrate.trials.setting import (
     APART_GATE,
     FEWER_STEPS,
@@ -44,7 +43,6 @@ ALL, PUBLISHED = "all", "published sets"
 # Real runs per budget that a policy takes to make its settings, as a rule; a search took 524 for 15 and 7 of 50 steps.
 TUNED = 2 * TUNING_PROMPTS
 SEARCHED = 262
-RECORDED = 20  # prompts of a run, each of which a fit runs once
 
 
 Make = Callable[[Lineup, str], Sequence[Setting]]
@@ -58,6 +56,7 @@ class Policy:
         label: Its name in tables.
         make: Its settings, one per budget, given the label; raises an expected error for what it lacks.
         tuning: Real runs per budget that its settings take, as a rule.
+        is_fitted: Whether each setting also takes a run of every recorded prompt.
         enters: Whether this entry has anything to show.
         default: Whether it is one of ``all``.
     """
@@ -65,6 +64,7 @@ class Policy:
     label: str
     make: Make
     tuning: int = 0
+    is_fitted: bool = False
     enters: Callable[[Entry], bool] = lambda entry: True
     default: bool = True
 
@@ -161,7 +161,7 @@ POLICIES: dict[str, Policy] = {
     "uniform-linear": Policy("uniform skipping, linear forecast", uniform_rule),
     "uniform-linear-output": Policy("uniform skipping, linear outputs", uniform_rule),
     "uniform-fitted": Policy(
-        "uniform skipping, fitted guided", uniform_fitted, tuning=RECORDED
+        "uniform skipping, fitted guided", uniform_fitted, is_fitted=True
     ),
     "uniform-linear-guided": Policy("uniform skipping, linear guided", uniform_rule),
     "fewer-steps": Policy(FEWER_STEPS, fewer_steps),
@@ -191,14 +191,12 @@ def checked_policies(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def entered(
-    lineup: Lineup, names: Sequence[str], say: Say
-) -> tuple[list[Setting], dict[str, str]]:
+def entered(lineup: Lineup, names: Sequence[str]) -> tuple[list[Setting], dict[str, str]]:
     """All settings, policy by policy; what a model or a budget refuses is named, not fatal (policy -> reason)."""
     settings: list[Setting] = []
     refused: dict[str, str] = {}
     for policy in _entrants(lineup, names):
-        say(f"preparing {policy.label}")
+        lineup.say(f"preparing {policy.label}")
         try:
             settings += policy.make(lineup, policy.label)
         except EXPECTED as error:

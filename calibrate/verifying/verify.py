@@ -115,7 +115,7 @@ def verify(
             known=coeffs.entries(registry),
             say=say,
         )
-        settings, refused = entered(lineup, chosen, say)
+        settings, refused = entered(lineup, chosen)
     results, refused = bench.results(settings, refused)
     if rank() != 0:
         return None
@@ -154,7 +154,9 @@ def _announce(
     tuning = budgets * sum(p.tuning for p in policies if not (given and p.label == GATE))
     text = f"{count} prompts, {budgets} budgets: {2 * count} uncached runs, {judging} cached ones"
     text += f", up to about {tuning} to tune by" if tuning else ""
-    say(text + case.time_of(2 * count + AVERAGE_SHARE * (judging + tuning)))
+    fitting = budgets * len(case.recorded_prompts) * sum(p.is_fitted for p in policies)
+    text += f", up to {fitting} to fit on" if fitting else ""
+    say(text + case.time_of(2 * count + AVERAGE_SHARE * (judging + tuning + fitting)))
     return 2 * count + tuning
 
 

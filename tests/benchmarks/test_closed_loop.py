@@ -24,5 +24,5 @@ def test_without_a_solver_to_watch_the_fitted_rival_is_refused(tmp_path, monkeyp
         bench=SimpleNamespace(case=None, progress=False),
         say=print,
     )
-    settings, refused = entered(lineup, ["uniform-fitted"], print)
+    settings, refused = entered(lineup, ["uniform-fitted"])
     assert not settings and "no scheduler" in refused[POLICIES["uniform-fitted"].label]

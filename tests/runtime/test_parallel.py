@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 import torch
 import zoo
-from torch import distributed, multiprocessing
+from torch import distributed
 
 import calibrate.recording.handler
 import runtime.cache
@@ -422,7 +423,7 @@ def run_ranks(folder: Path) -> dict[int, dict[str, list[dict[str, Any]]]]:
 
     The same processes for both, and forked: each would load torch and diffusers for 5 s first.
     """
-    context = multiprocessing.get_context("fork")
+    context = forked.context()
     ranks = [
         context.Process(target=rank_main, args=(rank, str(folder)), daemon=True)
         for rank in range(4)

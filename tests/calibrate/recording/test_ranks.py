@@ -1,13 +1,13 @@
 """Several processes on one run folder: each group is recorded once, by whoever gets it; nothing waits for the dead."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pandas  # noqa: F401 - what the forked ranks need is imported once, here
 import pyarrow.parquet  # noqa: F401
 import pytest
@@ -35,7 +35,7 @@ def rank_of(folder, rank, world, port, options):
 def start(folder, world, port=29511, ranks=None, **options):
     """Real processes with the environment that torchrun gives its workers."""
     options = {"groups": GROUPS} | options
-    context = multiprocessing.get_context("fork")
+    context = forked.context()
     processes = [
         context.Process(target=rank_of, args=(folder, rank, world, port, options))
         for rank in ranks or range(world)

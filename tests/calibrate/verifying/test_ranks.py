@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -10,6 +9,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 from tiny_pipeline import TinyPipeline
@@ -57,9 +57,10 @@ def recorded(tmp_path_factory):
 
 def verified(run: Path, ranks: int) -> list[str]:
     """What each rank said at the end. Forked: a process of its own would load everything for 5 s first."""
-    context = multiprocessing.get_context("fork")
+    context = forked.context()
     started = [
-        context.Process(target=rank_of, args=(run, rank, ranks)) for rank in range(ranks)
+        context.Process(target=rank_of, args=(run, rank, ranks), daemon=True)
+        for rank in range(ranks)
     ]
     for process in started:
         process.start()

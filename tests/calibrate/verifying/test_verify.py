@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ from calibrate.trials.setting import (
 from calibrate.verifying.lineup import POLICIES, checked_policies
 from calibrate.verifying.results import load_verification
 from calibrate.verifying.tuning import Lineup
-from calibrate.verifying.verify import verify
+from calibrate.verifying.verify import AVERAGE_SHARE, _announce, verify
 
 pytestmark = pytest.mark.slow
 
@@ -409,6 +410,19 @@ def test_the_fitted_uniform_rival_has_seen_all_recorded_prompts(fitted, pipe, tm
     (run / "plan.json").write_text(json.dumps(bounds))
     bounded = uniform_setting(run, "uniform-fitted", 3, path=run, bench=bench).plan
     assert max(map(len, bounded.weights)) == 2
+
+
+def test_fits_are_announced_by_the_recorded_prompts_and_are_no_runs_of_the_bar():
+    said, times = [], []
+    case = SimpleNamespace(
+        entry=None,
+        recorded_prompts=["a", "b", "c"],
+        time_of=lambda runs: times.append(runs) or "",
+    )
+    prompts = SimpleNamespace(prompts=["d"])
+    assert _announce(case, ["uniform-fitted"], 2, False, prompts, said.append) == 2
+    assert said[0].endswith("2 cached ones, up to 6 to fit on")
+    assert times == [2 + AVERAGE_SHARE * (2 + 6)]
 
 
 def test_without_a_run_nothing_can_be_fitted(fitted):
